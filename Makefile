@@ -1,0 +1,39 @@
+# Everything runs in .venv, made on first use from constraints.txt. An interpreter that has the packages already can be
+# named instead, and installs nothing: make test PYTHON=python3
+.RECIPEPREFIX := >
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.installed,)
+
+.PHONY: setup demo test test-slow test-gpu lint fix bench
+
+setup: $(ENVIRONMENT)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+> python3 -m venv $(VENV)
+> $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[report,parquet,test,dev]'
+> touch $@
+
+demo: $(ENVIRONMENT)
+> $(PYTHON) -m train.run --preset demo
+
+test: $(ENVIRONMENT)
+> $(PYTHON) -m pytest -q
+
+test-slow: $(ENVIRONMENT)
+> $(PYTHON) -m pytest -q -m slow
+
+test-gpu: $(ENVIRONMENT)
+> $(PYTHON) -m pytest -q -m gpu
+
+lint: $(ENVIRONMENT)
+> $(PYTHON) -m ruff check .
+> $(PYTHON) -m ruff format --check .
+> $(PYTHON) -m pyright
+
+fix: $(ENVIRONMENT)
+> $(PYTHON) -m ruff check --fix .
+> $(PYTHON) -m ruff format .
+
+bench: $(ENVIRONMENT)
+> $(PYTHON) -m benchmarks.versus_peft

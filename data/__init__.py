@@ -1,0 +1,1 @@
+"""Rows to step batches: sources, prompt formats, tokens and labels, order, micro-batches."""

@@ -1,0 +1,129 @@
+"""A step's examples cut into micro-batches of flat tokens, targets already shifted.
+
+However they are cut and padded, all cuts of the same indices hold the same examples in the same
+order and the same targets: only speed and memory differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.examples import IGNORED, Example, Examples
+
+BATCHINGS = ("unpadded", "longest", "max_length")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass sees: M rows, documents one after another.
+
+    Attributes:
+        input_ids: (M,) int64.
+        targets: (M,) int64: the label of the next token of the same document; -100 where there is
+            none (masked, the last token of a document, padding).
+        lengths: Real tokens of each document.
+        padded_length: Rows that each document occupies, or None where they lie end to end.
+        examples: Index of each document's example; it keys dropout.
+        num_targets: Rows with a target.
+        num_tokens: Real tokens, padding left out.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    padded_length: int | None
+    examples: tuple[int, ...]
+    num_targets: int
+    num_tokens: int
+
+
+def micro_batches(
+    examples: Examples,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    micro_batch_size: int,
+    micro_batch_tokens: int | None,
+    batching: str,
+    max_length: int,
+    pad_id: int,
+) -> list[MicroBatch]:
+    """Return the examples at `indices`, in this order, cut into micro-batches.
+
+    Args:
+        examples: The set.
+        indices: Positions in it.
+        micro_batch_size: Examples in a micro-batch, where `micro_batch_tokens` is None.
+        micro_batch_tokens: Rows in a micro-batch, padding included: each takes as many consecutive
+            examples as fit. One example alone may exceed it.
+        batching: `unpadded` (documents end to end), `longest` (each padded to the longest of its
+            micro-batch) or `max_length` (each padded to `max_length`).
+        max_length: Rows of a document under `max_length`.
+        pad_id: Token that fills padded rows.
+
+    Raises:
+        ValueError: An unknown `batching`, or a size below 1.
+    """
+    if batching not in BATCHINGS:
+        raise ValueError(f"batching {batching!r} is not one of {BATCHINGS}")
+    if micro_batch_size < 1 or (micro_batch_tokens is not None and micro_batch_tokens < 1):
+        raise ValueError("a micro-batch holds at least one example and one token")
+    indices = np.asarray(indices, dtype=np.int64)
+    lengths = examples.lengths[indices]
+    if micro_batch_tokens is None:
+        starts = range(0, len(indices), micro_batch_size)
+        cuts = [slice(start, start + micro_batch_size) for start in starts]
+    else:
+        cuts = list(_cut_by_tokens(lengths, micro_batch_tokens, batching, max_length))
+    batches = []
+    for cut in cuts:
+        padded_length = {
+            "unpadded": None,
+            "longest": int(lengths[cut].max()),
+            "max_length": max_length,
+        }[batching]
+        batches.append(_assemble([examples[int(i)] for i in indices[cut]], padded_length, pad_id))
+    return batches
+
+
+def _cut_by_tokens(
+    lengths: np.ndarray, budget: int, batching: str, max_length: int
+) -> Iterator[slice]:
+    """Yield consecutive cuts, each as long as its rows stay within `budget`."""
+    start, tokens, longest = 0, 0, 0
+    for stop, length in enumerate(lengths.tolist()):
+        tokens += length
+        longest = max(longest, length)
+        count = stop - start + 1
+        rows = {"unpadded": tokens, "longest": count * longest, "max_length": count * max_length}
+        if rows[batching] > budget and stop > start:
+            yield slice(start, stop)
+            start, tokens, longest = stop, length, length
+    if len(lengths):
+        yield slice(start, len(lengths))
+
+
+def _assemble(documents: list[Example], padded_length: int | None, pad_id: int) -> MicroBatch:
+    """Lay the documents one after another and shift their labels."""
+    lengths = tuple(len(document.input_ids) for document in documents)
+    if padded_length is not None and max(lengths) > padded_length:
+        raise ValueError(f"a document of {max(lengths)} tokens in rows of {padded_length}")
+    starts = np.concatenate([[0], np.cumsum([padded_length or length for length in lengths])])
+    input_ids = np.full(starts[-1], pad_id, dtype=np.int64)
+    targets = np.full(starts[-1], IGNORED, dtype=np.int64)
+    for document, start, length in zip(documents, starts, lengths, strict=False):
+        input_ids[start : start + length] = document.input_ids
+        targets[start : start + length - 1] = document.labels[1:]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        lengths=lengths,
+        padded_length=padded_length,
+        examples=tuple(document.index for document in documents),
+        num_targets=int(np.count_nonzero(targets != IGNORED)),
+        num_tokens=sum(lengths),
+    )

@@ -1,0 +1,602 @@
+"""Rows to token ids with labels, made once and kept memory-mapped under the hash of what made them.
+
+A cache folder holds a few .npy files and meta.json. Its name is a sha256 over the content of the
+source files, the tokenizer's files and every setting that matters, so nothing in it can be out of
+date; its arrays are checked against the hash in meta.json each time they are opened. The cache may
+be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from data.prompt import PromptFormat, Rendered
+from data.source import Row, Source, open_source, read_rows
+from data.tokenizer import Tokenizer
+from files.atomic import TEMPORARY_PREFIX, sha256_file, write_json
+from files.errors import UserError, did_you_mean
+
+# A label that is no target: what torch's cross-entropy ignores.
+IGNORED = -100
+OVERFLOWS = ("truncate", "drop", "error", "split")
+# Raised whenever the same rows and settings come to other tokens, or the files to another layout.
+_CACHE_VERSION = 1
+# Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
+_ROWS_AT_ONCE = 1000
+# Bits of an example's flags.
+_TRUNCATED, _EOS_LOST = 1, 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document of the data.
+
+    Attributes:
+        index: Its place in the whole set, the same in every subset; it keys dropout.
+        input_ids: (T,) int32.
+        labels: (T,) int32, not shifted: labels[i] is token i, or -100 where it is not trained.
+            labels[0] never counts, since nothing predicts the first token.
+    """
+
+    index: int
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows.
+
+    Attributes:
+        rows: Rows read.
+        examples: Examples made of them.
+        tokens: Tokens in the examples.
+        targets: Tokens with a label, first tokens left out.
+        truncated: Examples that were cut at `data.max_length`.
+        dropped: Rows that left no example: too long (`drop`), or without a target.
+        eos_lost: Examples whose EOS was cut off.
+        longest: Tokens of the longest example.
+        longest_row: Tokens of the longest row before anything was cut.
+    """
+
+    rows: int
+    examples: int
+    tokens: int
+    targets: int
+    truncated: int
+    dropped: int
+    eos_lost: int
+    longest: int
+    longest_row: int
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """The files of a cache folder: all tokens one after another, and a value for each example."""
+
+    input_ids: np.ndarray  # (tokens,) int32
+    labels: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (examples + 1,) int64: where each example begins
+    targets: np.ndarray  # (examples,) int64
+    rows: np.ndarray  # (examples,) int64: number of the row in the data, from 0
+    flags: np.ndarray  # (examples,) uint8
+
+
+class Examples:
+    """A sequence of examples, memory-mapped.
+
+    Attributes:
+        lengths: (N,) int64 tokens of each example.
+        num_targets: (N,) int64 targets of each example.
+        rows: (N,) int64 the row of the data that each example comes from, counted from 0; a row
+            makes several examples under `data.on_overflow=split`.
+        counts: What became of the rows.
+        fingerprint: sha256 of ids, labels and their order: equal if and only if training sees the
+            same data.
+        max_id: The largest token id.
+    """
+
+    def __init__(
+        self,
+        arrays: _Arrays,
+        counts: Counts,
+        fingerprint: str,
+        positions: np.ndarray | None = None,
+    ):
+        self._arrays = arrays
+        self._positions = np.arange(len(arrays.targets)) if positions is None else positions
+        self.counts = counts
+        self.fingerprint = fingerprint
+        self.lengths: np.ndarray = np.diff(arrays.offsets)[self._positions]
+        self.num_targets: np.ndarray = arrays.targets[self._positions]
+        self.rows: np.ndarray = arrays.rows[self._positions]
+        self.max_id = int(arrays.input_ids.max())
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> Example:
+        index = int(self._positions[position])
+        start, stop = self._arrays.offsets[index : index + 2]
+        return Example(index, self._arrays.input_ids[start:stop], self._arrays.labels[start:stop])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[position] for position in range(len(self)))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Examples:
+        """Return the examples at `indices`, in this order; each keeps its `index`.
+
+        The subset's counts know its examples alone: rows equals examples, and none is dropped.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        positions = self._positions[chosen]
+        lengths, flags = self.lengths[chosen], self._arrays.flags[positions]
+        counts = Counts(
+            rows=len(positions),
+            examples=len(positions),
+            tokens=int(lengths.sum()),
+            targets=int(self.num_targets[chosen].sum()),
+            truncated=int(np.count_nonzero(flags & _TRUNCATED)),
+            dropped=0,
+            eos_lost=int(np.count_nonzero(flags & _EOS_LOST)),
+            longest=int(lengths.max(initial=0)),
+            longest_row=int(lengths.max(initial=0)),
+        )
+        digest = hashlib.sha256(self.fingerprint.encode() + positions.astype("<i8").tobytes())
+        return Examples(self._arrays, counts, digest.hexdigest(), positions)
+
+
+def cache_root() -> Path:
+    """Return the folder of all cached examples: $LATHE_CACHE, else the user's cache folder."""
+    if folder := os.environ.get("LATHE_CACHE"):
+        return Path(folder) / "examples"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lathe" / "examples"
+
+
+def load_examples(
+    spec: str,
+    *,
+    split_column: str | None,
+    split: str | None,
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    max_length: int,
+    on_overflow: str,
+    cache_root: Path | None,
+) -> Examples:
+    """Return the examples of a data set; where it is cached, no row is read.
+
+    Args:
+        spec: File, folder or `hub:` name, as `data.train` gives it.
+        split_column: Column that names a row's split, or None.
+        split: The split to take.
+        tokenizer: Text to ids.
+        prompt_format: Row to text.
+        max_length: Tokens of an example at most.
+        on_overflow: What becomes of a longer row: `truncate`, `drop`, `error` or `split` (pieces of
+            `max_length`, each an example).
+        cache_root: Folder of the cache (`cache_root()`), or None to keep the examples in memory.
+
+    Raises:
+        UserError: The data cannot be read, is empty, or leaves no target.
+    """
+    _check_settings(tokenizer, prompt_format, max_length, on_overflow)
+    # Where a column tells the splits apart, every file is read.
+    source = open_source(spec, None if split_column else split)
+
+    def build(folder: Path) -> None:
+        rows = read_rows(
+            source, fields=prompt_format.columns(), split_column=split_column, split=split
+        )
+        _build(rows, spec, tokenizer, prompt_format, max_length, on_overflow, folder)
+
+    if cache_root is None:
+        return _in_memory(build)
+    content = {"files": _content(source)}
+    if split_column:
+        content |= {"split_column": split_column, "split": split}
+    key = _key(content, tokenizer, prompt_format, max_length, on_overflow)
+    return _cached(cache_root, key, build)
+
+
+def tokenise(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    *,
+    max_length: int,
+    on_overflow: str,
+    cache_folder: Path | None = None,
+) -> Examples:
+    """Return the examples of `rows`; arguments and errors as `load_examples`.
+
+    `cache_folder` is a root such as `cache_root()`; None keeps the examples in memory.
+    """
+    _check_settings(tokenizer, prompt_format, max_length, on_overflow)
+    rows = list(rows)
+
+    def build(folder: Path) -> None:
+        _build(rows, "the data", tokenizer, prompt_format, max_length, on_overflow, folder)
+
+    if cache_folder is None:
+        return _in_memory(build)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row.values, sort_keys=True).encode() + b"\n")
+    source = {"rows": digest.hexdigest()}
+    key = _key(source, tokenizer, prompt_format, max_length, on_overflow)
+    return _cached(cache_folder, key, build)
+
+
+def check_vocabulary(examples: Examples, vocab_size: int, tokenizer: Tokenizer) -> None:
+    """Check that the model's embedding has a row for every token of the data, and for padding.
+
+    Raises:
+        UserError: The data holds an id of `vocab_size` or more; the message names the token.
+    """
+    largest = max(examples.max_id, tokenizer.pad_id)
+    if largest >= vocab_size:
+        raise UserError(
+            f"token id {largest} ({tokenizer.token(largest)!r}) is beyond the model's vocab_size "
+            f"of {vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer that belongs to it"
+        )
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many leading ids two sequences share."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if first[i] != second[i])
+
+
+def _check_settings(
+    tokenizer: Tokenizer, prompt_format: PromptFormat, max_length: int, on_overflow: str
+) -> None:
+    if on_overflow not in OVERFLOWS:
+        raise UserError(
+            f"data.on_overflow: '{on_overflow}' is not one of {', '.join(OVERFLOWS)}"
+            f"{did_you_mean(on_overflow, OVERFLOWS)}"
+        )
+    if max_length < 2:
+        raise UserError(
+            f"data.max_length: {max_length} is too small: an example needs at least 2 tokens, "
+            "one to read and one to predict"
+        )
+    if prompt_format.append_eos and tokenizer.eos_id is None:
+        raise UserError(
+            "data.append_eos=true needs an EOS token, and the tokenizer's vocabulary has none: "
+            "name one as eos_token in tokenizer_config.json, or set data.append_eos=false"
+        )
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def _content(source: Source) -> list[list[str]]:
+    """Return (what a row may see of a file's name, sha256 of the file) for each file, in order."""
+    content = []
+    for path, _ in source.files:
+        seen = path.relative_to(source.tree).as_posix() if source.tree else path.suffix.lower()
+        try:
+            content.append([seen, sha256_file(path)])
+        except OSError as error:  # reading the rows will say so, or pass the file over
+            content.append([seen, f"unreadable: {error.errno}"])
+    return content
+
+
+def _key(
+    source: dict[str, Any],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    max_length: int,
+    on_overflow: str,
+) -> str:
+    """Return the sha256 of everything that decides what the examples are."""
+    description = {
+        "version": _CACHE_VERSION,
+        "tokenizers": tokenizers.__version__,
+        "source": source,
+        "tokenizer": tokenizer.fingerprint,
+        "format": prompt_format.to_dict(),
+        "max_length": max_length,
+        "on_overflow": on_overflow,
+    }
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _in_memory(build: Callable[[Path], None]) -> Examples:
+    with TemporaryDirectory(prefix="lathe-") as folder:
+        build(Path(folder))
+        examples = _open(Path(folder), in_memory=True)
+    assert examples is not None, "examples just written cannot be read"
+    return examples
+
+
+def _cached(root: Path, key: str, build: Callable[[Path], None]) -> Examples:
+    """Return the examples in `root/key`, building them first where they are missing or damaged.
+
+    They are built in a folder of their own and renamed, so that processes may do this at once: the
+    first one wins, and all see whole files.
+    """
+    folder = root / key
+    if (examples := _open(folder)) is not None:
+        return examples
+    temporary = root / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        build(temporary)
+        if folder.exists() and _open(folder) is None:  # damaged
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{root}: tokenised data cannot be kept there ({error.strerror}); free some space, or "
+            "set the environment variable LATHE_CACHE to a folder that can be written"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if (examples := _open(folder)) is None:
+        raise UserError(f"{folder}: tokenised data cannot be read back; check the disk")
+    return examples
+
+
+def _open(folder: Path, in_memory: bool = False) -> Examples | None:
+    """Return the examples in a cache folder, or None where they are missing or damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        arrays = {}
+        for name in (field.name for field in fields(_Arrays)):
+            mapped = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
+            arrays[name] = np.array(mapped) if in_memory else np.asarray(mapped)
+        arrays = _Arrays(**arrays)
+        if _digest(arrays) != meta["fingerprint"]:
+            return None
+        return Examples(arrays, Counts(**meta["counts"]), meta["fingerprint"])
+    except Exception:  # whatever a damaged file brings about, the answer is to make it anew
+        return None
+
+
+def _digest(arrays: _Arrays) -> str:
+    """Return the sha256 of all arrays, names, types and sizes included."""
+    digest = hashlib.sha256()
+    for name in (field.name for field in fields(_Arrays)):
+        array = getattr(arrays, name)
+        digest.update(f"{name} {array.dtype.str} {len(array)}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+# --- rows to arrays ------------------------------------------------------------------------------
+
+
+class _ArrayFile:
+    """A one-dimensional .npy file that grows: numpy's header has room for the final length."""
+
+    def __init__(self, path: Path, dtype: str):
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self._dtype = np.dtype(dtype)
+        self._size = 0
+        self._write_header()
+
+    def append(self, values: Sequence[int] | np.ndarray) -> None:
+        self._size += len(values)
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class _Writer:
+    """Writes examples into a folder as rows arrive, and counts."""
+
+    def __init__(self, folder: Path, max_length: int, on_overflow: str):
+        self._folder = folder
+        self._max_length = max_length
+        self._on_overflow = on_overflow
+        self._input_ids = _ArrayFile(folder / "input_ids.npy", "<i4")
+        self._labels = _ArrayFile(folder / "labels.npy", "<i4")
+        self._offsets, self._targets, self._rows, self._flags = [0], [], [], []
+        self.num_rows = self.longest_row = 0
+        self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
+
+    def add(self, where: str, ids: list[int], labels: np.ndarray, eos_due: bool) -> None:
+        """Make the examples of one row.
+
+        Args:
+            where: The row's file and line.
+            ids: Its tokens.
+            labels: (len(ids),) int32.
+            eos_due: The last token is the EOS that ends the row.
+        """
+        row, length, limit = self.num_rows, len(ids), self._max_length
+        self.num_rows += 1
+        self.longest_row = max(self.longest_row, length)
+        too_long = length > limit
+        if too_long and self._on_overflow == "error":
+            raise UserError(
+                f"{where}: {length} tokens, more than data.max_length={limit}; raise it, or set "
+                "data.on_overflow to truncate, drop or split"
+            )
+        if too_long and self._on_overflow == "drop":
+            self.dropped_too_long += 1
+            return
+        starts = list(range(0, length, limit)) if self._on_overflow == "split" else [0]
+        if len(starts) > 1 and starts[-1] == length - 1:
+            starts[-1] -= 1  # a token alone has nothing to be predicted from
+        stops = [*starts[1:], min(length, starts[-1] + limit)]
+        truncated = stops[-1] < length
+        flags = _TRUNCATED * truncated | _EOS_LOST * (truncated and eos_due)
+        before = len(self._targets)
+        for start, stop in zip(starts, stops, strict=True):
+            targets = int(np.count_nonzero(labels[start + 1 : stop] != IGNORED))
+            if targets:
+                self._input_ids.append(ids[start:stop])
+                self._labels.append(labels[start:stop])
+                self._offsets.append(self._offsets[-1] + stop - start)
+                self._targets.append(targets)
+                self._rows.append(row)
+                self._flags.append(flags)
+        if len(self._targets) == before:
+            self.dropped_cut += truncated
+            self.dropped_masked += not truncated
+
+    def close(self, name: str) -> None:
+        """Finish the files.
+
+        Raises:
+            UserError: There was no row, or none left an example.
+        """
+        self._input_ids.close()
+        self._labels.close()
+        if not self._targets:
+            raise UserError(self._nothing_left(name))
+        for array, values, dtype in (
+            ("offsets", self._offsets, "<i8"),
+            ("targets", self._targets, "<i8"),
+            ("rows", self._rows, "<i8"),
+            ("flags", self._flags, "u1"),
+        ):
+            np.save(self._folder / f"{array}.npy", np.array(values, dtype=dtype))
+        flags = np.array(self._flags)
+        counts = Counts(
+            rows=self.num_rows,
+            examples=len(self._targets),
+            tokens=self._offsets[-1],
+            targets=sum(self._targets),
+            truncated=int(np.count_nonzero(flags & _TRUNCATED)),
+            dropped=self.dropped_too_long + self.dropped_cut + self.dropped_masked,
+            eos_lost=int(np.count_nonzero(flags & _EOS_LOST)),
+            longest=int(np.diff(self._offsets).max()),
+            longest_row=self.longest_row,
+        )
+        arrays = {
+            field.name: np.lib.format.open_memmap(self._folder / f"{field.name}.npy", mode="r")
+            for field in fields(_Arrays)
+        }
+        meta = {"fingerprint": _digest(_Arrays(**arrays)), "counts": asdict(counts)}
+        write_json(self._folder / "meta.json", meta)
+
+    def _nothing_left(self, name: str) -> str:
+        if not self.num_rows:
+            return f"{name}: no rows; training needs at least one"
+        causes = []
+        if self.dropped_too_long:
+            causes.append(
+                f"{self.dropped_too_long} are longer than data.max_length={self._max_length} "
+                "(raise it, or set data.on_overflow=truncate)"
+            )
+        if self.dropped_cut:
+            causes.append(
+                f"{self.dropped_cut} are cut at data.max_length={self._max_length} before their "
+                "trained part begins (raise it)"
+            )
+        if self.dropped_masked:
+            causes.append(
+                f"{self.dropped_masked} have nothing to train (an empty text or completion, or "
+                "messages without an assistant turn: check data.format and the columns it names)"
+            )
+        return f"{name}: no target is left in any of the {self.num_rows} rows: {'; '.join(causes)}"
+
+
+def _build(
+    rows: Iterable[Row],
+    name: str,
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    max_length: int,
+    on_overflow: str,
+    folder: Path,
+) -> None:
+    """Tokenise `rows` into the files of `folder`."""
+    writer = _Writer(folder, max_length, on_overflow)
+    eos_id = tokenizer.eos_id if prompt_format.append_eos else None
+    iterator = iter(rows)
+    while batch := list(islice(iterator, _ROWS_AT_ONCE)):
+        rendered = [prompt_format.render(row, tokenizer) for row in batch]
+        encoded = _encode(batch, rendered, tokenizer)
+        for row, item in zip(batch, rendered, strict=True):
+            writer.add(row.where, *_label(item, encoded[item.chat], eos_id))
+    writer.close(name)
+
+
+def _encode(
+    rows: list[Row], rendered: list[Rendered], tokenizer: Tokenizer
+) -> dict[bool, dict[str, list[int]]]:
+    """Return the ids of every text of the rows, by whether a chat template made it."""
+    encoded: dict[bool, dict[str, list[int]]] = {}
+    for chat in (False, True):
+        texts = list(
+            dict.fromkeys(t for item in rendered if item.chat == chat for t in _texts(item))
+        )
+        try:
+            batch = tokenizer.encode_batch(texts, add_special_tokens=not chat)
+        except UserError:
+            _name_the_row(rows, rendered, tokenizer)
+            raise
+        encoded[chat] = dict(zip(texts, batch, strict=True))
+    return encoded
+
+
+def _texts(item: Rendered) -> Iterator[str]:
+    yield item.text
+    for before, after in item.trained:
+        if before:
+            yield before
+        if after is not None:
+            yield after
+
+
+def _name_the_row(rows: list[Row], rendered: list[Rendered], tokenizer: Tokenizer) -> None:
+    """Raise again the error of the first row that the tokenizer cannot encode, with its place."""
+    for row, item in zip(rows, rendered, strict=True):
+        try:
+            tokenizer.encode(item.text)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+
+
+def _label(
+    item: Rendered, encoded: dict[str, list[int]], eos_id: int | None
+) -> tuple[list[int], np.ndarray, bool]:
+    """Return a row's ids, its labels, and whether its last token is an EOS that ends it."""
+    ids = encoded[item.text]
+    labels = np.full(len(ids) + 1, IGNORED, dtype=np.int32)
+    start = 0
+    for before, after in item.trained:
+        start = common_prefix(encoded[before], ids) if before else 0
+        stop = len(ids) if after is None else common_prefix(encoded[after], ids)
+        labels[start:stop] = ids[start:stop]
+    ends = bool(item.trained) and item.trained[-1][1] is None
+    if eos_id is None or not ends:
+        return ids, labels[:-1], False
+    # A chat template ends a turn in its own way, perhaps with a line break after the EOS.
+    ended = eos_id in ids[start:] if item.chat else ids[-1:] == [eos_id]
+    if ended:
+        return ids, labels[:-1], True
+    labels[-1] = eos_id
+    return [*ids, eos_id], labels, True

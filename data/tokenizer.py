@@ -1,0 +1,360 @@
+"""A tokenizer read from its Hugging Face files: `tokenizer.json`, special tokens, chat template.
+
+The file decides how text becomes ids; what it also holds about truncation and padding is switched
+off at once, since lengths are the data's business. Special tokens that stand before a text (a BOS,
+for most) are added here, in one place, so that no text ever begins with two.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from files.errors import UserError
+from files.strict_json import parse_json_object
+
+# The files that decide what a text becomes; other tokenizer files are earlier forms of the same.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# The largest published files have some 35 MB, for vocabularies of 260,000.
+_MAX_BYTES = 64 * 2**20
+# Token ids are kept as int32.
+_MAX_ID = 2**31 - 1
+# Any of these is in the vocabulary of a tokenizer that can be trained with.
+_PROBES = ("a", "0", "\n", " ")
+
+
+class Tokenizer:
+    """Text to ids and back, special tokens, chat template.
+
+    Attributes:
+        bos_id: Id of the token that begins a text, or None.
+        eos_id: Id of the token that ends a text, or None.
+        pad_id: Id that fills padded rows: the pad token, else EOS, else 0. Labels are masked by
+            position, never by id, so a pad that equals EOS masks no EOS.
+        prefix_ids: What stands before every plain text (most often BOS, or nothing).
+        vocabulary_size: The largest id, plus one.
+        chat_template: Source of the Jinja chat template, or None.
+        special_tokens: Name (`bos_token`, …) to text, as a chat template sees them.
+        fingerprint: sha256 over the files that were read, independent of where they lie.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        chat_template: str | None,
+        files: Mapping[str, bytes],
+        where: str,
+    ):
+        self._backend = backend
+        self._files = dict(files)
+        self._where = where
+        self.chat_template = chat_template
+        self.special_tokens = _special_tokens(settings)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        pad_id = self._id_of("pad_token")
+        self.pad_id: int = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
+        self.vocabulary_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.prefix_ids = self._find_prefix(settings.get("add_bos_token"))
+        digest = hashlib.sha256()
+        for name in sorted(files):
+            digest.update(f"{name} {len(files[name])}\n".encode())
+            digest.update(files[name])
+        self.fingerprint = digest.hexdigest()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Return the tokenizer whose files lie in `folder`.
+
+        Raises:
+            UserError: There is no folder, no tokenizer.json, or a file that cannot be used.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: not a folder; a tokenizer is a folder that holds tokenizer.json"
+            )
+        files = {
+            name: _read(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()
+        }
+        if "tokenizer.json" not in files:
+            raise UserError(_missing_tokenizer(folder))
+        where = str(folder / "tokenizer.json")
+        with _library_errors(f"{where}: not a usable tokenizer"):
+            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+            # At once: the file may ask for any truncation or padding, and nothing would show it.
+            backend.no_truncation()
+            backend.no_padding()
+            largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 <= largest < _MAX_ID:
+            raise UserError(
+                f"{where}: its largest token id is {largest}; ids run from 0 to {_MAX_ID - 1}"
+            )
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one rules
+            if name in files:
+                read = parse_json_object(files[name], str(folder / name))
+                settings |= {key: value for key, value in read.items() if value is not None}
+        return cls(backend, settings, _chat_template(files, settings, folder), files, str(folder))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`, after the prefix unless the text already begins with it."""
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Return the ids of each text; the library spreads the work over its own threads.
+
+        Args:
+            texts: The texts.
+            add_special_tokens: Put `prefix_ids` before each text that does not begin with them. EOS
+                is never added: whether a row ends is the data's business.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text.
+        """
+        with _library_errors(f"{self._where}: the tokenizer failed on a text"):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            batch = [encoding.ids for encoding in encodings]
+        if add_special_tokens and self.prefix_ids:
+            prefix = self.prefix_ids
+            batch = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in batch]
+        return batch
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`.
+
+        Raises:
+            UserError: The tokenizer cannot decode them.
+        """
+        with _library_errors(f"{self._where}: the tokenizer cannot decode these ids"):
+            return self._backend.decode(
+                [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+            )
+
+    def token(self, token_id: int) -> str | None:
+        """Return the text of one token of the vocabulary, or None."""
+        return self._backend.id_to_token(token_id)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Any] | None = None,
+        date: datetime.datetime | None = None,
+    ) -> str:
+        """Return the text that the chat template makes of `messages`.
+
+        It holds its special tokens already: encode it with `add_special_tokens=False`.
+
+        Args:
+            messages: Turns with `role` and `content`.
+            add_generation_prompt: End with the header of an assistant's turn.
+            tools: Descriptions of tools, for templates that know them.
+            date: What `strftime_now` tells the template; None is the present.
+
+        Raises:
+            UserError: There is no template, it refuses the messages, or it fails.
+        """
+        template = self._template
+        try:
+            return template.render(
+                self.special_tokens,
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=(date or datetime.datetime.now()).strftime,
+                raise_exception=_raise_exception,
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            reason = str(error) or type(error).__name__
+        raise UserError(f"the chat template of {self._where} failed on the messages: {reason}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into `folder`, byte for byte as they were read."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in self._files.items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: the tokenizer cannot be written: {error.strerror}"
+            ) from None
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self.chat_template is None:
+            raise UserError(
+                f"the tokenizer in {self._where} has no chat template, which messages need: put "
+                " a chat_template.jinja beside tokenizer.json, or use data.format=template"
+            )
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[jinja2.ext.loopcontrols, _GenerationBlock],
+        )
+        environment.filters["tojson"] = _to_json
+        try:
+            return environment.from_string(self.chat_template)
+        except (jinja2.TemplateError, RecursionError) as error:
+            line = getattr(error, "lineno", "?")
+            raise UserError(
+                f"the chat template of {self._where} cannot be parsed, at its line {line}: {error}"
+            ) from None
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _find_prefix(self, add_bos: Any) -> list[int]:
+        """Return what the post-processor puts before a text, as `add_bos_token` corrects it."""
+        prefix: list[int] = []
+        with _library_errors(f"{self._where}: the tokenizer failed on a text"):
+            for probe in _PROBES:
+                plain = self._backend.encode(probe, add_special_tokens=False).ids
+                full = self._backend.encode(probe, add_special_tokens=True).ids
+                if plain:
+                    starts = range(len(full) - len(plain) + 1)
+                    prefix = full[: next(k for k in starts if full[k : k + len(plain)] == plain)]
+                    break
+        begins_with_bos = self.bos_id is not None and prefix[:1] == [self.bos_id]
+        if add_bos is True and self.bos_id is not None and not begins_with_bos:
+            return [self.bos_id, *prefix]
+        if add_bos is False and begins_with_bos:
+            return prefix[1:]
+        return prefix
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`, which some templates put around assistant turns.
+
+    Its body is rendered as it stands: labels come from rendered prefixes, for every template.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Return the nodes of the body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Turn every failure of the tokenizers library into one sentence.
+
+    A panic in its Rust code (a catastrophic regular expression, for instance) arrives as an
+    exception that does not derive from Exception, hence the wide net.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{what}: {reason}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: larger than {_MAX_BYTES} bytes, which no tokenizer needs")
+    return content
+
+
+def _missing_tokenizer(folder: Path) -> str:
+    slow = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    found = [name for name in slow if (folder / name).is_file()]
+    if not found:
+        return f"{folder}: no tokenizer.json; put the model's tokenizer files beside its weights"
+    return (
+        f"{folder}: has {found[0]} but no tokenizer.json, which is what Lathe reads; convert it "
+        'once, where transformers is installed: python -c "from transformers import AutoTokenizer; '
+        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+    )
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that name one token: `*_token`, as text or as {"content": text}."""
+    tokens: dict[str, str] = {}
+    for name, value in settings.items():
+        if not name.endswith("_token"):
+            continue
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _chat_template(
+    files: Mapping[str, bytes], settings: Mapping[str, Any], folder: Path
+) -> str | None:
+    """Return the template of chat_template.jinja, else of tokenizer_config.json, else None."""
+    if "chat_template.jinja" in files:
+        try:
+            return files["chat_template.jinja"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = folder / "chat_template.jinja"
+            raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+    template = settings.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    where = folder / "tokenizer_config.json"
+    try:
+        named = {entry["name"]: entry["template"] for entry in template}
+    except (KeyError, TypeError):
+        named = {}
+    if not named or not all(isinstance(text, str) for text in named.values()):
+        raise UserError(
+            f"{where}: chat_template must be text or a list of {{name, template}} objects"
+        )
+    return next(iter(named.values())) if len(named) == 1 else named.get("default")
+
+
+def _raise_exception(message: str) -> None:
+    """Let a template refuse its messages."""
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """`tojson` without the HTML escapes of jinja2's own, which would reach the model as text."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,198 @@
+"""Files that are either whole or not there, file hashes, and the lock on a run's folder.
+
+A file is written beside its destination, flushed to the disk, and renamed over it; the folder is
+flushed last, because a rename is a change of the folder. A process that is killed at any moment
+leaves the old file or the new one, never a mixture, and at most a temporary file whose name starts
+with `.tmp-`, which `replacing` of the same name does not trip over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import stat
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from files.errors import UserError
+
+TEMPORARY_PREFIX = ".tmp-"
+LOCK_NAME = "run.lock"
+# What flock answers where the file system knows no locks (Lustre mounted without them, some FUSE).
+_NO_LOCKS_HERE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a new binary file that takes the place of `path` when the block ends without an error.
+
+    The permissions of a new file follow the umask; those of a file that is replaced are kept. A
+    symbolic link is followed, so that the file it names is replaced and the link stays. When the
+    block raises, `path` is untouched and nothing is left beside it.
+
+    Raises:
+        UserError: `path` is there and is no regular file (a folder, a device, a pipe).
+        OSError: the file cannot be written (disk full, no permission); its `filename` is `path`.
+    """
+    destination = Path(os.path.realpath(path))
+    temporary = destination.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    mode = _permissions_to_keep(destination)
+    try:
+        # O_EXCL: never write through something that lies there. 0o666 is cut down by the umask.
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "w+b") as file:
+                yield file
+                file.flush()
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(temporary, destination)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(destination.parent)
+    except OSError as error:
+        # A full disk is noticed by a write that knows no file name: say which file it was.
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _permissions_to_keep(destination: Path) -> int | None:
+    """Return the permission bits of the file at `destination`, or None where there is none."""
+    try:
+        mode = destination.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        raise UserError(
+            f"{destination}: is there and is no regular file, so it is not replaced; "
+            "move it away or write to another path"
+        )
+    return stat.S_IMODE(mode)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all, and flush it to the disk.
+
+    Line ends are written as they are. Raises as `replacing` does.
+    """
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, whole or not at all.
+
+    Numbers are written unrounded (Python's shortest text that reads back to the same bits).
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity, which are not JSON.
+        TypeError: `value` holds something that JSON does not know.
+        UserError, OSError: as `replacing`.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def fsync_folder(path: str | Path) -> None:
+    """Flush the folder's list of names to the disk: after it, a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the sha256 of the file's bytes as 64 lower-case hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunLock:
+    """The right to write in a run's folder, held by one process at a time.
+
+    ```python
+    with RunLock(run_folder):
+        ...
+    ```
+
+    The lock is the kernel's (`flock` on `run.lock`), so it ends with the process however that ends,
+    SIGKILL included; the file itself stays and names the last holder. Processes forked inside the
+    block share the lock.
+
+    Raises:
+        UserError: on entering, when another process holds the lock (which one, and where), or the
+            folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        if self._descriptor is not None:
+            raise RuntimeError(f"the lock on {self.folder} is already held by this object")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be written as a run folder ({error.strerror}); "
+                "choose another one with train.output_dir"
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_holder(descriptor)
+            os.close(descriptor)
+            raise UserError(
+                f"{self.folder}: run folder in use by {holder}; wait until it ends, stop it, or "
+                "choose another folder with train.output_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                os.close(descriptor)
+                raise
+            warnings.warn(
+                f"{self.folder}: this file system has no locks ({error.strerror}): "
+                "make sure that no second process writes to this run",
+                stacklevel=2,
+            )
+        os.ftruncate(descriptor, 0)
+        holder = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
+        os.pwrite(descriptor, holder.encode(), 0)
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._descriptor is not None:
+            # Unlocked in so many words: a forked child may still hold a copy of the descriptor.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _read_holder(descriptor: int) -> str:
+    """Return who wrote the lock file; the holder may be in the middle of writing it."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {int(holder['process'])} on host {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,81 @@
+"""JSON that others wrote, read strictly: what the standard parser lets through is refused.
+
+Python's parser takes NaN, keeps the last of two equal keys, and answers deep nesting or a number
+of thousands of digits with exceptions of its own. Here each of these is one sentence about the
+file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from files.errors import UserError
+
+_MAX_BYTES = 64 * 2**20
+
+
+class _Refused(ValueError):
+    """Valid for Python's parser, not for us."""
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Refused(f"key '{twice}' stands twice")
+    return value
+
+
+def _refuse_constant(text: str) -> Any:
+    raise _Refused(f"{text} is no JSON number")
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object that `data` holds.
+
+    Args:
+        data: the bytes of the document, UTF-8.
+        where: the file (or the part of it) that messages name.
+
+    Raises:
+        UserError: not UTF-8, not JSON, not an object, a key that stands twice, NaN or infinity, a
+            number beyond Python's digit limit, or nesting beyond its recursion limit.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_refuse_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; the file is damaged") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply to be read") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must hold a JSON object, holds a {type(value).__name__}")
+    return value
+
+
+def read_json_object(path: Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`, which may hold at most `max_bytes` bytes.
+
+    Raises:
+        UserError: the file is missing or unreadable, too large, or refused by `parse_json_object`.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
+    return parse_json_object(data, str(path))

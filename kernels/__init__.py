@@ -1,0 +1,15 @@
+"""Arithmetic on tensors: what the models and the loss compute, and nothing about what it is for.
+
+Activations are flat: a micro-batch is M token rows, without a batch dimension, and `Segments` says
+where its documents begin. The same rows give the same numbers whether documents are padded, lie
+end to end, or come one at a time; only speed and memory differ.
+
+    segments.py    where documents begin, positions, and the keys that dropout draws from
+    operands.py    what a linear layer, adapted or not, hands to `linears`
+    dropout.py     masks as a pure function of (seed, step, example, position, module, column)
+    reference.py   every operation in plain PyTorch: the ground truth, and the path of the CPU
+    loss.py        the head and its cross-entropy, a chunk of rows at a time
+    dispatch.py    which backend a model gets, decided once when it is built
+
+A model is given an `Operations` by `dispatch.operations` and calls its arithmetic through it.
+"""

@@ -1,0 +1,25 @@
+"""What a linear layer offers to `linears`: its tensors and, where it is adapted, its LoRA factors.
+
+Legend: K input features · N output features · r adapter rank.
+
+A plain linear and an adapted one return the same tuple from `operands()`, so that a model can hand
+all the linears that read one input to one kernel without knowing which of them are adapted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """y = x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ, the last term only where A and B are given."""
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None = None  # (N,)
+    lora_a: Tensor | None = None  # (r, K)
+    lora_b: Tensor | None = None  # (N, r)
+    scale: float = 1.0  # alpha / r, or alpha / √r
+    dropout: float = 0.0  # probability of dropping an element of the adapter's input
+    module: int = 0  # `dropout.module_id` of the layer's name: which masks it draws

@@ -1,0 +1,262 @@
+"""PEFT's adapter files, in and out: `adapter_config.json` and `adapter_model.safetensors`.
+
+Source: peft 0.21 `get_peft_model_state_dict` and `LoraConfig`; what it writes loads here, and what
+is written here loads there and in vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from files.atomic import write_json
+from files.errors import UserError, did_you_mean
+from files.strict_json import read_json_object
+from files.tensors import TensorFile, write_tensors
+from lora.injection import LoraConfig, adapter_config, inject, lora_layers, trained_biases
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# Keys that become `LoraConfig` fields of the same name and meaning.
+_FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
+# Keys that narrow the targets; the tensors in the file say exactly what they left over.
+_SELECTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# Keys that do not change what a trained adapter computes.
+_INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Starting values after which the base model is what it was; others (PiSSA, OLoRA, ...) change it.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write a model's adapter as PEFT's two files, each whole or not at all.
+
+    Args:
+        model: A model with adapters.
+        folder: Made if missing; files of these names are replaced.
+        base_model: Hub id or folder of the base model, for those who load the adapter.
+        revision: The base model's commit.
+
+    Raises:
+        UserError: The model carries no adapter.
+        OSError: The disk is full.
+    """
+    folder = Path(folder)
+    document = _document(model, base_model, revision)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model))
+    write_json(folder / CONFIG_FILE, document)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> LoraConfig:
+    """Inject the adapter in `folder` into a base model and fill it; return its configuration.
+
+    Args:
+        model: The base model, without adapters.
+        folder: What `save_adapter` or PEFT wrote.
+        trainable: Whether the adapter is to be trained on; otherwise the whole model is frozen.
+
+    Raises:
+        UserError: A file is missing or damaged, the configuration asks for what is not supported,
+            or the adapter does not fit the model: all missing, unexpected and misshapen tensors are
+            listed. The model may hold a part of the adapter then: load it anew.
+    """
+    folder = Path(folder)
+    document = read_adapter_config(folder)
+    with TensorFile(folder / WEIGHTS_FILE) as file:
+        tensors = {name: file.read(name) for name in file.names}
+        try:
+            config = _lora_config(document, tensors)
+            inject(model, config)
+            fill_adapter(model, tensors)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+    if not trainable:
+        model.requires_grad_(False)
+    return config
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """Return the `adapter_config.json` of an adapter's folder, which must hold its weights as well.
+
+    Raises:
+        UserError: The folder or one of the two files is missing, or the JSON is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"{folder}: no such folder{did_you_mean(folder.name, names)}")
+    if not (folder / CONFIG_FILE).exists():
+        kind = "a model, not an adapter" if (folder / "config.json").exists() else "no adapter"
+        raise UserError(
+            f"{folder}: holds {kind}: there is no {CONFIG_FILE}; give the folder "
+            "that PEFT or a run wrote"
+        )
+    if not (folder / WEIGHTS_FILE).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise UserError(
+            f"{folder}: there is no {WEIGHTS_FILE}"
+            + (
+                "; adapter_model.bin is pickle, which can run code and is never read: load and "
+                "save the adapter once with a current PEFT"
+                if pickled
+                else "; complete the download"
+            )
+        )
+    return read_json_object(folder / CONFIG_FILE)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's tensors under PEFT's names: live, without gradient history.
+
+    They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight` and, under a bias mode,
+    `<module>.base_layer.bias` for adapted and `<module>.bias` for other modules.
+
+    Raises:
+        UserError: The model carries no adapter.
+    """
+    layers = lora_layers(model)
+    biases = trained_biases(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+    for name, bias in biases.items():
+        module = name.removesuffix("bias").removesuffix(".")
+        kept_in = f"{module}.base_layer" if module in layers else module
+        tensors[f"{_PREFIX}{kept_in}.bias" if kept_in else f"{_PREFIX}bias"] = bias.detach()
+    return tensors
+
+
+@torch.no_grad()
+def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors with PEFT's names into a model's adapter, each converted to its place's dtype.
+
+    Raises:
+        UserError: Names or shapes are not the adapter's; all that differ are listed, and nothing
+            has been copied.
+    """
+    own = adapter_tensors(model)
+    faults = []
+    if missing := own.keys() - tensors.keys():
+        faults.append(f"missing are {_listed(missing)}")
+    if unexpected := tensors.keys() - own.keys():
+        faults.append(f"unexpected are {_listed(unexpected)}")
+    for name in sorted(own.keys() & tensors.keys()):
+        given, place = tensors[name], own[name]
+        if given.shape != place.shape:
+            faults.append(f"{name} is {list(given.shape)}, not {list(place.shape)}")
+        elif not given.is_floating_point():
+            faults.append(f"{name} holds {given.dtype}, not floating-point numbers")
+    if faults:
+        raise UserError(
+            f"the adapter's tensors do not fit {type(model).__name__}: {'; '.join(faults)}"
+        )
+    for name, place in own.items():
+        place.copy_(tensors[name])
+
+
+def _document(model: nn.Module, base_model: str | None, revision: str | None) -> dict[str, Any]:
+    """Return the content of adapter_config.json."""
+    config = adapter_config(model)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": _shortest_targets(model),
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "modules_to_save": None,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+        "lora_bias": False,
+    }
+
+
+def _shortest_targets(model: nn.Module) -> list[str]:
+    """Return the last parts of the adapted names where they mean no other module, else full names.
+
+    Lists of last parts are what every reader of the format understands.
+    """
+    adapted = set(lora_layers(model))
+    suffixes = {name.rpartition(".")[2] for name in adapted}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes if meant == adapted else adapted)
+
+
+def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraConfig:
+    """Return the configuration that adapter_config.json means, refusing what it cannot express."""
+    kind = document.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{CONFIG_FILE}: peft_type is {kind!r}, but only 'LORA' is supported")
+    known = {*_FIELDS, *_SELECTIONS, *_INERT, "init_lora_weights"}
+    unsupported = [key for key, value in document.items() if key not in known and value]
+    start = document.get("init_lora_weights", True)
+    if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        listed = ", ".join(f"{key}={document[key]!r}" for key in sorted(unsupported))
+        raise UserError(
+            f"{CONFIG_FILE}: {listed} is not supported; merge the adapter into its base with PEFT "
+            "and start from the merged model"
+        )
+    values = {key: document[key] for key in _FIELDS if document.get(key) is not None}
+    if any(document.get(key) for key in _SELECTIONS):
+        values["target_modules"] = _adapted_names(tensors)
+    if "target_modules" not in values:
+        raise UserError(f"{CONFIG_FILE}: target_modules is missing, so what it adapts is unknown")
+    try:
+        return LoraConfig(**values)
+    except UserError as error:
+        raise UserError(f"{CONFIG_FILE}: {error}") from None
+
+
+def _adapted_names(tensors: Iterable[str]) -> Sequence[str]:
+    """Return the modules that have an A factor among the tensors."""
+    ending = ".lora_A.weight"
+    return [
+        name.removeprefix(_PREFIX).removesuffix(ending)
+        for name in tensors
+        if name.startswith(_PREFIX) and name.endswith(ending)
+    ]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,340 @@
+"""Which linear layers get an adapter, the adapter's starting value, and what is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from files.errors import UserError, did_you_mean
+from lora.linear import LoraLinear
+
+ALL_LINEAR = "all-linear"
+BIAS_MODES = ("none", "lora_only", "all")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What the adapters are; the names and meanings are PEFT's.
+
+    Attributes:
+        r: Rank.
+        lora_alpha: The update counts lora_alpha / r.
+        lora_dropout: Probability of dropping an element of an adapter's input, in [0, 1).
+        target_modules: `all-linear` (every linear layer but the output head), another string: a
+            regular expression that must match a module's full name, or names, each of which stands
+            for every module that is called so or ends in `.` and it.
+        use_rslora: Scale by lora_alpha / √r instead.
+        bias: Biases trained beside the adapters: `none`, `lora_only` (those of adapted layers),
+            `all`.
+        rank_pattern: Other ranks, by regular expression for the end of a module's name.
+        alpha_pattern: Other alphas, likewise.
+
+    Raises:
+        UserError: A value is out of its range; the message names the key.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    use_rslora: bool = False
+    bias: str = "none"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(_is_rank(self.r), "r", self.r, "a whole number from 1 on")
+        _require(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a number above 0")
+        _require(
+            _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+            "lora_dropout",
+            self.lora_dropout,
+            "a number from 0 up to, but not including, 1",
+        )
+        _require(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "true or false")
+        if self.bias not in BIAS_MODES:
+            raise UserError(
+                f"lora.bias: {self.bias!r} must be one of {', '.join(BIAS_MODES)}"
+                f"{did_you_mean(str(self.bias), BIAS_MODES)}"
+            )
+        for key, patterns, fits, rule in (
+            ("rank_pattern", self.rank_pattern, _is_rank, "a whole number from 1 on"),
+            ("alpha_pattern", self.alpha_pattern, _is_alpha, "a number above 0"),
+        ):
+            _require(isinstance(patterns, Mapping), key, patterns, "patterns with a number each")
+            for pattern, value in patterns.items():
+                _require(fits(value), f"{key}.{pattern}", value, rule)
+                _compiled(pattern, key)
+        targets = self.target_modules
+        if isinstance(targets, str):
+            if targets != ALL_LINEAR:
+                _compiled(targets, "target_modules")
+            return
+        _require(
+            isinstance(targets, Sequence)
+            and len(targets) > 0
+            and all(isinstance(target, str) and target for target in targets),
+            "target_modules",
+            targets,
+            f"'{ALL_LINEAR}', a regular expression, or at least one module name",
+        )
+        object.__setattr__(self, "target_modules", tuple(targets))
+
+    def rank(self, name: str) -> int:
+        """Return the rank of the adapter of the module called `name`."""
+        return _matching(self.rank_pattern, name, self.r)
+
+    def scale(self, name: str) -> float:
+        """Return what the low-rank product of the module called `name` is multiplied by."""
+        alpha, r = _matching(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many numbers a model has.
+
+    Attributes:
+        trainable: Those that are trained.
+        total: All of them, adapters included.
+        base: All of them without the adapters.
+    """
+
+    trainable: int
+    total: int
+    base: int
+
+    @property
+    def percent_of_total(self) -> float:
+        """The trainable share of all parameters, in percent: what PEFT prints."""
+        return 100.0 * self.trainable / self.total
+
+    @property
+    def percent_of_base(self) -> float:
+        """The trainable parameters over the base model's, in percent."""
+        return 100.0 * self.trainable / self.base
+
+
+def inject(
+    model: nn.Module, config: LoraConfig, *, seed: int = 42, freeze: bool = True
+) -> list[str]:
+    """Put an adapter beside every targeted linear layer of `model`, in place.
+
+    A is drawn from U(±1/√K) and B is zero, so the model computes what it did. Each A is a pure
+    function of (seed, its name). On the meta device nothing is drawn and no memory is used.
+
+    Args:
+        model: Any module; what replaces its linear layers keeps the parameters' names.
+        config: Ranks, scale, targets, biases.
+        seed: Of the draws.
+        freeze: Whether all but the adapters, and the biases that `config.bias` names, stop being
+            trained. Biases that are trained become fp32.
+
+    Returns:
+        The names of the adapted modules, in the model's order.
+
+    Raises:
+        UserError: The model has adapters already, or a target matches no linear layer or the head.
+    """
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} carries an adapter already; merge it first, or load the model "
+            "anew"
+        )
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    names = _targeted(model, linears, config.target_modules)
+    if freeze:
+        model.requires_grad_(False)
+    for name in names:
+        layer = LoraLinear(
+            linears[name],
+            name=name,
+            r=config.rank(name),
+            scale=config.scale(name),
+            dropout=config.lora_dropout,
+        )
+        _draw(layer.lora_A, seed, name)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    if freeze:
+        _unfreeze_biases(model, names, config.bias)
+    model.lora_config = config  # pyright: ignore[reportArgumentType]  # typed for tensors alone
+    return names
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Return the adapted layers of a model by name, in the model's order."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
+
+
+def adapter_config(model: nn.Module) -> LoraConfig:
+    """Return the configuration that the model's adapters were injected with.
+
+    Raises:
+        UserError: The model has none.
+    """
+    config = getattr(model, "lora_config", None)
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{type(model).__name__} carries no adapter; inject or load one first")
+    return config
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's parameters, tied ones once; it may be on the meta device."""
+    parameters = list(model.parameters())
+    adapters = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    total = _elements(parameters)
+    return ParameterCount(
+        trainable=_elements(parameter for parameter in parameters if parameter.requires_grad),
+        total=total,
+        base=total - _elements(adapters),
+    )
+
+
+def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return, by parameter name, the biases that belong to the adapter under its bias mode."""
+    mode = adapter_config(model).bias
+    if mode == "all":
+        return {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[2] == "bias"
+        }
+    if mode == "none":
+        return {}
+    return {
+        f"{name}.bias": layer.bias
+        for name, layer in lora_layers(model).items()
+        if layer.bias is not None
+    }
+
+
+def _targeted(
+    model: nn.Module, linears: Mapping[str, nn.Linear], targets: str | Sequence[str]
+) -> list[str]:
+    """Return the names of the linear layers that `targets` mean; each target must mean one."""
+    owner = type(model).__name__
+    heads = {name for name in linears if _is_head(model, name, linears[name])}
+    if targets == ALL_LINEAR:
+        names = [name for name in linears if name not in heads]
+        if not names:
+            raise UserError(f"lora.target_modules: '{ALL_LINEAR}' matched no Linear in {owner}")
+        return names
+    if isinstance(targets, str):
+        names = [name for name in linears if re.fullmatch(targets, name)]
+        if not names:
+            raise UserError(
+                f"lora.target_modules: the regular expression '{targets}' matched no Linear in "
+                f"{owner}; it must match a full module name such as '{next(iter(linears), '')}' (a "
+                f"list of names matches by their last parts){_near(targets, linears)}"
+            )
+    else:
+        names = [name for name in linears if any(_is_called(name, target) for target in targets)]
+        unmatched = [
+            target for target in targets if not any(_is_called(name, target) for name in names)
+        ]
+        if unmatched:
+            listed = ", ".join(f"'{target}'" for target in unmatched)
+            raise UserError(
+                f"lora.target_modules: {listed} matched no Linear in {owner}"
+                f"{_near(unmatched[0], linears)}"
+            )
+    refused = [name for name in names if name in heads and hasattr(model, "head_weight")]
+    if refused:
+        raise UserError(
+            f"lora.target_modules: '{refused[0]}' is the output head of {owner}, whose weight the "
+            f"loss reads directly, so it takes no adapter; leave it out or use '{ALL_LINEAR}'"
+        )
+    return names
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _near(target: str, linears: Iterable[str]) -> str:
+    return did_you_mean(target, sorted({name.rpartition(".")[2] for name in linears}))
+
+
+def _is_head(model: nn.Module, name: str, linear: nn.Linear) -> bool:
+    """Return whether a linear layer is the output embedding, by what the model says or its name."""
+    head_weight = getattr(model, "head_weight", None)
+    if callable(head_weight):
+        return head_weight() is linear.weight
+    return _is_called(name, "lm_head")
+
+
+@torch.no_grad()
+def _draw(factor: Tensor, seed: int, name: str) -> None:
+    """Fill an A factor (r, K) with U(±1/√K), drawn in fp32 on the host whatever its device.
+
+    Source: PEFT's `kaiming_uniform_(a=√5)`, whose bound √(6 / ((1 + 5)·K)) is 1/√K.
+    """
+    if factor.is_meta:
+        return
+    key = hashlib.sha256(f"{seed}/{name}.lora_A".encode()).digest()[:7]
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    bound = 1.0 / math.sqrt(factor.shape[1])
+    factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _unfreeze_biases(model: nn.Module, names: Sequence[str], mode: str) -> None:
+    """Let the biases of `mode` be trained, as fp32 masters."""
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and (mode == "all" or (mode == "lora_only" and module in names)):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+
+
+def _elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _matching(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of a module's name.
+
+    Source: peft 0.21 `get_pattern_key`.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _compiled(pattern: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"lora.{key}: '{pattern}' is no regular expression ({error}); mend it, or give a list "
+            "of module names"
+        ) from None
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise UserError(f"lora.{key}: {value!r} must be {rule}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and value > 0

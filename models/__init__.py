@@ -1,0 +1,33 @@
+"""Decoder networks in plain PyTorch and their weights.
+
+    config.py      config.json → `DecoderConfig`
+    configs/       the configurations of well-known models, for planning offline
+    rotary.py      tables of cosines and sines, for each way of scaling them
+    layers.py      what all families share, down to `CausalLM`
+    llama.py  qwen2.py  starcoder2.py      what one family does differently
+    families.py    from a configuration to its network
+    weights.py     checkpoint ↔ network, by name
+
+`load_model` gives a network with its weights, `build` one without.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.families import build
+    from models.weights import load_model
+
+__all__ = ["build", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `models.config` alone, for planning, does not import torch."""
+    if name == "build":
+        from models.families import build
+
+        return build
+    if name == "load_model":
+        from models.weights import load_model
+
+        return load_model
+    raise AttributeError(f"module 'models' has no attribute {name!r}")

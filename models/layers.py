@@ -1,0 +1,344 @@
+"""The parts of a decoder that all families share; a family's file says only what differs.
+
+Legend: M token rows · H hidden size · I intermediate size · d head size · V vocabulary
+        heads query heads · kv key/value heads · N rows seen by a cache, the new M included
+
+Parameter names are the checkpoint's, so there is no converter. Modules hold weights and sizes; the
+arithmetic is that of the `Operations` they are given. Dropout happens where the segments carry row
+keys, and nowhere else: train() and eval() play no part.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from files.errors import UserError, did_you_mean
+from kernels.dispatch import Operations
+from kernels.dispatch import operations as choose_operations
+from kernels.dropout import dropout, module_id
+from kernels.operands import Operands
+from kernels.segments import Segments
+from models.config import DecoderConfig
+from models.rotary import rotary_tables
+
+# `flash_attention_2` is what the old stack's configurations say; the fused kernel is sdpa's.
+ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "flash_attention_2": "sdpa", "eager": "eager"}
+
+
+class Linear(nn.Linear):
+    """A linear layer that offers its tensors to `Operations.linears`."""
+
+    def operands(self) -> Operands:
+        """Return weight and bias; an adapted layer returns its factors as well."""
+        return Operands(self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight: (M, H) → (M, H)."""
+
+    def __init__(self, size: int, eps: float, operations: Operations):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.operations = operations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each row."""
+        return self.operations.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight and bias: (M, H) → (M, H)."""
+
+    def __init__(self, size: int, eps: float, operations: Operations):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+        self.operations = operations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each row."""
+        return self.operations.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Dropout(nn.Module):
+    """A place where elements are dropped; its name keys the masks it draws."""
+
+    def __init__(self, name: str, p: float):
+        super().__init__()
+        self.id = module_id(name)
+        self.p = p
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        """Drop elements of (M, width), where this pass drops at all."""
+        return dropout(x, segments, self.id, self.p)
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Set the probability of every dropout that the architecture has (adapters keep their own)."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = p
+
+
+class KeyValueCache:
+    """The keys and values of one document's past, for generation.
+
+    Keys are stored rotated. Under `dynamic` rotary scaling they keep the frequencies of the length
+    that the document had when they came in, as in every implementation with a cache.
+
+    Args:
+        capacity: tokens that the document may reach, prompt included; room for all of them is
+            taken when the first ones come in.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0  # tokens held; advanced once a forward pass, after the last layer
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new rows of a layer, (M, kv, d) each, and return all N of them.
+
+        Raises:
+            ValueError: the document would exceed `capacity`.
+        """
+        stop = self.length + len(k)
+        if stop > self.capacity:
+            raise ValueError(f"{stop} tokens exceed the cache's capacity of {self.capacity}")
+        if layer not in self._layers:
+            room = (self.capacity, *k.shape[1:])
+            self._layers[layer] = k.new_empty(room), v.new_empty(room)
+        keys, values = self._layers[layer]
+        keys[self.length : stop] = k
+        values[self.length : stop] = v
+        return keys[:stop], values[:stop]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, causal inside each document.
+
+    `attention_dropout` is keyed by its own name, so that it never shares a mask with an adapter.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: int,
+        operations: Operations,
+        implementation: str,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+    ):
+        super().__init__()
+        hidden, d = config.hidden_size, config.head_dim
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(hidden, heads * d, bias=qkv_bias)
+        self.k_proj = Linear(hidden, kv * d, bias=qkv_bias)
+        self.v_proj = Linear(hidden, kv * d, bias=qkv_bias)
+        self.o_proj = Linear(heads * d, hidden, bias=output_bias)
+        name = f"model.layers.{layer}.self_attn.attention_dropout"
+        self.attention_dropout = Dropout(name, config.attention_dropout)
+        self.layer = layer
+        self.head_dim = d
+        self.window = config.window(layer)
+        self.operations = operations
+        self.implementation = implementation
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        segments: Segments,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Return the attended rows, (M, H) → (M, H); `tables` are cos and sin, (M, d) each."""
+        run = self.operations
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim))
+            for y in run.linears(x, [p.operands() for p in projections], segments)
+        )
+        q, k = run.rotary(q, k, *tables)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        attended = run.attention(
+            q,
+            k,
+            v,
+            segments,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            dropout=self.attention_dropout.p,
+            module=self.attention_dropout.id,
+            implementation=self.implementation,
+            cache_length=0 if cache is None else cache.length,
+        )
+        return run.linears(attended, [self.o_proj.operands()], segments)[0]
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) · up(x)): the MLP of Llama and Qwen2, (M, H) → (M, I) → (M, H)."""
+
+    def __init__(self, config: DecoderConfig, operations: Operations, *, bias: bool):
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(hidden, intermediate, bias=bias)
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
+        self.operations = operations
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        """Transform each row."""
+        run = self.operations
+        pair = [self.gate_proj.operands(), self.up_proj.operands()]
+        gate, up = run.linears(x, pair, segments)
+        return run.linears(run.swiglu(gate, up), [self.down_proj.operands()], segments)[0]
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); StarCoder2 drops elements of either sum."""
+
+    def __init__(
+        self,
+        self_attn: Attention,
+        mlp: nn.Module,
+        input_layernorm: nn.Module,
+        post_attention_layernorm: nn.Module,
+        residual_dropouts: tuple[Dropout, Dropout] | None = None,
+    ):
+        super().__init__()
+        self.self_attn = self_attn
+        self.mlp = mlp
+        self.input_layernorm = input_layernorm
+        self.post_attention_layernorm = post_attention_layernorm
+        self.attention_residual, self.mlp_residual = residual_dropouts or (None, None)
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        segments: Segments,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Return the residual stream after this layer, (M, H) → (M, H)."""
+        change = self.self_attn(self.input_layernorm(x), tables, segments, cache)
+        if self.attention_residual is not None:
+            change = self.attention_residual(change, segments)
+        x = x + change
+        change = self.mlp(self.post_attention_layernorm(x), segments)
+        if self.mlp_residual is not None:
+            change = self.mlp_residual(change, segments)
+        return x + change
+
+
+class Decoder(nn.Module):
+    """Holds what the checkpoint calls `model`: embeddings, layers and the final norm."""
+
+    def __init__(self, embed_tokens: nn.Embedding, layers: nn.ModuleList, norm: nn.Module):
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers = layers
+        self.norm = norm
+
+
+class CausalLM(nn.Module, ABC):
+    """A decoder and its head; a family fills in its norm and its layer.
+
+    `gradient_checkpointing` keeps only each layer's input and computes the layer again in the
+    backward pass. Draws have no state, so the second pass draws the same and gradients are equal
+    bit for bit.
+
+    Args:
+        config: the architecture.
+        operations: the arithmetic, from `kernels.dispatch.operations`; None takes `auto`'s.
+        attention: `auto`, `sdpa` or `eager`.
+
+    Raises:
+        UserError: `attention` is none of these.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        operations: Operations | None = None,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        if attention not in ATTENTION:
+            raise UserError(
+                f"model.attention is '{attention}', but must be one of {', '.join(ATTENTION)}"
+                f"{did_you_mean(attention, ATTENTION)}"
+            )
+        self.config = config
+        self.operations = operations or choose_operations()
+        self.attention_implementation = ATTENTION[attention]
+        self.gradient_checkpointing = False
+        self.model = Decoder(
+            nn.Embedding(config.vocab_size, config.hidden_size),
+            nn.ModuleList(map(self.layer, range(config.num_hidden_layers))),
+            self.norm(),
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @abstractmethod
+    def norm(self) -> nn.Module:
+        """Make one of the family's norms, (M, H) → (M, H)."""
+
+    @abstractmethod
+    def layer(self, index: int) -> DecoderLayer:
+        """Make the family's decoder layer number `index`."""
+
+    def embed(self, input_ids: Tensor, segments: Segments) -> Tensor:
+        """Return the embeddings of the tokens, (M,) → (M, H)."""
+        return self.model.embed_tokens(input_ids)
+
+    def hidden_states(
+        self, input_ids: Tensor, segments: Segments, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Return what the head reads.
+
+        Args:
+            input_ids: (M,) int64 tokens.
+            segments: the documents of the M rows; behind a cache, one document whose `offset` is
+                the cache's length.
+            cache: the document's past, to which these rows are added.
+
+        Returns:
+            (M, H) hidden states after the final norm.
+        """
+        x = self.embed(input_ids, segments)
+        offset = 0 if cache is None else cache.length
+        tables = rotary_tables(self.config, segments, offset, x.dtype)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.model.layers:
+            if recompute:
+                x = checkpoint(
+                    layer, x, tables, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = layer(x, tables, segments, cache)
+        if cache is not None:
+            cache.length += len(input_ids)
+        return self.model.norm(x)
+
+    def head_weight(self) -> Tensor:
+        """Return the head's weight, (V, H): the embeddings where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return logits without dropout: (B, T) int64 rows of T tokens → (B, T, V)."""
+        count, length = input_ids.shape
+        segments = Segments.build([length] * count, device=input_ids.device)
+        x = self.hidden_states(input_ids.flatten(), segments)
+        return F.linear(x, self.head_weight()).unflatten(0, (count, length))

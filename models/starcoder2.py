@@ -1,0 +1,76 @@
+"""StarCoder2: LayerNorm, a plain MLP with tanh-GELU, biases, a window, and three dropouts.
+
+Legend: see `models.layers`. The published configurations ship dropout 0.1 for attention, residual
+and embedding; it is active in training, with adapters too.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.dispatch import Operations
+from kernels.segments import Segments
+from models.config import DecoderConfig
+from models.layers import Attention, CausalLM, DecoderLayer, Dropout, LayerNorm, Linear
+
+
+class MLP(nn.Module):
+    """c_proj(gelu(c_fc(x))): (M, H) → (M, I) → (M, H)."""
+
+    def __init__(self, config: DecoderConfig, operations: Operations):
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.c_fc = Linear(hidden, intermediate, bias=config.use_bias)
+        self.c_proj = Linear(intermediate, hidden, bias=config.use_bias)
+        self.operations = operations
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        """Transform each row."""
+        run = self.operations
+        (widened,) = run.linears(x, [self.c_fc.operands()], segments)
+        return run.linears(run.gelu_tanh(widened), [self.c_proj.operands()], segments)[0]
+
+
+class Starcoder2(CausalLM):
+    """A StarCoder2 decoder with its head."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        operations: Operations | None = None,
+        attention: str = "auto",
+    ):
+        super().__init__(config, operations=operations, attention=attention)
+        self.embedding_dropout = Dropout("model.embedding_dropout", config.embedding_dropout)
+
+    def norm(self) -> nn.Module:
+        """Make a layer norm."""
+        return LayerNorm(self.config.hidden_size, self.config.norm_epsilon, self.operations)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Make decoder layer number `index`."""
+        config, operations = self.config, self.operations
+        name, p = f"model.layers.{index}", config.residual_dropout
+        attention = Attention(
+            config,
+            index,
+            operations,
+            self.attention_implementation,
+            qkv_bias=config.use_bias,
+            output_bias=config.use_bias,
+        )
+        return DecoderLayer(
+            attention,
+            MLP(config, operations),
+            self.norm(),
+            self.norm(),
+            residual_dropouts=(
+                Dropout(f"{name}.self_attn.residual_dropout", p),
+                Dropout(f"{name}.mlp.residual_dropout", p),
+            ),
+        )
+
+    def embed(self, input_ids: Tensor, segments: Segments) -> Tensor:
+        """Return the embeddings of the tokens with elements dropped, (M,) → (M, H)."""
+        return self.embedding_dropout(super().embed(input_ids, segments), segments)
