@@ -1,0 +1,231 @@
+"""A file is whole or not there; a run's folder has one writer."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from files import atomic
+from files.atomic import RunLock, replacing, sha256_file, write_json, write_text
+from files.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_text_and_json_are_written_as_they_are(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "é\r\nb\n")
+    assert (tmp_path / "a.txt").read_bytes() == "é\r\nb\n".encode()
+    value = {"loss": 0.1 + 0.2, "steps": [1, 2], "none": None, "text": "é"}
+    write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text()) == value
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.txt"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_json_cannot_say_is_refused_and_the_old_file_stays(
+    tmp_path: Path, number: float
+) -> None:
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": number})
+    assert json.loads((tmp_path / "a.json").read_text()) == 1
+
+
+@pytest.mark.usefixtures("umask")
+def test_permissions_follow_the_umask_or_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "new")
+    assert mode_of(path) == 0o640
+    path.chmod(0o604)
+    write_text(path, "newer")
+    assert mode_of(path) == 0o604
+
+
+def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_the_new_content_is_on_the_disk_before_the_rename_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def note(name: str):
+        function = getattr(os, name)
+
+        def noted(*arguments):
+            what = name
+            if name == "fsync":
+                is_folder = stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+                what = "fsync folder" if is_folder else f"fsync {os.fstat(arguments[0]).st_size}"
+            events.append(what)
+            return function(*arguments)
+
+        return noted
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(atomic.os, name, note(name))
+    write_text(tmp_path / "a", "12345")
+    assert events == ["fsync 5", "replace", "fsync folder"]
+
+
+def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match="no regular file"):
+            write_text(tmp_path / name, "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> None:
+    # A limit on file sizes stands for a full disk: the same write fails, without a mount.
+    path = tmp_path / "a.bin"
+    write_text(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as failure:
+            write_text(path, "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert failure.value.errno == errno.EFBIG
+    assert failure.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_killed_at_any_write_the_file_is_the_old_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    for event in ("write", "fsync", "replace", "fsync folder"):
+        path.write_bytes(b"old")
+        child = multiprocessing.get_context("fork").Process(
+            target=write_and_die, args=(path, event)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert path.read_bytes() == (b"new" if event == "fsync folder" else b"old")
+
+
+def write_and_die(path: Path, event: str) -> None:
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if event == "fsync":
+        os.fsync = die
+    if event == "replace":
+        os.replace = die
+    if event == "fsync folder":
+        atomic.fsync_folder = die
+    with replacing(path) as file:
+        file.write(b"new")
+        if event == "write":
+            die()
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    # FIPS 180-4's own example.
+    assert sha256_file(tmp_path / "a") == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+HOLDER = """
+import sys, time
+from files.atomic import RunLock
+with RunLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as refusal, RunLock(tmp_path / "run"):
+            pass
+        assert f"in use by process {holder.pid} on host {socket.gethostname()}" in str(
+            refusal.value
+        )
+    finally:
+        holder.kill()  # SIGKILL: no exit handler runs
+        holder.communicate()
+    with RunLock(tmp_path / "run"):
+        pass
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), RunLock(tmp_path):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), RunLock(tmp_path):
+            pass
+        raise KeyError
+    with RunLock(tmp_path):
+        pass
+
+
+def test_without_locks_in_the_file_system_the_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="no locks"), RunLock(tmp_path):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"choose another one with train\.output_dir"),
+        RunLock(tmp_path / "file"),
+    ):
+        pass

@@ -1,0 +1,172 @@
+"""Dropout masks: the documented rule, bit for bit, and the statistics of what it draws.
+
+A count of n independent bits of probability q has standard deviation √(n·q·(1-q)). Bounds below
+are 5 of them: a right rule fails one such comparison in 1.7 million, and since the draws are fixed,
+it either always passes or never.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.dropout import (
+    attention_keep_mask,
+    dropout,
+    fold,
+    keep_mask,
+    mix,
+    mix_words,
+    module_id,
+    signed,
+)
+from kernels.segments import Segments
+
+MODULE = module_id("model.layers.0.self_attn.q_proj")
+DEVIATIONS = 5
+
+
+def segments_of(length: int, step: int = 1) -> Segments:
+    return Segments.build([length], device="cpu", examples=[3], draw=(42, step))
+
+
+def rows_of(length: int, step: int = 1) -> torch.Tensor:
+    rows = segments_of(length, step).dropout_rows
+    assert rows is not None
+    return rows
+
+
+def numpy_mix(words: np.ndarray) -> np.ndarray:
+    """lowbias32 on unsigned words, written down a second time."""
+    words = words.astype(np.uint32)
+    words ^= words >> np.uint32(16)
+    words *= np.uint32(0x7FEB352D)
+    words ^= words >> np.uint32(15)
+    words *= np.uint32(0x846CA68B)
+    return words ^ (words >> np.uint32(16))
+
+
+def numpy_keep_mask(rows: np.ndarray, module: int, width: int, p: float) -> np.ndarray:
+    columns = numpy_mix(numpy_mix(np.array([module]))[0] ^ np.arange(width, dtype=np.uint32))
+    words = rows.view(np.uint32)[:, None] ^ columns[None, :]
+    mixed = numpy_mix(words)
+    before_last_shift = mixed ^ (mixed >> np.uint32(16))
+    limit = min(round((1 - p) * 2**32) - 2**31, 2**31 - 1)
+    return before_last_shift.view(np.int32) < limit
+
+
+def test_the_rule_against_a_second_implementation():
+    rows = rows_of(33)
+    for p in (0.05, 0.5, 0.9):
+        expected = numpy_keep_mask(rows.numpy(), MODULE, 1027, p)
+        assert np.array_equal(keep_mask(rows, MODULE, 1027, p).numpy(), expected)
+
+
+def test_host_and_tensor_mix_agree():
+    words = [0, 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 0xDEADBEEF]
+    tensor = torch.tensor([signed(word) for word in words], dtype=torch.int32)
+    assert mix_words(tensor).tolist() == [signed(mix(word)) for word in words]
+    assert [mix(word) for word in words] == numpy_mix(np.array(words, np.uint32)).tolist()
+    assert tensor.tolist() == [signed(word) for word in words]  # the argument is left alone
+
+
+def test_golden_values():
+    """Literal values: a change of the rule would silently change every run that is resumed."""
+    assert module_id("model.layers.0.self_attn.q_proj") == 1587746156
+    assert module_id("") == 1120186595
+    assert [mix(0), mix(1), mix(2**32 - 1)] == [0, 1753845952, 1734902346]
+    assert [fold(0, 42), fold(7, 2**32 + 3)] == [1612446537, 1757975217]
+    segments = Segments.build([2, 1], device="cpu", examples=[7, 123456789], draw=(42, 5))
+    assert segments.dropout_rows is not None
+    rows = segments.dropout_rows
+    assert keep_mask(rows, MODULE, 16, 0.5).int().tolist() == [
+        [0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0],
+        [1, 0, 1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 1],
+        [0, 0, 1, 0, 1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0],
+    ]
+    attention = module_id("model.layers.0.self_attn.attention_dropout")
+    assert attention_keep_mask(rows[None, :2], attention, 2, 4, 0.5).int().tolist() == [
+        [[[1, 0, 1, 0], [1, 0, 0, 1]], [[0, 1, 1, 0], [1, 1, 1, 1]]]
+    ]
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5, 0.9])
+def test_keep_rate_of_the_whole_and_of_each_row_and_column(p):
+    mask = keep_mask(rows_of(512), MODULE, 512, p).double()
+    n, deviation = 512, math.sqrt(512 * p * (1 - p))
+    assert abs(mask.sum() - n * n * (1 - p)) < DEVIATIONS * math.sqrt(n) * deviation
+    for axis in (0, 1):
+        worst = (mask.sum(axis) - n * (1 - p)).abs().max()
+        assert worst < DEVIATIONS * deviation
+        # The sums themselves must scatter as a binomial's do: not more evenly, not less.
+        ratio = mask.sum(axis).var() / (n * p * (1 - p))
+        assert abs(ratio - 1) < DEVIATIONS * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: keep_mask(rows_of(512), module_id("another"), 512, 0.5), id="module"),
+        pytest.param(lambda: keep_mask(rows_of(512, step=2), MODULE, 512, 0.5), id="step"),
+        pytest.param(lambda: keep_mask(rows_of(513)[1:], MODULE, 512, 0.5), id="next row"),
+        pytest.param(lambda: keep_mask(rows_of(512), MODULE, 513, 0.5)[:, 1:], id="next column"),
+    ],
+)
+def test_masks_that_differ_in_one_part_of_the_key_are_independent(other):
+    n = 512 * 512
+    equal = (keep_mask(rows_of(512), MODULE, 512, 0.5) == other()).sum().item()
+    assert abs(equal - n / 2) < DEVIATIONS * math.sqrt(n / 4)
+
+
+def test_heads_and_keys_of_attention_are_independent():
+    mask = attention_keep_mask(rows_of(256)[None], MODULE, 3, 257, 0.5)[0]
+    n, pairs = 256 * 256, [(mask[0, :, 1:], mask[1, :, 1:]), (mask[1, :, 1:], mask[1, :, :-1])]
+    assert mask.shape == (3, 256, 257)
+    for a, b in pairs:
+        assert abs((a == b).sum().item() - n / 2) < DEVIATIONS * math.sqrt(n / 4)
+
+
+def test_blocks_do_not_show():
+    rows = rows_of(300)
+    whole = keep_mask(rows, MODULE, 2000, 0.3)  # 300 · 2000 elements take several blocks
+    parts = [keep_mask(part, MODULE, 2000, 0.3) for part in rows.split(7)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_attention_mask_does_not_depend_on_the_number_of_keys_or_documents():
+    rows = rows_of(8)
+    wide = attention_keep_mask(rows.view(2, 4), MODULE, 2, 9, 0.5)
+    narrow = attention_keep_mask(rows[None, 4:], MODULE, 2, 6, 0.5)
+    assert torch.equal(wide[1, :, :, :6], narrow[0])
+
+
+def test_dropout_scales_what_it_keeps_and_its_gradient_alike():
+    segments = segments_of(64)
+    x = torch.randn(64, 96, requires_grad=True)
+    y = dropout(x, segments, MODULE, 0.25)
+    mask = keep_mask(rows_of(64), MODULE, 96, 0.25)
+    assert torch.allclose(y, x * mask / 0.75, rtol=1e-6, atol=0)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, mask / 0.75, rtol=1e-6, atol=0)
+
+
+def test_nothing_is_dropped_without_a_draw():
+    x = torch.randn(4, 8)
+    assert dropout(x, None, MODULE, 0.5) is x
+    assert dropout(x, Segments.build([4], device="cpu"), MODULE, 0.5) is x
+    assert dropout(x, segments_of(4), MODULE, 0.0) is x
+
+
+def test_no_generator_is_read_or_advanced():
+    before = torch.get_rng_state()
+    dropout(torch.ones(4, 8), segments_of(4), MODULE, 0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_on_a_gpu():
+    rows = rows_of(300)
+    on_gpu = keep_mask(rows.cuda(), MODULE, 2000, 0.3)
+    assert torch.equal(on_gpu.cpu(), keep_mask(rows, MODULE, 2000, 0.3))

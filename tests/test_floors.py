@@ -1,0 +1,91 @@
+"""The floors of the house: which folder may import which, read from the source itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "files": set(),
+    "kernels": {"files"},
+    "lora": {"files", "kernels"},
+    "models": {"files", "kernels"},
+    "data": {"files"},
+    "train": {"files", "kernels", "lora", "models", "data"},
+    "benchmarks": {"files", "kernels", "lora", "models", "data", "train"},
+}
+# A package of others that one place alone may import: prefix of the import → paths that may.
+KEEPERS = {
+    "triton": ("kernels/",),
+    "tensorboard": ("train/metrics.py",),
+    "torch.utils.tensorboard": ("train/metrics.py",),
+    "torch.distributed": ("train/world.py",),
+}
+NEVER_IN_PRODUCT = (
+    "pickle",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+)
+# The benchmarks that set the stack beside us, and nothing else, import it.
+MAY_IMPORT_THE_STACK = ("benchmarks/",)
+
+
+def product_files() -> list[Path]:
+    return sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole path"
+            assert node.module is not None
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("path", product_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stay_on_their_floor(path: Path) -> None:
+    relative = path.relative_to(ROOT).as_posix()
+    floor = relative.split("/")[0]
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top in FLOORS and top != floor:
+            assert top in FLOORS[floor], f"{relative} imports {name}: {floor} may not use {top}"
+        assert top != "tests", f"{relative} imports the tests"
+        for package, keepers in KEEPERS.items():
+            if under(name, package):
+                assert relative.startswith(keepers), (
+                    f"{relative} imports {name}: only {keepers} may"
+                )
+        if top in NEVER_IN_PRODUCT:
+            assert relative.startswith(MAY_IMPORT_THE_STACK), f"{relative} imports {name}"
+
+
+def test_no_pickle_is_ever_read() -> None:
+    for path in product_files():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) != ("torch", "load"), (
+                    f"{path}: torch.load reads pickle"
+                )
+
+
+def test_no_module_is_named_like_a_function_its_package_exports() -> None:
+    for folder in FLOORS:
+        package = ROOT / folder / "__init__.py"
+        exported = {name.rsplit(".", 1)[-1] for name in imports(package) if name.count(".") >= 2}
+        modules = {path.stem for path in (ROOT / folder).glob("*.py")}
+        assert not exported & modules, f"{folder}: {exported & modules}"

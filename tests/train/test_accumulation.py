@@ -1,0 +1,257 @@
+"""The step's batch is the unit of meaning: any cut of it gives one loss and one gradient.
+
+Everything is in fp64: two orders of summation of n terms differ by about n·2⁻⁵³ relative, which is
+below 1e-12 for the few thousand terms here.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RaggedExamples, small_model
+
+from data.batch import MicroBatch, micro_batches
+from lora import LoraConfig, inject
+from models.layers import CausalLM
+from train.optimizers import AdamW
+from train.precision import LossScaler, Precision
+from train.step import StepResult, train_step
+
+CPU = torch.device("cpu")
+LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]
+EXAMPLES = RaggedExamples(LENGTHS)
+CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+BATCHINGS = ["unpadded", "longest", "max_length"]
+
+
+class GradientsOnly(AdamW):
+    """An optimizer that keeps the gradient it is given and touches no weight."""
+
+    def step(self, learning_rate: float) -> None:
+        self.seen = {
+            name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None
+        }
+
+
+def adapted(dropout: float = 0.0, family: str = "starcoder2", **changes: object) -> CausalLM:
+    model = small_model(family, torch.float64, **changes)
+    inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout), seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.double()
+            if name.endswith("lora_B"):  # away from 0, or A has no gradient
+                parameter.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def cut(
+    size: int, batching: str = "unpadded", indices: Sequence[int] = range(8)
+) -> list[MicroBatch]:
+    return micro_batches(
+        EXAMPLES,  # type: ignore[arg-type]
+        list(indices),
+        micro_batch_size=size,
+        micro_batch_tokens=None,
+        batching=batching,
+        max_length=48,
+        pad_id=0,
+    )
+
+
+def one_step(
+    model: CausalLM,
+    batch: list[MicroBatch],
+    max_grad_norm: float = 0.0,
+    scaler: LossScaler | None = None,
+) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = GradientsOnly(trained)
+    result = train_step(
+        model,
+        optimizer,
+        batch,
+        learning_rate=1e-3,
+        max_grad_norm=max_grad_norm,
+        precision=Precision("fp32", CPU),
+        scaler=scaler,
+        device=CPU,
+        draw=(42, 7),
+    )
+    return result, optimizer.seen
+
+
+def assert_same(one: tuple, other: tuple, tolerance: float = 1e-12) -> None:
+    (result, gradients), (other_result, other_gradients) = one, other
+    assert result.loss == pytest.approx(other_result.loss, rel=tolerance)
+    assert result.grad_norm == pytest.approx(other_result.grad_norm, rel=tolerance)
+    assert result.targets == other_result.targets
+    assert gradients.keys() == other_gradients.keys()
+    for name, gradient in gradients.items():
+        difference = (gradient - other_gradients[name]).norm() / gradient.norm()
+        assert difference <= tolerance, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize(("size", "windows"), CUTS)
+def test_every_cut_and_every_padding_gives_one_loss_and_one_gradient(
+    size: int, windows: int, batching: str, dropout: float
+) -> None:
+    rates = {"residual_dropout": dropout, "embedding_dropout": dropout}
+    model = adapted(dropout, **rates)
+    batch = cut(size, batching)
+    assert len(batch) == windows
+    assert_same(one_step(model, cut(8)), one_step(model, batch))
+
+
+def test_the_dropout_of_the_test_above_is_really_drawn() -> None:
+    dropped, _ = one_step(adapted(0.1, residual_dropout=0.1), cut(8))
+    plain, _ = one_step(adapted(0.0), cut(8))
+    assert dropped.loss != plain.loss
+
+
+def test_eager_attention_dropout_follows_the_rule_too() -> None:
+    model = adapted(0.0, attention_dropout=0.2)
+    model.attention_implementation = "eager"
+    for layer in model.model.layers:
+        layer.self_attn.implementation = "eager"
+    whole = one_step(model, cut(8))
+    assert_same(whole, one_step(model, cut(2)))
+    assert_same(whole, one_step(model, cut(4, "longest")))
+    assert whole[0].loss != one_step(adapted(0.0), cut(8))[0].loss
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+def test_gradient_checkpointing_changes_no_bit(family: str) -> None:
+    model = adapted(0.1, family)
+    result, gradients = one_step(model, cut(2))
+    model.gradient_checkpointing = True
+    again, recomputed = one_step(model, cut(2))
+    assert again.loss == result.loss
+    assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
+
+
+def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
+    """Not the mean of micro-batch means, which overweights short examples."""
+    model = adapted()
+    result, _ = one_step(model, cut(2))
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for example in EXAMPLES.examples:
+            ids = torch.from_numpy(example.input_ids).long()
+            labels = torch.from_numpy(example.labels).long()
+            logits = model(ids[None])[0]
+            total += F.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
+            targets += int((labels[1:] != -100).sum())
+    assert result.targets == targets
+    assert result.loss == pytest.approx(total / targets, rel=1e-12)
+    means = [one_step(model, cut(1, indices=[i]))[0].loss for i in range(8)]
+    assert abs(sum(means) / 8 - result.loss) > 1e-3
+
+
+def test_the_gradient_is_that_of_the_token_mean() -> None:
+    """Against autograd over one dense computation of the same mean."""
+    model = adapted()
+    _, gradients = one_step(model, cut(4))
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for example in EXAMPLES.examples:
+        ids, labels = (torch.from_numpy(a).long() for a in (example.input_ids, example.labels))
+        logits = model(ids[None])[0]
+        total = total + F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+        targets += int((labels[1:] != -100).sum())
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for name, expected in zip(names, torch.autograd.grad(total / targets, parameters), strict=True):
+        assert (gradients[name] - expected).norm() <= 1e-12 * expected.norm(), name
+
+
+def test_the_last_window_of_an_epoch_is_a_mean_over_its_own_targets() -> None:
+    """A window of three micro-batches where others have four is divided by what it holds."""
+    model = adapted()
+    assert_same(
+        one_step(model, cut(1, indices=[0, 1, 2])), one_step(model, cut(3, indices=[0, 1, 2]))
+    )
+
+
+def test_clipping_sees_the_whole_gradient_once_and_after_unscaling() -> None:
+    model = adapted()
+    free, gradients = one_step(model, cut(2))
+    bound = free.grad_norm / 3
+    scaler = LossScaler()
+    scaler.scale = 1024.0
+    for loss_scaler in (None, scaler):
+        clipped, small = one_step(model, cut(2), max_grad_norm=bound, scaler=loss_scaler)
+        assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-12)
+        for name, gradient in gradients.items():
+            # min(1, c / (n + 1e-6)), the stack's rule
+            expected = gradient * (bound / (free.grad_norm + 1e-6))
+            assert (small[name] - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_a_batch_without_targets_is_skipped() -> None:
+    model = adapted()
+    batch = cut(8)
+    for micro_batch in batch:
+        micro_batch.targets.fill_(-100)
+        object.__setattr__(micro_batch, "num_targets", 0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    result = train_step(
+        model,
+        AdamW(trained),
+        batch,
+        learning_rate=1.0,
+        max_grad_norm=1.0,
+        precision=Precision("fp32", CPU),
+        scaler=None,
+        device=CPU,
+        draw=(0, 1),
+    )
+    assert result.skipped == "no targets"
+    assert all(torch.equal(before[name], trained[name]) for name in before)
+
+
+def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, AdamW]:
+    optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+    result = train_step(
+        model,
+        optimizer,
+        cut(4),
+        learning_rate=1e-2,
+        max_grad_norm=1.0,
+        precision=Precision("fp32", CPU),
+        scaler=scaler,
+        device=CPU,
+        draw=(0, 1),
+    )
+    return result, optimizer
+
+
+def test_an_overflow_halves_the_scale_and_redoes_the_step() -> None:
+    """fp64 holds 1e300 but not 1e310: the first attempts overflow, the step is done all the same."""
+    plain, scaled = adapted(), adapted()
+    expected, _ = step_with(plain, None)
+    scaler = LossScaler()
+    scaler.scale = 2.0**1023
+    result, optimizer = step_with(scaled, scaler)
+    assert result.skipped is None
+    assert optimizer.steps == 1
+    assert scaler.scale < 2.0**1023
+    assert result.loss == pytest.approx(expected.loss, rel=1e-12)
+    for one, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(scaled: bool) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    before = [p.detach().clone() for p in model.parameters()]
+    result, optimizer = step_with(model, LossScaler() if scaled else None)
+    assert result.skipped == "non-finite"
+    assert optimizer.steps == 0
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))

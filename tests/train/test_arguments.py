@@ -1,0 +1,126 @@
+"""The command line, and that looking around needs no torch."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from files.errors import UserError
+from train.arguments import Arguments, list_presets_text, parse, show_text
+from train.config import load_config, preset_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("--preset demo", Arguments(preset="demo")),
+        (
+            "lora.r=4 --preset demo --plan max_steps=3 --json --ranks 2",
+            Arguments(
+                preset="demo",
+                plan=True,
+                json=True,
+                ranks=2,
+                overrides={"lora.r": "4", "max_steps": "3"},
+            ),
+        ),
+        ("--config a.toml", Arguments(config_file="a.toml")),
+        ("--resume runs/a log.steps=5", Arguments(resume="runs/a", overrides={"log.steps": "5"})),
+        ("--list-presets", Arguments(list_presets=True)),
+        ("--show demo", Arguments(show="demo")),
+        ("data.prompt_template=a=b", Arguments(overrides={"data.prompt_template": "a=b"})),
+        ("run_name=", Arguments(overrides={"run_name": ""})),
+        ("", Arguments(preset="demo")),
+    ],
+)
+def test_what_was_asked(line: str, arguments: Arguments) -> None:
+    assert parse(line.split()) == arguments
+
+
+def test_of_two_settings_of_a_key_the_later_rules() -> None:
+    overrides = parse(["lora.r=4", "r=8", "lora.r=16"]).overrides
+    assert load_config(overrides=overrides).lora.r == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--presett demo", ["--presett", "did you mean '--preset'"]),
+        ("--lora_r 8", ["no dashes", "lora.r=VALUE"]),
+        ("--learning-rate=1", ["no dashes", "optimizer.learning_rate=VALUE"]),
+        ("demo", ["'demo' is not a setting", "--preset demo"]),
+        ("=3", ["section.key=value"]),
+        ("--json", ["--json goes with --plan"]),
+        ("--ranks 2", ["--ranks goes with --plan"]),
+        ("--plan --ranks 0", ["at least 1"]),
+        ("--plan --ranks two", ["--ranks", "two"]),
+        ("--resume a --preset demo", ["--resume", "--preset"]),
+        ("--resume a --plan", ["plan.json"]),
+        ("--preset", ["--preset", "expected one argument"]),
+    ],
+)
+def test_bad_command_lines(line: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(line.split())
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_list_of_presets() -> None:
+    lines = list_presets_text().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == preset_names()
+    (line,) = (line for line in lines if line.startswith("qwen2.5-coder-1.5b "))
+    assert line.split()[:5] == ["qwen2.5-coder-1.5b", "lora", "16", "852", "001"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_what_is_shown_is_the_whole_preset(name: str, tmp_path: Path) -> None:
+    text = show_text(name)
+    assert tomllib.loads(text)["preset"] == name
+    (tmp_path / "shown.toml").write_text(text, encoding="utf-8")
+    assert load_config(file=tmp_path / "shown.toml") == load_config(name)
+
+
+def test_show_tells_claims_and_departures() -> None:
+    text = show_text("llama2-7b")
+    assert "# From seed 004_" in text
+    assert "✓ 8 epochs: 512 steps" in text
+    assert "Llama-2 is gated" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "out"),
+    [
+        (["--list-presets"], 0, "starcoder2-15b-lora"),
+        (["--show", "codellama-7b"], 0, "max_grad_norm = 0.3"),
+        (["--help"], 0, "exit codes:"),
+        (["--show", "codelama-7b"], 2, "did you mean 'codellama-7b'"),
+        (["lora_r=8"], 2, "lora_r is spelled lora.r here"),
+        (["--plan", "--preset", "nothing"], 2, "--list-presets"),
+    ],
+)
+def test_looking_around_never_imports_torch(
+    line: list[str], code: int, out: str, tmp_path: Path
+) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from train.run import main\n"
+        "try:\n    code = main()\n"
+        "except SystemExit as end:\n    code = end.code or 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), *line],
+        cwd=tmp_path,  # from any folder
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert out in (done.stdout if code == 0 else done.stderr)
+    assert "Traceback" not in done.stderr

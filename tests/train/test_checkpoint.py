@@ -1,0 +1,133 @@
+"""Checkpoints: complete and verified or not there; rotation keeps the newest and the best."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from files.errors import UserError
+from train.checkpoint import Checkpoints, TrainState, damage, read_state, replace_folder
+from train.early_stopping import EarlyStopping
+
+
+def state_at(step: int, best_step: int | None = None) -> TrainState:
+    return TrainState(stopping=EarlyStopping(2, 0.0, best_step, 1.5), step=step)
+
+
+def fill(folder: Path) -> None:
+    (folder / "optimizer.safetensors").write_bytes(bytes(range(256)) * 8)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+
+
+def save(checkpoints: Checkpoints, step: int, best_step: int | None = None) -> Path:
+    return checkpoints.save(state_at(step, best_step), {"who": "test"}, fill, expected_bytes=1)
+
+
+def test_a_saved_checkpoint_verifies_and_gives_the_state_back(tmp_path: Path) -> None:
+    folder = save(Checkpoints(tmp_path, None), 120, best_step=100)
+    assert folder.name == "step-00000120"
+    assert damage(folder) is None
+    state, identity = read_state(folder)
+    assert state == state_at(120, 100)
+    assert identity == {"who": "test"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.safetensors", "adapter_model.safetensors", "state.json", "manifest.json"]
+)
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path, file: str) -> None:
+    path = save(Checkpoints(tmp_path, None), 1) / file
+    whole = path.read_bytes()
+    for offset in range(0, len(whole), max(1, len(whole) // 40)):
+        for bit in (0, 5):
+            broken = bytearray(whole)
+            broken[offset] ^= 1 << bit
+            path.write_bytes(broken)
+            assert damage(path.parent) is not None, f"bit {bit} of byte {offset}"
+        path.write_bytes(whole[:offset])
+        assert damage(path.parent) is not None, f"cut at {offset}"
+    path.write_bytes(whole)
+    assert damage(path.parent) is None
+
+
+def test_missing_and_surplus_files_are_damage(tmp_path: Path) -> None:
+    folder = save(Checkpoints(tmp_path, None), 1)
+    (folder / "stranger").write_text("x")
+    assert "stranger" in str(damage(folder))
+    (folder / "stranger").unlink()
+    (folder / "state.json").unlink()
+    assert "state.json" in str(damage(folder))
+
+
+def test_the_newest_verified_one_is_found_and_a_damaged_one_set_aside(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    save(checkpoints, 10)
+    newest = save(checkpoints, 20)
+    (newest / "optimizer.safetensors").write_bytes(b"torn")
+    said: list[str] = []
+    assert checkpoints.newest_verified(said.append) == checkpoints.path(10)
+    assert "step-00000020/optimizer.safetensors: sha256 mismatch" in said[0]
+    assert (tmp_path / "corrupt-step-00000020").is_dir()
+    assert checkpoints.steps() == [10]
+
+
+def test_a_half_written_checkpoint_is_swept_and_never_seen(tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, None), 10)
+    (tmp_path / ".tmp-step-00000020").mkdir()
+    (tmp_path / ".tmp-step-00000020" / "optimizer.safetensors").write_bytes(b"half")
+    checkpoints = Checkpoints(tmp_path, None)
+    assert checkpoints.steps() == [10]
+    assert not (tmp_path / ".tmp-step-00000020").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, 10, [10, 20, 30, 40]),
+        (2, None, [30, 40]),
+        (2, 10, [10, 40]),  # the best one counts towards the limit
+        (1, 10, [10, 40]),  # newest and best are kept beside the limit
+        (1, 40, [40]),
+        (3, 10, [10, 30, 40]),
+    ],
+)
+def test_rotation(tmp_path: Path, limit: int | None, best: int | None, kept: list[int]) -> None:
+    checkpoints = Checkpoints(tmp_path, limit)
+    for step in (10, 20, 30, 40):
+        save(checkpoints, step, best_step=best if best is not None and step >= best else None)
+    assert checkpoints.steps() == kept
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_there(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1)
+    save(checkpoints, 10)
+
+    def full(folder: Path) -> None:
+        (folder / "optimizer.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot save step 20.*No space left.*step-00000010"):
+        checkpoints.save(state_at(20), {}, full, expected_bytes=1)
+    with pytest.raises(UserError, match=r"cannot save step 30: it needs .* GB"):
+        checkpoints.save(state_at(30), {}, fill, expected_bytes=1 << 62)
+    assert checkpoints.steps() == [10]
+    assert damage(checkpoints.path(10)) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_replace_folder_replaces_the_whole_folder(tmp_path: Path) -> None:
+    target = tmp_path / "best"
+    replace_folder(target, lambda folder: (folder / "old").touch())
+    replace_folder(target, lambda folder: (folder / "new").touch())
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    folder = save(Checkpoints(tmp_path, None), 1)
+    document = json.loads((folder / "state.json").read_text())
+    document["state"]["from_the_future"] = 1
+    (folder / "state.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="not a state that this version can continue from"):
+        read_state(folder)

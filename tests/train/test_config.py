@@ -1,0 +1,471 @@
+"""Keys, values, layers, files and presets of a configuration."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from files.errors import UserError
+from train.config import (
+    PACKAGE_ROOT,
+    check_resume_overrides,
+    flat,
+    load_config,
+    preset_names,
+    read_preset,
+    resolve_key,
+    resume_keys,
+    to_toml,
+)
+from train.settings import KEYS, SECTIONS, STACK_SPELLINGS
+
+# The whole of the design's table of keys, with its defaults.
+DEFAULTS = {
+    "model.path": None,
+    "model.revision": None,
+    "model.random_init": False,
+    "model.attention": "auto",
+    "model.dropout": None,
+    "model.dtype": None,
+    "model.gradient_checkpointing": "auto",
+    "train.method": "lora",
+    "train.precision": "auto",
+    "train.seed": 42,
+    "train.num_train_epochs": 20,
+    "train.max_steps": None,
+    "train.per_device_train_batch_size": 8,
+    "train.gradient_accumulation_steps": 8,
+    "train.effective_batch_size": None,
+    "train.micro_batch_tokens": None,
+    "train.device": "auto",
+    "train.kernels": "auto",
+    "train.compile": False,
+    "train.deterministic": False,
+    "train.output_dir": None,
+    "train.run_name": None,
+    "lora.r": 8,
+    "lora.lora_alpha": 32,
+    "lora.lora_dropout": 0.05,
+    "lora.target_modules": "all-linear",
+    "lora.use_rslora": False,
+    "lora.bias": "none",
+    "lora.init_from": None,
+    "data.train": None,
+    "data.valid": None,
+    "data.test": None,
+    "data.split_column": None,
+    "data.format": "text",
+    "data.text_field": "text",
+    "data.prompt_template": None,
+    "data.completion_template": None,
+    "data.system_prompt": None,
+    "data.completion_only": None,
+    "data.append_eos": True,
+    "data.max_length": 1024,
+    "data.on_overflow": "truncate",
+    "data.batching": "unpadded",
+    "data.group_by_length": False,
+    "data.shuffle": True,
+    "data.valid_fraction": 0,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 2e-4,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.betas": (0.9, 0.999),
+    "optimizer.eps": 1e-8,
+    "optimizer.max_grad_norm": 1.0,
+    "schedule.name": "cosine",
+    "schedule.warmup_ratio": 0.05,
+    "schedule.warmup_steps": None,
+    "schedule.min_lr_ratio": 0,
+    "eval.steps": None,
+    "eval.per_epoch": None,
+    "eval.per_device_batch_size": None,
+    "eval.on_start": False,
+    "eval.early_stopping_patience": None,
+    "eval.early_stopping_threshold": 0.0,
+    "checkpoint.steps": "epoch",
+    "checkpoint.minutes": 15,
+    "checkpoint.per_epoch": None,
+    "checkpoint.total_limit": None,
+    "checkpoint.load_best_at_end": False,
+    "log.steps": 1,
+    "log.per_epoch": None,
+    "log.tensorboard": True,
+    "log.progress": "auto",
+}
+
+
+def value_of(key: str, **overrides: object) -> object:
+    return flat(load_config(overrides=overrides))[key]
+
+
+def error_of(overrides: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(overrides=overrides)
+    return str(caught.value)
+
+
+def test_keys_and_defaults_are_the_contract() -> None:
+    config = flat(load_config())
+    assert {key: config[key] for key in DEFAULTS} == DEFAULTS
+
+
+def test_every_default_is_a_value_of_its_own_key() -> None:
+    assert load_config(overrides=DEFAULTS) == load_config()
+
+
+def test_every_key_is_documented() -> None:
+    for key in KEYS.values():
+        assert len(key.rule.doc) >= 8, key.path
+        assert key.allowed(), key.path
+
+
+# --- layers ---
+
+
+def test_later_layers_rule(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[lora]\nr = 64\nlora_dropout = 0.2\n")
+    config = load_config("qwen2.5-coder-1.5b", file, {"lora.r": "128"})
+    assert config.preset == "qwen2.5-coder-1.5b"
+    assert config.lora.r == 128  # command line
+    assert config.lora.lora_dropout == 0.2  # file
+    assert config.lora.lora_alpha == 64  # preset
+    assert config.lora.use_rslora is False  # default
+
+
+def test_file_in_every_spelling_of_toml(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'preset = "default"\n'
+        "train.seed = 7\n"  # dotted
+        "learning_rate = 1e-3\n"  # bare and unique
+        '[data]\ntrain = "a.jsonl"\n'
+        '[lora]\ntarget_modules = ["q_proj", "v_proj"]\n'
+        '[checkpoint]\nsteps = "none"\nminutes = "none"\n'
+    )
+    config = load_config(file=file)
+    assert config.preset == "default"
+    assert config.train.seed == 7
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.data.train == "a.jsonl"
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert (config.checkpoint.steps, config.checkpoint.minutes) == (None, None)
+
+
+@pytest.mark.parametrize("section", ["eval", "checkpoint", "log"])
+def test_the_later_of_steps_and_per_epoch_rules(section: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[{section}]\nsteps = 10\n")
+    config = flat(load_config(file=file, overrides={f"{section}.per_epoch": "5"}))
+    assert (config[f"{section}.steps"], config[f"{section}.per_epoch"]) == (None, 5)
+    file.write_text(f"[{section}]\nper_epoch = 5\n")
+    config = flat(load_config(file=file, overrides={f"{section}.steps": "10"}))
+    assert (config[f"{section}.steps"], config[f"{section}.per_epoch"]) == (10, None)
+    assert "both set" in error_of({f"{section}.steps": "10", f"{section}.per_epoch": "5"})
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("r", "16", 16),
+        ("max_steps", "1e3", 1000),
+        ("num_train_epochs", "3", 3.0),
+        ("num_train_epochs", "0.5", 0.5),
+        ("max_steps", "none", None),
+        ("random_init", "true", True),
+        ("random_init", "True", True),
+        ("gradient_checkpointing", "false", False),
+        ("gradient_checkpointing", "auto", "auto"),
+        ("eval.steps", "epoch", "epoch"),
+        ("eval.steps", "100", 100),
+        ("checkpoint.steps", "none", None),
+        ("lora.bias", "none", "none"),
+        ("attention", "flash_attention_2", "auto"),
+        ("optimizer.name", "adamw_torch_fused", "adamw"),
+        ("optimizer.name", "paged_adamw_32bit", "paged_adamw"),
+        ("betas", "[0.8, 0.95]", (0.8, 0.95)),
+        ("target_modules", "all-linear", "all-linear"),
+        ("target_modules", '["q_proj", "v_proj"]', ("q_proj", "v_proj")),
+        ("target_modules", "q_proj,v_proj", ("q_proj", "v_proj")),
+        ("target_modules", "q_proj", ("q_proj",)),
+        ("target_modules", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("data.train", "hub:owner/name:config:split", "hub:owner/name:config:split"),
+        ("run_name", "42", "42"),
+        ("run_name", "true", "true"),
+        ("prompt_template", '"Q: {q}\\n"', "Q: {q}\n"),
+        ("prompt_template", "Q: {q}\\n", "Q: {q}\\n"),
+        ("system_prompt", "a = b", "a = b"),
+        ("completion_only", "none", None),
+        ("micro_batch_tokens", "auto", "auto"),
+        ("micro_batch_tokens", "4096", 4096),
+    ],
+)
+def test_values_as_they_are_typed(key: str, text: str, value: object) -> None:
+    found = value_of(resolve_key(key), **{key: text})
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_python_values_need_no_text() -> None:
+    config = load_config(
+        overrides={
+            "lora.r": 4,
+            "lora.target_modules": ["q_proj"],
+            "max_steps": None,
+            "compile": True,
+        }
+    )
+    assert (config.lora.r, config.lora.target_modules) == (4, ("q_proj",))
+    assert config.train.compile is True
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("lora.r", "0", ["lora.r", "out of range", "≥ 1"]),
+        ("lora.r", "1.5", ["lora.r", "integer"]),
+        ("lora.r", "eight", ["lora.r", '"eight"', "integer ≥ 1"]),
+        ("lora.r", "none", ["lora.r", "no unset state"]),
+        ("lora.r", "true", ["lora.r", "wrong type"]),
+        ("lora_dropout", "1", ["lora.lora_dropout", "< 1"]),
+        ("lora_dropout", "nan", ["lora.lora_dropout", "out of range"]),
+        ("learning_rate", "inf", ["optimizer.learning_rate", "out of range"]),
+        ("learning_rate", "0", ["optimizer.learning_rate", "> 0"]),
+        ("warmup_ratio", "1.5", ["schedule.warmup_ratio", "≤ 1"]),
+        ("optimizer.name", "adamm", ["did you mean 'adamw'", "adafactor"]),
+        ("precision", "bf8", ["train.precision", "did you mean 'bf16'", "fp32"]),
+        ("on_overflow", "truncat", ["did you mean 'truncate'"]),
+        ("compile", "maybe", ["true or false"]),
+        ("gradient_checkpointing", "yes", ["auto", "true or false"]),
+        ("eval.steps", "epochs", ["did you mean 'epoch'"]),
+        ("eval.steps", "0", ["≥ 1"]),
+        ("betas", "[0.9]", ["optimizer.betas", "2 numbers"]),
+        ("betas", "[0.9, 1.0]", ["1.0", "out of range"]),
+        ("betas", "0.9", ["wrong type"]),
+        ("target_modules", "[]", ["0 items"]),
+        ("target_modules", "[1]", ["holds 1"]),
+        ("seed", "-1", ["train.seed", "≥ 0"]),
+    ],
+)
+def test_bad_values_name_key_value_and_rule(key: str, text: str, words: list[str]) -> None:
+    message = error_of({key: text})
+    assert message.startswith("on the command line: ")
+    for word in words:
+        assert word in message
+
+
+# --- keys ---
+
+
+def test_bare_keys_resolve_where_they_are_unique() -> None:
+    names = [key.name for key in KEYS.values()]
+    for path, key in KEYS.items():
+        if names.count(key.name) == 1:
+            assert resolve_key(key.name) == path
+        else:
+            with pytest.raises(UserError, match="several sections"):
+                resolve_key(key.name)
+
+
+def test_spellings_of_the_stack_are_answered_with_the_right_key() -> None:
+    for spelling, key in STACK_SPELLINGS.items():
+        assert key in KEYS
+        with pytest.raises(UserError, match=f"{spelling} is spelled {key} here"):
+            resolve_key(spelling)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_r",
+        "lora_alpha",
+        "num_epochs",
+        "epochs",
+        "batch_size",
+        "warmup_ratio",
+        "learning_rate",
+        "eval_batch_size",
+        "attn_implementation",
+        "optim",
+        "lr_scheduler_type",
+        "bf16",
+        "fp16",
+        "save_total_limit",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "max_seq_length",
+        "max_length",
+        "model_name_or_path",
+        "output_dir",
+        "group_by_length",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "lora_dropout",
+        "target_modules",
+        "weight_decay",
+        "max_grad_norm",
+        "gradient_checkpointing",
+        "seed",
+        "warmup_steps",
+        "max_steps",
+        "run_name",
+        "early_stopping_patience",
+        "load_best_model_at_end",
+    ],
+)
+def test_every_spelling_of_the_seeds_is_known(name: str) -> None:
+    try:
+        assert resolve_key(name) in KEYS
+    except UserError as error:
+        assert "is spelled" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("learnin_rate", "did you mean 'optimizer.learning_rate'"),
+        ("lora.rr", "did you mean 'lora.r'"),
+        ("optimizr.name", "did you mean 'optimizer.name'"),
+        ("train.learning_rate", "learning_rate is spelled optimizer.learning_rate here"),
+        ("xyzzy", "--show default"),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_nearest(name: str, hint: str) -> None:
+    assert hint in error_of({name: "1"})
+
+
+# --- contradictions ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"completion_only": "true"}, ["data.completion_only", "data.format=text"]),
+        ({"data.format": "template"}, ["data.completion_template"]),
+        ({"split_column": "split", "data.valid": "v.jsonl"}, ["data.split_column", "data.valid"]),
+        ({"split_column": "split", "data.test": "t.jsonl"}, ["data.split_column", "data.test"]),
+        ({"group_by_length": "true", "shuffle": "false"}, ["data.group_by_length", "data.shuffle"]),
+        ({"early_stopping_patience": "2"}, ["eval.steps"]),
+        ({"method": "full", "init_from": "adapter"}, ["lora.init_from", "train.method=full"]),
+    ],
+)
+def test_contradictions_are_refused(overrides: dict, words: list[str]) -> None:
+    message = error_of(overrides)
+    for word in words:
+        assert word in message
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("[train]\nseed = \n", 2, ["TOML"]),
+        ("[train]\n\nseeed = 1\n", 3, ["train.seeed", "did you mean 'train.seed'"]),
+        ("[lora]\n# rank\nr = 0\n", 3, ["lora.r", "≥ 1"]),
+        ("train.seed = 1\nlora.r = 'x'\n", 2, ["lora.r"]),
+        ("[train]\nseed = 1\n[optimiser]\nname = 'adamw'\n", 3, ["did you mean 'optimizer'"]),
+        ("[train]\nseed = [1]\n", 2, ["train.seed"]),
+        ("[data]\ntrain = 2024-01-01\n", 2, ["data.train"]),
+        ("batch_size = 4\n", 1, ["train.per_device_train_batch_size"]),
+    ],
+)
+def test_errors_in_a_file_name_its_line(
+    text: str, line: int, words: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(file=file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}:{line}: ")
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.toml: No such file"):
+        load_config(file=tmp_path / "no.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"[train]\nseed = 1 # \xff\n")
+    with pytest.raises(UserError, match=r"bytes\.toml:2: not UTF-8"):
+        load_config(file=tmp_path / "bytes.toml")
+
+
+def test_a_file_and_the_command_line_must_agree_on_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "llama2-7b"\n')
+    assert load_config("llama2-7b", file) == load_config(file=file) == load_config("llama2-7b")
+    with pytest.raises(UserError, match=r"run\.toml:1: .*'llama2-7b' but 'demo'"):
+        load_config("demo", file)
+
+
+@pytest.mark.parametrize("name", [None, *preset_names()])
+@pytest.mark.parametrize("comments", [True, False])
+def test_what_is_written_reads_back_the_same(
+    name: str | None, comments: bool, tmp_path: Path
+) -> None:
+    config = load_config(name, overrides={"prompt_template": 'a "b"\\\n\t{c}\x7f é'})
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config, comments=comments), encoding="utf-8")
+    assert load_config(file=file) == config
+    written = tomllib.loads(file.read_text(encoding="utf-8"))
+    assert set(written) - {"preset"} == set(SECTIONS)
+    assert sum(len(written[section]) for section in SECTIONS) == len(KEYS)
+
+
+# --- presets ---
+
+
+def test_unknown_preset_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'starcoder2-3'; did you mean 'starcoder2-3b'"):
+        load_config("starcoder2-3")
+
+
+def test_the_demo_lies_with_the_package_wherever_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("demo")
+    for path in (config.model.path, config.data.train, config.data.valid, config.data.test):
+        assert path is not None
+        assert Path(path).is_relative_to(PACKAGE_ROOT / "data" / "demo")
+
+
+def test_a_preset_extends_another() -> None:
+    parent, child = read_preset("starcoder2-3b"), read_preset("starcoder2-3b-lora")
+    assert (child.seed, child.num_examples) == (parent.seed, parent.num_examples)
+    assert child.departures[: len(parent.departures)] == parent.departures
+    assert child.claims == ()
+    assert child.config.schedule == parent.config.schedule
+    assert child.config.train == dataclasses.replace(parent.config.train, method="lora")
+
+
+# --- resume ---
+
+
+def test_only_length_cadence_and_logging_may_change_on_resume() -> None:
+    assert set(resume_keys()) == {
+        "train.num_train_epochs",
+        "train.max_steps",
+        "eval.steps",
+        "eval.per_epoch",
+        "checkpoint.steps",
+        "checkpoint.minutes",
+        "checkpoint.per_epoch",
+        "log.steps",
+        "log.per_epoch",
+        "log.tensorboard",
+        "log.progress",
+    }
+    check_resume_overrides({"max_steps": "10", "log.steps": "5"})
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate cannot change with --resume"):
+        check_resume_overrides({"learning_rate": "1e-3"})

@@ -1,0 +1,332 @@
+"""Generation: transformers' when greedy, true to the distribution when drawn; the command."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from data.prompt import PromptFormat
+from data.tokenizer import Tokenizer
+from files.atomic import write_json
+from files.errors import UserError
+from lora import LoraConfig, inject, load_adapter, save_adapter
+from models import load_model
+from models.config import RopeConfig
+from train.config import load_config, to_toml
+from train.generate import (
+    context_length,
+    find_stop_ids,
+    generate,
+    main,
+    next_token,
+    token_probabilities,
+)
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+EOS = len(ALPHABET)
+VOCABULARY = EOS + 1
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    # Far from uniform logits: the likeliest token leads by much more than fp32 rounding.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+FAMILIES = {
+    "Llama": {"tie_word_embeddings": False},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Starcoder2": {"sliding_window": 8, "tie_word_embeddings": True},
+}
+
+
+def reference_model(family: str) -> Any:
+    """Return a small random model of transformers'."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family])
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single bytes and an EOS."""
+    vocabulary = {character: index for index, character in enumerate(ALPHABET)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that transformers wrote, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    reference_model("Qwen2").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def greedy(folder: Path, text: str, **options: Any) -> str:
+    tokenizer = Tokenizer.load(folder)
+    ids = generate(load_model(folder), tokenizer.encode(text), **options)
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(family: str, tmp_path: Path) -> None:
+    reference = reference_model(family)
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    prompt = torch.randint(0, EOS, (1, 11), generator=torch.Generator().manual_seed(1))
+    expected = reference.generate(prompt, do_sample=False, max_new_tokens=40)[0, 11:].tolist()
+    ids = generate(model, prompt[0].tolist(), max_new_tokens=40, stop_ids=[EOS])
+    assert ids == [token for token in expected if token != EOS]
+    assert len(set(ids)) > 5  # a model that repeats one token would prove little
+
+    # The same where some token of the middle is declared an end.
+    end = next(token for token in ids[10:] if ids.index(token) >= 10)
+    stopped = reference.generate(
+        prompt, do_sample=False, max_new_tokens=40, eos_token_id=[EOS, end], pad_token_id=EOS
+    )[0, 11:].tolist()
+    ids = generate(model, prompt[0].tolist(), max_new_tokens=40, stop_ids=[EOS, end])
+    assert [*ids, end] == stopped
+
+
+def test_the_context_ends_the_text_and_refuses_a_prompt_that_fills_it(base: Path) -> None:
+    model = load_model(base)
+    prompt = list(range(60))
+    assert len(generate(model, prompt, max_new_tokens=100)) == 4
+    for wrong in ([], list(range(64))):
+        with pytest.raises(UserError, match="prompt"):
+            generate(model, wrong, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (RopeConfig(), 64),
+        (RopeConfig(rope_type="linear", factor=4.0), 64),
+        (RopeConfig(rope_type="dynamic", factor=4.0), 256),
+        (RopeConfig(rope_type="yarn", factor=4.0), 256),
+        (RopeConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=16), 64),
+    ],
+)
+def test_the_context_counts_what_rotary_scaling_adds(
+    base: Path, rope: RopeConfig, expected: int
+) -> None:
+    from dataclasses import replace
+
+    assert context_length(replace(load_model(base).config, rope=rope)) == expected
+
+
+LOGITS = torch.tensor([0.15, 0.5, 0.1, 0.25]).log()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "weights"),
+    [
+        (1.0, 1.0, [0.15, 0.5, 0.1, 0.25]),
+        (1.0, 0.76, [0.15, 0.5, 0.0, 0.25]),  # 0.5 and 0.25 fall short of 0.76: one more
+        (1.0, 0.74, [0.0, 0.5, 0.0, 0.25]),
+        (1.0, 1e-9, [0.0, 1.0, 0.0, 0.0]),  # the likeliest always stays
+        (2.0, 1.0, [math.sqrt(p) for p in (0.15, 0.5, 0.1, 0.25)]),
+        (0.5, 1.0, [p * p for p in (0.15, 0.5, 0.1, 0.25)]),
+    ],
+)
+def test_temperature_and_top_p_give_the_distribution(
+    temperature: float, top_p: float, weights: list[float]
+) -> None:
+    expected = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    probabilities = token_probabilities(LOGITS, temperature, top_p)
+    # The logits are fp32: a relative rounding of 2**-24 of values up to 2.4, twice at temperature
+    # 0.5, then exponentiated.
+    torch.testing.assert_close(probabilities, expected, rtol=1e-6, atol=0)
+
+
+def test_draws_follow_the_distribution() -> None:
+    generator = torch.Generator().manual_seed(3)
+    count = 4000
+    draws = [
+        next_token(LOGITS, temperature=1.0, top_p=0.76, generator=generator) for _ in range(count)
+    ]
+    for token, weight in enumerate((0.15, 0.5, 0.0, 0.25)):
+        p = weight / 0.9
+        # Five standard deviations of a binomial count; a token that top-p cut is never drawn.
+        assert abs(draws.count(token) - count * p) <= 5 * math.sqrt(count * p * (1 - p))
+
+
+def test_a_seed_fixes_the_draws_and_another_gives_others(base: Path) -> None:
+    model = load_model(base)
+
+    def draw(seed: int) -> list[int]:
+        return generate(model, [1, 2, 3], max_new_tokens=20, temperature=1.5, seed=seed)
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+def test_logits_that_are_not_finite_are_refused(base: Path) -> None:
+    model = load_model(base)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan  # type: ignore[union-attr, operator]
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, [1, 2, 3], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_settings_out_of_range_are_refused(base: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        generate(load_model(base), [1], **{"max_new_tokens": 1, **wrong})
+
+
+def test_every_end_of_text_that_is_declared_stops(base: Path, tmp_path: Path) -> None:
+    tokenizer, config = Tokenizer.load(base), load_model(base).config
+    assert find_stop_ids(config, tokenizer, tmp_path) == {EOS}
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [7, 9]})
+    assert find_stop_ids(config, tokenizer, tmp_path) == {EOS, 7, 9}
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": "</s>"})
+    with pytest.raises(UserError, match="eos_token_id"):
+        find_stop_ids(config, tokenizer, tmp_path)
+
+
+# The command
+
+
+def completed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    options = ["--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "12"]
+    assert main([str(argument) for argument in arguments] + options) == 0
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes what the base says, with the format of its rows beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = load_model(base)
+    inject(model, LoraConfig(r=2, lora_alpha=16))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.2, generator=generator)
+    save_adapter(model, folder, base_model=str(base))
+    form = PromptFormat(
+        format="template", prompt_template="Q: {ask}\nA: ", completion_template="{answer}"
+    )
+    write_json(folder / "prompt_format.json", form.to_dict())
+    return folder
+
+
+def adapted(base: Path, adapter: Path, text: str) -> str:
+    model, tokenizer = load_model(base), Tokenizer.load(base)
+    load_adapter(model, adapter)
+    ids = generate(model, tokenizer.encode(text), max_new_tokens=12, stop_ids=[EOS])
+    return tokenizer.decode(ids)
+
+
+def test_a_model_folder_completes_a_prompt_as_it_stands(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = greedy(base, "def f(", max_new_tokens=12, stop_ids=[EOS])
+    assert completed(capsys, "--model", base, "--prompt", "def f(") == expected
+
+
+def test_a_prompt_file_loses_its_last_line_end_unless_raw(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("def f(\n")
+    for options, prompt in (([], "def f("), (["--raw"], "def f(\n")):
+        expected = greedy(base, prompt, max_new_tokens=12, stop_ids=[EOS])
+        assert completed(capsys, "--model", base, "--prompt-file", file, *options) == expected
+
+
+def test_an_adapter_applies_the_prompt_format_beside_it(
+    base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = adapted(base, adapter, "Q: why\nA: ")
+    assert completed(capsys, "--adapter", adapter, "--prompt", "why") == expected
+    assert completed(capsys, "--adapter", adapter, "--field", "ask=why") == expected
+    raw = completed(capsys, "--adapter", adapter, "--prompt", "why", "--raw")
+    assert raw == adapted(base, adapter, "why") != expected
+    assert expected != greedy(base, "Q: why\nA: ", max_new_tokens=12, stop_ids=[EOS])
+
+
+def test_several_columns_are_asked_for_by_name(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in adapter.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    form = PromptFormat(
+        format="template", prompt_template="{a} and {b}: ", completion_template="{answer}"
+    )
+    write_json(tmp_path / "prompt_format.json", form.to_dict())
+    message = refused(capsys, "--adapter", tmp_path, "--prompt", "why")
+    assert "--field a=… --field b=…" in message
+    by_name = completed(capsys, "--adapter", tmp_path, "--field", "a=x", "--field", "b=y=z")
+    assert by_name == completed(capsys, "--adapter", tmp_path, "--raw", "--prompt", "x and y=z: ")
+
+
+def test_a_run_uses_its_best_adapter_and_the_base_of_its_configuration(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"model.path": str(base), "train.method": "lora", "data.format": "text"}
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
+    assert "nothing is trained yet" in refused(capsys, "--run", tmp_path, "--prompt", "why")
+    (tmp_path / "best").mkdir()
+    for file in adapter.iterdir():
+        (tmp_path / "best" / file.name).write_bytes(file.read_bytes())
+    expected = adapted(base, adapter, "Q: why\nA: ")
+    assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
+    # Without a stored format, that of the configuration: plain text here.
+    (tmp_path / "best" / "prompt_format.json").unlink()
+    expected = adapted(base, adapter, "why")
+    assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
+
+
+def test_a_run_of_full_fine_tuning_needs_no_base(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"model.path": str(tmp_path / "gone"), "train.method": "full"}
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
+    (tmp_path / "final").mkdir()
+    for file in base.iterdir():
+        (tmp_path / "final" / file.name).write_bytes(file.read_bytes())
+    expected = greedy(base, "def f(", max_new_tokens=12, stop_ids=[EOS])
+    assert completed(capsys, "--run", tmp_path, "--prompt", "def f(") == expected
+
+
+def test_bad_input_is_one_sentence(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ("--prompt", "x")
+    assert "config.toml" in refused(capsys, "--run", tmp_path, *prompt)
+    assert "adapter_config.json" in refused(capsys, "--adapter", tmp_path, *prompt)
+    assert "--base" in refused(capsys, "--model", base, "--base", base, *prompt)
+    assert "prompt.txt" in refused(capsys, "--model", base, "--prompt-file", "no/prompt.txt")
+    assert "NAME=VALUE" in refused(capsys, "--adapter", adapter, "--field", "ask")
+    assert "--field" in refused(capsys, "--model", base, "--field", "ask=x")
+    assert "top_p" in refused(capsys, "--model", base, *prompt, "--top-p", "2")

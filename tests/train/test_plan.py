@@ -1,0 +1,588 @@
+"""The arithmetic of a run, the ledger of its memory, and the document that `--plan` prints."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from files.errors import UserError
+from kernels.segments import Segments
+from lora import LoraConfig, inject
+from models import build
+from models.config import DecoderConfig, parse_config
+from train.config import load_config
+from train.ledger import (
+    MEMORY_CATEGORIES,
+    available_memory,
+    disk_bytes,
+    find_decoder_config,
+    memory_ledger,
+    micro_batch_tokens,
+    model_sizes,
+    resolve_gradient_checkpointing,
+    size_text,
+    uses_fused_attention,
+)
+from train.plan import plan_document, plan_run, print_plan, rank_shares, render_plan
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA = TINY | {"model_type": "llama", "intermediate_size": 704}
+STARCODER2 = TINY | {
+    "model_type": "starcoder2",
+    "intermediate_size": 1024,
+    "use_bias": True,
+    "residual_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.0,
+}
+
+
+def planned(num_examples: int, world_size: int = 1, *, num_valid: int | None = None, **overrides):
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    return plan_run(load_config(overrides=keys), num_examples, world_size, num_valid=num_valid)
+
+
+def decoder(raw: dict) -> DecoderConfig:
+    return parse_config(raw, "a test")
+
+
+# --- steps ---
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch", "accumulation", "steps"),
+    [
+        (22, 2, 4, 3),  # SEMANTICS §1: a floor would give 2
+        (16, 2, 8, 1),
+        (17, 2, 8, 2),
+        (1, 8, 8, 1),
+        (4530, 4, 4, 284),
+        (12480, 4, 2, 1560),
+    ],
+)
+def test_steps_per_epoch_round_up(examples: int, batch: int, accumulation: int, steps: int) -> None:
+    plan = planned(
+        examples, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+    )
+    assert plan.steps_per_epoch == steps
+    # The stack's own two roundings come to the same.
+    assert steps == math.ceil(math.ceil(examples / batch) / accumulation)
+
+
+def test_epochs_of_three_uneven_steps() -> None:
+    plan = planned(22, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert [plan.batch(step) for step in range(1, 5)] == [
+        (0, 0, 8),
+        (0, 8, 16),
+        (0, 16, 22),
+        (1, 0, 8),
+    ]
+    assert [round(plan.epoch_of(step), 4) for step in range(5)] == [
+        0.0,
+        0.3636,
+        0.7273,
+        1.0,
+        1.3636,
+    ]
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(1, 1), (7, 3), (22, 8), (64, 64), (65, 64)])
+def test_each_epoch_holds_every_example_once(examples: int, batch: int) -> None:
+    plan = planned(examples, effective_batch_size=batch, num_train_epochs=3)
+    for epoch in range(3):
+        seen: list[int] = []
+        for step in range(1, plan.total_steps + 1):
+            at, start, stop = plan.batch(step)
+            if at == epoch:
+                assert 0 < stop - start <= batch
+                seen += range(start, stop)
+        assert seen == list(range(examples))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1, 10), (2, 20), (0.5, 5), (0.01, 1), (1.05, 11), (2.5, 25)]
+)
+def test_fractional_epochs_round_up_to_a_step(epochs: float, steps: int) -> None:
+    assert planned(100, effective_batch_size=10, num_train_epochs=epochs).total_steps == steps
+
+
+def test_max_steps_rule_over_epochs() -> None:
+    plan = planned(100, effective_batch_size=10, num_train_epochs=1, max_steps=37)
+    assert plan.total_steps == 37
+    assert plan.epoch_of(37) == 3.7
+
+
+@pytest.mark.parametrize(
+    ("total", "ratio", "steps"),
+    [
+        (852, 0.03, 26),
+        (3120, 0.05, 156),
+        (512, 0.03, 16),
+        (100, 0.07, 8),  # 100 × 0.07 is 7.000000000000001 in float64
+        (100, 0.0, 0),
+        (10, 1.0, 10),
+    ],
+)
+def test_warmup_rounds_up_in_float64(total: int, ratio: float, steps: int) -> None:
+    assert planned(1000, max_steps=total, warmup_ratio=ratio).warmup_steps == steps
+
+
+def test_warmup_steps_rule_over_the_ratio() -> None:
+    assert planned(1000, max_steps=100, warmup_ratio=0.5, warmup_steps=7).warmup_steps == 7
+    assert planned(1000, max_steps=100, warmup_ratio=0.5, warmup_steps=0).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"eval__steps": 30}, (30, 60, 90, 100)),
+        ({"eval__steps": 50}, (50, 100)),
+        ({"eval__steps": 1000}, (100,)),
+        ({"eval__steps": "epoch"}, (25, 50, 75, 100)),
+        ({"eval__per_epoch": 2}, (12, 24, 36, 48, 60, 72, 84, 96, 100)),
+        ({"eval__per_epoch": 1}, (25, 50, 75, 100)),
+        ({}, (100,)),
+    ],
+)
+def test_evaluations_include_the_last_step(keys: dict, steps: tuple[int, ...]) -> None:
+    plan = planned(250, effective_batch_size=10, num_train_epochs=4, **keys)
+    assert plan.total_steps == 100
+    assert plan.eval_steps == steps
+    assert [step for step in range(1, 101) if plan.evaluates_at(step)] == list(steps)
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({}, (25, 50, 75, 100)),  # an epoch, the default
+        ({"checkpoint__steps": "none"}, (100,)),
+        ({"checkpoint__steps": 40}, (40, 80, 100)),
+        ({"checkpoint__per_epoch": 100}, tuple(range(1, 101))),  # at least one step apart
+    ],
+)
+def test_saves_include_the_last_step(keys: dict, steps: tuple[int, ...]) -> None:
+    plan = planned(250, effective_batch_size=10, num_train_epochs=4, **keys)
+    assert plan.save_steps == steps
+    assert [step for step in range(1, 101) if plan.saves_at(step)] == list(steps)
+
+
+def test_logging() -> None:
+    assert planned(40, effective_batch_size=10, max_steps=5).log_steps == (1, 2, 3, 4, 5)
+    plan = planned(40, effective_batch_size=10, max_steps=5, log__steps=2)
+    assert [plan.logs_at(step) for step in range(1, 6)] == [False, True, False, True, True]
+
+
+def test_no_valid_set_plans_no_evaluation() -> None:
+    assert planned(100, num_valid=0, eval__steps=1).eval_steps == ()
+    assert planned(100, num_valid=1, eval__steps=1).eval_steps != ()
+
+
+def test_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.train holds no example"):
+        planned(0)
+
+
+def test_learning_rate_of_the_first_step_is_zero_with_warmup() -> None:
+    plan = planned(100, max_steps=10, warmup_steps=4, learning_rate=1.0, schedule__name="linear")
+    expected = [0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert [plan.learning_rate(step) for step in range(1, 11)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("examples", "ranks", "shares"),
+    [
+        (24, 2, (12, 12)),
+        (24, 4, (6, 6, 6, 6)),
+        (25, 6, (5, 4, 4, 4, 4, 4)),
+        (1, 3, (1, 0, 0)),
+        (7, 1, (7,)),
+    ],
+)
+def test_rank_shares(examples: int, ranks: int, shares: tuple[int, ...]) -> None:
+    assert rank_shares(examples, ranks) == shares
+
+
+def test_effective_batch_size_on_any_number_of_ranks() -> None:
+    grown = planned(1000, 4, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    assert grown.effective_batch_size == 24
+    fixed = planned(1000, 4, per_device_train_batch_size=2, effective_batch_size=25)
+    assert fixed.effective_batch_size == 25
+    assert fixed.micro_batches_per_step == 4  # the busiest rank has 7 examples
+    assert (
+        planned(1000, per_device_train_batch_size=64, effective_batch_size=25).micro_batch_size
+        == 25
+    )
+
+
+# --- parameters and memory ---
+
+
+def test_sizes_of_a_small_model_by_hand() -> None:
+    hidden, intermediate, vocabulary, layers, kv = 256, 704, 512, 4, 128
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * intermediate
+    base = 2 * vocabulary * hidden + layers * (layer + 2 * hidden) + hidden
+    adapters = layers * (4 * (2 * hidden + hidden + kv) + 6 * (hidden + intermediate))
+    sizes = model_sizes(decoder(LLAMA), "lora", load_config(overrides={"r": 2}).lora)
+    assert sizes.base == base
+    assert sizes.trainable == adapters
+    assert sizes.total == base + adapters
+    assert sizes.matmul == layers * layer + vocabulary * hidden
+    assert sizes.trained_state == 2 * adapters
+    full = model_sizes(decoder(LLAMA), "full", load_config().lora)
+    assert full.trainable == full.total == base
+    # Adafactor: rows and columns of each matrix, each element of a norm.
+    linear = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + intermediate)
+    assert full.factored_state == (
+        2 * (vocabulary + hidden) + layers * (linear + 2 * hidden) + hidden
+    )
+
+
+def test_targets_that_match_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="q_prog"):
+        model_sizes(
+            decoder(LLAMA), "lora", load_config(overrides={"target_modules": "q_prog"}).lora
+        )
+
+
+def test_ledger_of_lora() -> None:
+    config = load_config(overrides={"r": 4})
+    sizes = model_sizes(decoder(LLAMA), "lora", config.lora)
+    ledger = memory_ledger(config, decoder(LLAMA), precision="bf16")
+    assert ledger["weights"] == 2 * sizes.base
+    assert ledger["adapters"] == ledger["gradients"] == 4 * sizes.trainable
+    assert ledger["optimizer"] == 8 * sizes.trainable
+    assert set(ledger) == {*MEMORY_CATEGORIES, "total"}
+    assert ledger["total"] == sum(ledger[name] for name in MEMORY_CATEGORIES)
+
+
+def test_ledger_of_full_fine_tuning_holds_masters_and_lowered_copies() -> None:
+    config = load_config(overrides={"method": "full", "optimizer.name": "adafactor"})
+    sizes = model_sizes(decoder(LLAMA), "full", config.lora)
+    exact = memory_ledger(config, decoder(LLAMA), precision="fp32")
+    assert exact["weights"] == 4 * sizes.base
+    assert exact["adapters"] == 0
+    assert exact["optimizer"] == 4 * sizes.factored_state
+    lowered = memory_ledger(config, decoder(LLAMA), precision="bf16")
+    assert lowered["weights"] == 4 * sizes.base + 2 * sizes.matmul
+
+
+@pytest.mark.parametrize("raw", [LLAMA, STARCODER2], ids=["llama", "starcoder2"])
+@pytest.mark.parametrize(
+    ("method", "dropout", "precision", "attention"),
+    [
+        ("lora", 0.0, "fp32", "sdpa"),
+        ("lora", 0.05, "bf16", "sdpa"),
+        ("lora", 0.05, "fp32", "eager"),
+        ("full", 0.0, "bf16", "sdpa"),
+        ("full", 0.0, "fp32", "eager"),
+    ],
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_saves(
+    raw: dict, method: str, dropout: float, precision: str, attention: str, recompute: bool
+) -> None:
+    config = load_config(
+        overrides={
+            "method": method,
+            "lora_dropout": dropout,
+            "max_length": 128,
+            "per_device_train_batch_size": 4,
+            "attention": attention,
+        }
+    )
+    architecture = decoder(raw)
+    model = build(architecture, attention=attention, device="cpu")
+    model.to(torch.bfloat16 if (method, precision) == ("lora", "bf16") else torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if method == "lora":
+        inject(model, LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout))
+    model.gradient_checkpointing = recompute
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    segments = Segments.build([128] * 4, device="cpu", examples=[0, 1, 2, 3], draw=(1, 1))
+    lowered = (
+        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), lowered:
+        model.hidden_states(torch.zeros(512, dtype=torch.int64), segments)
+
+    def memory_of(recompute: bool) -> int:
+        return memory_ledger(
+            config,
+            architecture,
+            precision=precision,
+            gradient_checkpointing=recompute,
+            fused_attention=uses_fused_attention(config, architecture, "cpu"),
+        )["activations"]
+
+    estimate = float(memory_of(recompute))
+    if method == "full" and precision == "bf16" and not recompute:
+        # Autocast's copies of the weights, which the ledger counts as weights, are saved as well;
+        # the head's belongs to the loss.
+        head = architecture.vocab_size * architecture.hidden_size
+        estimate += 2 * (model_sizes(architecture, method, config.lora).matmul - head)
+    if recompute:
+        # The layer that is computed again comes in the backward pass only.
+        estimate -= memory_of(False) / 4
+    # What the formulas leave out or round up: rotary tables, row statistics, the first layer's
+    # input where nothing before it is trained. None is above a tenth of the rest.
+    assert 0.9 * sum(saved.values()) < estimate < 1.12 * sum(saved.values())
+
+
+def test_largest_micro_batch() -> None:
+    def rows(lengths: list[int] | None, **overrides: object) -> tuple[int, int]:
+        keys = {"per_device_train_batch_size": 2, "max_length": 100, **overrides}
+        return micro_batch_tokens(load_config(overrides=keys), lengths)
+
+    assert rows(None) == (200, 100)
+    assert rows([10, 50, 30]) == (80, 50)
+    assert rows([10, 50, 30], batching="longest") == (100, 50)
+    assert rows([10, 50, 30], batching="max_length") == (200, 100)
+    assert rows([10, 50, 30], micro_batch_tokens=64) == (64, 50)
+    assert rows([10, 90, 30], micro_batch_tokens=64) == (90, 90)
+    assert rows([10], effective_batch_size=1) == (10, 10)
+
+
+def test_gradient_checkpointing_only_where_memory_needs_it() -> None:
+    config = load_config()
+    need = {"total": 100}
+    assert resolve_gradient_checkpointing(config, need, 100)[0] is False
+    assert resolve_gradient_checkpointing(config, need, 99)[0] is True
+    assert resolve_gradient_checkpointing(config, need, None) == (
+        False,
+        "auto: no device is known yet, counted without",
+    )
+    assert resolve_gradient_checkpointing(config, None, 99)[0] is False
+    for setting in (True, False):
+        chosen = load_config(overrides={"gradient_checkpointing": setting})
+        assert resolve_gradient_checkpointing(chosen, need, 99) == (setting, "as set")
+
+
+def test_recomputing_takes_less_memory() -> None:
+    config = load_config()
+    without = memory_ledger(config, decoder(LLAMA))
+    recomputed = memory_ledger(config, decoder(LLAMA), gradient_checkpointing=True)
+    assert recomputed["activations"] < without["activations"] / 2
+    assert recomputed["weights"] == without["weights"]
+
+
+def test_this_machine_has_memory() -> None:
+    memory = available_memory("cpu")
+    assert memory is None or memory > 2**20
+
+
+def test_disk() -> None:
+    config = load_config(overrides={"checkpoint.total_limit": 3, "checkpoint.steps": 1, "r": 4})
+    architecture = decoder(LLAMA | {"torch_dtype": "bfloat16"})
+    sizes = model_sizes(architecture, "lora", config.lora)
+    memory = memory_ledger(config, architecture)
+    plan = plan_run(config, 1000)
+    disk = disk_bytes(config, plan, sizes, architecture, memory)
+    assert disk["checkpoint"] == 12 * sizes.trainable  # fp32 adapters and two moments
+    assert disk["checkpoints_kept"] == 3
+    assert disk["best_and_final"] == 8 * sizes.trainable
+    assert disk["total"] == 3 * 12 * sizes.trainable + 8 * sizes.trainable
+    # The newest and the best stay, whatever the limit.
+    one = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, total_limit=1)
+    )
+    assert disk_bytes(one, plan, sizes, architecture, memory)["checkpoints_kept"] == 2
+    full = load_config(overrides={"method": "full"})
+    sizes = model_sizes(architecture, "full", full.lora)
+    disk = disk_bytes(full, plan, sizes, architecture, memory_ledger(full, architecture))
+    assert disk["best_and_final"] == 2 * 2 * sizes.base  # in the model's own dtype
+
+
+# --- the document ---
+
+CONTRACT = (
+    "num_examples",
+    "world_size",
+    "effective_batch_size",
+    "steps_per_epoch",
+    "total_steps",
+    "warmup_steps",
+    "eval_steps",
+    "save_steps",
+    "trainable_parameters",
+    "total_parameters",
+    "memory",
+)
+
+
+def test_document_has_the_contract_keys() -> None:
+    config = load_config("qwen2.5-coder-1.5b")
+    document = plan_document(config, decoder=find_decoder_config(config)[0])
+    for key in CONTRACT:
+        assert document[key] is not None, key
+    assert set(document["memory"]) == {
+        "weights",
+        "adapters",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss",
+        "total",
+    }
+    assert (document["num_examples"], document["num_examples_from"]) == (4530, "the seed's claim")
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_what_is_not_known_is_null() -> None:
+    document = plan_document(load_config("default"))
+    for key in CONTRACT:
+        if key in ("world_size", "effective_batch_size"):
+            assert document[key] is not None
+        elif key == "memory":
+            assert set(document[key].values()) == {None}
+        else:
+            assert document[key] is None, key
+    assert "unknown without data" in render_plan(document)
+    bounded = plan_document(load_config(overrides={"max_steps": 100}))
+    assert (bounded["total_steps"], bounded["warmup_steps"]) == (100, 5)
+    assert bounded["steps_per_epoch"] is None
+
+
+def test_data_rules_over_the_claim() -> None:
+    config = load_config("llama2-7b")
+    document = plan_document(
+        config,
+        num_examples=2,
+        num_valid=0,
+        lengths=[10, 20],
+        counts={"rows": 4, "truncated": 1, "dropped": 2},
+    )
+    assert (document["num_examples"], document["num_examples_from"]) == (2, "data")
+    assert document["eval_steps"] == []
+    text = "\n".join(document["warnings"])
+    assert "1 of 4 rows (25.0%) are cut" in text
+    assert "2 of 4 rows (50.0%) are dropped" in text
+    assert "no data was read" not in text
+
+
+def test_warnings_name_what_a_reader_would_object_to() -> None:
+    config = load_config("starcoder2-15b")
+    document = plan_document(config, world_size=6, missing_data="the hub is away")
+    text = "\n".join(document["warnings"])
+    assert "6 ranks asked" in text
+    assert "5, 4, 4, 4, 4, 4" in text
+    assert "the seed's 20,000 rows stand in): the hub is away" in text
+    small = plan_document(load_config("qwen2.5-coder-1.5b"), num_examples=4530, num_valid=19)
+    text = "\n".join(small["warnings"])
+    assert "19 valid examples decide early stopping" in text
+    assert "the last step of an epoch holds 2 of 16 examples" in text
+    short = plan_document(
+        load_config(overrides={"max_steps": 3, "warmup_steps": 3}), num_examples=9
+    )
+    assert "the peak learning rate is never reached" in "\n".join(short["warnings"])
+    assert "model.path is not set" in "\n".join(short["warnings"])
+    full = plan_document(
+        load_config(overrides={"model.path": "x"}), decoder=decoder(LLAMA), available=10**6
+    )
+    assert "1 MB there" in "\n".join(full["warnings"])
+
+
+def test_rendered_plan_checks_the_claims() -> None:
+    config = load_config("qwen2.5-coder-1.5b")
+    text = render_plan(plan_document(config, decoder=find_decoder_config(config)[0]))
+    assert "852 (284 an epoch), 26 of warm-up" in text
+    assert "36,929,536 trained of 1,580,643,840 (2.34 %)" in text
+    assert "✓ steps per epoch: 284" in text
+    assert "✗ learning rate ~5.3e-5 at step 700 → 1.63e-05" in text
+    assert "✗ optimizer states ~12 GB → 0.295" in text
+
+
+def test_claims_speak_of_the_preset_not_of_the_run() -> None:
+    config = load_config("llama2-7b", overrides={"num_train_epochs": 1})
+    document = plan_document(config, num_examples=10)
+    assert document["total_steps"] == 1
+    claims = {claim["statement"]: claim for claim in document["claims"]}
+    assert claims["8 epochs: 512 steps"]["planned"] == 512
+
+
+def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(load_config("llama2-7b"), as_json=True, ranks=2)
+    document = json.loads(capsys.readouterr().out)
+    assert document["world_size"] == 2
+    assert document["effective_batch_size"] == 32
+    assert document["total_steps"] == 256
+
+
+def test_named_files_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing"):
+        print_plan(load_config(overrides={"model.path": str(tmp_path / "missing")}))
+
+
+def offline(*_: object, **__: object) -> None:
+    raise UserError("the hub is away")
+
+
+def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.prepare.find_model", offline)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "x"}\n' * 40)
+    config = load_config("llama2-7b", overrides={"data.train": str(rows), "valid_fraction": 0.2})
+    print_plan(config, as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert (document["num_examples"], document["num_examples_from"]) == (32, "data")
+    assert document["data"]["valid_examples"] == 8
+    assert document["steps_per_epoch"] == 2
+    assert document["trainable_parameters"] == 8 * 2_498_560
+    assert "not tokenised" in "\n".join(document["warnings"])
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        print_plan(load_config("llama2-7b", overrides={"data.train": str(tmp_path / "gone.jsonl")}))
+
+
+def test_the_claim_stands_in_where_the_data_set_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.prepare.find_model", offline)
+    monkeypatch.setattr("data.source.read_rows", offline)
+    print_plan(load_config("starcoder2-3b"), as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert (document["num_examples"], document["total_steps"]) == (20000, 2502)
+    assert any("the hub is away" in warning for warning in document["warnings"])
+
+
+def test_an_architecture_is_read_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    found, reason = find_decoder_config(load_config(overrides={"model.path": str(tmp_path)}))
+    assert (found, reason) == (decoder(LLAMA), "")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "lama"}))
+    with pytest.raises(UserError, match="lama"):
+        find_decoder_config(load_config(overrides={"model.path": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (12_345_678, "12.3 MB"),
+        (3.09e9, "3.09 GB"),
+        (4e12, "4 TB"),
+    ],
+)
+def test_sizes_in_decimal_units(size: float, text: str) -> None:
+    assert size_text(size) == text

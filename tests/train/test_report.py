@@ -1,0 +1,403 @@
+"""report.md and its plots, from made-up runs in every state."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from files.errors import UserError
+from train.plots import running_mean
+from train.report import main, notes, read_record, render_report, write_report
+from train.schedule import learning_rate_factor
+
+CONFIG = """preset = "demo"
+[model]
+path = "data/demo/base"
+[train]
+method = "lora"
+run_name = "none"
+[optimizer]
+learning_rate = 0.0002
+max_grad_norm = 1.0
+[schedule]
+name = "cosine"
+min_lr_ratio = 0.0
+[eval]
+early_stopping_threshold = 0.0
+[data]
+max_length = 512
+"""
+
+
+def make_run(
+    folder: Path,
+    *,
+    steps: int = 120,
+    total_steps: int = 120,
+    valid: dict[int, float] | None = None,
+    state: str = "finished",
+    reason: str = "completed",
+    valid_targets: int = 40_000,
+    grad_norm: float = 0.4,
+    **status: Any,
+) -> Path:
+    """Write the folder of a run of 40 steps an epoch, as the loop leaves it."""
+    folder.mkdir(parents=True)
+    draw = random.Random(7)
+    warmup = total_steps // 20
+    rows: list[dict[str, Any]] = []
+    valid = {0: 2.0, 40: 1.5, 80: 1.2, 120: 1.195} if valid is None else valid
+    for step in range(steps + 1):
+        if step:
+            rate = 2e-4 * learning_rate_factor(
+                "cosine", step - 1, warmup_steps=warmup, total_steps=total_steps, min_lr_ratio=0.0
+            )
+            rows.append(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "epoch": step / 40,
+                    "loss": 1.1 + 0.9 * math.exp(-step / 40) + draw.gauss(0, 0.05),
+                    "learning_rate": rate,
+                    "grad_norm": grad_norm * draw.uniform(0.8, 1.2),
+                    "targets": draw.randint(900, 1100),
+                    "tokens": draw.randint(1900, 2100),
+                    "seconds": draw.uniform(0.4, 0.6),
+                }
+            )
+        if step in valid:
+            so_far = [loss for other, loss in valid.items() if other < step]
+            rows.append(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "split": "valid",
+                    "loss": valid[step],
+                    "targets": valid_targets,
+                    "best": all(valid[step] < loss for loss in so_far),
+                    "train_loss": 1.25 if step else None,
+                    "seconds": 1.5,
+                }
+            )
+    (folder / "config.toml").write_text(CONFIG)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = {
+        "num_examples": 320,
+        "effective_batch_size": 8,
+        "steps_per_epoch": 40,
+        "total_steps": total_steps,
+        "warmup_steps": warmup,
+        "eval_steps": [40, 80, 120],
+        "save_steps": [40, 80, 120],
+        "trainable_parameters": 1000,
+        "total_parameters": 50_000,
+        "memory": {"total": 2**28},
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "environment.json").write_text(
+        json.dumps({"device": "cpu", "versions": {"torch": "2.13"}})
+    )
+    document = {
+        "state": state,
+        "reason": reason,
+        "step": steps,
+        "total_steps": total_steps,
+        "seconds": 71.0,
+        "tokens": 240_000,
+        "peak_memory_bytes": 3 * 2**27,
+        "trainable_parameters": 1000,
+        "total_parameters": 50_000,
+        **status,
+    }
+    (folder / "status.json").write_text(json.dumps(document))
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def report_of(folder: Path) -> str:
+    """Return the text alone: drawing takes most of a report's time."""
+    return render_report(read_record(folder), plots=[])
+
+
+def table_rows(report: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, its own head left out."""
+    lines = report.split(f"## {heading}\n\n")[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def notes_of(folder: Path) -> str:
+    return "\n".join(notes(read_record(folder)))
+
+
+def test_a_finished_run_has_every_section_and_every_plot(tmp_path: Path) -> None:
+    folder = make_run(
+        tmp_path / "run", samples=[{"prompt": "Write ``` x", "after": "def x(): ..."}]
+    )
+    rows = rows_of(folder)
+    for step, loss in ((0, 2.05), (120, 1.21)):
+        rows.append({"kind": "eval", "step": step, "split": "test", "loss": loss, "targets": 900})
+    rewrite(folder, rows)
+    report = write_report(folder).read_text()
+    assert report.startswith("# run\n")  # its folder's name: it was given none
+    assert "preset `demo`: **finished (completed) after 120 of 120 steps**" in report
+    assert "2.0500 before, **1.2100** after (900 targets)" in report
+    assert ["best valid loss", "**1.1950 at step 120**"] in table_rows(report, "Result")
+    assert ["trained parameters", "1,000 of 50,000 (2.00%)"] in table_rows(report, "Result")
+    assert "````\nWrite ``` x\n````" in report and "def x(): ..." in report
+    assert "| versions.torch | `2.13` |" in report
+    assert CONFIG in report
+    for name in ("train-loss", "eval-loss", "learning-rate", "grad-norm"):
+        assert f"(plots/{name}.png)" in report
+        assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".tmp-")]
+
+
+def test_every_evaluation_has_a_train_loss_beside_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", valid={0: 2.0, 40: 1.5, 120: 1.6})
+    rows = rows_of(folder)
+    for row in rows:
+        row.pop("train_loss", None)  # what the rows of the steps say has to do
+    rewrite(folder, rows)
+    steps = [row for row in rows if row["kind"] == "train"]
+
+    def mean(first: int, last: int) -> str:
+        span = [row for row in steps if first <= row["step"] <= last]
+        targets = sum(row["targets"] for row in span)
+        return f"{sum(row['loss'] * row['targets'] for row in span) / targets:.4f}"
+
+    # Before training: the loss of step 1, which is taken on the same weights.
+    assert table_rows(report_of(folder), "Evaluations") == [
+        ["0", "0.00", f"{steps[0]['loss']:.4f} (step 1)", "2.0000", "", ""],
+        ["40", "1.00", mean(1, 40), "1.5000", "-25.0%", "best"],
+        ["120", "3.00", mean(41, 120), "1.6000", "+6.7%", ""],
+    ]
+
+
+def test_plan_against_actual(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=80, state="preempted", reason="sigterm")
+    assert table_rows(report_of(folder), "Plan against actual") == [
+        ["steps", "120", "80"],
+        ["epochs", "3.00", "2.00"],
+        ["evaluations", "3", "2"],
+        ["warm-up steps", "6", "6"],
+        ["trainable parameters", "1,000", "1,000"],
+        ["total parameters", "50,000", "50,000"],
+        ["peak memory", "256.0 MiB", "384.0 MiB"],
+    ]
+    assert "The learning rate of all 80 steps is the schedule's (cosine)." in report_of(folder)
+
+
+def test_a_learning_rate_off_the_schedule_is_found(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = rows_of(folder)
+    step = next(row for row in rows if row["kind"] == "train" and row["step"] == 50)
+    step["learning_rate"] *= 1 + 1e-9
+    rewrite(folder, rows)
+    assert "The learning rate is not the schedule's at step 50." in report_of(folder)
+
+
+def test_speed_counts_steps_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=2, valid={})
+    rows = rows_of(folder)
+    for row, tokens, seconds in zip(rows, (1000, 3000), (0.5, 1.5), strict=True):
+        row |= {"tokens": tokens, "targets": tokens // 2, "seconds": seconds}
+    rewrite(folder, rows)
+    assert table_rows(report_of(folder), "Speed and memory")[:4] == [
+        ["tokens trained on", "4,000 (2,000 targets)"],
+        ["throughput", "2,000 tokens/s, 1,000 targets/s"],
+        ["step", "median 1.00 s, slowest 1.50 s"],
+        ["time in steps", "2.0s"],
+    ]
+
+
+def test_the_plan_s_warnings_and_the_seed_s_claims_are_repeated(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["warnings"] = ["12 of 320 rows (3.8%) are cut at data.max_length=512"]
+    plan["claims"] = [
+        {"statement": "64 steps | epoch", "holds": True, "note": ""},
+        {"statement": "no train loss", "holds": False, "note": "there is one"},
+        {"statement": "25 hours", "holds": None},
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    report = report_of(folder)
+    assert "- 12 of 320 rows (3.8%) are cut" in report
+    assert table_rows(report, "The seed's claims") == [
+        ["64 steps \\| epoch", "holds", ""],
+        ["no train loss", "**does not hold**", "there is one"],
+        ["25 hours", "cannot be checked", ""],
+    ]
+
+
+def test_the_test_loss_says_which_weights_it_is_of(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", valid={40: 1.2, 80: 1.3})
+    test = {"kind": "eval", "step": 120, "split": "test", "loss": 1.25, "targets": 900}
+    rewrite(folder, [*rows_of(folder), test])
+    assert ["test loss", "**1.2500** after (900 targets)"] in table_rows(
+        report_of(folder), "Result"
+    )
+    config = CONFIG + "[checkpoint]\nload_best_at_end = true\n"
+    (folder / "config.toml").write_text(config)
+    cell = "**1.2500** after, of step 40, the best (900 targets)"
+    assert ["test loss", cell] in table_rows(report_of(folder), "Result")
+
+
+# Notes
+
+
+@pytest.mark.parametrize(
+    ("valid", "expected"),
+    [
+        ({0: 1.000, 120: 0.997}, "moved 0.3% (1.0000 → 0.9970): barely trained"),
+        ({0: 1.0, 40: 1.1, 120: 1.2}, "never fell below its first value, 1.0000"),
+        (
+            {0: 2.0, 76: 1.0, 120: 1.1},
+            "at step 76, 63% of the 120 steps; at the end the valid loss was 10.0% above it",
+        ),
+        ({0: 2.0, 80: 1.5, 120: 1.4}, "still fell by 6.7% between steps 80 and 120"),
+        ({0: 4.0, 80: 2.01, 120: 2.0}, "the valid loss (2.0000) is 1.6 times the train loss"),
+        ({}, "No evaluation was done"),
+    ],
+)
+def test_notes_on_the_evaluations(tmp_path: Path, valid: dict[int, float], expected: str) -> None:
+    assert expected in notes_of(make_run(tmp_path / "run", valid=valid))
+
+
+def test_a_good_run_has_no_notes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", valid={0: 2.0, 40: 1.4, 80: 1.205, 120: 1.2})
+    assert notes_of(folder) == "" and "## Notes" not in report_of(folder)
+
+
+def test_a_small_valid_set_is_called_noisy(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", valid_targets=2310)
+    assert "The valid set has 2,310 targets (below 10,000): its loss is noisy" in notes_of(folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"data": {"valid_examples": 19}}))
+    assert "The valid set has 19 rows (below 100): its loss is noisy" in notes_of(folder)
+
+
+def test_skipped_missing_and_clipped_steps_are_counted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", grad_norm=2.0)
+    rows = [row for row in rows_of(folder) if row["step"] != 7]
+    for row in rows:
+        if row["kind"] == "train" and row["step"] in (3, 4):
+            row |= {"loss": None, "grad_norm": None, "skipped": "non-finite"}
+    rewrite(folder, rows)
+    text = notes_of(folder)
+    assert "2 of 120 steps changed nothing (non-finite): steps 3, 4." in text
+    assert "1 of 120 steps have no row: step 7." in text
+    assert "clipped to 1 in 100% of the steps (median norm 1.99)" in text
+
+
+def test_resumes_early_stopping_and_an_unfinished_run_are_told(tmp_path: Path) -> None:
+    stopped = make_run(
+        tmp_path / "a",
+        steps=80,
+        valid={0: 2.0, 40: 1.2, 80: 1.201},
+        reason="early_stopping",
+        resumed_from=[10, 30],
+    )
+    text = notes_of(stopped)
+    assert (
+        "Stopped early at step 80: no evaluation after step 40 was better by more than 0." in text
+    )
+    assert "Resumed from steps 10, 30." in text
+    running = make_run(tmp_path / "b", steps=50, state="running", reason=None)
+    assert "not finished: running after 50 of 120 steps" in notes_of(running)
+    assert f"--resume {running}" in notes_of(running)
+
+
+# Runs with little to tell
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("valid", [{}, {0: 2.0}])
+def test_a_run_of_one_step_or_none_has_a_report(
+    tmp_path: Path, steps: int, valid: dict[int, float]
+) -> None:
+    folder = make_run(tmp_path / "run", steps=steps, valid=valid, state="running")
+    report = write_report(folder).read_text()
+    assert f"after {steps} of 120 steps" in report
+    assert (folder / "plots/train-loss.png").exists() == (steps == 1)
+    assert (folder / "plots/eval-loss.png").exists() == bool(valid)
+    if valid:
+        beside = table_rows(report, "Evaluations")[0][2]
+        assert beside.endswith("(step 1)") if steps else beside == "—"
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    (tmp_path / "metrics.jsonl").write_text("")
+    report = report_of(tmp_path)
+    assert "**no status after 0 steps**" in report and CONFIG in report
+
+
+def test_losses_that_are_not_finite_are_told_and_left_out_of_the_plots(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=2, valid={0: 2.0})
+    rows = rows_of(folder)
+    rows[1] |= {"loss": None, "grad_norm": None}
+    rewrite(folder, [*rows, {**rows[0], "step": 2, "loss": None, "best": False}])
+    report = write_report(folder).read_text()
+    assert "1 of 2 evaluations gave a loss that is not finite" in report
+    assert table_rows(report, "Evaluations")[1][3:] == ["non-finite", "", ""]
+
+
+def test_a_plot_without_rows_any_more_is_taken_away(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_report(folder).read_text()
+    rewrite(folder, [row for row in rows_of(folder) if row["kind"] == "train"])
+    assert "eval-loss" not in write_report(folder).read_text()
+    assert not (folder / "plots/eval-loss.png").exists()
+
+
+def test_without_matplotlib_the_report_says_how_to_get_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = write_report(folder).read_text()
+    assert "pip install 'lathe[report]'" in report and ".png" not in report
+    assert table_rows(report, "Evaluations")
+
+
+def test_the_running_mean_is_by_target_over_the_last_steps() -> None:
+    points = [(1, 1.0), (2, 2.0), (5, 4.0)]
+    smooth = running_mean(points, {1: 1, 2: 3, 5: 1}, window=2)
+    assert smooth == [(1, 1.0), (2, 7 / 4), (5, 10 / 4)]
+
+
+# The command
+
+
+def test_the_command_writes_the_report_of_each_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [make_run(tmp_path / name, steps=1, valid={}) for name in ("a", "b")]
+    assert main([str(folder) for folder in folders]) == 0
+    assert capsys.readouterr().out.split() == [str(folder / "report.md") for folder in folders]
+
+
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: not the folder of a run")
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.toml").write_text("a = = b")
+    with pytest.raises(UserError, match=r"config\.toml: not TOML"):
+        write_report(tmp_path)

@@ -1,0 +1,282 @@
+"""Resume is exact: stopped and taken up again, a run ends in the same bits."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from files.atomic import sha256_file
+from files.errors import UserError
+from train import session as session_module
+from train.config import load_config
+from train.resume import find_run
+from train.run import Outcome, execute, main
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache: Path) -> None:
+    """Keep tokenised rows out of the user's cache."""
+
+
+def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model.path": str(model_folder),
+        "data.train": str(rows / "train.jsonl"),
+        "data.valid": str(rows / "valid.jsonl"),
+        "data.max_length": 48,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 3,
+        "train.max_steps": STEPS,
+        "train.precision": "fp32",
+        "train.output_dir": str(output),
+        "lora.r": 4,
+        "lora.lora_dropout": 0.1,
+        "optimizer.learning_rate": 1e-2,
+        "eval.steps": 2,
+        "checkpoint.steps": 1,
+        "log.tensorboard": False,
+        "log.progress": False,
+        **changes,
+    }
+
+
+def train(values: dict[str, Any]) -> Outcome:
+    return execute(load_config(overrides=values))
+
+
+def trained_bits(run: Path) -> dict[str, str]:
+    """Return the hashes of the last checkpoint's tensors and of what the run hands out."""
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {
+        f"{folder.name}/{path.name}": sha256_file(path)
+        for folder in (last, run / "best", run / "final")
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def rows_without_time(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def last_state(run: Path) -> dict[str, Any]:
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    state = json.loads((last / "state.json").read_text())["state"]
+    return {
+        k: v for k, v in state.items() if k not in ("seconds", "resumed_from", "peak_memory_bytes")
+    }
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """Let the process send itself a signal while it does the given step."""
+    plain = session_module.Session.step
+
+    def step_and_signal(self: Any, at: int, *arguments: Any) -> Any:
+        if at == step:
+            os.kill(os.getpid(), number)
+        return plain(self, at, *arguments)
+
+    monkeypatch.setattr(session_module.Session, "step", step_and_signal)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora, adamw": {},
+    "lora, length groups, bf16": {"data.group_by_length": True, "train.precision": "bf16"},
+    "lora, adafactor, linear, padded": {
+        "optimizer.name": "adafactor",
+        "schedule.name": "linear",
+        "data.batching": "longest",
+    },
+    "full, adamw": {"train.method": "full", "optimizer.weight_decay": 0.1},
+    "full, adafactor, bf16": {
+        "train.method": "full",
+        "optimizer.name": "adafactor",
+        "train.precision": "bf16",
+    },
+    "lora, fp16 with loss scaler": {"train.precision": "fp16"},
+    "early stopping counting, eager": {
+        "eval.early_stopping_patience": 4,
+        "eval.early_stopping_threshold": 0.5,
+        "eval.steps": 1,
+        "model.attention": "eager",
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stopped_and_resumed_equals_uninterrupted(
+    name: str,
+    model_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """22 rows in steps of 6 are 4 steps an epoch: stops fall mid-epoch and at an epoch's end."""
+    changes = VARIANTS[name]
+    whole = train(settings(model_folder, rows_file, tmp_path / "whole", **changes))
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        outcome = train(settings(model_folder, rows_file, run, **changes))
+    assert outcome.reason == "sigterm"
+    assert outcome.exit_code == 143
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    if whole.reason == "completed":
+        with monkeypatch.context() as patch:
+            stop_after(4, patch, signal.SIGINT)
+            outcome = execute(*find_run(run, {}))
+        assert (outcome.reason, outcome.exit_code) == ("sigint", 130)
+    outcome = execute(*find_run(run, {}))
+    assert outcome.reason == whole.reason
+    assert trained_bits(run) == trained_bits(whole.folder)
+    assert rows_without_time(run) == rows_without_time(whole.folder)
+    assert last_state(run) == last_state(whole.folder)
+
+
+def test_early_stopping_does_stop_in_its_variant(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    changes = VARIANTS["early stopping counting, eager"]
+    outcome = train(settings(model_folder, rows_file, tmp_path / "run", **changes))
+    assert outcome.reason == "early_stopping"
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(settings(model_folder, rows_file, tmp_path_factory.mktemp("f") / "run")).folder
+
+
+@pytest.fixture
+def run_copy(finished: Path, tmp_path: Path) -> Path:
+    """Return the finished run, copied elsewhere: a run's folder may be moved."""
+    import shutil
+
+    return Path(shutil.copytree(finished, tmp_path / "moved"))
+
+
+def test_a_finished_run_is_verified_and_left_alone(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = rows_without_time(run_copy)
+    assert main(["--resume", str(run_copy)]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert rows_without_time(run_copy) == before
+
+
+def test_one_checkpoint_can_be_resumed_from(run_copy: Path, finished: Path) -> None:
+    assert main(["--resume", str(run_copy / "checkpoints" / "step-00000003")]) == 0
+    assert trained_bits(run_copy) == trained_bits(finished)
+    assert rows_without_time(run_copy) == rows_without_time(finished)
+
+
+def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
+    assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
+    rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
+
+
+def damage_file(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_taken(
+    run_copy: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = run_copy / "checkpoints" / f"step-{STEPS:08d}"
+    damage_file(last / "optimizer.safetensors")
+    (run_copy / "status.json").unlink()
+    assert main(["--resume", str(run_copy)]) == 0
+    assert "sha256 mismatch" in capsys.readouterr().out
+    assert trained_bits(run_copy) == trained_bits(finished)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the one sentence of a command that exits with 2."""
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_damaged_checkpoint_that_was_named_is_an_error(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = run_copy / "checkpoints" / "step-00000004"
+    damage_file(place / "adapter_model.safetensors")
+    assert "sha256 mismatch" in refused(capsys, "--resume", str(place))
+
+
+def test_a_folder_without_a_run_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no run is there" in refused(capsys, "--resume", str(tmp_path))
+
+
+def test_what_changes_results_may_not_be_overridden(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, "--resume", str(run_copy), "learning_rate=1e-3")
+    assert "optimizer.learning_rate" in error
+
+
+def test_an_edited_configuration_is_refused_with_both_values(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_copy / "status.json").unlink()
+    config = run_copy / "config.toml"
+    config.write_text(config.read_text().replace("lora_alpha = 32", "lora_alpha = 16"))
+    error = refused(capsys, "--resume", str(run_copy))
+    assert "lora.lora_alpha was 32 and is 16" in error
+
+
+def test_other_data_is_refused(
+    run_copy: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_copy / "status.json").unlink()
+    other = tmp_path / "train.jsonl"
+    other.write_text((rows_file / "train.jsonl").read_text().replace("a", "b", 1))
+    config = run_copy / "config.toml"
+    config.write_text(config.read_text().replace(str(rows_file / "train.jsonl"), str(other)))
+    error = refused(capsys, "--resume", str(run_copy))
+    assert "data.train" in error
+
+
+def test_other_threads_are_warned_about() -> None:
+    from train.resume import check_identity
+
+    saved = {
+        "config": {},
+        "data": {},
+        "model": {},
+        "machine": {"torch threads": 2, "torch": "2.13"},
+    }
+    now = {**saved, "machine": {"torch threads": 4, "torch": "2.13"}}
+    assert check_identity(saved, now) == ["resume will not be bit-exact: torch threads 2 → 4"]
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_first_step(
+    run_copy: Path, finished: Path
+) -> None:
+    import shutil
+
+    shutil.rmtree(run_copy / "checkpoints")
+    (run_copy / "status.json").unlink()
+    assert main(["--resume", str(run_copy)]) == 0
+    assert trained_bits(run_copy) == trained_bits(finished)
+    assert rows_without_time(run_copy) == rows_without_time(finished)
+
+
+def test_the_data_fingerprint_is_compared_not_only_the_path() -> None:
+    from train.resume import check_identity
+
+    saved = {"config": {}, "data": {"train": "abc"}, "model": {}, "machine": {}}
+    with pytest.raises(UserError, match=r"data\.train is not the data"):
+        check_identity(saved, {**saved, "data": {"train": "abd"}})

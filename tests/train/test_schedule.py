@@ -1,0 +1,221 @@
+"""The learning-rate schedules as literal values, step by step, with the reason for each.
+
+Steps count from 0: value number s is the factor of the update made after s others. These tests were
+seen red under: a step too early or too late (s + 1 for s), the decay's length taken as T instead of
+T - w, floor in place of ceil for the warm-up, and a cosine that is not clamped past its end.
+"""
+
+import math
+
+import pytest
+import torch
+from transformers import get_scheduler
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+from files.errors import UserError
+from train.schedule import learning_rate_factor, warmup_step_count
+
+LINEAR = [
+    (0, 0.0),  # the first update has rate 0 whenever there is a warm-up
+    (1, 0.5),  # one of two warm-up steps done
+    (2, 1.0),  # the peak stands at s = w, not at w - 1
+    (3, 0.75),  # one of the T - w = 4 steps of the decay done
+    (4, 0.5),  # half of the decay
+    (5, 0.25),  # the last update of the run: T - 1, so it is not yet 0
+    (6, 0.0),  # T: where the line ends, which no update uses
+    (7, 0.0),  # past the end it stays there, never negative
+]
+COSINE = [
+    (0, 0.0),  # as above
+    (1, 0.5),  # the warm-up is a line for every schedule
+    (2, 1.0),  # (1 + cos 0) / 2
+    (3, 0.8535533905932737),  # (1 + cos 45°) / 2 = (2 + √2) / 4
+    (4, 0.5),  # (1 + cos 90°) / 2
+    (5, 0.14644660940672627),  # (1 + cos 135°) / 2 = (2 - √2) / 4, the last update
+    (6, 0.0),  # (1 + cos 180°) / 2
+    (7, 0.0),  # the bare formula would rise again: (1 + cos 225°) / 2 = 0.146
+    (10, 0.0),  # and be back at the peak here
+]
+CONSTANT = [
+    (0, 0.0),  # the first of two warm-up steps
+    (1, 0.5),  # the second
+    (2, 1.0),  # the peak
+    (3, 1.0),  # and no decay
+    (5, 1.0),  # to the last update
+    (7, 1.0),  # and beyond
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("linear", LINEAR), ("cosine", COSINE), ("constant", CONSTANT)]
+)
+def test_two_warm_up_steps_of_six(name: str, table: list[tuple[int, float]]) -> None:
+    for step, expected in table:
+        actual = learning_rate_factor(name, step, warmup_steps=2, total_steps=6)
+        # 1e-15: two roundings of a number below 1.
+        assert actual == pytest.approx(expected, abs=1e-15), f"{name} at step {step}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),  # quarters of T = 4, from the peak on
+        ("cosine", [1.0, 0.8535533905932737, 0.5, 0.14644660940672627, 0.0]),  # 0°, 45° … 180°
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_without_warm_up_the_first_update_has_the_peak(name: str, expected: list[float]) -> None:
+    actual = [learning_rate_factor(name, s, warmup_steps=0, total_steps=4) for s in range(5)]
+    assert actual == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # 0.1 + 0.9 · falling; the warm-up still begins at 0 and reaches 1
+        ("linear", [0.0, 1.0, 0.775, 0.55, 0.325, 0.1, 0.1]),
+        ("cosine", [0.0, 1.0, 0.8681980515339464, 0.55, 0.23180194846605364, 0.1, 0.1]),
+        ("constant", [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_a_floor_under_the_decay(name: str, expected: list[float]) -> None:
+    actual = [
+        learning_rate_factor(name, step, warmup_steps=1, total_steps=5, min_lr_ratio=0.1)
+        for step in range(7)
+    ]
+    assert actual == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_runs_that_are_all_warm_up(name: str) -> None:
+    def factors(warmup_steps: int, total_steps: int) -> list[float]:
+        return [
+            learning_rate_factor(name, s, warmup_steps=warmup_steps, total_steps=total_steps)
+            for s in range(total_steps)
+        ]
+
+    assert factors(4, 4) == [0.0, 0.25, 0.5, 0.75]  # the peak would stand at s = 4 = T
+    assert factors(4, 2) == [0.0, 0.25]  # cut short by the end of the run
+    assert factors(1, 1) == [0.0]  # a single step, spent on the warm-up
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "ratio", "expected", "reason"),
+    [
+        (3120, 0.05, 156, "seed 000: 156 exactly"),
+        (4680, 0.05, 234, "seed 000 with three epochs: 234 exactly"),
+        (852, 0.03, 26, "seed 001: 25.56 rounds up; the document's ~25 is the floor"),
+        (512, 0.03, 16, "seed 004: 15.36 rounds up"),
+        (100, 0.07, 8, "float64: 100 · 0.07 = 7.000000000000001, as the stack computes it"),
+        (10, 0.0, 0, "no warm-up"),
+        (1, 0.05, 1, "any ratio above 0 takes at least a step"),
+        (10, 1.0, 10, "all of it"),
+    ],
+)
+def test_the_length_of_the_warm_up(
+    total_steps: int, ratio: float, expected: int, reason: str
+) -> None:
+    assert warmup_step_count(total_steps, warmup_ratio=ratio) == expected, reason
+
+
+def test_warm_up_steps_overrule_the_ratio() -> None:
+    assert warmup_step_count(2499, warmup_ratio=0.05, warmup_steps=50) == 50
+    assert warmup_step_count(2499, warmup_ratio=0.05, warmup_steps=0) == 0
+
+
+# Learning rates of the seeds' runs: (peak, schedule, T, w) and the rate at step s to the digits
+# that SEMANTICS §1 gives.
+SEEDS = {
+    "000 CodeLlama": (
+        (2e-4, "cosine", 3120, 156),
+        [
+            (78, "1.000000e-04"),  # half of the warm-up: half of the peak
+            (156, "2.000000e-04"),  # the peak
+            (312, "1.986361e-04"),  # the first of the ten evaluations
+            (1560, "1.082579e-04"),  # end of epoch 1: above half, for the decay began at 156
+        ],
+    ),
+    "001 Qwen2.5-Coder": (
+        (2e-4, "cosine", 852, 26),
+        [
+            (26, "2.000000e-04"),  # the peak at s = 26; with a floor it would be 25
+            (100, "1.960654e-04"),
+            (500, "7.700695e-05"),  # the best evaluation
+            (568, "5.288129e-05"),  # where the document's ~5.3e-5 belongs
+            (600, "4.252126e-05"),
+            (700, "1.625052e-05"),  # the stop, where the document claims ~5.3e-5
+            (851, "7.2328e-10"),  # the last planned update: small, not 0
+        ],
+    ),
+    "002 StarCoder2": (
+        (3e-5, "linear", 2499, 50),
+        [
+            (0, "0.000000e+00"),  # the first update
+            (1, "6.000000e-07"),  # 3e-5 / 50
+            (50, "3.000000e-05"),  # the peak
+            (1000, "1.836260e-05"),  # 3e-5 · 1499 / 2449
+            (2498, "1.224990e-08"),  # 3e-5 / 2449, the last update
+        ],
+    ),
+    "004 LLaMA2": (
+        (2e-5, "cosine", 512, 16),
+        [
+            (64, "1.954e-05"),  # the ends of its eight epochs of 64 steps
+            (128, "1.759e-05"),
+            (192, "1.440e-05"),
+            (256, "1.051e-05"),
+            (320, "6.527e-06"),
+            (384, "3.110e-06"),
+            (448, "8.104e-07"),
+            (512, "0.000e+00"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_learning_rates_of_the_seeds(seed: str) -> None:
+    (peak, name, total_steps, warmup_steps), table = SEEDS[seed]
+    for step, expected in table:
+        rate = peak * learning_rate_factor(
+            name, step, warmup_steps=warmup_steps, total_steps=total_steps
+        )
+        digits = len(expected.split("e")[0]) - 2
+        assert f"{rate:.{digits}e}" == expected, f"step {step}"
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 7), (3, 20), (1, 2), (5, 5)])
+def test_every_step_equals_the_stack(name: str, warmup_steps: int, total_steps: int) -> None:
+    stack_name = "constant_with_warmup" if name == "constant" else name
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(stack_name, optimizer, warmup_steps, total_steps)
+    for step in range(total_steps + 1):  # past the end the stack's cosine is not clamped
+        actual = learning_rate_factor(
+            name, step, warmup_steps=warmup_steps, total_steps=total_steps
+        )
+        assert actual == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_floor_equals_the_stack() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 3, 20, min_lr_rate=0.2)
+    for step in range(21):
+        actual = learning_rate_factor(
+            "cosine", step, warmup_steps=3, total_steps=20, min_lr_ratio=0.2
+        )
+        assert actual == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_cosine_is_continuous_where_it_begins_and_ends() -> None:
+    near_peak = learning_rate_factor("cosine", 1001, warmup_steps=1000, total_steps=2000)
+    assert near_peak == pytest.approx(1 - (math.pi / 1000) ** 2 / 4, abs=1e-11)  # 1 - x²/4
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(UserError, match=r"schedule.name: 'cosin' .*; did you mean 'cosine'\?"):
+        learning_rate_factor("cosin", 0, warmup_steps=0, total_steps=1)

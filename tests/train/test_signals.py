@@ -1,0 +1,33 @@
+"""Signals become requests between steps; a second one ends the process at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from train.signals import Signals
+
+
+def test_requests_are_noted_and_handlers_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (signals.stop, signals.save) == (None, True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stop is signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_second_signal_exits_at_once() -> None:
+    program = (
+        "import os, signal\n"
+        "from train.signals import Signals\n"
+        "with Signals():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('never', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stdout == "still here\n"

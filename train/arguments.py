@@ -1,0 +1,234 @@
+"""The command line of a run: what was asked, as data. Nothing here imports torch.
+
+`--help`, `--list-presets` and `--show` are answered from text and arithmetic alone, so that looking
+around is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from files.errors import UserError, did_you_mean
+from train.config import Preset, preset_names, read_preset, to_toml
+from train.settings import KEYS, STACK_SPELLINGS
+from train.steps import effective_batch_size, plan_run
+
+EMBEDDED_PRESET = "demo"
+OPTIONS = (
+    "--preset",
+    "--config",
+    "--plan",
+    "--json",
+    "--ranks",
+    "--resume",
+    "--list-presets",
+    "--show",
+    "--help",
+)
+
+DESCRIPTION = """\
+Fine-tune a code model (LoRA or full) in plain PyTorch: one run, from a preset, a file and key=value
+settings (each over the one before) to an adapter, its curves and its report.
+Without any argument the embedded demo runs: about a minute on two CPU cores, nothing downloaded.
+"""
+EPILOG = """\
+settings: section.key=value, or key=value where the key is unique; values are TOML or bare words;
+none unsets a key. `--show default` prints every key with its meaning, range and default.
+
+examples:
+  python -m train.run --list-presets
+  python -m train.run --preset demo
+  python -m train.run --preset qwen2.5-coder-1.5b data.train=my.jsonl --plan
+  python -m train.run --preset starcoder2-3b-lora data.train=src/ lora.r=16 train.output_dir=runs/a
+  python -m train.run --config my.toml learning_rate=1e-4 'data.prompt_template="Q: {question}\\n"'
+  python -m train.run --resume runs/demo-20250101-120000
+
+exit codes:
+  0    done (also: stopped by a signal under torchrun, saved, status.json says preempted)
+  2    bad input: one sentence says what, where, and what to do
+  3    too many steps in a row without a finite loss
+  130  stopped by Ctrl-C (SIGINT) after saving; --resume goes on
+  143  stopped by SIGTERM after saving; --resume goes on
+SIGUSR1 saves a checkpoint and goes on.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for.
+
+    Attributes:
+        preset: Name of the preset to start from.
+        config_file: TOML file over the preset.
+        plan: Print the plan and train nothing.
+        json: The plan as one JSON object.
+        ranks: Ranks to plan for; None is one.
+        resume: Folder of a run or of one checkpoint to go on from.
+        list_presets: Print the presets.
+        show: Name of the preset to print in full.
+        overrides: `key=value` settings as written, in order.
+    """
+
+    preset: str | None = None
+    config_file: str | None = None
+    plan: bool = False
+    json: bool = False
+    ranks: int | None = None
+    resume: str | None = None
+    list_presets: bool = False
+    show: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose complaints end as every other bad input does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help shows what is possible)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m train.run",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings")
+    parser.add_argument("--preset", metavar="NAME", help="start from a preset")
+    parser.add_argument(
+        "--config", dest="config_file", metavar="FILE.toml", help="settings of a file, over it"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print steps, warm-up, parameters, memory, disk and what is wrong; train nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="with --plan: one JSON object")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="with --plan: plan for N ranks (default 1)"
+    )
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="go on with a run, or from one of its checkpoints"
+    )
+    parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
+    parser.add_argument("--show", metavar="NAME", help="print a preset in full, as TOML, and exit")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Read the command line (without the program's name).
+
+    Raises:
+        UserError: An unknown option, or options that exclude each other.
+        SystemExit: After `--help`, with code 0.
+    """
+    asked, unknown = _parser().parse_known_intermixed_args(list(argv))
+    if unknown:
+        raise UserError(_about_option(unknown[0]))
+    values = vars(asked)
+    overrides = _overrides(values.pop("settings"))
+    if not argv:
+        values["preset"] = EMBEDDED_PRESET
+    arguments = Arguments(**values, overrides=overrides)
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: Arguments) -> None:
+    if not arguments.plan and (arguments.json or arguments.ranks is not None):
+        option = "--json" if arguments.json else "--ranks"
+        raise UserError(f"{option} goes with --plan; add --plan")
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise UserError(f"--ranks {arguments.ranks}: a plan needs at least 1 rank")
+    if arguments.resume is not None:
+        if arguments.preset or arguments.config_file:
+            option = "--preset" if arguments.preset else "--config"
+            raise UserError(
+                f"--resume takes the run's own config.toml, so {option} cannot be given with it"
+            )
+        if arguments.plan:
+            raise UserError("--plan plans a new run; the plan of a run stands in its plan.json")
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, str]:
+    overrides = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            meant = f" (or --preset {setting}?)" if setting in preset_names() else ""
+            raise UserError(f"'{setting}' is not a setting: write section.key=value{meant}")
+        # A key given again comes later in the order too, so that the last one rules.
+        overrides.pop(key, None)
+        overrides[key] = value
+    return overrides
+
+
+def _about_option(option: str) -> str:
+    """Say what to write instead of an unknown option."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    key = STACK_SPELLINGS.get(name) or next(
+        (path for path, key in KEYS.items() if name in (key.name, path)), None
+    )
+    if key is not None:
+        return f"unknown option '{option}': settings have no dashes, write {key}=VALUE"
+    return (
+        f"unknown option '{option}'{did_you_mean(option, OPTIONS)} (--help shows what is possible)"
+    )
+
+
+def list_presets_text() -> str:
+    """Return the presets as a table; steps are those of the rows that the seed states."""
+    presets = [read_preset(name) for name in preset_names()]
+    rows = [("preset", "method", "batch", "steps", "seed"), *(_row(preset) for preset in presets)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row, preset in zip(rows, [None, *presets], strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"{line}  {preset.description if preset else 'what it does'}".rstrip())
+    return "\n".join(lines)
+
+
+def _row(preset: Preset) -> tuple[str, str, str, str, str]:
+    config = preset.config
+    steps = "-"
+    if preset.num_examples is not None:
+        steps = f"{plan_run(config, preset.num_examples).total_steps:,}"
+    seed = preset.seed.split("_")[0] if preset.seed else "-"
+    return preset.name, config.train.method, str(effective_batch_size(config)), steps, seed
+
+
+def show_text(name: str) -> str:
+    """Return a preset with every key resolved, as TOML; what its seed says stands in comments.
+
+    Raises:
+        UserError: No preset has this name.
+    """
+    preset = read_preset(name)
+    lines = [preset.description]
+    if preset.seed:
+        lines.append(f"From seed {preset.seed}.")
+    if preset.num_examples is not None:
+        lines.append(f"The seed states {preset.num_examples:,} training rows.")
+    if preset.claims:
+        lines += ["", "What the seed claims (✓ the formulas confirm it, ✗ they do not):"]
+        lines += [
+            f"  {'✓' if claim.holds else '✗'} {claim.statement} [{claim.where}]"
+            + (f" → {claim.right:g}" if claim.right is not None else "")
+            + (f"; {claim.note}" if claim.note else "")
+            for claim in preset.claims
+        ]
+    if preset.departures:
+        lines += ["", "Where it departs from the seed, or fills a gap:"]
+        lines += [f"  - {departure}" for departure in preset.departures]
+    comments = [
+        f"# {piece}".rstrip()
+        for line in lines
+        for piece in textwrap.wrap(line, 96, subsequent_indent="    ") or [""]
+    ]
+    return "\n".join([*comments, "", to_toml(preset.config)])

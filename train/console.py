@@ -1,0 +1,298 @@
+"""What a run says at the terminal: a panel, a progress line, evaluations, a summary.
+
+On a terminal the progress line renews itself in place; in a file or a pipe there are plain lines
+at the logged steps.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from train.metrics import read_metrics
+
+Rows = Sequence[tuple[str, str]]
+
+SEPARATOR = " · "
+# The bar comes last: on a narrow terminal it is what is cut off.
+BAR_FORMAT = "{desc} {bar:12}"
+LEFT_OUT_FIRST = ("memory", "norm", "epoch", "speed")
+UNICODE_BOX = ("┌", "┐", "└", "┘", "─", "│")
+ASCII_BOX = ("+", "+", "+", "+", "-", "|")
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as people say them: `0.4s`, `43s`, `12m05`, `1h52`, `3d04h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    if round(seconds) < 60:
+        return f"{seconds:.0f}s"
+    minutes, second = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{second:02d}"
+    hours, minute = divmod(round(seconds / 60), 60)
+    if hours < 48:
+        return f"{hours}h{minute:02d}"
+    days, hour = divmod(round(seconds / 3600), 24)
+    return f"{days}d{hour:02d}h"
+
+
+def format_count(count: float) -> str:
+    """Return a count with a decimal unit: `912`, `5.8k`, `36.9M`, `1.54B`."""
+    for limit, unit, decimals in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
+        # 999.95 and more would print as 1000.0 of the unit below.
+        if count >= limit * 0.99995:
+            return f"{count / limit:.{decimals}f}{unit}"
+    return f"{count:.0f}"
+
+
+def format_bytes(count: float) -> str:
+    """Return bytes in binary units: `912 B`, `18.2 MiB`, `21.3 GiB`."""
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_loss(loss: float | None) -> str:
+    """Return a loss with four decimals; `non-finite` for the null of metrics.jsonl."""
+    return "non-finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
+
+
+def progress_line(
+    row: Mapping[str, Any],
+    total_steps: int,
+    *,
+    tokens_per_second: float | None = None,
+    memory_bytes: float | None = None,
+    eta_seconds: float | None = None,
+    width: int | None = None,
+) -> str:
+    """Return one step as a line: where it is, what it did, how fast, how long still.
+
+    Args:
+        row: A train row of metrics.jsonl.
+        total_steps: Steps of the whole run.
+        tokens_per_second: Real tokens; left out when None.
+        memory_bytes: Memory in use; left out when None.
+        eta_seconds: Time to the end; left out when None.
+        width: Columns there are; what is wanted least is left out until the line fits.
+    """
+    norm = row["grad_norm"]
+    parts = {
+        "step": f"step {row['step']}/{total_steps}",
+        "epoch": f"epoch {row['epoch']:.2f}",
+        "loss": f"loss {format_loss(row['loss'])}",
+        "learning rate": f"lr {row['learning_rate']:.1e}",
+        "norm": f"|g| {'non-finite' if norm is None or not math.isfinite(norm) else f'{norm:.3g}'}",
+    }
+    if tokens_per_second is not None:
+        parts["speed"] = f"{format_count(tokens_per_second)} tok/s"
+    if memory_bytes is not None:
+        parts["memory"] = format_bytes(memory_bytes)
+    if eta_seconds is not None:
+        parts["time"] = f"ETA {format_duration(eta_seconds)}"
+    if row.get("skipped"):
+        parts["skipped"] = f"skipped: {row['skipped']}"
+    for name in LEFT_OUT_FIRST:
+        if width is not None and len(SEPARATOR.join(parts.values())) > width:
+            parts.pop(name, None)
+    return SEPARATOR.join(parts.values())
+
+
+def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
+    """Return one evaluation as a line, the train loss since the last one beside it."""
+    parts = [f"{row['split']} loss {format_loss(row['loss'])}", f"step {row['step']}/{total_steps}"]
+    if row.get("train_loss") is not None:
+        parts.append(f"train loss {format_loss(row['train_loss'])}")
+    parts.append(f"{row['targets']:,} targets")
+    if row.get("seconds") is not None:
+        parts.append(format_duration(row["seconds"]))
+    if row.get("best"):
+        parts.append("best so far")
+    return SEPARATOR.join(parts)
+
+
+class Console:
+    """The voice of one run.
+
+    Args:
+        progress: `auto` renews one line in place on a terminal and prints plain lines elsewhere;
+            True and False choose one of the two.
+        total_steps: Steps of the whole run.
+        first_step: Steps done before this process (a resume).
+        memory: Returns the bytes of memory in use now; None leaves memory out of the progress line.
+        stream: Where to speak; standard output if None.
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(
+        self,
+        progress: str | bool,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        memory: Callable[[], float] | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._in_place = self._stream.isatty() if progress == "auto" else bool(progress)
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._memory = memory
+        self._clock = clock
+        self._started: float | None = None
+        self._bar: tqdm | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def panel(self, title: str, rows: Rows) -> None:
+        """Print named values in a box, names and values each aligned."""
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        inside = max(len(line) for line in [*lines, title + "  "]) + 2
+        left_top, right_top, left_bottom, right_bottom, flat, upright = self._box()
+        head = f"{flat} {title} "
+        self.say(left_top + head + flat * (inside - len(head)) + right_top)
+        for line in lines:
+            self.say(f"{upright} {line:<{inside - 2}} {upright}")
+        self.say(left_bottom + flat * inside + right_bottom)
+
+    def train(self, row: Mapping[str, Any], log: bool) -> None:
+        """Show one step: in place on a terminal; elsewhere as a line, where `log` says so.
+
+        Args:
+            row: The step's row as in metrics.jsonl.
+            log: Whether the step is one that the plan logs.
+        """
+        if self._started is None:
+            self._start(row["seconds"])
+        self._tokens += row["tokens"]
+        self._seconds += row["seconds"]
+        if self._bar is None and not log:
+            return
+        line = progress_line(
+            row,
+            self._total_steps,
+            tokens_per_second=self._tokens / self._seconds if self._seconds > 0 else None,
+            memory_bytes=self._memory() if self._memory else None,
+            eta_seconds=self._seconds_to_go(row["step"]),
+            width=None if self._bar is None else shutil.get_terminal_size().columns - 1,
+        )
+        if self._bar is None:
+            self.say(line)
+        else:
+            self._bar.set_description_str(self._encodable(line), refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        if log:
+            self._tokens, self._seconds = 0, 0.0
+
+    def eval(self, row: Mapping[str, Any]) -> None:
+        """Print one evaluation as a line that stays."""
+        self.say(eval_line(row, self._total_steps))
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the progress line where there is one."""
+        text = self._encodable(text)
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            # tqdm's own way: the bar is cleared, the text written, and the bar drawn again.
+            tqdm.write(text, file=self._stream)
+
+    def close(self) -> None:
+        """Take the progress line away; what is said afterwards is plain."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def summary(self, title: str, rows: Rows, commands: Rows = ()) -> None:
+        """Print the closing panel and, below it, what to type next.
+
+        Args:
+            title: The outcome in a few words.
+            rows: Named values.
+            commands: (what it does, command line) pairs.
+        """
+        self.close()
+        self.panel(title, rows)
+        width = max((len(purpose) for purpose, _ in commands), default=0)
+        for purpose, command in commands:
+            self.say(f"  {purpose:<{width}}  {command}")
+
+    def _start(self, seconds_of_first_step: float) -> None:
+        """Set the clock that the time to go is reckoned from, and begin the progress line."""
+        self._started = self._clock() - seconds_of_first_step
+        if self._in_place:
+            self._bar = tqdm(
+                total=self._total_steps,
+                initial=self._first_step,
+                bar_format=BAR_FORMAT,
+                file=self._stream,
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def _seconds_to_go(self, step: int) -> float | None:
+        """Return the time to the end at the pace so far, evaluations and saves included."""
+        done = step - self._first_step
+        if self._started is None or done <= 0:
+            return None
+        return (self._clock() - self._started) / done * (self._total_steps - step)
+
+    def _box(self) -> tuple[str, ...]:
+        joined = "".join(UNICODE_BOX)
+        return UNICODE_BOX if self._encodable(joined) == joined else ASCII_BOX
+
+    def _encodable(self, text: str) -> str:
+        """Return the text, its characters that the stream cannot show replaced."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, errors="replace").decode(encoding)
+
+
+def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows, Rows]:
+    """Return the arguments of `Console.summary` for a run that has just ended.
+
+    Args:
+        status: The run's status.json.
+        folder: The run's folder, whose metrics.jsonl tells the test losses.
+    """
+    step, total, best = status["step"], status["total_steps"], status.get("best")
+    title = f"{status['state']} ({status['reason']}) after {step} of {total} steps"
+    rows = []
+    if best:
+        rows.append(("best valid loss", f"{format_loss(best['loss'])} at step {best['step']}"))
+    tests = [row["loss"] for row in read_metrics(folder) if row.get("split") == "test"]
+    if tests:
+        rows.append(("test loss", " → ".join(format_loss(loss) for loss in dict.fromkeys(tests))))
+    if status.get("seconds"):
+        tokens = format_count(status.get("tokens") or 0)
+        rows.append(("time in steps", f"{format_duration(status['seconds'])} for {tokens} tokens"))
+    if status.get("peak_memory_bytes"):
+        rows.append(("peak memory", format_bytes(status["peak_memory_bytes"])))
+    rows.append(("folder", str(folder)))
+    return title, rows, _next_commands(status, folder)
+
+
+def _next_commands(status: Mapping[str, Any], folder: Path) -> Rows:
+    place = shlex.quote(str(folder))
+    if status["state"] == "finished":
+        return (
+            ("read", str(folder / "report.md")),
+            ("try", f"python -m train.generate --run {place} --prompt '…'"),
+            ("curves", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
+            ("merge", f"python -m train.merge {place} MERGED_MODEL"),
+        )
+    return (
+        ("go on", f"python -m train.run --resume {place}"),
+        ("report", f"python -m train.report {place}"),
+    )

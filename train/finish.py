@@ -1,0 +1,140 @@
+"""What surrounds the loop: the opening panel, a first look at the model, and the closing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from files.errors import UserError
+from train.checkpoint import replace_folder
+from train.console import closing_summary, format_count
+from train.generate import find_stop_ids, generate
+from train.report import write_report
+from train.samples import MOST_NEW_TOKENS, choose_samples
+from train.session import Session
+
+
+def opening_panel(session: Session) -> None:
+    """Say what is about to be trained, on what, and how."""
+    config, plan, data = session.config, session.plan, session.data
+    trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in session.model.parameters())
+    method = "every weight"
+    if config.train.method == "lora":
+        targets = config.lora.target_modules
+        named = targets if isinstance(targets, str) else ", ".join(targets)
+        method = f"LoRA r={config.lora.r} alpha={config.lora.lora_alpha} on {named}"
+    counts = data.train.counts
+    sets = " · ".join(
+        f"{name} {len(examples):,}"
+        for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test))
+        if examples is not None
+    )
+    evaluations = f"{len(plan.eval_steps)} evaluations, " if plan.eval_steps else ""
+    session.console.panel(
+        f"Lathe · {config.train.run_name or config.preset or 'run'}",
+        [
+            ("model", f"{config.model.path} ({format_count(total)} parameters)"),
+            ("method", f"{method}: {trained:,} trained, {trained / total:.2%}"),
+            ("examples", sets),
+            (
+                "tokens",
+                f"{counts.tokens:,}, {counts.targets:,} of them targets; "
+                f"{counts.truncated} rows cut, {counts.dropped} dropped",
+            ),
+            (
+                "step",
+                f"{plan.effective_batch_size} examples, in micro-batches of "
+                f"{plan.micro_batch_size}, {config.data.batching}",
+            ),
+            (
+                "run",
+                f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch; {evaluations}"
+                f"{len(plan.save_steps)} saves",
+            ),
+            (
+                "learning rate",
+                f"{config.optimizer.learning_rate:g}, {config.schedule.name}, "
+                f"{plan.warmup_steps} steps of warm-up, {config.optimizer.name}",
+            ),
+            (
+                "computes in",
+                f"{config.train.precision} on {session.device.type}, attention "
+                f"{session.model.attention_implementation}, kernels {session.model.operations.name}"
+                f"{', gradient checkpointing' if session.model.gradient_checkpointing else ''}",
+            ),
+            ("folder", str(session.folder)),
+        ],
+    )
+    if session.state.step:
+        session.console.say(f"resumed at step {session.state.step} of {plan.total_steps}")
+
+
+def before_training(session: Session) -> None:
+    """Do what `eval.on_start` and `eval.samples` ask for before the first step.
+
+    A resumed run has done so: its samples are read back from its status.
+    """
+    session.write_status("running", "started")
+    if session.state.step > 0:
+        return
+    if session.config.eval.on_start:
+        for split, examples in (("valid", session.data.valid), ("test", session.data.test)):
+            if examples is not None:
+                session.record_evaluation(split, session.evaluate(examples))
+    complete_samples(session, "before")
+
+
+def complete_samples(session: Session, when: str) -> None:
+    """Complete the prompts of `eval.samples` held-out rows, `before` or `after` training."""
+    examples = session.data.test or session.data.valid
+    count = session.config.eval.samples
+    if count == 0 or examples is None:
+        return
+    tokenizer = session.data.tokenizer
+    stop_ids = find_stop_ids(session.model.config, tokenizer, session.source.folder)
+    chosen = choose_samples(examples, tokenizer, count)
+    if not session.samples:
+        session.samples = [sample for sample, _ in chosen]
+    for sample, (_, prompt_ids) in zip(session.samples, chosen, strict=True):
+        with session.precision.autocast():
+            ids = generate(
+                session.model, prompt_ids, max_new_tokens=MOST_NEW_TOKENS, stop_ids=stop_ids
+            )
+        setattr(sample, when, tokenizer.decode(ids))
+
+
+def finish(session: Session, reason: str) -> None:
+    """Write `final/`, evaluate the test set on it, and leave status, report and summary.
+
+    A run that was stopped keeps its checkpoint and says how to go on.
+    """
+    if reason not in ("completed", "early_stopping"):
+        condition = "failed" if reason == "non_finite" else "preempted"
+        status = session.write_status(condition, reason)
+        write_report(session.folder)
+        session.console.summary(*closing_summary(status, session.folder))
+        return
+    best = session.folder / "best"
+    if session.config.checkpoint.load_best_at_end and session.state.stopping.best_step is not None:
+        if not best.is_dir():
+            raise UserError(
+                f"{best}: missing, but checkpoint.load_best_at_end=true promises it as final/; "
+                "resume the run from a checkpoint at or before its best step"
+            )
+        session.load_trained(best)
+        replace_folder(session.folder / "final", lambda folder: _copy_files(best, folder))
+    else:
+        replace_folder(session.folder / "final", session.export)
+    if session.data.test is not None:
+        session.record_evaluation("test", session.evaluate(session.data.test))
+    complete_samples(session, "after")
+    session.metrics.sync()
+    status = session.write_status("finished", reason)
+    write_report(session.folder)
+    session.console.summary(*closing_summary(status, session.folder))
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        shutil.copyfile(path, target / path.name)

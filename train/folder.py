@@ -1,0 +1,214 @@
+"""A run's folder: its documents, and what a user takes away from it.
+
+`config.toml` (resolved), `plan.json`, `environment.json`, `status.json`; `best/` and `final/` with
+the adapter or the model, the tokenizer's files and the prompt format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from files.atomic import write_json, write_text
+from files.errors import UserError
+from files.hub import ModelSource
+from lora import save_adapter
+from models.config import DecoderConfig
+from models.layers import CausalLM
+from models.weights import save_model
+from train.checkpoint import TrainState
+from train.config import to_toml
+from train.ledger import available_memory
+from train.plan import RunPlan, plan_with_data
+from train.prepare import Data
+from train.settings import RunConfig
+
+PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def utc_now() -> str:
+    """Return the time of day in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_run_folder(config: RunConfig) -> Path:
+    """Return the folder of a new run, which is not there yet or empty.
+
+    Raises:
+        UserError: Something is in it: an existing run is never overwritten.
+    """
+    if config.train.output_dir is None:
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        folder = Path("runs") / f"{config.preset or 'run'}-{stamp}"
+    else:
+        folder = Path(config.train.output_dir).expanduser()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(
+            f"train.output_dir={folder}: it is not empty, and a run is never overwritten; choose "
+            "another folder, or continue the run there with --resume"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"train.output_dir={folder}: cannot be made ({error.strerror}); choose another folder"
+        ) from None
+    return folder
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
+    """Return environment.json: where the run computes, with what, and what `auto` came to."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "HEAD"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": package_versions(),
+        "commit": commit or None,
+        "started": utc_now(),
+        **decided,
+    }
+
+
+def write_documents(
+    folder: Path, config: RunConfig, data: Data, decoder: DecoderConfig, device: torch.device
+) -> RunConfig:
+    """Write config.toml, plan.json and environment.json; return the completed configuration.
+
+    Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
+    resume) stays.
+    """
+    document = plan_with_data(
+        config,
+        data,
+        decoder,
+        precision=config.train.precision,
+        device=device.type,
+        available=available_memory(device.type),
+    )
+    checkpointing = document["gradient_checkpointing"]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, gradient_checkpointing=checkpointing),
+    )
+    write_text(folder / "config.toml", to_toml(config, comments=False))
+    write_json(folder / "plan.json", document)
+    decided = {"precision": config.train.precision, "gradient_checkpointing": checkpointing}
+    write_json(folder / "environment.json", environment(device, **decided))
+    return config
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory (bytes) in use so far: the card's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such counter
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def write_status(
+    folder: Path, state: TrainState, plan: RunPlan, *, condition: str, reason: str, **more: Any
+) -> dict[str, Any]:
+    """Write status.json and return it.
+
+    Args:
+        folder: The run's folder.
+        state: The run's state.
+        plan: The run's plan.
+        condition: `running`, `finished`, `preempted` or `failed`.
+        reason: Why: `started`, `completed`, `early_stopping`, `sigint`, `sigterm`, `non_finite`,
+            `error`.
+        more: Further fields, such as parameter counts and samples.
+    """
+    stopping = state.stopping
+    status = {
+        "state": condition,
+        "reason": reason,
+        "step": state.step,
+        "total_steps": plan.total_steps,
+        "epoch": plan.epoch_of(state.step) if state.step else 0.0,
+        "best": None
+        if stopping.best_step is None
+        else {"step": stopping.best_step, "loss": stopping.best_loss},
+        "seconds": state.seconds,
+        "tokens": state.tokens,
+        "targets": state.targets,
+        "skipped": state.skipped,
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "resumed_from": state.resumed_from,
+        "process": os.getpid(),
+        "updated": utc_now(),
+        **more,
+    }
+    write_json(folder / "status.json", status)
+    return status
+
+
+def write_trained(
+    model: CausalLM, config: RunConfig, source: ModelSource, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write what was trained as others read it: a PEFT adapter, or a whole model in `dtype`."""
+    if config.train.method == "lora":
+        save_adapter(
+            model,
+            folder,
+            base_model=source.repository or str(source.folder),
+            revision=source.commit,
+        )
+    else:
+        save_model(model, folder, config=model.config, dtype=dtype)
+
+
+def export(
+    model: CausalLM, config: RunConfig, source: ModelSource, data: Data, folder: Path
+) -> None:
+    """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format."""
+    stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    write_trained(
+        model, config, source, folder, stored.get(model.config.torch_dtype or "", torch.float32)
+    )
+    data.tokenizer.save(folder)
+    write_json(folder / "prompt_format.json", data.prompt_format.to_dict())

@@ -1,0 +1,439 @@
+"""Text from a model: greedy or sampled, with a key-value cache.
+
+`python -m train.generate (--run RUN | --adapter FOLDER | --model FOLDER) --prompt TEXT` completes a
+prompt with what a run has trained, an adapter over its base, or a model folder. The prompt is put
+into the format that the training rows had, which lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.prompt import PromptFormat, parse_template
+from data.tokenizer import Tokenizer
+from files.errors import UserError
+from files.hub import resolve_model
+from files.strict_json import read_json_object
+from kernels.segments import Segments
+from lora import load_adapter
+from models import build, load_model
+from models.config import DecoderConfig, read_config
+from models.layers import CausalLM, KeyValueCache
+from models.weights import fill
+from train.checkpoint import damage
+from train.config import load_config
+from train.precision import COMPUTE_DTYPES, resolve_precision
+from train.prepare import find_model, load_base, prompt_format, resolve_device
+
+PROMPT_FORMAT_FILE = "prompt_format.json"
+MAX_NEW_TOKENS = 256
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[int]:
+    """Return the token ids that continue a prompt, the one that stopped it left out.
+
+    The draws are a function of the seed alone: they are made on the host in fp64, so that the
+    device does not change them.
+
+    Args:
+        model: The decoder; it computes in the dtype of its weights, or in the caller's autocast.
+        prompt_ids: Ids of the prompt, special tokens included.
+        max_new_tokens: Tokens after which to stop; the end of the model's context may come first.
+        stop_ids: Ids of which each ends the text.
+        temperature: 0 takes the likeliest token each time; else logits are divided by it.
+        top_p: Tokens are drawn from the likeliest ones that have this probability together.
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: A setting out of its range, a prompt that is empty or fills the whole context, or
+            logits that are not finite.
+    """
+    _check_settings(max_new_tokens, temperature, top_p)
+    count = min(max_new_tokens, room(model.config, prompt_ids))
+    device = model.head_weight().device
+    generator = torch.Generator().manual_seed(seed)
+    cache = KeyValueCache(len(prompt_ids) + count)
+    ids: list[int] = []
+    fed = list(prompt_ids)
+    while len(ids) < count:
+        segments = Segments.build([len(fed)], device=device, offset=cache.length)
+        hidden = model.hidden_states(torch.tensor(fed, device=device), segments, cache)
+        logits = F.linear(hidden[-1], model.head_weight()).cpu()
+        token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
+        if token in stop_ids:
+            break
+        ids.append(token)
+        fed = [token]
+    return ids
+
+
+def next_token(
+    logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator
+) -> int:
+    """Return the token that the logits, (V,), choose: the likeliest, or a draw from them."""
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged, or too large for the "
+            "computation's range (--dtype fp32 has the widest)"
+        )
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = token_probabilities(logits, temperature, top_p)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Return the probabilities, (V,) fp64, that a token is drawn with.
+
+    They are softmax(logits / temperature), cut to the smallest set of likeliest tokens that have
+    `top_p` or more together, and scaled back to a sum of 1. The likeliest token always stays.
+
+    Source: Holtzman et al. 2020, nucleus sampling.
+    """
+    probabilities = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        likelier = ordered.cumsum(-1) - ordered
+        probabilities[order[likelier >= top_p]] = 0
+        probabilities /= probabilities.sum()
+    return probabilities
+
+
+def room(config: DecoderConfig, prompt_ids: Sequence[int]) -> int:
+    """Return how many tokens the context has left after a prompt.
+
+    Raises:
+        UserError: None: the prompt is empty, or fills the context.
+    """
+    context = context_length(config)
+    if not prompt_ids:
+        raise UserError("the prompt is empty: give at least one token to continue")
+    if len(prompt_ids) >= context:
+        raise UserError(
+            f"the prompt has {len(prompt_ids)} tokens and the model's context {context}: "
+            "shorten the prompt"
+        )
+    return context - len(prompt_ids)
+
+
+def context_length(config: DecoderConfig) -> int:
+    """Return the number of positions that the model knows, those of a stretched context included.
+
+    `linear` and `llama3` name the stretched length themselves; `yarn` may and `dynamic` does not.
+    """
+    length, rope = config.max_position_embeddings, config.rope
+    if rope.rope_type == "dynamic":
+        return int(length * rope.factor)
+    if rope.rope_type == "yarn":
+        original = rope.original_max_position_embeddings or length
+        return max(length, int(original * rope.factor))
+    return length
+
+
+def find_stop_ids(config: DecoderConfig, tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
+    """Return every id that ends a text, as tokenizer, config.json and generation_config.json say.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: The model's tokenizer.
+        folder: The model's folder, with or without a generation_config.json.
+
+    Raises:
+        UserError: generation_config.json is not a JSON object, or its eos_token_id no ids.
+    """
+    path = folder / "generation_config.json"
+    beside = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    found: set[int] = set()
+    for ids in (tokenizer.eos_id, config.eos_token_id, beside):
+        for token in ids if isinstance(ids, list | tuple) else [ids]:
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise UserError(
+                    f"{path}: eos_token_id is {ids!r}, but must be a token id or a list of them"
+                )
+            found |= {token} if token is not None else set()
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model with all that turns a prompt into its completion.
+
+    Attributes:
+        model: The decoder.
+        tokenizer: Its tokenizer.
+        prompt_format: The format of the rows that it was trained on, None where it is not known.
+        stop_ids: Ids that end a text.
+        name: What was loaded, for people.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    prompt_format: PromptFormat | None
+    stop_ids: frozenset[int]
+    name: str
+
+    def prompt_ids(self, values: str | Mapping[str, Any], *, raw: bool = False) -> list[int]:
+        """Return the ids of a prompt, in the format of the training rows unless it is `raw`.
+
+        Args:
+            values: The prompt, or the prompt's columns by name.
+            raw: Whether the text is fed as it stands.
+
+        Raises:
+            UserError: Columns where there is no format, or a text where several columns are needed.
+        """
+        form = None if raw else self.prompt_format
+        if form is not None:
+            _check_columns(form, values)
+            return form.prompt_ids(values, self.tokenizer)
+        if not isinstance(values, str):
+            raise UserError(
+                "--field needs a prompt format to fill, and there is none: use --prompt"
+            )
+        return self.tokenizer.encode(values)
+
+
+def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
+    """Return what a run has trained: its best model, else its final one, else its last checkpoint.
+
+    Raises:
+        UserError: The folder is no run's, nothing is trained yet, or files are missing or damaged.
+    """
+    if not (run / "config.toml").is_file():
+        raise UserError(
+            f"{run}: not the folder of a run, which has a config.toml; "
+            "for an adapter use --adapter, for a model --model"
+        )
+    config = load_config(file=run / "config.toml")
+    trained = _trained_folder(run)
+    if config.train.method == "lora":
+        base = find_model(config, weights=True)
+        source = base.folder
+        model = load_base(config, base, dtype, device)
+        load_adapter(model, trained)
+    elif (trained / "config.json").is_file():
+        source = trained
+        model = load_model(trained, dtype=dtype, device=device)
+    else:
+        source = find_model(config, weights=False).folder
+        model = build(read_config(source), attention=config.model.attention)
+        fill(model, trained, dtype, device)
+    form = _stored_format(trained) or prompt_format(config.data)
+    return _generator(model, source, trained, form, str(trained))
+
+
+def load_from_adapter(
+    adapter: Path, base: str | None, device: torch.device, dtype: torch.dtype
+) -> Generator:
+    """Return an adapter over its base, which is `base` or what adapter_config.json names.
+
+    Raises:
+        UserError: The folder is no adapter's, no base is named, or files are missing or damaged.
+    """
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{adapter}: not an adapter, which has an adapter_config.json; "
+            "for a run use --run, for a model --model"
+        )
+    named = read_json_object(path)
+    base_path, revision = base or named.get("base_model_name_or_path"), named.get("revision")
+    if not isinstance(base_path, str) or not base_path:
+        raise UserError(f"{path}: base_model_name_or_path is not set: name the base with --base")
+    source = resolve_model(base_path, None if base else revision).folder
+    model = load_model(source, dtype=dtype, device=device)
+    load_adapter(model, adapter)
+    return _generator(
+        model, source, adapter, _stored_format(adapter), f"{adapter} over {base_path}"
+    )
+
+
+def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Generator:
+    """Return a model from its folder or hub id.
+
+    Raises:
+        UserError: Files are missing or damaged, or the hub id cannot be had.
+    """
+    source = resolve_model(path).folder
+    model = load_model(source, dtype=dtype, device=device)
+    return _generator(model, source, source, _stored_format(source), path)
+
+
+def _generator(
+    model: CausalLM, source: Path, trained: Path, form: PromptFormat | None, name: str
+) -> Generator:
+    """Join a model with the tokenizer that lies beside what was trained, else beside its base."""
+    tokenizer = Tokenizer.load(trained if (trained / "tokenizer.json").is_file() else source)
+    stop_ids = find_stop_ids(model.config, tokenizer, source)
+    return Generator(model, tokenizer, form, stop_ids, name)
+
+
+def _trained_folder(run: Path) -> Path:
+    for folder in (run / "best", run / "final"):
+        if folder.is_dir():
+            return folder
+    for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        if damage(checkpoint) is None:
+            return checkpoint
+    raise UserError(
+        f"{run}: nothing is trained yet (there is no best/, final/ or whole checkpoint): "
+        f"go on with `python -m train.run --resume {run}`"
+    )
+
+
+def _stored_format(folder: Path) -> PromptFormat | None:
+    path = folder / PROMPT_FORMAT_FILE
+    return PromptFormat.from_dict(read_json_object(path)) if path.is_file() else None
+
+
+def _check_columns(form: PromptFormat, values: str | Mapping[str, Any]) -> None:
+    """Refuse one text for a template with several columns, or none."""
+    if form.format != "template" or not isinstance(values, str):
+        return
+    parts = parse_template(form.prompt_template or "", "data.prompt_template")
+    columns = dict.fromkeys(part for part, is_column in parts if is_column)
+    if len(columns) != 1:
+        needed = " ".join(f"--field {column}=…" for column in columns) or "--raw"
+        raise UserError(
+            f"the prompt's template has {len(columns)} columns, which one text cannot fill: "
+            f"use {needed}"
+        )
+
+
+def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature is {temperature}, but must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, but must be above 0 and at most 1")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.generate",
+        description="Complete a prompt with a run's best model, an adapter, or a model folder.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="a run's folder")
+    source.add_argument("--adapter", type=Path, help="an adapter's folder")
+    source.add_argument("--model", help="a model's folder or hub id")
+    parser.add_argument("--base", help="the adapter's base, if not as adapter_config.json says")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="the prompt; without any, standard input is read")
+    prompt.add_argument("--prompt-file", type=Path, help="a file with the prompt")
+    prompt.add_argument(
+        "--field",
+        action="append",
+        metavar="NAME=VALUE",
+        help="one column of the prompt's template; may be given several times",
+    )
+    parser.add_argument("--raw", action="store_true", help="feed the prompt as it stands")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", *COMPUTE_DTYPES])
+    return parser
+
+
+def _read_prompt(options: argparse.Namespace) -> str | dict[str, str]:
+    """Return the prompt or its columns.
+
+    The last line end of a file or of standard input is the editor's or the shell's, not the
+    prompt's, unless the prompt is to be fed as it stands.
+    """
+    if options.field:
+        pairs = [field.partition("=") for field in options.field]
+        for name, equals, _ in pairs:
+            if not equals:
+                raise UserError(f"--field {name}: must be NAME=VALUE")
+        return {name: value for name, _, value in pairs}
+    if options.prompt is not None:
+        return options.prompt
+    where = options.prompt_file or "standard input"
+    try:
+        data = options.prompt_file.read_bytes() if options.prompt_file else sys.stdin.buffer.read()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+    return text if options.raw else text.removesuffix("\n").removesuffix("\r")
+
+
+def _run_command(options: argparse.Namespace) -> None:
+    # What is cheap to refuse is refused before weights are read.
+    _check_settings(options.max_new_tokens, options.temperature, options.top_p)
+    if options.base is not None and options.adapter is None:
+        raise UserError("--base goes with --adapter alone")
+    values = _read_prompt(options)
+    device = resolve_device(options.device)
+    dtype = COMPUTE_DTYPES[resolve_precision(options.dtype, device)]
+    if options.run is not None:
+        loaded = load_run(options.run, device, dtype)
+    elif options.adapter is not None:
+        loaded = load_from_adapter(options.adapter, options.base, device, dtype)
+    else:
+        loaded = load_from_model(options.model, device, dtype)
+    prompt_ids = loaded.prompt_ids(values, raw=options.raw)
+    started = time.perf_counter()
+    ids = generate(
+        loaded.model,
+        prompt_ids,
+        max_new_tokens=options.max_new_tokens,
+        stop_ids=loaded.stop_ids,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    seconds = time.perf_counter() - started
+    print(loaded.tokenizer.decode(ids), flush=True)
+    left = room(loaded.model.config, prompt_ids)
+    if len(ids) == left:
+        ended = f"stopped at the end of the model's context of {left + len(prompt_ids)} tokens"
+    elif len(ids) == options.max_new_tokens:
+        ended = f"stopped at --max-new-tokens {len(ids)}"
+    else:
+        ended = "ended by itself"
+    speed = f"{len(ids) / seconds:.1f} tokens/s"
+    print(f"[{loaded.name}: {len(ids)} tokens, {ended}, {speed}]", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Complete the prompt that the command line names; return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run_command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

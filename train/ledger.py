@@ -1,0 +1,450 @@
+"""What a run costs, estimated before any weight is loaded: parameters, memory, disk, work.
+
+Parameters are counted, exactly, on a model that has no storage: the very modules that the run would
+build from config.json. Memory is a ledger of documented formulas by category. torch is imported
+inside the one function that counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from files.errors import UserError
+from train.settings import LoraSettings, RunConfig
+from train.steps import RunPlan, effective_batch_size, rank_shares
+
+if TYPE_CHECKING:
+    from lora import LoraConfig
+    from models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What an architecture and its adapters measure, in numbers of parameters or of floats a token.
+
+    Attributes:
+        base: Parameters of the base model.
+        total: Base and adapters.
+        trainable: Those that are trained.
+        trained_state: Floats of AdamW's two moments.
+        factored_state: Floats of Adafactor's row and column statistics.
+        matmul: Weights of all linear layers and of the head (tied or not), that each token meets.
+        saved_linears: Sum of the input widths of the linear layers that keep their input for a
+            gradient of their own (adapted, or trained).
+        adapter_ranks: Sum of the adapters' ranks.
+    """
+
+    base: int
+    total: int
+    trainable: int
+    trained_state: int
+    factored_state: int
+    matmul: int
+    saved_linears: int
+    adapter_ranks: int
+
+    @property
+    def trainable_percent(self) -> float:
+        """Trainable share of base and adapters together, in percent: what PEFT prints."""
+        return 100 * self.trainable / self.total
+
+    @property
+    def trainable_percent_of_base(self) -> float:
+        """Trainable share of the base model, in percent."""
+        return 100 * self.trainable / self.base
+
+
+@functools.lru_cache(maxsize=32)
+def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> ModelSizes:
+    """Count parameters on a model without storage: the very modules that a run would build.
+
+    Args:
+        decoder: The architecture.
+        method: `lora` or `full`.
+        lora: The adapters, where the method is `lora`.
+
+    Raises:
+        UserError: `lora.target_modules` matches nothing.
+    """
+    from torch import nn
+
+    from lora import count_parameters, inject, lora_layers
+    from models import build
+
+    model = build(decoder, device="meta")
+    if method == "lora":
+        inject(model, _lora_config(lora))
+    adapters = list(lora_layers(model).values())
+    # The head is counted by its weight: where it is tied, no linear layer holds it.
+    head = model.head_weight()
+    linears = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight is not head
+    ]
+    adapted = [layer.weight for layer in adapters]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = count_parameters(model)
+    return ModelSizes(
+        base=count.base,
+        total=count.total,
+        trainable=count.trainable,
+        trained_state=2 * count.trainable,
+        factored_state=sum(_factored(tuple(parameter.shape)) for parameter in trainable),
+        matmul=sum(weight.numel() for weight in (*linears, *adapted, head)),
+        saved_linears=sum(weight.shape[1] for weight in (adapted if method == "lora" else linears)),
+        adapter_ranks=sum(layer.lora_A.shape[0] for layer in adapters),
+    )
+
+
+def _lora_config(lora: LoraSettings) -> LoraConfig:
+    """Return the adapters that a run would start with: new ones, or those of `lora.init_from`."""
+    from lora import LoraConfig, read_adapter_config
+
+    values = dataclasses.asdict(lora)
+    folder = values.pop("init_from")
+    if folder is not None:
+        saved = read_adapter_config(folder)
+        values |= {name: saved[name] for name in values if name in saved}
+        values |= {"rank_pattern": saved.get("rank_pattern") or {}}
+    return LoraConfig(**values)
+
+
+def _factored(shape: tuple[int, ...]) -> int:
+    """Return Adafactor's floats for a parameter: rows and columns, or one each for a vector."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    leading = math.prod(shape[:-2])
+    return leading * (shape[-2] + shape[-1])
+
+
+def is_hub_id(path: str) -> bool:
+    """Return whether `model.path` reads as a hub id (owner/name), with no such folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
+
+
+def find_decoder_config(config: RunConfig) -> tuple[DecoderConfig | None, str]:
+    """Return the architecture of `model.path`, or None with the reason why it is not known.
+
+    The seeds' models are known without a network; otherwise config.json is read from the folder or
+    fetched from the hub.
+
+    Raises:
+        UserError: A folder that is missing, or a config.json that is not understood.
+    """
+    from files.hub import resolve_config
+    from files.strict_json import read_json_object
+    from models.config import parse_config, read_config
+    from models.configs import shipped_config
+
+    path = config.model.path
+    if path is None:
+        return None, "model.path is not set"
+    on_hub = is_hub_id(path)
+    shipped = shipped_config(path) if on_hub and config.model.revision is None else None
+    if shipped is not None:
+        return parse_config(read_json_object(shipped), str(shipped)), ""
+    try:
+        folder = resolve_config(path, config.model.revision)
+    except UserError as error:
+        if on_hub:
+            return None, str(error)
+        raise
+    return read_config(folder), ""
+
+
+MEMORY_CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "loss")
+_WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+_SAVED_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+def memory_ledger(
+    config: RunConfig,
+    decoder: DecoderConfig,
+    sizes: ModelSizes | None = None,
+    *,
+    precision: str = "bf16",
+    gradient_checkpointing: bool = False,
+    fused_attention: bool = True,
+    lengths: Sequence[int] | None = None,
+    world_size: int = 1,
+) -> dict[str, int]:
+    """Estimate the bytes that a step holds at its peak, by category.
+
+    c is the width of `precision` in bytes, w that of stored base weights (`model.dtype`, else c;
+    4 where every weight is trained), M the tokens of the largest micro-batch.
+
+    - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
+      keeps its lowered copy until the backward pass.
+    - adapters, gradients: 4 bytes a parameter (fp32 masters, fp32 gradients).
+    - optimizer: AdamW 8 bytes a trained parameter; Adafactor 4 × (rows + columns) of a matrix.
+    - activations: M × the bytes that one token leaves behind in each layer (`_saved_per_token`);
+      with checkpointing M × the input of each layer and one layer in full; and the final norm.
+    - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
+      and where the head is trained its gradient in fp32.
+
+    Args:
+        config: What is asked.
+        decoder: The architecture.
+        sizes: `model_sizes` of the two, counted here where not given.
+        precision: `bf16`, `fp16` or `fp32`.
+        gradient_checkpointing: Whether each layer is recomputed.
+        fused_attention: Whether attention is one kernel, which keeps no T × T weights (never under
+            `model.attention=eager`; with attention dropout on CUDA alone).
+        lengths: Tokens of the training examples; without them each is `data.max_length` long.
+        world_size: Ranks that share a step.
+    """
+    from kernels.dispatch import operations
+
+    sizes = sizes or model_sizes(decoder, config.train.method, config.lora)
+    full = config.train.method == "full"
+    compute = _WIDTHS[precision]
+    stored = 4 if full else _WIDTHS[config.model.dtype or precision]
+    tokens, longest = micro_batch_tokens(config, lengths, world_size)
+    weights = sizes.base * stored + (sizes.matmul * compute if stored != compute else 0)
+    adapters = 4 * (sizes.total - sizes.base)
+    state = sizes.factored_state if config.optimizer.name == "adafactor" else sizes.trained_state
+    layer = _saved_per_token(
+        config, decoder, sizes, compute, stored, longest if not fused_attention else 0
+    )
+    layers = decoder.num_hidden_layers
+    if gradient_checkpointing:
+        saved = layers * decoder.hidden_size * max(stored, compute) + layer
+    else:
+        saved = layers * layer
+    saved += _saved_by_norm(config, decoder, stored)
+    head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
+    chunk_rows = _chunk_rows(operations().linear_cross_entropy)
+    logits = min(chunk_rows, tokens) * decoder.vocab_size * (4 + compute)
+    ledger = {
+        "weights": weights,
+        "adapters": adapters,
+        "gradients": 4 * sizes.trainable,
+        "optimizer": 4 * state,
+        "activations": round(tokens * saved),
+        "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
+    }
+    return {**ledger, "total": sum(ledger.values())}
+
+
+def _chunk_rows(linear_cross_entropy: Callable[..., Any]) -> int:
+    """Return how many rows' logits the loss holds at once, as its own signature says."""
+    return inspect.signature(linear_cross_entropy).parameters["chunk_rows"].default
+
+
+def micro_batch_tokens(
+    config: RunConfig, lengths: Sequence[int] | None, world_size: int = 1
+) -> tuple[int, int]:
+    """Return (rows of the largest micro-batch, rows of the longest example)."""
+    share = rank_shares(effective_batch_size(config, world_size), world_size)[0]
+    count = min(config.train.per_device_train_batch_size, share)
+    longest = config.data.max_length
+    tokens = count * longest
+    if lengths is not None and len(lengths) and config.data.batching != "max_length":
+        largest = sorted((int(length) for length in lengths), reverse=True)[:count]
+        longest = largest[0]
+        tokens = sum(largest) if config.data.batching == "unpadded" else len(largest) * longest
+    budget = config.train.micro_batch_tokens
+    if isinstance(budget, int):
+        tokens = max(budget, longest)
+    return tokens, longest
+
+
+def _saved_per_token(
+    config: RunConfig,
+    decoder: DecoderConfig,
+    sizes: ModelSizes,
+    compute: int,
+    stored: int,
+    written_out: int,
+) -> float:
+    """Return the bytes that one token leaves in one layer for the backward pass.
+
+    - two norms (`_saved_by_norm`);
+    - attention: rotated q, k, v and the output, once more where documents are put together again;
+      written out over `written_out` keys (half of them visible, all of them stored) also the
+      softmax in fp32 and its copy, and under dropout a mask and the dropped copy;
+    - MLP: Llama and Qwen2 keep gate, up and silu(gate), StarCoder2 the input of its GELU;
+    - inputs of linear layers that need them for a gradient of their own: each its own copy where
+      dropout or a cast makes one, else one for each of the four distinct inputs;
+    - one byte an element for every dropout mask, and the adapters' low-rank outputs.
+    """
+    layers = decoder.num_hidden_layers
+    hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
+    query = decoder.num_attention_heads * decoder.head_dim
+    key = decoder.num_key_value_heads * decoder.head_dim
+    dropout = config.lora.lora_dropout if config.train.method == "lora" else 0.0
+    model_dropout = config.model.dropout
+    residual = decoder.residual_dropout if model_dropout is None else model_dropout
+    attention = decoder.attention_dropout if model_dropout is None else model_dropout
+
+    norms = 2 * _saved_by_norm(config, decoder, stored)
+    attend = (3 * query + 2 * key) * compute
+    if written_out:
+        weight = 4 + (compute if compute != 4 else 0) + (1 + compute if attention else 0)
+        attend += decoder.num_attention_heads * written_out * weight
+    mlp = (1 if decoder.model_type == "starcoder2" else 3) * intermediate * compute
+    if dropout:
+        inputs = sizes.saved_linears / layers * (compute + 1)
+    elif stored != compute:
+        inputs = sizes.saved_linears / layers * compute
+    else:
+        inputs = (2 * hidden + intermediate) * compute
+    masks = 2 * hidden if residual and decoder.model_type == "starcoder2" else 0
+    ranks = sizes.adapter_ranks / layers * compute
+    return norms + attend + mlp + inputs + masks + ranks
+
+
+def _saved_by_norm(config: RunConfig, decoder: DecoderConfig, stored: int) -> int:
+    """Return the bytes that one token leaves in a norm.
+
+    LayerNorm keeps its input; RMSNorm its input in fp32, and its output for the gradient of its
+    weight.
+    """
+    if decoder.model_type == "starcoder2":
+        return decoder.hidden_size * stored
+    return decoder.hidden_size * (4 + (stored if config.train.method == "full" else 0))
+
+
+def available_memory(device: str) -> int | None:
+    """Return the bytes that a run may use: a CUDA card's memory, or the RAM that is free now.
+
+    None where the system does not tell.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    limits = [bytes_ for bytes_ in (_free_ram(), _cgroup_room()) if bytes_ is not None]
+    return min(limits, default=None)
+
+
+def _free_ram() -> int | None:
+    try:
+        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        told = None
+    if told:
+        return int(told.group(1)) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
+def _cgroup_room() -> int | None:
+    """Return what a container's limit still allows."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = (folder / "memory.current").read_text().strip()
+    except OSError:
+        return None
+    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
+
+
+def resolve_gradient_checkpointing(
+    config: RunConfig, without: Mapping[str, int] | None, available: int | None
+) -> tuple[bool, str]:
+    """Decide `model.gradient_checkpointing` and say why.
+
+    Args:
+        config: What is asked.
+        without: The ledger of a run that recomputes nothing; None where the model is not known.
+        available: Bytes that the device has; None where there is no device yet.
+    """
+    setting = config.model.gradient_checkpointing
+    if isinstance(setting, bool):
+        return setting, "as set"
+    if without is None:
+        return False, "auto: the model is not known yet"
+    if available is None:
+        return False, "auto: no device is known yet, counted without"
+    need = f"{size_text(without['total'])} needed without it, {size_text(available)} there"
+    return without["total"] > available, f"auto: {need}"
+
+
+def uses_fused_attention(config: RunConfig, decoder: DecoderConfig, device: str | None) -> bool:
+    """Return whether attention runs as one kernel: not written out, and not dropped on a CPU."""
+    dropout = config.model.dropout
+    if dropout is None:
+        dropout = decoder.attention_dropout
+    return config.model.attention != "eager" and (dropout == 0 or device != "cpu")
+
+
+def disk_bytes(
+    config: RunConfig,
+    plan: RunPlan | None,
+    sizes: ModelSizes | None,
+    decoder: DecoderConfig | None,
+    memory: Mapping[str, Any],
+) -> dict[str, int | None]:
+    """Return bytes of one checkpoint (trained weights in fp32, optimizer state), how many, and all.
+
+    `best/` and `final/` hold fp32 adapters, or a model in its own dtype.
+    """
+    if plan is None or sizes is None or decoder is None:
+        return {"checkpoint": None, "checkpoints_kept": None, "best_and_final": None, "total": None}
+    full = config.train.method == "full"
+    checkpoint = 4 * sizes.trainable + memory["optimizer"]
+    kept = len(plan.save_steps)
+    if config.checkpoint.total_limit is not None:
+        # The newest and the best are never deleted, whatever the limit.
+        kept = min(kept, max(config.checkpoint.total_limit, 2 if plan.eval_steps else 1))
+    width = _SAVED_WIDTHS.get(decoder.torch_dtype or "", 4)
+    result = sizes.base * width if full else 4 * sizes.trainable
+    both = result * (2 if plan.eval_steps else 1)
+    return {
+        "checkpoint": checkpoint,
+        "checkpoints_kept": kept,
+        "best_and_final": both,
+        "total": checkpoint * kept + both,
+    }
+
+
+_A100_FLOPS = 312e12  # dense bf16 peak of NVIDIA's A100, from its data sheet
+SHARE_OF_PEAK = 0.4
+
+
+def compute_estimate(
+    config: RunConfig,
+    plan: RunPlan | None,
+    sizes: ModelSizes | None,
+    lengths: Sequence[int] | None,
+    checkpointing: bool,
+) -> dict[str, Any]:
+    """Estimate the work: 4 (LoRA) or 6 (full) operations a weight and token, 2 more recomputing."""
+    if plan is None or sizes is None:
+        return {"tokens": None, "tokens_are": None, "flops": None, "a100_hours": None}
+    if lengths is not None and len(lengths):
+        mean, tokens_are = sum(int(length) for length in lengths) / len(lengths), "counted"
+    else:
+        mean, tokens_are = float(config.data.max_length), "at most"
+    tokens = round(mean * plan.epoch_of(plan.total_steps) * plan.num_examples)
+    per_weight = (6 if config.train.method == "full" else 4) + (2 if checkpointing else 0)
+    adapters = 6 * (sizes.total - sizes.base)
+    flops = tokens * (per_weight * sizes.matmul + adapters)
+    return {
+        "tokens": tokens,
+        "tokens_are": tokens_are,
+        "flops": flops,
+        "a100_hours": flops / (SHARE_OF_PEAK * _A100_FLOPS) / 3600,
+    }
+
+
+def size_text(bytes_: float) -> str:
+    """Return bytes in decimal units, as disks and data sheets count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if bytes_ < 1000:
+            return f"{bytes_:.3g} {unit}" if unit != "B" else f"{bytes_:.0f} B"
+        bytes_ /= 1000
+    return f"{bytes_:.3g} TB"

@@ -1,0 +1,127 @@
+"""The training loop: step, record, evaluate, save, stop. It reads top to bottom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.batch import MicroBatch, micro_batches
+from data.examples import Examples
+from data.order import epoch_order
+from train.checkpoint import TrainState
+from train.plan import RunPlan
+from train.prepare import Data
+from train.settings import RunConfig
+from train.signals import Signals
+from train.step import StepResult
+
+if TYPE_CHECKING:
+    from train.session import Session
+
+# A run whose loss is not finite this many steps in a row is stopped (exit code 3).
+NON_FINITE_LIMIT = 3
+
+
+@dataclass
+class StepBatches:
+    """The examples of each step, cut into micro-batches, in an order that (seed, epoch) decides."""
+
+    examples: Examples
+    seed: int
+    shuffle: bool
+    group_by_length: bool
+    effective_batch_size: int
+    micro_batch_size: int
+    micro_batch_tokens: int | None
+    batching: str
+    max_length: int
+    pad_id: int
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, config: RunConfig, plan: RunPlan, data: Data) -> StepBatches:
+        """Return the batches of a configured run."""
+        return cls(
+            examples=data.train,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+            group_by_length=config.data.group_by_length,
+            effective_batch_size=plan.effective_batch_size,
+            micro_batch_size=config.train.per_device_train_batch_size,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            batching=config.data.batching,
+            max_length=config.data.max_length,
+            pad_id=data.tokenizer.pad_id,
+        )
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the order of the examples in a 0-based epoch."""
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(
+                len(self.examples),
+                seed=self.seed,
+                epoch=epoch,
+                shuffle=self.shuffle,
+                lengths=self.examples.lengths if self.group_by_length else None,
+                group_size=self.effective_batch_size,
+            )
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def cut(self, epoch: int, start: int, stop: int) -> list[MicroBatch]:
+        """Return the examples at positions `start` to `stop` of an epoch's order, cut."""
+        return micro_batches(
+            self.examples,
+            self.order(epoch)[start:stop],
+            micro_batch_size=self.micro_batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            batching=self.batching,
+            max_length=self.max_length,
+            pad_id=self.pad_id,
+        )
+
+
+def advance(state: TrainState, result: StepResult) -> None:
+    """Move the state past one step."""
+    state.step += 1
+    state.tokens += result.tokens
+    state.seconds += result.seconds
+    if result.skipped is None:
+        state.targets += result.targets
+        state.loss_since_eval += result.loss * result.targets
+        state.targets_since_eval += result.targets
+    else:
+        state.skipped += 1
+    not_finite = result.skipped == "non-finite"
+    state.non_finite_in_a_row = state.non_finite_in_a_row + 1 if not_finite else 0
+
+
+def train(session: Session, plan: RunPlan, batches: StepBatches, signals: Signals) -> str:
+    """Train from the session's step to the plan's end and return why it ended.
+
+    Returns:
+        `completed`, `early_stopping`, `non_finite`, or the name of a signal (`sigint`, `sigterm`).
+        In every case the state was saved first.
+    """
+    state = session.state
+    while state.step < plan.total_steps and not state.stopping.should_stop:
+        step = state.step + 1
+        result = session.step(step, batches.cut(*plan.batch(step)), plan.learning_rate(step))
+        advance(state, result)
+        session.record_step(result, plan.learning_rate(step))
+
+        if plan.evaluates_at(step):
+            session.evaluate_and_keep_best()
+
+        not_finite = state.non_finite_in_a_row >= NON_FINITE_LIMIT
+        ends_here = signals.stop is not None or not_finite or state.stopping.should_stop
+        if ends_here or plan.saves_at(step) or signals.save or session.save_is_due():
+            session.save()
+            signals.save = False
+        if signals.stop is not None:
+            return signals.stop.name.lower()
+        if not_finite:
+            return "non_finite"
+    return "early_stopping" if state.stopping.should_stop else "completed"

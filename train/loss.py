@@ -1,0 +1,39 @@
+"""From a micro-batch to the sum of its token losses, for training and evaluation alike.
+
+Shapes: M token rows of a micro-batch (pads included, where there are any).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.batch import MicroBatch
+from kernels.segments import Segments
+from models.layers import CausalLM
+
+
+def loss_sum(
+    model: CausalLM, micro_batch: MicroBatch, device: torch.device, draw: tuple[int, int] | None
+) -> Tensor:
+    """Return the sum over a micro-batch's targets of their cross-entropy, in nats.
+
+    It is a sum, not a mean, so that the micro-batches of a step add up to the step's loss whatever
+    the cut.
+
+    Args:
+        model: The decoder; its head is applied to the supervised rows only.
+        micro_batch: M token rows with shifted targets.
+        device: Where the model is.
+        draw: (seed, step) of the dropout draws; None in evaluation, which draws none.
+    """
+    segments = Segments.build(
+        micro_batch.lengths,
+        device=device,
+        padded_length=micro_batch.padded_length,
+        examples=micro_batch.examples,
+        draw=draw,
+    )
+    hidden = model.hidden_states(micro_batch.input_ids.to(device, non_blocking=True), segments)
+    targets = micro_batch.targets.to(device, non_blocking=True)
+    return model.operations.linear_cross_entropy(hidden, model.head_weight(), targets)

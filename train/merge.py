@@ -1,0 +1,162 @@
+"""`python -m train.merge RUN_OR_ADAPTER OUT`: fold an adapter into its base model, for good.
+
+The base is loaded in the dtype of its checkpoint, each adapted weight is summed in fp32 and rounded
+once, and OUT becomes a Hugging Face model folder with the tokenizer's files. OUT appears whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from files.errors import UserError
+from files.hub import ModelSource, resolve_model
+from files.tensors import read_header
+from lora import load_adapter, merge, read_adapter_config
+from models import load_model
+from models.weights import save_model
+from train.checkpoint import replace_folder
+
+# What makes a model folder usable beside its weights; the adapter's own copies come first.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_OTHER_FILES = ("generation_config.json", "prompt_format.json")
+
+
+def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> str:
+    """Write the model that an adapter makes of its base; return a sentence saying what was done.
+
+    Args:
+        run_or_adapter: An adapter's folder, or a run's, whose `final/` is taken, else its `best/`.
+        out: A folder that is empty or not there.
+        base: Folder or hub id of the base model; None takes the one that the adapter names.
+
+    Raises:
+        UserError: `out` is in use, there is no adapter or base, they do not fit, or a merged weight
+            is not finite; nothing has been written then.
+        OSError: The disk is full.
+    """
+    _require_vacant(out)
+    adapter = _adapter_folder(run_or_adapter)
+    source = _base_model(adapter, base)
+    dtype = checkpoint_dtype(source.folder)
+    model = load_model(source.folder, dtype=dtype)
+    load_adapter(model, adapter)
+    names = merge(model)
+
+    def fill(folder: Path) -> None:
+        save_model(model, folder, config=model.config)
+        _copy_companions(adapter, source.folder, folder)
+
+    replace_folder(out, fill)
+    return (
+        f"merged {len(names)} layers of {adapter} into {source.repository or source.folder} "
+        f"({str(dtype).removeprefix('torch.')}): {out}"
+    )
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype that most of the numbers in a model folder's weights have.
+
+    The files are asked, not config.json, which may name the dtype of another moment.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    elements: Counter[torch.dtype] = Counter()
+    for path in sorted(folder.glob("model*.safetensors")):
+        for info in read_header(path).tensors.values():
+            if info.dtype.is_floating_point:
+                elements[info.dtype] += info.num_bytes // info.dtype.itemsize
+    # Without any, loading says what is wrong with the folder.
+    return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def _require_vacant(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is there already and is not an empty folder; choose another OUT")
+
+
+def _adapter_folder(run_or_adapter: Path) -> Path:
+    """Return the adapter's folder: the one given, or the `final/` or `best/` of a run."""
+    if not (run_or_adapter / "config.toml").is_file():
+        return run_or_adapter
+    for folder in (run_or_adapter / "final", run_or_adapter / "best"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+        if (folder / "config.json").is_file():
+            raise UserError(
+                f"{run_or_adapter}: was trained in full, so {folder} is a whole model already and "
+                "there is nothing to merge"
+            )
+    raise UserError(
+        f"{run_or_adapter}: this run has no final/ or best/ yet; finish it with `python -m "
+        f"train.run --resume {run_or_adapter}`, or give one of its checkpoints"
+    )
+
+
+def _base_model(adapter: Path, base: str | None) -> ModelSource:
+    """Return the base model's files, from `base` or as the adapter's configuration names it."""
+    document = read_adapter_config(adapter)
+    if base is not None:
+        return resolve_model(base)
+    named, revision = document.get("base_model_name_or_path"), document.get("revision")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{adapter}: names no base model; give it with --base FOLDER")
+    try:
+        return resolve_model(named, revision if isinstance(revision, str) else None)
+    except UserError as error:
+        raise UserError(
+            f"the base model that {adapter} names: {error}, or give it with --base FOLDER"
+        ) from None
+
+
+def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
+    """Copy tokenizer files, all from one place, and what else belongs beside the weights."""
+    tokenizer = adapter if (adapter / "tokenizer.json").is_file() else base
+    places = [tokenizer / name for name in _TOKENIZER_FILES]
+    for name in _OTHER_FILES:
+        places.append(adapter / name if (adapter / name).is_file() else base / name)
+    for place in places:
+        if place.is_file():
+            shutil.copyfile(place, out / place.name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Answer the command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.merge",
+        description="Fold an adapter into its base model and write a Hugging Face model folder.",
+    )
+    parser.add_argument("run_or_adapter", type=Path, metavar="RUN_OR_ADAPTER")
+    parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
+    parser.add_argument("--base", metavar="FOLDER", help="the base model, if not the one it names")
+    options = parser.parse_args(arguments)
+    try:
+        print(merge_adapter(options.run_or_adapter, options.out, options.base))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The curves of a run as PNG files, drawn with matplotlib, which is imported only here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from files.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+Points = list[tuple[int, float]]
+
+BLUE, ORANGE, GREEN, GREY = "#1f5a96", "#d9701e", "#2e7d4f", "#8a8f98"
+SIZE_INCHES, DOTS_PER_INCH = (8.0, 4.4), 150
+# A curve of fewer steps is drawn as it is; a longer one with its mean over a fortieth of the run.
+SMOOTH_FROM_STEPS, SMOOTH_SHARE = 40, 40
+# A gradient norm that spans more than this factor is drawn on a logarithmic axis.
+LOG_AXIS_RATIO = 30
+# A clipping bound beyond this factor of the largest norm is not drawn.
+FAR_BOUND = 2.5
+
+
+def draw_plots(
+    folder: Path,
+    train: Sequence[Row],
+    evals: Sequence[Row],
+    *,
+    title: str,
+    best_step: int | None,
+    steps_per_epoch: int | None,
+    max_grad_norm: float | None,
+    warmup_steps: int | None,
+) -> list[Path] | None:
+    """Draw every curve that there are rows for and return the files; None without matplotlib.
+
+    Args:
+        folder: Where the PNG files go; made if missing.
+        train: Train rows of metrics.jsonl.
+        evals: Evaluation rows.
+        title: Name of the run, above each plot.
+        best_step: Step of the best evaluation, marked in the loss plots.
+        steps_per_epoch: Scale of the epoch axis on top; none is drawn without it.
+        max_grad_norm: The clipping bound, drawn into the gradient norms; None or 0 draws none.
+        warmup_steps: End of the warm-up, marked in the learning rate.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return None
+    loss, rate, norm = (_points(train, name) for name in ("loss", "learning_rate", "grad_norm"))
+    valid = _points([row for row in evals if row["split"] == "valid"], "loss")
+    test = _points([row for row in evals if row["split"] == "test"], "loss")
+    beside = _points([row for row in evals if row["split"] == "valid"], "train_loss")
+    targets = {row["step"]: row["targets"] for row in train}
+
+    def draw_train_loss(axes: Axes) -> None:
+        _curve(axes, loss, targets, "loss of a step")
+        _mark_step(axes, best_step, "best evaluation")
+
+    def draw_eval_loss(axes: Axes) -> None:
+        if beside:
+            axes.plot(
+                *_xy(beside),
+                color=GREY,
+                lw=1.4,
+                marker="o",
+                ms=3,
+                label="train loss since the last evaluation",
+            )
+        if valid:
+            axes.plot(*_xy(valid), color=BLUE, lw=2, marker="o", ms=4.5, label="valid loss")
+        best = [point for point in valid if point[0] == best_step]
+        if best:
+            (step, value) = best[-1]
+            axes.plot(
+                [step],
+                [value],
+                color=ORANGE,
+                lw=0,
+                marker="*",
+                ms=14,
+                label=f"best: {value:.4f} at step {step}",
+            )
+        if test:
+            # Hollow and on top: the last test often lies on the best evaluation.
+            axes.plot(
+                *_xy(test),
+                color=GREEN,
+                lw=0,
+                marker="D",
+                ms=9,
+                mfc="none",
+                mew=1.8,
+                label="test loss",
+            )
+
+    def draw_learning_rate(axes: Axes) -> None:
+        axes.plot(*_xy(rate), color=BLUE, lw=2, **_dots(rate))
+        if warmup_steps:
+            # Rows count steps from 1, and the first one uses the schedule's value at 0.
+            _mark_step(axes, warmup_steps + 1, f"peak, after {warmup_steps} steps of warm-up")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.2e}" if rate else "0")
+
+    def draw_grad_norm(axes: Axes) -> None:
+        _curve(axes, norm, targets, "norm of a step, before clipping")
+        positive = [value for _, value in norm if value > 0]
+        # A bound far above every norm would press the curve flat.
+        if max_grad_norm and positive and max_grad_norm < FAR_BOUND * max(positive):
+            axes.axhline(
+                max_grad_norm, color=ORANGE, lw=1.4, ls="--", label=f"clipped to {max_grad_norm:g}"
+            )
+        if positive and max(positive) > LOG_AXIS_RATIO * min(positive):
+            axes.set_yscale("log")
+
+    plots: list[tuple[str, str, str, Points, Callable[[Axes], None]]] = [
+        ("train-loss", "Train loss", "loss (nats per target)", loss, draw_train_loss),
+        ("eval-loss", "Evaluation loss", "loss (nats per target)", valid or test, draw_eval_loss),
+        ("learning-rate", "Learning rate", "learning rate", rate, draw_learning_rate),
+        ("grad-norm", "Gradient norm", "global L2 norm", norm, draw_grad_norm),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, heading, unit, points, draw in plots:
+        path = folder / f"{name}.png"
+        if points:
+            _save(path, f"{heading} · {title}", unit, draw, steps_per_epoch)
+            drawn.append(path)
+        else:
+            # What an earlier report drew from rows that a resume has since dropped.
+            path.unlink(missing_ok=True)
+    return drawn
+
+
+def _points(rows: Sequence[Row], name: str) -> Points:
+    """Return (step, value) of the rows that have a finite value."""
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
+def _xy(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _dots(points: Points) -> dict[str, Any]:
+    """Return the marker that a curve of a few points needs to be seen."""
+    return {"marker": "o", "ms": 4} if len(points) < SMOOTH_FROM_STEPS else {}
+
+
+def _curve(axes: Axes, points: Points, weights: dict[int, int], label: str) -> None:
+    """Draw each step's value faintly and, over it, the running mean by target."""
+    if len(points) < SMOOTH_FROM_STEPS:
+        axes.plot(*_xy(points), color=BLUE, lw=1.8, label=label, **_dots(points))
+        return
+    window = max(5, len(points) // SMOOTH_SHARE)
+    axes.plot(*_xy(points), color=BLUE, alpha=0.28, lw=0.9, label=label)
+    smooth = running_mean(points, weights, window)
+    axes.plot(*_xy(smooth), color=BLUE, lw=2, label=f"mean of the last {window} steps")
+
+
+def running_mean(points: Points, weights: dict[int, int], window: int) -> Points:
+    """Return at each point the mean of the last `window` values, weighted by targets."""
+    steps = [step for step, _ in points]
+    weight = np.array([weights.get(step, 0) or 1 for step in steps], dtype=np.float64)
+    value = np.array([value for _, value in points], dtype=np.float64)
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        ends = np.arange(1, len(values) + 1)
+        return total[ends] - total[np.maximum(0, ends - window)]
+
+    return list(zip(steps, (sums(weight * value) / sums(weight)).tolist(), strict=True))
+
+
+def _mark_step(axes: Axes, step: int | None, what: str) -> None:
+    if step is not None:
+        axes.axvline(step, color=ORANGE, lw=1.4, ls="--", label=f"{what} (step {step})")
+
+
+def _save(
+    path: Path, title: str, unit: str, draw: Callable[[Axes], None], steps_per_epoch: int | None
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # A figure of its own instead of pyplot: no window system and no state that outlives the call.
+    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
+    axes.set_xlabel("step (optimizer update)")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color=GREY, alpha=0.22, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if steps_per_epoch:
+        scale = float(steps_per_epoch)
+        epochs = axes.secondary_xaxis(
+            "top", functions=(lambda x: np.divide(x, scale), lambda x: np.multiply(x, scale))
+        )
+        label = axes.annotate(
+            "epoch",
+            (0, 1),
+            (-6, 7),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+        )
+        label.set(color=GREY, fontsize=8)
+        epochs.tick_params(colors=GREY, labelsize=8)
+        epochs.spines["top"].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")

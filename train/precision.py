@@ -1,0 +1,146 @@
+"""What a step computes in, and the loss scaler that fp16 needs.
+
+Trained parameters are fp32 masters in every precision; autocast lowers the matrix products, and
+what must stay in fp32 (softmax, norms, the loss) stays there. fp16 has 5 exponent bits, so small
+gradients would vanish: its loss is multiplied by a scale that grows while nothing overflows. bf16
+has the exponent of fp32 and needs none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from files.errors import UserError, did_you_mean
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Instruction sets that multiply bf16 natively, as `torch.cpu.get_capabilities` names them on x86-64
+# and ARM64.
+_NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return `bf16`, `fp16` or `fp32`: `name` itself, or the rule behind `auto`.
+
+    `auto` is static: bf16 where the device multiplies it natively (CUDA from Ampere on, a CPU with
+    AVX512-BF16, AMX or an ARM equivalent), else fp32. Nothing is timed, so a resumed run on the
+    same machine decides the same.
+
+    Raises:
+        UserError: `name` is no precision.
+    """
+    if name in COMPUTE_DTYPES:
+        return name
+    if name != "auto":
+        names = ["auto", *COMPUTE_DTYPES]
+        raise UserError(
+            f"train.precision: '{name}' is not one of {', '.join(names)}{did_you_mean(name, names)}"
+        )
+    return "bf16" if _computes_bf16_natively(device) else "fp32"
+
+
+def _computes_bf16_natively(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in _NATIVE_BF16_CPU)
+    return False
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a run computes in.
+
+    Attributes:
+        name: `bf16`, `fp16` or `fp32` (resolved; `auto` is not a precision).
+        device: Where it computes.
+    """
+
+    name: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.name not in COMPUTE_DTYPES:
+            raise ValueError(f"precision '{self.name}' is not one of {', '.join(COMPUTE_DTYPES)}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products, and of frozen weights where `model.dtype` is unset."""
+        return COMPUTE_DTYPES[self.name]
+
+    @property
+    def needs_loss_scaler(self) -> bool:
+        """Whether gradients can underflow in this precision."""
+        return self.name == "fp16"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of a forward pass; in fp32 it changes nothing."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+
+class LossScaler:
+    """The factor on the loss that keeps fp16 gradients above zero and below infinity.
+
+    It doubles after 2000 updates in a row without overflow and halves at an overflow. Whether a
+    step overflowed is the caller's finding from the gradients themselves, never a guess from what
+    the optimizer did.
+
+    Attributes:
+        scale: The factor of the next loss.
+        good_steps: Updates without overflow since the scale last changed.
+
+    Source: torch 2.13 `torch.amp.GradScaler`, whose defaults these are.
+    """
+
+    initial_scale = 65536.0
+    growth_factor = 2.0
+    backoff_factor = 0.5
+    growth_interval = 2000
+
+    def __init__(self) -> None:
+        self.scale = self.initial_scale
+        self.good_steps = 0
+
+    def update(self, found_inf: bool) -> None:
+        """Take note of a backward pass: `found_inf` says that not all its gradients were finite."""
+        if found_inf:
+            self.scale *= self.backoff_factor
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            grown = self.scale * self.growth_factor
+            # The scale multiplies an fp32 loss, so it has to stay finite there.
+            self.scale = grown if grown <= torch.finfo(torch.float32).max else self.scale
+            self.good_steps = 0
+
+    def state(self) -> dict[str, float | int]:
+        """Return what a resumed run needs, as JSON values."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load(self, state: Mapping[str, float | int]) -> None:
+        """Go on from a state.
+
+        Raises:
+            UserError: The state is not one that `state()` wrote.
+        """
+        scale, good_steps = state.get("scale"), state.get("good_steps")
+        if (
+            not isinstance(scale, int | float)
+            or not (math.isfinite(scale) and scale > 0)
+            or not isinstance(good_steps, int)
+            or not 0 <= good_steps < self.growth_interval
+        ):
+            raise UserError(
+                f"loss scaler state {dict(state)} needs a positive finite `scale` and a "
+                f"`good_steps` from 0 to {self.growth_interval - 1}: resume from another checkpoint"
+            )
+        self.scale, self.good_steps = float(scale), good_steps

@@ -1,0 +1,261 @@
+"""From a configuration to what a run works with: the data with its tokenizer, and the model.
+
+Cheap failures come first: files, rows and tokens are checked before a weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.examples import Examples, cache_root, check_vocabulary, load_examples
+from data.order import epoch_order
+from data.prompt import PromptFormat
+from data.tokenizer import Tokenizer
+from files.errors import UserError
+from files.hub import ModelSource, resolve_model
+from kernels.dispatch import operations
+from lora import LoraConfig, inject, load_adapter
+from models import build, load_model
+from models.config import DecoderConfig, read_config
+from models.layers import CausalLM, set_dropout
+from models.weights import initialise
+from train.precision import COMPUTE_DTYPES, resolve_precision
+from train.settings import DataSettings, RunConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run as examples, and what made them so."""
+
+    tokenizer: Tokenizer
+    prompt_format: PromptFormat
+    train: Examples
+    valid: Examples | None
+    test: Examples | None
+
+    @property
+    def num_valid(self) -> int:
+        """Examples of the valid set, 0 without one."""
+        return 0 if self.valid is None else len(self.valid)
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """The hash of each set's ids and labels: equal where training sees the same data."""
+        return {
+            name: examples.fingerprint if examples is not None else None
+            for name, examples in (
+                ("train", self.train),
+                ("valid", self.valid),
+                ("test", self.test),
+            )
+        }
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `train.device` means.
+
+    Raises:
+        UserError: A device that this machine does not have.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(device for device, there in available.items() if there)
+        raise UserError(
+            f"train.device={name}: torch {torch.__version__} sees no such device here "
+            f"(it sees {there}); use train.device=auto"
+        )
+    return torch.device(name)
+
+
+def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
+    """Return the base model's files on this machine; without `weights`, the small ones alone.
+
+    Raises:
+        UserError: No model is named, or it cannot be had.
+    """
+    if config.model.path is None:
+        raise UserError(
+            "model.path is not set: give a hub id (owner/name) or a folder with config.json, "
+            "tokenizer.json and safetensors weights, or start from a --preset"
+        )
+    return resolve_model(
+        config.model.path, config.model.revision, weights=weights and not config.model.random_init
+    )
+
+
+def prompt_format(settings: DataSettings) -> PromptFormat:
+    """Return how rows become text, from the `data.*` keys of the same names."""
+    names = [field.name for field in dataclasses.fields(PromptFormat)]
+    return PromptFormat(**{name: getattr(settings, name) for name in names})
+
+
+def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
+    """Tokenise the rows of all sets, or map those that were tokenised before.
+
+    Args:
+        config: The run's configuration.
+        folder: The base model's folder, with the tokenizer.
+        decoder: The base model's architecture; no token may lie beyond its vocabulary.
+
+    Raises:
+        UserError: No training data is named, or a file or row is not what it must be.
+    """
+    settings = config.data
+    if settings.train is None:
+        raise UserError(
+            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, or "
+            "hub:owner/name"
+        )
+    tokenizer = Tokenizer.load(folder)
+    form = prompt_format(settings)
+
+    def load(spec: str, split: str | None) -> Examples:
+        examples = load_examples(
+            spec,
+            split_column=settings.split_column,
+            split=split,
+            tokenizer=tokenizer,
+            prompt_format=form,
+            max_length=settings.max_length,
+            on_overflow=settings.on_overflow,
+            cache_root=cache_root(),
+        )
+        check_vocabulary(examples, decoder.vocab_size, tokenizer)
+        return examples
+
+    train = load(settings.train, "train")
+    by_column = settings.train if settings.split_column is not None else None
+    valid_spec, test_spec = settings.valid or by_column, settings.test or by_column
+    valid = load(valid_spec, "valid") if valid_spec is not None else None
+    test = load(test_spec, "test") if test_spec is not None else None
+    if valid is None and settings.valid_fraction > 0:
+        train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
+    if valid is None and config.eval.early_stopping_patience is not None:
+        raise UserError(
+            "eval.early_stopping_patience needs a valid set: give data.valid, data.split_column or "
+            "data.valid_fraction, or unset it (eval.early_stopping_patience=none)"
+        )
+    return Data(tokenizer, form, train, valid, test)
+
+
+def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Return the examples without, and only, a random share of them; a function of the seed.
+
+    Raises:
+        UserError: Nothing would be left to train on.
+    """
+    count = math.ceil(len(examples) * fraction)
+    if count >= len(examples):
+        raise UserError(
+            f"data.valid_fraction={fraction:g} of {len(examples)} examples leaves none to train "
+            "on; use a smaller share or a data.valid of its own"
+        )
+    order = epoch_order(len(examples), seed=seed, epoch=0)
+    return examples.subset(sorted(order[count:])), examples.subset(sorted(order[:count]))
+
+
+def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
+    """Return the device, and the configuration with its precision decided and its paths made whole.
+
+    What is decided here is written to the run's config.toml: a resumed run decides nothing anew.
+    """
+    device = resolve_device(config.train.device)
+    precision = resolve_precision(config.train.precision, device)
+    if config.train.deterministic:
+        # cuBLAS reads this once, when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    settings = dataclasses.replace(config.train, precision=precision)
+    return with_whole_paths(dataclasses.replace(config, train=settings)), device
+
+
+def base_dtype(config: RunConfig) -> torch.dtype:
+    """Return what the base's weights are stored in: fp32 masters where they are trained."""
+    if config.train.method == "full":
+        return torch.float32
+    return COMPUTE_DTYPES[config.model.dtype or config.train.precision]
+
+
+def load_base(
+    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> CausalLM:
+    """Return the base model on its device, from its files or, with `model.random_init`, drawn."""
+    backend = operations(config.train.kernels, device)
+    if not config.model.random_init:
+        model = load_model(
+            source.folder,
+            dtype=dtype,
+            device=device,
+            attention=config.model.attention,
+            operations=backend,
+        )
+    else:
+        decoder = read_config(source.folder)
+        model = build(decoder, operations=backend, attention=config.model.attention, device="meta")
+        initialise(
+            model, config.train.seed, dtype, device, initializer_range=decoder.initializer_range
+        )
+    if config.model.dropout is not None:
+        set_dropout(model, config.model.dropout)
+    model.gradient_checkpointing = config.model.gradient_checkpointing is True
+    if config.train.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    return model
+
+
+def make_trainable(model: CausalLM, config: RunConfig) -> None:
+    """Inject adapters, new or from `lora.init_from`, and freeze the rest; or train every weight."""
+    settings = config.lora
+    if config.train.method == "full":
+        model.requires_grad_(True)
+    elif settings.init_from is not None:
+        load_adapter(model, settings.init_from, trainable=True)
+    else:
+        inject(
+            model,
+            LoraConfig(
+                r=settings.r,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=settings.target_modules
+                if isinstance(settings.target_modules, str)
+                else list(settings.target_modules),
+                use_rslora=settings.use_rslora,
+                bias=settings.bias,
+            ),
+            seed=config.train.seed,
+        )
+
+
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """Return the configuration with absolute paths: a run may be resumed from anywhere."""
+
+    def whole(spec: str | None) -> str | None:
+        if spec is None or spec.startswith("hub:") or not os.path.exists(os.path.expanduser(spec)):
+            return spec
+        return os.path.abspath(os.path.expanduser(spec))
+
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=whole(config.model.path)),
+        lora=dataclasses.replace(config.lora, init_from=whole(config.lora.init_from)),
+        data=dataclasses.replace(
+            config.data,
+            train=whole(config.data.train),
+            valid=whole(config.data.valid),
+            test=whole(config.data.test),
+        ),
+    )

@@ -1,0 +1,588 @@
+"""The report of a run: report.md and its plots, from the files in the run's folder alone.
+
+`python -m train.report RUN…` writes it again, for a run in any state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from files.atomic import write_text
+from files.errors import UserError
+from files.strict_json import read_json_object
+from train.console import format_bytes, format_duration, format_loss
+from train.metrics import METRICS_FILE, Row, read_metrics
+from train.plots import draw_plots
+from train.schedule import learning_rate_factor
+
+REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
+
+# Thresholds of the notes. Each note states its numbers, so that the reader may judge otherwise.
+BARELY_MOVED = 0.01  # share of its first value that the valid loss has to fall by
+STILL_FALLING = 0.01  # fall at the last evaluation, as a share of the loss, that promises more
+BEST_EARLY, WORSE_SINCE = (
+    0.8,
+    0.005,
+)  # best before this share of the steps, and this much worse since
+FEW_ROWS, FEW_TARGETS = 100, 10_000  # a valid set below either is noisy
+GAP = 1.5  # valid loss over train loss at the last evaluation
+OFTEN_CLIPPED = 0.5  # share of the steps whose gradient was clipped
+# Learning rates are written unrounded; anything beyond a few roundings of fp64 is another schedule.
+LEARNING_RATE_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's folder says. A file that is not there yet is an empty dictionary or list."""
+
+    folder: Path
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    train: list[Row]
+    valid: list[Row]
+    test: list[Row]
+
+    @property
+    def name(self) -> str:
+        """The run's name: as configured, or its folder's."""
+        return self.section("train").get("run_name") or self.folder.resolve().name
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return max([row["step"] for row in self.train] + [self.status.get("step") or 0])
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps planned."""
+        return self.plan.get("total_steps") or self.status.get("total_steps")
+
+    @property
+    def best(self) -> Row | None:
+        """The evaluation of the valid set with the lowest loss, the earliest of equals."""
+        finite = [row for row in self.valid if row["loss"] is not None]
+        return min(finite, key=lambda row: row["loss"], default=None)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section of the configuration; what it calls `none` is None."""
+        values = self.config.get(name) or {}
+        return {key: None if value == "none" else value for key, value in values.items()}
+
+    def train_loss_beside(self, row: Row) -> float | None:
+        """Return the token mean of the train loss since the evaluation before `row`.
+
+        Before training it is the loss of step 1, which was measured on the very same weights.
+        """
+        if row.get("train_loss") is not None:
+            return row["train_loss"]
+        before = max(
+            (other["step"] for other in self.valid if other["step"] < row["step"]), default=0
+        )
+        last = max(row["step"], 1)
+        span = [
+            step
+            for step in self.train
+            if before < step["step"] <= last and step["loss"] is not None
+        ]
+        targets = sum(step["targets"] for step in span)
+        return sum(step["loss"] * step["targets"] for step in span) / targets if targets else None
+
+
+def read_record(folder: Path) -> Record:
+    """Return what a run's folder says.
+
+    Raises:
+        UserError: The folder is no run's, or a file in it is damaged.
+    """
+    written = [
+        name for name in ("plan.json", "status.json", METRICS_FILE) if (folder / name).is_file()
+    ]
+    if not (folder / "config.toml").is_file() or not written:
+        raise UserError(
+            f"{folder}: not the folder of a run: that has a config.toml and a metrics.jsonl "
+            "(the newest ones are in runs/)"
+        )
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.toml'}: not TOML: {error}") from None
+    documents = {
+        name: read_json_object(path) if (path := folder / f"{name}.json").is_file() else {}
+        for name in ("plan", "environment", "status")
+    }
+    rows = read_metrics(folder)
+    evals = [row for row in rows if row["kind"] == "eval"]
+    return Record(
+        folder=folder,
+        config=config,
+        **documents,
+        train=[row for row in rows if row["kind"] == "train"],
+        valid=[row for row in evals if row["split"] == "valid"],
+        test=[row for row in evals if row["split"] == "test"],
+    )
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write report.md and plots/ into a run's folder and return the path of report.md.
+
+    Args:
+        run_folder: The folder of a run in any state.
+
+    Raises:
+        UserError: The folder is no run's, or a file in it is damaged.
+    """
+    record = read_record(Path(run_folder))
+    plots = draw_plots(
+        record.folder / PLOTS_FOLDER,
+        record.train,
+        record.valid + record.test,
+        title=record.name,
+        best_step=record.best["step"] if record.best else None,
+        steps_per_epoch=record.plan.get("steps_per_epoch"),
+        max_grad_norm=record.section("optimizer").get("max_grad_norm"),
+        warmup_steps=record.plan.get("warmup_steps"),
+    )
+    path = record.folder / REPORT_FILE
+    write_text(path, render_report(record, plots))
+    return path
+
+
+def render_report(record: Record, plots: Sequence[Path] | None) -> str:
+    """Return the text of report.md.
+
+    Args:
+        record: What the run's folder says.
+        plots: The files of the plots, to be shown; None where they could not be drawn.
+    """
+    sections = [
+        _heading(record),
+        _results(record),
+        _bullets("Notes", notes(record)),
+        _curves(plots),
+        _evaluations(record),
+        _plan_against_actual(record),
+        _bullets("Warned before the run", record.plan.get("warnings") or []),
+        _claims(record),
+        _speed(record),
+        _samples(record),
+        _environment(record),
+        _configuration(record),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def notes(record: Record) -> list[str]:
+    """Return what a careful reader of the numbers would say, each with the numbers it rests on."""
+    candidates = [
+        *_notes_on_the_end(record),
+        *_notes_on_evaluation(record),
+        *_notes_on_steps(record),
+    ]
+    return [note for note in candidates if note]
+
+
+def _notes_on_the_end(record: Record) -> Iterable[str]:
+    state, reason = record.status.get("state"), record.status.get("reason")
+    if state != "finished":
+        yield (
+            f"The run is not finished: {_outcome(record)}. "
+            f"`python -m train.run --resume {record.folder}` goes on."
+        )
+    if reason == "early_stopping" and record.best:
+        yield (
+            f"Stopped early at step {record.step}: no evaluation after step {record.best['step']} "
+            "was better "
+            f"by more than {record.section('eval').get('early_stopping_threshold', 0.0):g}."
+        )
+    if resumed := record.status.get("resumed_from"):
+        yield f"Resumed from {_steps(resumed)}."
+
+
+def _notes_on_evaluation(record: Record) -> Iterable[str]:
+    finite = [row for row in record.valid if row["loss"] is not None]
+    if len(finite) < len(record.valid):
+        yield (
+            f"{len(record.valid) - len(finite)} of {len(record.valid)} evaluations gave a loss "
+            "that is not finite."
+        )
+    best, last = record.best, finite[-1] if finite else None
+    if best is None or last is None:
+        if record.train:
+            yield (
+                "No evaluation was done: whether the model learned more than its rows cannot be "
+                "told."
+            )
+        return
+    first = finite[0]
+    if len(finite) > 1:
+        moved = (first["loss"] - best["loss"]) / first["loss"]
+        if moved <= 0:
+            yield f"The valid loss never fell below its first value, {format_loss(first['loss'])}."
+        elif moved < BARELY_MOVED:
+            yield (
+                f"The valid loss moved {moved:.1%} ({format_loss(first['loss'])} → "
+                f"{format_loss(best['loss'])}): "
+                f"barely trained (below {BARELY_MOVED:.0%}); a higher learning rate or more steps "
+                "may be needed."
+            )
+        worse = last["loss"] / best["loss"] - 1
+        share = best["step"] / max(1, last["step"])
+        if share < BEST_EARLY and worse > WORSE_SINCE:
+            yield (
+                f"The best evaluation came at step {best['step']}, {share:.0%} of the "
+                f"{last['step']} steps; at the end "
+                f"the valid loss was {worse:.1%} above it: overfitting. `best/` holds step "
+                f"{best['step']}."
+            )
+        fell = (finite[-2]["loss"] - last["loss"]) / finite[-2]["loss"]
+        if last is best and fell > STILL_FALLING and record.status.get("state") == "finished":
+            yield (
+                f"The valid loss still fell by {fell:.1%} between steps {finite[-2]['step']} and "
+                f"{last['step']}: "
+                "more epochs may gain more."
+            )
+    beside = record.train_loss_beside(last)
+    if beside and last["step"] and last["loss"] > GAP * beside:
+        yield (
+            f"At the last evaluation the valid loss ({format_loss(last['loss'])}) is "
+            f"{last['loss'] / beside:.1f} times "
+            f"the train loss ({format_loss(beside)}): the model learns its rows by heart."
+        )
+    rows = (record.plan.get("data") or {}).get("valid_examples") or last.get("examples")
+    if rows is not None and rows < FEW_ROWS:
+        yield (
+            f"The valid set has {rows} rows (below {FEW_ROWS}): its loss is noisy, "
+            "and small differences or early stopping on it mean little."
+        )
+    elif last["targets"] < FEW_TARGETS:
+        yield (
+            f"The valid set has {last['targets']:,} targets (below {FEW_TARGETS:,}): its loss is "
+            "noisy, "
+            "and small differences or early stopping on it mean little."
+        )
+
+
+def _notes_on_steps(record: Record) -> Iterable[str]:
+    skipped = [row for row in record.train if row.get("skipped")]
+    for reason in sorted({row["skipped"] for row in skipped}):
+        steps = [row["step"] for row in skipped if row["skipped"] == reason]
+        yield f"{len(steps)} of {record.step} steps changed nothing ({reason}): {_steps(steps)}."
+    done = {row["step"] for row in record.train}
+    if missing := sorted(set(range(1, record.step + 1)) - done):
+        yield f"{len(missing)} of {record.step} steps have no row: {_steps(missing)}."
+    bound = record.section("optimizer").get("max_grad_norm")
+    norms = [row["grad_norm"] for row in record.train if row["grad_norm"] is not None]
+    clipped = sum(norm > bound for norm in norms) / len(norms) if bound and norms else 0.0
+    if clipped > OFTEN_CLIPPED:
+        yield (
+            f"The gradient was clipped to {bound:g} in {clipped:.0%} of the steps (median norm "
+            f"{statistics.median(norms):.3g}): the bound, more than the learning rate, set the "
+            "size of the steps."
+        )
+    if norms and not any(norms):
+        yield "Every gradient was zero: nothing was trained."
+
+
+def _outcome(record: Record) -> str:
+    state, reason = record.status.get("state", "no status"), record.status.get("reason")
+    of_total = f" of {record.total_steps:,}" if record.total_steps else ""
+    return f"{state}{f' ({reason})' if reason else ''} after {record.step:,}{of_total} steps"
+
+
+def _heading(record: Record) -> str:
+    model, preset = record.section("model").get("path"), record.config.get("preset")
+    method = {"lora": "LoRA", "full": "full"}.get(record.section("train").get("method", ""), "")
+    what = f"{method} fine-tuning of `{model}`".strip() + (f", preset `{preset}`" if preset else "")
+    return f"# {record.name}\n\n{what}: **{_outcome(record)}**."
+
+
+def _results(record: Record) -> str:
+    rows: list[tuple[str, str]] = []
+    if best := record.best:
+        last = record.valid[-1]
+        rows.append(("best valid loss", f"**{_at(best)}**"))
+        rows.append(("last valid loss", _at(last)))
+    if record.test:
+        rows.append(("test loss", _test_result(record)))
+    if record.train:
+        rows.append(("train loss", f"{_at(record.train[0])}, {_at(record.train[-1])}"))
+    trainable, total = (
+        record.status.get(name) or record.plan.get(name)
+        for name in ("trainable_parameters", "total_parameters")
+    )
+    if trainable and total:
+        rows.append(("trained parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"))
+    return "## Result\n\n" + _table(("", ""), rows) if rows else ""
+
+
+def _test_result(record: Record) -> str:
+    first, last = record.test[0], record.test[-1]
+    if last["step"] == 0:
+        return f"{format_loss(last['loss'])} before training ({last['targets']:,} targets)"
+    before = f"{format_loss(first['loss'])} before, " if first["step"] == 0 else ""
+    loads_best = record.section("checkpoint").get("load_best_at_end") and record.best
+    of = f", of step {record.best['step']:,}, the best" if loads_best and record.best else ""
+    return f"{before}**{format_loss(last['loss'])}** after{of} ({last['targets']:,} targets)"
+
+
+def _at(row: Row) -> str:
+    return f"{format_loss(row['loss'])} at step {row['step']:,}"
+
+
+def _curves(plots: Sequence[Path] | None) -> str:
+    if plots is None:
+        return (
+            "## Curves\n\nPlots need matplotlib: `pip install 'lathe[report]'`, then `python -m "
+            "train.report` again."
+        )
+    images = [f"![{path.stem}]({PLOTS_FOLDER}/{path.name})" for path in plots]
+    return "## Curves\n\n" + "\n\n".join(images) if images else ""
+
+
+def _evaluations(record: Record) -> str:
+    rows, before = [], None
+    for row in record.valid:
+        loss, beside = row["loss"], record.train_loss_beside(row)
+        change = "" if before is None or loss is None else f"{loss / before - 1:+.1%}"
+        rows.append(
+            (
+                f"{row['step']:,}",
+                _epoch(record, row["step"]),
+                "—"
+                if beside is None
+                else format_loss(beside) + ("" if row["step"] else " (step 1)"),
+                format_loss(loss),
+                change,
+                "best" if row is record.best else "",
+            )
+        )
+        before = loss if loss is not None else before
+    text = "## Evaluations\n\n"
+    if rows:
+        header = ("step", "epoch", "train loss", "valid loss", "change", "")
+        text += _table(header, rows, "rrrrrl")
+        text += (
+            "\n\nLosses are nats per target, token means over the whole set "
+            f"({record.valid[-1]['targets']:,} valid "
+            "targets); the train loss is that of the steps since the evaluation before."
+        )
+    else:
+        text += "None was done."
+    if record.test:
+        header = ("test at step", "test loss", "targets")
+        tests = [
+            (f"{row['step']:,}", format_loss(row["loss"]), f"{row['targets']:,}")
+            for row in record.test
+        ]
+        text += "\n\n" + _table(header, tests, "rrr")
+    return text
+
+
+def _plan_against_actual(record: Record) -> str:
+    plan, status = record.plan, record.status
+    if not plan:
+        return ""
+    rows: list[tuple[str, str, str]] = []
+
+    def compare(
+        name: str, planned: Any, actual: Any, show: Any = lambda value: f"{value:,}"
+    ) -> None:
+        if planned is not None:
+            rows.append((name, show(planned), "—" if actual is None else show(actual)))
+
+    compare("steps", record.total_steps, record.step)
+    epochs = record.train[-1]["epoch"] if record.train else 0.0
+    if plan.get("steps_per_epoch") and record.total_steps:
+        compare(
+            "epochs",
+            record.total_steps / plan["steps_per_epoch"],
+            epochs,
+            lambda value: f"{value:.2f}",
+        )
+    planned_evals = plan.get("eval_steps")
+    if planned_evals is not None:
+        done = {row["step"] for row in record.valid}
+        compare("evaluations", len(planned_evals), len(done & set(planned_evals)))
+    compare("warm-up steps", plan.get("warmup_steps"), _warmup_done(record))
+    for name in ("trainable_parameters", "total_parameters"):
+        compare(name.replace("_", " "), plan.get(name), status.get(name))
+    memory = (plan.get("memory") or {}).get("total")
+    compare("peak memory", memory, status.get("peak_memory_bytes"), format_bytes)
+    text = "## Plan against actual\n\n" + _table(("", "planned", "actual"), rows, "lrr")
+    examples, batch, per_epoch = (
+        plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")
+    )
+    sentences = []
+    if examples and batch and per_epoch:
+        sentences.append(
+            f"{examples:,} examples in batches of {batch:,} make {per_epoch:,} steps an epoch."
+        )
+    sentences.append(_learning_rate_check(record))
+    return "\n\n".join([text, " ".join(sentences).strip()]).strip()
+
+
+def _claims(record: Record) -> str:
+    """Return what the preset's seed claims, beside what the formulas give for it."""
+    rows = [
+        (
+            claim["statement"],
+            {True: "holds", False: "**does not hold**", None: "cannot be checked"}[claim["holds"]],
+            claim.get("note") or "",
+        )
+        for claim in record.plan.get("claims") or []
+    ]
+    header = ("claim", "", "")
+    return "## The seed's claims\n\n" + _table(header, rows, "lll") if rows else ""
+
+
+def _learning_rate_check(record: Record) -> str:
+    """Compare each step's learning rate with the schedule of configuration and plan."""
+    schedule, peak = record.section("schedule"), record.section("optimizer").get("learning_rate")
+    warmup, total = record.plan.get("warmup_steps"), record.total_steps
+    if not record.train or peak is None or warmup is None or total is None:
+        return ""
+    wrong = []
+    for row in record.train:
+        factor = learning_rate_factor(
+            schedule["name"],
+            row["step"] - 1,
+            warmup_steps=warmup,
+            total_steps=total,
+            min_lr_ratio=schedule.get("min_lr_ratio", 0.0),
+        )
+        if abs(row["learning_rate"] - peak * factor) > LEARNING_RATE_TOLERANCE * peak:
+            wrong.append(row["step"])
+    if wrong:
+        return f"**The learning rate is not the schedule's at {_steps(wrong)}.**"
+    return (
+        f"The learning rate of all {len(record.train):,} steps is the schedule's "
+        f"({schedule['name']})."
+    )
+
+
+def _warmup_done(record: Record) -> int | None:
+    """Return the steps before the highest learning rate, None while it may still rise."""
+    if len(record.train) <= (record.plan.get("warmup_steps") or 0):
+        return None
+    top = max(record.train, key=lambda row: row["learning_rate"])
+    return top["step"] - 1
+
+
+def _speed(record: Record) -> str:
+    seconds = [row["seconds"] for row in record.train]
+    if not sum(seconds):
+        return ""
+    tokens, targets = (sum(row[name] for row in record.train) for name in ("tokens", "targets"))
+    evaluating = sum(row.get("seconds") or 0.0 for row in record.valid + record.test)
+    rows = [
+        ("tokens trained on", f"{tokens:,} ({targets:,} targets)"),
+        (
+            "throughput",
+            f"{tokens / sum(seconds):,.0f} tokens/s, {targets / sum(seconds):,.0f} targets/s",
+        ),
+        ("step", f"median {_short(statistics.median(seconds))}, slowest {_short(max(seconds))}"),
+        ("time in steps", format_duration(sum(seconds))),
+    ]
+    if evaluating:
+        rows.append(("time in evaluation", format_duration(evaluating)))
+    if peak := record.status.get("peak_memory_bytes"):
+        rows.append(("peak memory", format_bytes(peak)))
+    return "## Speed and memory\n\n" + _table(("", ""), rows)
+
+
+def _samples(record: Record) -> str:
+    parts = []
+    for sample in record.status.get("samples") or []:
+        for name, heading in (
+            ("prompt", "Prompt"),
+            ("reference", "Reference"),
+            ("before", "Completion before training"),
+            ("after", "Completion after training"),
+        ):
+            if sample.get(name) is not None:
+                parts.append(f"{heading}:\n\n{_fenced(sample[name])}")
+    return "## Sample\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _environment(record: Record) -> str:
+    rows = [(name, f"`{value}`") for name, value in _flat(record.environment) if value is not None]
+    return "## Environment\n\n" + _table(("", ""), rows) if rows else ""
+
+
+def _configuration(record: Record) -> str:
+    text = (record.folder / "config.toml").read_text(encoding="utf-8")
+    return "## Configuration\n\n" + _fenced(text, "toml")
+
+
+def _epoch(record: Record, step: int) -> str:
+    at = next((row["epoch"] for row in record.train if row["step"] == step), None)
+    if at is None and record.plan.get("steps_per_epoch"):
+        at = step / record.plan["steps_per_epoch"]
+    return "" if at is None else f"{at:.2f}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _steps(steps: Sequence[int], most: int = 8) -> str:
+    """Return the numbers of steps as people list them: `step 3`, `steps 3, 4 and 12 more`."""
+    shown = ", ".join(f"{step:,}" for step in steps[:most])
+    more = f" and {len(steps) - most:,} more" if len(steps) > most else ""
+    return f"step{'s' if len(steps) > 1 else ''} {shown}{more}"
+
+
+def _bullets(heading: str, lines: Sequence[str]) -> str:
+    return f"## {heading}\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "ll") -> str:
+    """Return a Markdown table; `align` has an `l` or an `r` for each column."""
+    rule = ["---:" if side == "r" else "---" for side in align]
+    cells = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """Return the text as a code block that no run of backquotes in it can close."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report of each run named on the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.report", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.runs:
+            print(write_report(run))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

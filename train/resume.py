@@ -1,0 +1,127 @@
+"""What `--resume FOLDER` continues: which checkpoint, and whether all still fits to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from files.errors import UserError
+from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, damage, read_state
+from train.config import check_resume_overrides, flat, load_config, resume_keys
+from train.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A run to continue.
+
+    Attributes:
+        folder: The run's folder.
+        checkpoint: The verified checkpoint to go on from; None starts at the first step.
+        state: Its state, None without one.
+        identity: What it was trained from, None without one.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    state: TrainState | None
+    identity: dict[str, Any] | None
+
+
+def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resume | None]:
+    """Return the configuration of the run at `place` and what to continue, None where finished.
+
+    Args:
+        place: A run's folder (its newest verified checkpoint is taken) or one checkpoint's (which
+            must verify).
+        overrides: Keys given on the command line; only those that change no result so far are
+            allowed.
+
+    Raises:
+        UserError: No run is there, its checkpoint is damaged, or an override is not allowed.
+    """
+    named = STEP_FOLDER.fullmatch(place.name) is not None and place.parent.name == "checkpoints"
+    folder = place.resolve().parent.parent if named else place
+    if not (folder / "config.toml").is_file():
+        raise UserError(
+            f"--resume {place}: no run is there (its folder has a config.toml); give the folder "
+            "that the run printed when it began, or one of its checkpoints"
+        )
+    before = load_config(file=folder / "config.toml")
+    unchanged = {key: value for key, value in flat(before).items() if value is not None}
+    config = load_config(file=folder / "config.toml", overrides=overrides)
+    changed = {key for key, value in flat(config).items() if flat(before)[key] != value}
+    check_resume_overrides({key: unchanged.get(key) for key in changed})
+    if named:
+        problem = damage(place)
+        if problem is not None:
+            raise UserError(
+                f"--resume {place}: {problem}; resume the run's folder to take an older one"
+            )
+        _set_newer_aside(folder, place)
+        return config, Resume(folder, place, *read_state(place))
+    checkpoint = Checkpoints(folder / "checkpoints", None).newest_verified(print)
+    if checkpoint is None:
+        print(f"{folder}: no checkpoint yet; starting from the first step")
+        return config, Resume(folder, None, None, None)
+    if not changed and _is_finished(folder):
+        print(f"{folder}: finished; {checkpoint.name} verified, nothing is left to do")
+        return config, None
+    return config, Resume(folder, checkpoint, *read_state(checkpoint))
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "status.json").read_bytes()).get("state") == "finished"
+    except (OSError, ValueError):
+        return False
+
+
+def _set_newer_aside(folder: Path, chosen: Path) -> None:
+    """Rename the checkpoints after the chosen one: the run goes on from there."""
+    checkpoints = Checkpoints(folder / "checkpoints", None)
+    for step in checkpoints.steps():
+        path = checkpoints.path(step)
+        if path.name > chosen.name:
+            path.rename(path.with_name(f"aside-{path.name}"))
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compare what a checkpoint was trained from with what the resumed run would train from.
+
+    Returns:
+        Warnings: differences that may change the last bits (threads, versions, device).
+
+    Raises:
+        UserError: A setting, a data set or the base model differs; the key and both values are
+            named.
+    """
+    may_change = {*resume_keys(), "train.output_dir", "train.run_name", "model.path"}
+    for key, value in now["config"].items():
+        was = saved["config"].get(key)
+        if key not in may_change and was != value:
+            raise UserError(
+                f"--resume: {key} was {was} and is {value} in config.toml; a resumed run keeps its "
+                "settings: put the old value back, or start a new run"
+            )
+    for name, fingerprint in now["data"].items():
+        was = saved["data"].get(name)
+        if was != fingerprint:
+            raise UserError(
+                f"--resume: data.{name} is not the data that the run began with (fingerprint "
+                f"{str(was)[:12]} then, {str(fingerprint)[:12]} now): put the old rows and "
+                "tokenizer back, or start a new run"
+            )
+    if saved["model"] != now["model"]:
+        raise UserError(
+            f"--resume: model.path holds another base model ({saved['model']} then, "
+            f"{now['model']} now): give back the old one, or start a new run"
+        )
+    return [
+        f"resume will not be bit-exact: {name} {saved['machine'].get(name)} → {value}"
+        for name, value in now["machine"].items()
+        if saved["machine"].get(name) != value
+    ]

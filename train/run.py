@@ -1,0 +1,122 @@
+"""`python -m train.run`: one run, from its configuration to its report; the table of contents.
+
+config → data → plan → model → lora → loop → checkpoints → report. Cheap failures come first: a bad
+row or key is known before weights load. Nothing here imports torch until a run begins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from files.errors import UserError
+from train.arguments import Arguments, list_presets_text, parse, show_text
+from train.config import load_config
+from train.settings import RunConfig
+
+if TYPE_CHECKING:
+    from train.resume import Resume
+
+EXIT_CODES = {"non_finite": 3, "sigint": 130, "sigterm": 143}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its folder, and the reason that `train.loop.train` returned."""
+
+    folder: Path
+    reason: str
+
+    @property
+    def exit_code(self) -> int:
+        """0 when done, 3 after non-finite losses, 128 + signal when stopped (0 under torchrun)."""
+        stopped = self.reason in ("sigint", "sigterm")
+        return (
+            0 if stopped and "TORCHELASTIC_RUN_ID" in os.environ else EXIT_CODES.get(self.reason, 0)
+        )
+
+
+def run(config: RunConfig) -> Path:
+    """Do the whole run that `config` describes, and return its folder.
+
+    Raises:
+        UserError: Something in the configuration, the data or the model is not what it must be.
+    """
+    return execute(config).folder
+
+
+def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
+    """Do a run, or with `resume` what is left of one, and return how it ended."""
+    from files.atomic import RunLock
+    from models.config import read_config
+    from train.finish import before_training, finish, opening_panel
+    from train.folder import new_run_folder, write_documents
+    from train.loop import StepBatches, train
+    from train.plan import plan_run
+    from train.precision import Precision
+    from train.prepare import base_dtype, decide, find_model, load_base, load_data, make_trainable
+    from train.session import Session
+    from train.signals import Signals
+    from train.world import World
+
+    World.from_environment()
+    config, device = decide(config)
+
+    source = find_model(config, weights=False)
+    decoder = read_config(source.folder)
+    data = load_data(config, source.folder, decoder)
+    plan = plan_run(config, len(data.train), num_valid=data.num_valid)
+
+    folder = resume.folder if resume else new_run_folder(config)
+    with RunLock(folder), Signals() as signals:
+        config = write_documents(folder, config, data, decoder, device)
+        source = find_model(config, weights=True)
+        model = load_base(config, source, base_dtype(config), device)
+        make_trainable(model, config)
+        precision = Precision(config.train.precision, device)
+        with Session(config, plan, data, source, model, precision, folder, resume) as session:
+            opening_panel(session)
+            before_training(session)
+            reason = train(session, plan, StepBatches.of(config, plan, data), signals)
+            finish(session, reason)
+    return Outcome(folder, reason)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer the command line and return its exit code."""
+    try:
+        return _answer(parse(sys.argv[1:] if argv is None else list(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _answer(arguments: Arguments) -> int:
+    if arguments.list_presets:
+        print(list_presets_text())
+        return 0
+    if arguments.show:
+        print(show_text(arguments.show))
+        return 0
+    if arguments.resume:
+        from train.resume import find_run
+
+        config, resume = find_run(Path(arguments.resume), arguments.overrides)
+        if resume is None:
+            return 0
+        return execute(config, resume).exit_code
+    config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
+    if arguments.plan:
+        from train.plan import print_plan
+
+        print_plan(config, as_json=arguments.json, ranks=arguments.ranks)
+        return 0
+    return execute(config).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Signals become requests that the loop answers between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Signals:
+    """SIGINT and SIGTERM ask to stop after the step in progress, SIGUSR1 asks for a checkpoint.
+
+    A second SIGINT or SIGTERM exits at once, without saving. Outside the main thread (some
+    notebooks) Python allows no handlers, so nothing is installed there.
+
+    Attributes:
+        stop: The signal that asked to stop, None so far.
+        save: Whether a checkpoint was asked for.
+    """
+
+    def __init__(self) -> None:
+        self.stop: signal.Signals | None = None
+        self.save = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._ask_to_stop)
+            if hasattr(signal, "SIGUSR1"):
+                self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask_to_save)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask_to_stop(self, number: int, _: FrameType | None) -> None:
+        if self.stop is not None:
+            os._exit(128 + number)
+        self.stop = signal.Signals(number)
+
+    def _ask_to_save(self, _: int, __: FrameType | None) -> None:
+        self.save = True

@@ -1,0 +1,183 @@
+"""The arithmetic of steps: how many, which examples each holds, and when a run does what.
+
+`RunPlan` is computed once. The loop asks it, the report checks against it and `--plan` prints it,
+so that they cannot disagree. The formulas:
+
+- steps an epoch U = ceil(N / B) for N examples and B in a step: a step never straddles two epochs,
+  the last one of an epoch is a smaller batch;
+- steps in all T = `train.max_steps`, or ceil(epochs × U); warm-up `schedule.warmup_steps`, or
+  ceil(T × ratio) in float64;
+- a cadence of n an epoch is every max(1, U // n) steps; the last step always evaluates and saves.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from files.errors import UserError
+from train.schedule import learning_rate_factor, warmup_step_count
+from train.settings import RunConfig
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """When a run does what. Steps count from 1; a step is one optimizer update.
+
+    Attributes:
+        num_examples: Training examples in an epoch.
+        world_size: Ranks that share each step's examples.
+        effective_batch_size: Examples in a step, over all ranks.
+        micro_batch_size: Examples in a micro-batch of one rank.
+        micro_batches_per_step: Micro-batches that the busiest rank runs in a full step.
+        steps_per_epoch: Steps an epoch, the last one possibly smaller.
+        total_steps: Steps planned in all.
+        warmup_steps: Steps until the peak learning rate.
+        log_steps: Steps at which to log, the last included.
+        eval_steps: Steps at which to evaluate, the last included; empty without a valid set.
+        save_steps: Steps at which to save, the last included.
+        schedule: `cosine`, `linear` or `constant`.
+        peak_learning_rate: The rate at the end of the warm-up.
+        min_lr_ratio: Share of the peak at which the schedule ends.
+    """
+
+    num_examples: int
+    world_size: int
+    effective_batch_size: int
+    micro_batch_size: int
+    micro_batches_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    log_steps: tuple[int, ...]
+    eval_steps: tuple[int, ...]
+    save_steps: tuple[int, ...]
+    schedule: str
+    peak_learning_rate: float
+    min_lr_ratio: float
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate that the update of `step` uses (0 at the first of a warm-up)."""
+        factor = learning_rate_factor(
+            self.schedule,
+            step - 1,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            min_lr_ratio=self.min_lr_ratio,
+        )
+        return self.peak_learning_rate * factor
+
+    def logs_at(self, step: int) -> bool:
+        """Return whether `step` goes to TensorBoard and the console."""
+        return _contains(self.log_steps, step)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Return whether the valid set is evaluated after `step`."""
+        return _contains(self.eval_steps, step)
+
+    def saves_at(self, step: int) -> bool:
+        """Return whether a checkpoint is written after `step`."""
+        return _contains(self.save_steps, step)
+
+    def batch(self, step: int) -> tuple[int, int, int]:
+        """Return (epoch, start, stop): the examples of `step` are order(epoch)[start:stop].
+
+        Epochs count from 0.
+        """
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        start = index * self.effective_batch_size
+        return epoch, start, min(start + self.effective_batch_size, self.num_examples)
+
+    def epoch_of(self, step: int) -> float:
+        """Return the epochs done after `step`, counted in examples: 1.5 is half of the second."""
+        if step < 1:
+            return 0.0
+        epoch, _, stop = self.batch(step)
+        return epoch + stop / self.num_examples
+
+
+def _contains(steps: tuple[int, ...], step: int) -> bool:
+    place = bisect_left(steps, step)
+    return place < len(steps) and steps[place] == step
+
+
+def effective_batch_size(config: RunConfig, world_size: int = 1) -> int:
+    """Return the examples in a step over all ranks."""
+    train = config.train
+    if train.effective_batch_size is not None:
+        return train.effective_batch_size
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+
+
+def rank_shares(examples: int, ranks: int) -> tuple[int, ...]:
+    """Return how many of a step's examples each rank takes: 25 over 6 are 5, 4, 4, 4, 4, 4."""
+    share, rest = divmod(examples, ranks)
+    return tuple(share + (rank < rest) for rank in range(ranks))
+
+
+def plan_run(
+    config: RunConfig, num_examples: int, world_size: int = 1, *, num_valid: int | None = None
+) -> RunPlan:
+    """Return the plan of a run over `num_examples` training examples.
+
+    Args:
+        config: What is asked.
+        num_examples: Training examples of an epoch (after dropping and splitting rows).
+        world_size: Ranks that share a step.
+        num_valid: Examples to evaluate; 0 plans no evaluation, None leaves it open.
+
+    Raises:
+        UserError: There is no example to train on.
+    """
+    if num_examples < 1:
+        raise UserError("data.train holds no example to train on; look at the data's own counts")
+    batch = effective_batch_size(config, world_size)
+    micro_batch = config.train.per_device_train_batch_size
+    steps_per_epoch = math.ceil(num_examples / batch)
+    total_steps = config.train.max_steps or max(
+        1, math.ceil(config.train.num_train_epochs * steps_per_epoch)
+    )
+    log = _interval(config.log.steps, config.log.per_epoch, steps_per_epoch)
+    evaluate = _interval(config.eval.steps, config.eval.per_epoch, steps_per_epoch)
+    save = _interval(config.checkpoint.steps, config.checkpoint.per_epoch, steps_per_epoch)
+    return RunPlan(
+        num_examples=num_examples,
+        world_size=world_size,
+        effective_batch_size=batch,
+        micro_batch_size=min(micro_batch, rank_shares(batch, world_size)[0]),
+        micro_batches_per_step=math.ceil(rank_shares(batch, world_size)[0] / micro_batch),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=warmup_of(config, total_steps),
+        log_steps=_steps_every(log, total_steps),
+        eval_steps=() if num_valid == 0 else _steps_every(evaluate, total_steps),
+        save_steps=_steps_every(save, total_steps),
+        schedule=config.schedule.name,
+        peak_learning_rate=config.optimizer.learning_rate,
+        min_lr_ratio=config.schedule.min_lr_ratio,
+    )
+
+
+def warmup_of(config: RunConfig, total_steps: int) -> int:
+    """Return the steps of warm-up in a run of `total_steps`."""
+    schedule = config.schedule
+    return warmup_step_count(
+        total_steps, warmup_ratio=schedule.warmup_ratio, warmup_steps=schedule.warmup_steps
+    )
+
+
+def _interval(steps: int | str | None, per_epoch: int | None, steps_per_epoch: int) -> int | None:
+    """Return every how many steps something happens; None is at the last step alone."""
+    if per_epoch is not None:
+        return max(1, steps_per_epoch // per_epoch)
+    if isinstance(steps, str):
+        return steps_per_epoch
+    return steps
+
+
+def _steps_every(interval: int | None, total_steps: int) -> tuple[int, ...]:
+    steps = () if interval is None else tuple(range(interval, total_steps + 1, interval))
+    return steps if steps and steps[-1] == total_steps else (*steps, total_steps)
