@@ -257,14 +257,13 @@ def compare(model: str, rounds: int, steps: int) -> None:
         )
     for ours, theirs in RATIOS:
         speed = median(seconds[theirs]) / median(seconds[ours])
-        print(
-            f"  {ours} : {theirs}  {speed:.2f} × as fast, {peaks[ours] / peaks[theirs]:.2f} × memory"
-        )
+        memory = peaks[ours] / peaks[theirs]
+        print(f"  {ours} : {theirs}  {speed:.2f} × as fast, {memory:.2f} × memory")
 
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)

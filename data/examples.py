@@ -242,17 +242,32 @@ def tokenise(
     return _cached(cache_folder, key, build)
 
 
-def check_vocabulary(examples: Examples, vocab_size: int, tokenizer: Tokenizer) -> None:
-    """Check that the model's embedding has a row for every token of the data, and for padding.
+def check_vocabulary(
+    examples: Examples, vocab_size: int, tokenizer: Tokenizer, *, padded: bool = True
+) -> None:
+    """Check that the model's embedding has a row for every token of the data.
+
+    Args:
+        examples: The data.
+        vocab_size: Rows of the model's embedding.
+        tokenizer: What made the data.
+        padded: The pad token will be looked up too (`data.batching` is not `unpadded`).
 
     Raises:
-        UserError: The data holds an id of `vocab_size` or more; the message names the token.
+        UserError: The data, or padding, needs an id of `vocab_size` or more.
     """
-    largest = max(examples.max_id, tokenizer.pad_id)
+    largest = examples.max_id
     if largest >= vocab_size:
         raise UserError(
             f"token id {largest} ({tokenizer.token(largest)!r}) is beyond the model's vocab_size "
             f"of {vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer that belongs to it"
+        )
+    pad_id = tokenizer.pad_id
+    if padded and pad_id >= vocab_size:
+        raise UserError(
+            f"the pad token {tokenizer.token(pad_id)!r} (id {pad_id}) is beyond the model's "
+            f"vocab_size of {vocab_size}; use data.batching=unpadded, or name EOS as pad_token in "
+            "tokenizer_config.json"
         )
 
 

@@ -1,98 +1,11 @@
-"""What several test files share: ragged examples, small networks, and a model folder on disk."""
+"""Fixtures that several folders of tests share: a model folder, rows, and a cache of their own."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-from data.examples import Counts, Example
-from models import build
-from models.config import DecoderConfig, parse_config
-from models.layers import CausalLM
-from models.weights import initialise
-
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "tie_word_embeddings": False},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "starcoder2": {
-        "model_type": "starcoder2",
-        "tie_word_embeddings": True,
-        "use_bias": True,
-        "sliding_window": None,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "embedding_dropout": 0.0,
-    },
-}
-
-
-class RaggedExamples:
-    """Examples of random ids with the first few labels masked, of the given lengths."""
-
-    def __init__(self, lengths: Sequence[int], seed: int = 0, vocabulary: int = 96) -> None:
-        random = np.random.default_rng(seed)
-        self.examples = []
-        for index, length in enumerate(lengths):
-            ids = random.integers(1, vocabulary, length).astype(np.int32)
-            labels = ids.copy()
-            labels[: random.integers(0, max(1, length // 2))] = -100
-            self.examples.append(Example(index, ids, labels))
-        self.lengths = np.array(lengths)
-        self.num_targets = np.array([(e.labels[1:] != -100).sum() for e in self.examples])
-        self.fingerprint = f"ragged-{seed}"
-        self.counts = Counts(
-            rows=len(lengths),
-            examples=len(lengths),
-            tokens=sum(lengths),
-            targets=int(self.num_targets.sum()),
-            truncated=0,
-            dropped=0,
-            eos_lost=0,
-            longest=max(lengths),
-            longest_row=max(lengths),
-        )
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-
-def small_config(family: str, **changes: Any) -> DecoderConfig:
-    """Return the configuration of a two-layer network."""
-    return parse_config({**SMALL, **FAMILIES[family], **changes}, "test")
-
-
-def small_model(
-    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
-) -> CausalLM:
-    """Return a two-layer network whose biases and norms are away from their initial values."""
-    config = small_config(family, **changes)
-    model = build(config, device="meta")
-    initialise(model, seed, dtype, "cpu", initializer_range=0.2)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter += 0.1 * noise.to(dtype)
-    return model
+from small import small_model
 
 
 @pytest.fixture

@@ -42,7 +42,9 @@ class StepBatches:
 
     @classmethod
     def of(cls, config: RunConfig, plan: RunPlan, data: Data) -> StepBatches:
-        """Return the batches of a configured run."""
+        """Return the batches of a configured run, whose `train.micro_batch_tokens` is decided."""
+        tokens = config.train.micro_batch_tokens
+        assert not isinstance(tokens, str)
         return cls(
             examples=data.train,
             seed=config.train.seed,
@@ -50,7 +52,7 @@ class StepBatches:
             group_by_length=config.data.group_by_length,
             effective_batch_size=plan.effective_batch_size,
             micro_batch_size=config.train.per_device_train_batch_size,
-            micro_batch_tokens=config.train.micro_batch_tokens,
+            micro_batch_tokens=tokens,
             batching=config.data.batching,
             max_length=config.data.max_length,
             pad_id=data.tokenizer.pad_id,

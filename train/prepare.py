@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.examples import Examples, cache_root, check_vocabulary, load_examples
@@ -132,7 +133,9 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
             on_overflow=settings.on_overflow,
             cache_root=cache_root(),
         )
-        check_vocabulary(examples, decoder.vocab_size, tokenizer)
+        check_vocabulary(
+            examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"
+        )
         return examples
 
     train = load(settings.train, "train")
@@ -151,19 +154,23 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Return the examples without, and only, a random share of them; a function of the seed.
+    """Return the examples without, and only, those of a random share of the rows.
+
+    The share is a function of the seed. Pieces of one row (`data.on_overflow=split`) stay together.
 
     Raises:
         UserError: Nothing would be left to train on.
     """
-    count = math.ceil(len(examples) * fraction)
-    if count >= len(examples):
+    rows = np.unique(examples.rows)
+    count = math.ceil(len(rows) * fraction)
+    if count >= len(rows):
         raise UserError(
-            f"data.valid_fraction={fraction:g} of {len(examples)} examples leaves none to train "
-            "on; use a smaller share or a data.valid of its own"
+            f"data.valid_fraction={fraction:g} of {len(rows)} rows leaves none to train on; use a "
+            "smaller share or a data.valid of its own"
         )
-    order = epoch_order(len(examples), seed=seed, epoch=0)
-    return examples.subset(sorted(order[count:])), examples.subset(sorted(order[:count]))
+    chosen = rows[epoch_order(len(rows), seed=seed, epoch=0)[:count]]
+    held = np.isin(examples.rows, chosen)
+    return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
 
 def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
@@ -177,7 +184,11 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    settings = dataclasses.replace(config.train, precision=precision)
+    tokens = config.train.micro_batch_tokens
+    if tokens == "auto":
+        # As many rows as the padded micro-batch that the user asked for would have held.
+        tokens = config.train.per_device_train_batch_size * config.data.max_length
+    settings = dataclasses.replace(config.train, precision=precision, micro_batch_tokens=tokens)
     return with_whole_paths(dataclasses.replace(config, train=settings)), device
 
 

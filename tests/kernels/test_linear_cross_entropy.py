@@ -123,26 +123,43 @@ def test_backward_under_autocast_is_the_same_as_outside():
     assert torch.equal(hidden.grad, inside)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation returned."""
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of everything that an operation returns."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.seen: list[torch.Size] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+        results = out if isinstance(out, tuple | list) else (out,)
+        self.seen += [result.shape for result in results if isinstance(result, torch.Tensor)]
         return out
+
+    def largest(self) -> int:
+        return max(shape.numel() for shape in self.seen)
 
 
 def test_logits_of_all_rows_never_exist_at_once():
     hidden, weight, targets = problem(m=64, h=4, v=500, masked=0.0)
-    with LargestTensor() as largest:
+    with Shapes() as shapes:
         linear_cross_entropy(hidden, weight, targets, chunk_rows=8).backward()
-    assert largest.elements == 8 * 500  # a chunk's logits; the weight's gradient has 500 · 4
-    with LargestTensor() as largest:
+    assert shapes.largest() == 8 * 500  # a chunk's logits; the weight's gradient has 500 · 4
+    with Shapes() as shapes:
         F.cross_entropy(hidden @ weight.T, targets)
-    assert largest.elements == 64 * 500  # the measure does see what it should
+    assert shapes.largest() == 64 * 500  # the measure does see what it should
+
+
+def test_the_gradient_of_a_frozen_weight_is_never_computed():
+    hidden, weight, targets = problem()
+    for head in (weight, weight.detach()):
+        with Shapes() as shapes:
+            linear_cross_entropy(hidden, head, targets)
+        assert (weight.shape in shapes.seen) == head.requires_grad
+
+
+def test_no_gradient_is_computed_where_none_is_recorded():
+    hidden, weight, targets = problem()
+    with torch.no_grad(), Shapes() as shapes:
+        linear_cross_entropy(hidden, weight, targets)
+    assert weight.shape not in shapes.seen

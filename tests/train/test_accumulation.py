@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RaggedExamples, small_model
+from small import RaggedExamples, small_model
 
 from data.batch import MicroBatch, micro_batches
 from lora import LoraConfig, inject
@@ -230,7 +230,7 @@ def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, A
 
 
 def test_an_overflow_halves_the_scale_and_redoes_the_step() -> None:
-    """fp64 holds 1e300 but not 1e310: the first attempts overflow, the step is done all the same."""
+    """The first attempts overflow fp64, and the step is done all the same."""
     plain, scaled = adapted(), adapted()
     expected, _ = step_with(plain, None)
     scaler = LossScaler()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RaggedExamples, small_model
+from small import RaggedExamples, small_model
 
 import lora
 from models import load_model
