@@ -387,13 +387,15 @@ def disk_bytes(
     sizes: ModelSizes | None,
     decoder: DecoderConfig | None,
     memory: Mapping[str, Any],
-) -> dict[str, int | None]:
+) -> dict[str, Any]:
     """Return bytes of one checkpoint (trained weights in fp32, optimizer state), how many, and all.
 
-    `best/` and `final/` hold fp32 adapters, or a model in its own dtype.
+    `best/` and `final/` hold fp32 adapters, or a model in its own dtype. Where nothing limits the
+    checkpoints, `checkpoint.minutes` adds more than are counted: `one_more_each_minutes`.
     """
     if plan is None or sizes is None or decoder is None:
-        return {"checkpoint": None, "checkpoints_kept": None, "best_and_final": None, "total": None}
+        names = ("checkpoint", "checkpoints_kept", "one_more_each_minutes", "best_and_final")
+        return dict.fromkeys((*names, "total"))
     full = config.train.method == "full"
     checkpoint = 4 * sizes.trainable + memory["optimizer"]
     kept = len(plan.save_steps)
@@ -403,9 +405,11 @@ def disk_bytes(
     width = _SAVED_WIDTHS.get(decoder.torch_dtype or "", 4)
     result = sizes.base * width if full else 4 * sizes.trainable
     both = result * (2 if plan.eval_steps else 1)
+    unlimited = config.checkpoint.total_limit is None
     return {
         "checkpoint": checkpoint,
         "checkpoints_kept": kept,
+        "one_more_each_minutes": config.checkpoint.minutes if unlimited else None,
         "best_and_final": both,
         "total": checkpoint * kept + both,
     }

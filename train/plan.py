@@ -507,11 +507,13 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("recomputing", f"{setting} ({document['gradient_checkpointing_because']})"))
     disk = document["disk"]
     if disk["total"]:
+        minutes = disk["one_more_each_minutes"]
+        more = f" (and one each {minutes:g} minutes)" if minutes else ""
         rows.append(
             (
                 "disk",
                 f"{size_text(disk['total'])}: {disk['checkpoints_kept']} checkpoints of "
-                f"{size_text(disk['checkpoint'])}, best and final "
+                f"{size_text(disk['checkpoint'])}{more}, best and final "
                 f"{size_text(disk['best_and_final'])}",
             )
         )

@@ -397,7 +397,7 @@ def test_disk() -> None:
     plan = plan_run(config, 1000)
     disk = disk_bytes(config, plan, sizes, architecture, memory)
     assert disk["checkpoint"] == 12 * sizes.trainable  # fp32 adapters and two moments
-    assert disk["checkpoints_kept"] == 3
+    assert (disk["checkpoints_kept"], disk["one_more_each_minutes"]) == (3, None)
     assert disk["best_and_final"] == 8 * sizes.trainable
     assert disk["total"] == 3 * 12 * sizes.trainable + 8 * sizes.trainable
     # The newest and the best stay, whatever the limit.
@@ -409,6 +409,7 @@ def test_disk() -> None:
     sizes = model_sizes(architecture, "full", full.lora)
     disk = disk_bytes(full, plan, sizes, architecture, memory_ledger(full, architecture))
     assert disk["best_and_final"] == 2 * 2 * sizes.base  # in the model's own dtype
+    assert disk["one_more_each_minutes"] == 15
 
 
 # --- the document ---
