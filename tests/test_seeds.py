@@ -13,7 +13,8 @@ from train.claims import agrees, check_claims, measure
 from train.config import load_config, preset_names, read_preset
 from train.early_stopping import EarlyStopping
 from train.ledger import find_decoder_config, memory_ledger, model_sizes
-from train.plan import plan_document, plan_run, rank_shares
+from train.plan import plan_run, rank_shares
+from train.preview import plan_document
 from train.settings import LoraSettings
 
 

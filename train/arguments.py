@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from files.errors import UserError, did_you_mean
 from train.config import Preset, preset_names, read_preset, to_toml
+from train.plan import effective_batch_size, plan_run
 from train.settings import KEYS, STACK_SPELLINGS
-from train.steps import effective_batch_size, plan_run
 
 EMBEDDED_PRESET = "demo"
 OPTIONS = (

@@ -6,8 +6,8 @@ from typing import Any
 
 from train.config import Claim, Preset
 from train.ledger import find_decoder_config, memory_ledger, model_sizes
+from train.plan import effective_batch_size, plan_run, rank_shares
 from train.settings import RunConfig
-from train.steps import effective_batch_size, plan_run, rank_shares
 
 
 def check_claims(preset: Preset | None) -> list[tuple[Claim, float | None]]:

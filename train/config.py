@@ -28,7 +28,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 class Claim:
     """A number (or a sentence) that a seed document states, and whether the formulas confirm it.
 
-    `quantity` names what `train.plan.measure` computes for it (none: not computable from a plan);
+    `quantity` names what `train.claims.measure` computes for it (none: not computable from a plan);
     the claim agrees where the computed number is within `tolerance` (absolute) of `value`.
     `holds` is our verdict; where it is false, `right` is the right value.
     """

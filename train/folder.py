@@ -27,8 +27,9 @@ from models.weights import save_model
 from train.checkpoint import TrainState
 from train.config import to_toml
 from train.ledger import available_memory
-from train.plan import RunPlan, plan_with_data
+from train.plan import RunPlan
 from train.prepare import Data
+from train.preview import plan_with_data
 from train.settings import RunConfig
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
+from train.plan import RunPlan, effective_batch_size, rank_shares
 from train.settings import LoraSettings, RunConfig
-from train.steps import RunPlan, effective_batch_size, rank_shares
 
 if TYPE_CHECKING:
     from lora import LoraConfig

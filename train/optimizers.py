@@ -136,7 +136,7 @@ class AdamW:
         parameters: What is trained, by name.
         steps: Updates made.
 
-    Source: Loshchilov & Hutter 2019; the same order of operations as `torch.optim.AdamW`.
+    Source: Loshchilov & Hutter 2019; `torch.optim.AdamW`, equal to rounding.
     """
 
     def __init__(
@@ -212,9 +212,8 @@ class AdamW:
     ) -> None:
         """Advance both moments and write m / (√v + ε√(1-β₂ᵗ)) into `out`.
 
-        The bias corrections are scalars. Numerator and denominator multiplied by √(1-β₂ᵗ), they
-        need no pass over
-        memory: m̂/(√v̂ + ε) is this direction times √(1-β₂ᵗ)/(1-β₁ᵗ).
+        The bias corrections are scalars, and with numerator and denominator multiplied by √(1-β₂ᵗ)
+        they need no pass over memory: m̂/(√v̂ + ε) is this direction times √(1-β₂ᵗ)/(1-β₁ᵗ).
         """
         beta1, beta2 = self.betas
         exp_avg.lerp_(gradient, 1.0 - beta1)

@@ -59,6 +59,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from train.plan import plan_run
     from train.precision import Precision
     from train.prepare import base_dtype, decide, find_model, load_base, load_data, make_trainable
+    from train.preview import is_elsewhere, print_plan
     from train.session import Session
     from train.signals import Signals
     from train.world import World
@@ -66,9 +67,14 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     World.from_environment()
     config, device = decide(config)
 
-    source = find_model(config, weights=False)
-    decoder = read_config(source.folder)
-    data = load_data(config, source.folder, decoder)
+    try:
+        source = find_model(config, weights=False)
+        decoder = read_config(source.folder)
+        data = load_data(config, source.folder, decoder)
+    except UserError:
+        if is_elsewhere(config):
+            print_plan(config)
+        raise
     plan = plan_run(config, len(data.train), num_valid=data.num_valid)
 
     folder = resume.folder if resume else new_run_folder(config)
@@ -111,7 +117,7 @@ def _answer(arguments: Arguments) -> int:
         return execute(config, resume).exit_code
     config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
     if arguments.plan:
-        from train.plan import print_plan
+        from train.preview import print_plan
 
         print_plan(config, as_json=arguments.json, ranks=arguments.ranks)
         return 0

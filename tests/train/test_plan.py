@@ -27,7 +27,8 @@ from train.ledger import (
     size_text,
     uses_fused_attention,
 )
-from train.plan import plan_document, plan_run, print_plan, rank_shares, render_plan
+from train.plan import plan_run, rank_shares
+from train.preview import plan_document, print_plan, render_plan
 
 TINY = {
     "vocab_size": 512,
