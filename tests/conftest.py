@@ -5,7 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small import small_model
+
+
+# The networks here are small: a second thread gains nothing, and on a busy machine two threads that
+# wait for each other cost a factor of ten.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from train.plan import plan_run
     from train.precision import Precision
     from train.prepare import base_dtype, decide, find_model, load_base, load_data, make_trainable
-    from train.preview import is_elsewhere, print_plan
+    from train.preview import print_plan
     from train.session import Session
     from train.signals import Signals
     from train.world import World
@@ -72,7 +72,9 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
         decoder = read_config(source.folder)
         data = load_data(config, source.folder, decoder)
     except UserError:
-        if is_elsewhere(config):
+        # What is on the hub may be out of reach: the plan says what is known all the same. Anything
+        # else that is wrong stops the plan with the same error.
+        if config.preset is not None:
             print_plan(config)
         raise
     plan = plan_run(config, len(data.train), num_valid=data.num_valid)
