@@ -8,7 +8,6 @@ import pytest
 import torch
 from small import small_model
 
-
 # The networks here are small: a second thread gains nothing, and on a busy machine two threads that
 # wait for each other cost a factor of ten.
 torch.set_num_threads(1)

@@ -179,6 +179,11 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
     What is decided here is written to the run's config.toml: a resumed run decides nothing anew.
     """
     device = resolve_device(config.train.device)
+    if device.type == "cpu":
+        # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes, about
+        # 1 MB a shape, and unpadded micro-batches seldom repeat one. They read these at first use.
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "32")
     precision = resolve_precision(config.train.precision, device)
     if config.train.deterministic:
         # cuBLAS reads this once, when its first handle is made.
