@@ -73,7 +73,7 @@ def opening_panel(session: Session) -> None:
 def before_training(session: Session) -> None:
     """Do what `eval.on_start` and `eval.samples` ask for before the first step.
 
-    A resumed run has done so: its samples are read back from its status.
+    A resumed run has done so before it stopped; its session holds the samples of then.
     """
     session.write_status("running", "started")
     if session.state.step > 0:
@@ -94,7 +94,7 @@ def complete_samples(session: Session, when: str) -> None:
     tokenizer = session.data.tokenizer
     stop_ids = find_stop_ids(session.model.config, tokenizer, session.source.folder)
     chosen = choose_samples(examples, tokenizer, count)
-    if not session.samples:
+    if len(session.samples) != len(chosen):
         session.samples = [sample for sample, _ in chosen]
     for sample, (_, prompt_ids) in zip(session.samples, chosen, strict=True):
         with session.precision.autocast():

@@ -180,8 +180,9 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
     """
     device = resolve_device(config.train.device)
     if device.type == "cpu":
-        # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes, about
-        # 1 MB a shape, and unpadded micro-batches seldom repeat one. They read these at first use.
+        # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
+        # about 1 MB a shape, and unpadded micro-batches seldom repeat one (LOG.md, 2026-11-21).
+        # Both read their variable at first use.
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "32")
     precision = resolve_precision(config.train.precision, device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,15 @@ class Sample:
     reference: str
     before: str | None = None
     after: str | None = None
+
+
+def samples_so_far(folder: Path) -> list[Sample]:
+    """Return the samples that a run's status.json holds; none where it holds none."""
+    try:
+        status = json.loads((folder / "status.json").read_bytes())
+        return [Sample(**sample) for sample in status["samples"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def prompt_length(labels: np.ndarray) -> int:

@@ -28,7 +28,7 @@ from train.plan import RunPlan
 from train.precision import LossScaler, Precision
 from train.prepare import Data
 from train.resume import Resume, check_identity
-from train.samples import Sample
+from train.samples import samples_so_far
 from train.settings import RunConfig
 from train.step import StepResult, train_step
 
@@ -75,8 +75,8 @@ class Session:
             EarlyStopping(config.eval.early_stopping_patience, config.eval.early_stopping_threshold)
         )
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.total_limit)
-        self.samples: list[Sample] = []
         warnings = self._take_up(resume) if resume is not None and resume.state else []
+        self.samples = samples_so_far(folder) if self.state.step else []
         self.console = Console(
             config.log.progress,
             plan.total_steps,

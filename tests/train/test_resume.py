@@ -262,6 +262,21 @@ def test_other_threads_are_warned_about() -> None:
     assert check_identity(saved, now) == ["resume will not be bit-exact: torch threads 2 → 4"]
 
 
+def test_samples_of_before_the_stop_are_kept(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        train(settings(model_folder, rows_file, run, **{"eval.samples": 1}))
+    before = json.loads((run / "status.json").read_text())["samples"][0]["before"]
+    execute(*find_run(run, {}))
+    sample = json.loads((run / "status.json").read_text())["samples"][0]
+    assert before is not None
+    assert sample["before"] == before
+    assert sample["after"] is not None
+
+
 def test_a_run_without_a_checkpoint_starts_from_the_first_step(
     run_copy: Path, finished: Path
 ) -> None:
