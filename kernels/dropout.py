@@ -21,13 +21,10 @@ device can draw them bit for bit, since only 32-bit xor, shift and wrapping mult
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kernels.segments import Segments
 
 WORD = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x7FEB352D
@@ -135,18 +132,18 @@ def drop(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return _Drop.apply(x, mask, p)  # pyright: ignore[reportReturnType]  # apply is untyped
 
 
-def dropout(x: Tensor, segments: Segments | None, module: int, p: float) -> Tensor:
+def dropout(x: Tensor, rows: Tensor | None, module: int, p: float) -> Tensor:
     """Drop elements of an activation, where this pass drops at all.
 
     Args:
         x: (M, width) activation.
-        segments: the documents the rows belong to; without row keys in them nothing is dropped.
+        rows: (M,) int32 row keys, `Segments.dropout_rows`; None drops nothing.
         module: `module_id` of the module that drops.
         p: probability of dropping, 0 ≤ p < 1.
 
     Returns:
         (M, width), `x` itself where nothing is dropped.
     """
-    if p == 0 or segments is None or segments.dropout_rows is None:
+    if p == 0 or rows is None:
         return x
-    return drop(x, keep_mask(segments.dropout_rows, module, x.shape[1], p), p)
+    return drop(x, keep_mask(rows, module, x.shape[1], p), p)

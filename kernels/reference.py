@@ -48,15 +48,16 @@ def linears(
     Returns:
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
-    return [_linear(x, layer, segments) for layer in operands]
+    rows = None if segments is None else segments.dropout_rows
+    return [_linear(x, layer, rows) for layer in operands]
 
 
-def _linear(x: Tensor, layer: Operands, segments: Segments | None) -> Tensor:
+def _linear(x: Tensor, layer: Operands, rows: Tensor | None) -> Tensor:
     bias = None if layer.bias is None else _cast_to(x, layer.bias)
     y = F.linear(x, layer.weight, bias)
     if layer.lora_a is None or layer.lora_b is None:
         return y
-    dropped = dropout(x, segments, layer.module, layer.dropout)
+    dropped = dropout(x, rows, layer.module, layer.dropout)
     low_rank = F.linear(dropped, _cast_to(x, layer.lora_a))
     return torch.addmm(y, low_rank, _cast_to(x, layer.lora_b).t(), alpha=layer.scale)
 

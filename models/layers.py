@@ -77,7 +77,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """Drop elements of (M, width), where this pass drops at all."""
-        return dropout(x, segments, self.id, self.p)
+        return dropout(x, segments.dropout_rows, self.id, self.p)
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

@@ -215,7 +215,7 @@ class Generator:
 
 
 def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
-    """Return what a run has trained: its best model, else its final one, else its last checkpoint.
+    """Return what a run has trained: its final model, else its best one, else its last checkpoint.
 
     Raises:
         UserError: The folder is no run's, nothing is trained yet, or files are missing or damaged.
@@ -290,14 +290,14 @@ def _generator(
 
 
 def _trained_folder(run: Path) -> Path:
-    for folder in (run / "best", run / "final"):
+    for folder in (run / "final", run / "best"):
         if folder.is_dir():
             return folder
     for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         if damage(checkpoint) is None:
             return checkpoint
     raise UserError(
-        f"{run}: nothing is trained yet (there is no best/, final/ or whole checkpoint): "
+        f"{run}: nothing is trained yet (there is no final/, best/ or whole checkpoint): "
         f"go on with `python -m train.run --resume {run}`"
     )
 
@@ -333,7 +333,7 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> No
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.generate",
-        description="Complete a prompt with a run's best model, an adapter, or a model folder.",
+        description="Complete a prompt with a run's final model, an adapter, or a model folder.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="a run's folder")

@@ -27,12 +27,8 @@ MODULE = module_id("model.layers.0.self_attn.q_proj")
 DEVIATIONS = 5
 
 
-def segments_of(length: int, step: int = 1) -> Segments:
-    return Segments.build([length], device="cpu", examples=[3], draw=(42, step))
-
-
 def rows_of(length: int, step: int = 1) -> torch.Tensor:
-    rows = segments_of(length, step).dropout_rows
+    rows = Segments.build([length], device="cpu", examples=[3], draw=(42, step)).dropout_rows
     assert rows is not None
     return rows
 
@@ -142,9 +138,8 @@ def test_attention_mask_does_not_depend_on_the_number_of_keys_or_documents():
 
 
 def test_dropout_scales_what_it_keeps_and_its_gradient_alike():
-    segments = segments_of(64)
     x = torch.randn(64, 96, requires_grad=True)
-    y = dropout(x, segments, MODULE, 0.25)
+    y = dropout(x, rows_of(64), MODULE, 0.25)
     mask = keep_mask(rows_of(64), MODULE, 96, 0.25)
     assert torch.allclose(y, x * mask / 0.75, rtol=1e-6, atol=0)
     y.sum().backward()
@@ -155,13 +150,13 @@ def test_dropout_scales_what_it_keeps_and_its_gradient_alike():
 def test_nothing_is_dropped_without_a_draw():
     x = torch.randn(4, 8)
     assert dropout(x, None, MODULE, 0.5) is x
-    assert dropout(x, Segments.build([4], device="cpu"), MODULE, 0.5) is x
-    assert dropout(x, segments_of(4), MODULE, 0.0) is x
+    assert Segments.build([4], device="cpu").dropout_rows is None
+    assert dropout(x, rows_of(4), MODULE, 0.0) is x
 
 
 def test_no_generator_is_read_or_advanced():
     before = torch.get_rng_state()
-    dropout(torch.ones(4, 8), segments_of(4), MODULE, 0.5)
+    dropout(torch.ones(4, 8), rows_of(4), MODULE, 0.5)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -290,7 +290,7 @@ def test_several_columns_are_asked_for_by_name(
     assert by_name == completed(capsys, "--adapter", tmp_path, "--raw", "--prompt", "x and y=z: ")
 
 
-def test_a_run_uses_its_best_adapter_and_the_base_of_its_configuration(
+def test_a_run_uses_what_it_trained_and_the_base_of_its_configuration(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = {"model.path": str(base), "train.method": "lora", "data.format": "text"}
@@ -304,6 +304,10 @@ def test_a_run_uses_its_best_adapter_and_the_base_of_its_configuration(
     # Without a stored format, that of the configuration: plain text here.
     (tmp_path / "best" / "prompt_format.json").unlink()
     expected = adapted(base, adapter, "why")
+    assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
+    # final/ is what a user takes away, as train.merge does.
+    (tmp_path / "best").rename(tmp_path / "final")
+    (tmp_path / "best").mkdir()
     assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
 
 
