@@ -7,11 +7,12 @@ import json
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from train.folder import device_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "numpy")
@@ -23,36 +24,12 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def device_name() -> str:
-    """Return the real name of the device: the GPU's, or the CPU's model as the system gives it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a figure."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def circumstances() -> dict[str, Any]:
     """Return device, threads, versions, commit, time and command: no figure is read without."""
     return {
-        "device": device_name(),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(
             _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")

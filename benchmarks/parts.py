@@ -1,0 +1,152 @@
+"""The parts that LOG.md quotes: dropout, the optimizer's step, and memory under changing shapes.
+
+    python -m benchmarks.parts [dropout] [adamw] [memory]
+
+Both sides of each comparison take turns in one process (memory: a process each, since peaks do not
+come down). Every line printed is also a record in benchmarks/results/parts.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks import record
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 30
+
+
+def milliseconds(sides: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median milliseconds of each side over rounds in which they take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS + 2):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            taken[name].append(1000 * (time.perf_counter() - started))
+    return {name: round(median(times[2:]), 3) for name, times in taken.items()}
+
+
+def report(part: str, case: str, figures: dict[str, float], unit: str) -> None:
+    """Print a line and append its record."""
+    print(f"{part:<8} {case:<44} " + "  ".join(f"{k} {v:,.2f} {unit}" for k, v in figures.items()))
+    record.append("parts", {"part": part, "case": case, "unit": unit, **figures})
+
+
+def dropout() -> None:
+    """Our counter-based masks against torch's generator, forward, on a 2,048 × 1,024 activation."""
+    from kernels.dropout import drop, keep_mask
+    from kernels.segments import Segments
+
+    x = torch.randn(2048, 1024)
+    rows = Segments.build([2048], device="cpu", examples=[0], draw=(42, 1)).dropout_rows
+    assert rows is not None
+    sides: dict[str, Callable[[], object]] = {
+        "torch": lambda: F.dropout(x, 0.1, training=True),
+        "lathe": lambda: drop(x, keep_mask(rows, 7, 1024, 0.1), 0.1),
+    }
+    report("dropout", "2048 × 1024, p 0.1, fp32", milliseconds(sides), "ms")
+
+
+def adamw() -> None:
+    """One AdamW step over 196 LoRA tensors of three sizes."""
+    from train.optimizers import AdamW
+
+    for width in (256, 1024, 3072):
+        shapes = [(16, width), (width, 16)] * 98
+        names = [f"layer{i}.lora" for i in range(len(shapes))]
+
+        def parameters(shapes: list = shapes, names: list = names) -> dict:
+            made = {}
+            for name, shape in zip(names, shapes, strict=True):
+                made[name] = torch.nn.Parameter(torch.randn(shape))
+                made[name].grad = torch.randn(shape)
+            return made
+
+        foreach = torch.optim.AdamW(parameters().values(), lr=1e-3, foreach=True)
+        fused = torch.optim.AdamW(parameters().values(), lr=1e-3, fused=True)
+        ours = AdamW(parameters())
+        sides: dict[str, Callable[[], object]] = {
+            "torch foreach": foreach.step,
+            "torch fused": fused.step,
+            "lathe": lambda ours=ours: ours.step(1e-3),
+        }
+        elements = sum(a * b for a, b in shapes)
+        report("adamw", f"196 tensors, {elements / 1e6:.2f} M elements", milliseconds(sides), "ms")
+
+
+def memory() -> None:
+    """Peak memory of 16 bf16 LoRA steps over ever new lengths, with oneDNN's caches and bounded."""
+    peaks = {}
+    for name, capacity in (("default caches", None), ("caches of 32", "32")):
+        environment = dict(os.environ)
+        for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            environment.pop(variable, None)
+            if capacity is not None:
+                environment[variable] = capacity
+        command = [sys.executable, "-m", "benchmarks.parts", "--changing-shapes"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        figures = json.loads(done.stdout)
+        peaks[name] = figures["peak_mib"]
+        peaks[f"{name}, tok/s"] = figures["tokens_per_second"]
+    report("memory", "3.8 M parameters, r 16, bf16, ragged", peaks, "")
+
+
+def changing_shapes() -> None:
+    """Train on micro-batches whose lengths never repeat; print peak MiB and tokens a second."""
+    import resource
+
+    from kernels.segments import Segments
+    from lora import LoraConfig, inject
+    from models import build
+    from models.config import read_config
+    from models.weights import initialise
+
+    model = build(read_config(ROOT / "data" / "demo" / "base"), device="meta")
+    initialise(model, 0, torch.bfloat16, "cpu", initializer_range=0.02)
+    inject(model, LoraConfig(r=16, lora_alpha=32))
+    random = np.random.default_rng(0)
+    speeds = []
+    for _ in range(32):
+        lengths = random.integers(40, 400, 4).tolist()
+        started = time.perf_counter()
+        ids = torch.from_numpy(random.integers(0, 4096, sum(lengths)))
+        segments = Segments.build(lengths, device="cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden_states(ids, segments)
+            model.operations.linear_cross_entropy(hidden, model.head_weight(), ids).backward()
+        speeds.append(sum(lengths) / (time.perf_counter() - started))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mib": round(peak), "tokens_per_second": round(median(speeds))}))
+
+
+def main() -> None:
+    """Answer the command line."""
+    parts = {"dropout": dropout, "adamw": adamw, "memory": memory}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
+    parser.add_argument("--changing-shapes", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.changing_shapes:
+        changing_shapes()
+        return
+    for name in options.parts or parts:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()
