@@ -40,6 +40,10 @@ _ROWS_AT_ONCE = 1000
 _TRUNCATED, _EOS_LOST = 1, 2
 
 
+class NoRowsError(UserError):
+    """The data holds no row, or none of the split that was asked for."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One document of the data.
@@ -192,7 +196,8 @@ def load_examples(
         cache_root: Folder of the cache (`cache_root()`), or None to keep the examples in memory.
 
     Raises:
-        UserError: The data cannot be read, is empty, or leaves no target.
+        NoRowsError: It holds no row of the split.
+        UserError: The data cannot be read, or leaves no target.
     """
     _check_settings(tokenizer, prompt_format, max_length, on_overflow)
     # Where a column tells the splits apart, every file is read.
@@ -484,10 +489,13 @@ class _Writer:
         """Finish the files.
 
         Raises:
-            UserError: There was no row, or none left an example.
+            NoRowsError: There was no row.
+            UserError: None left an example.
         """
         self._input_ids.close()
         self._labels.close()
+        if not self.num_rows:
+            raise NoRowsError(f"{name}: no rows; training needs at least one")
         if not self._targets:
             raise UserError(self._nothing_left(name))
         for array, values, dtype in (
@@ -517,8 +525,6 @@ class _Writer:
         write_json(self._folder / "meta.json", meta)
 
     def _nothing_left(self, name: str) -> str:
-        if not self.num_rows:
-            return f"{name}: no rows; training needs at least one"
         causes = []
         if self.dropped_too_long:
             causes.append(

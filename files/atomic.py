@@ -113,6 +113,15 @@ def fsync_folder(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: str | Path) -> None:
+    """Flush the file's content to the disk, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_file(path: str | Path) -> str:
     """Return the sha256 of the file's bytes as 64 lower-case hexadecimal digits."""
     with open(path, "rb") as file:

@@ -22,7 +22,12 @@ _CHUNK_ROWS = 256  # the fastest of 64 … 1024 on two CPU cores; a full GEMM on
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int = _CHUNK_ROWS
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    gradient_scale: float = 1.0,
+    chunk_rows: int = _CHUNK_ROWS,
 ) -> Tensor:
     """Return the summed cross-entropy of `hidden @ weight.T` against `targets`.
 
@@ -34,6 +39,9 @@ def linear_cross_entropy(
         hidden: (M, H) states after the final norm.
         weight: (V, H) the head.
         targets: (M,) int64 token ids, already shifted; `IGNORE` where nothing is trained.
+        gradient_scale: what the caller multiplies the loss by before its backward pass. It decides
+            nothing but the size at which half-precision gradients are rounded: fp16 ones have to be
+            made at the size that the loss scaler watches over.
         chunk_rows: C, how many rows' logits exist at once.
 
     Returns:
@@ -44,6 +52,7 @@ def linear_cross_entropy(
         hidden,
         weight,
         targets,
+        gradient_scale,
         chunk_rows,
         differentiable and hidden.requires_grad,
         differentiable and weight.requires_grad,
@@ -57,6 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        gradient_scale: float,
         chunk_rows: int,
         needs_hidden: bool,
         needs_weight: bool,
@@ -71,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden.index_select(0, rows).to(dtype),
                 weight.to(dtype),
                 targets.index_select(0, rows),
+                gradient_scale,
                 chunk_rows,
                 needs_hidden,
                 needs_weight,
@@ -78,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(rows, grad_hidden, grad_weight)
         ctx.hidden_like = hidden.shape, hidden.dtype
         ctx.weight_dtype = weight.dtype
+        ctx.gradient_scale = gradient_scale
         return loss
 
     @staticmethod
@@ -86,24 +98,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
         rows, grad_hidden, grad_weight = ctx.saved_tensors
+        left = grads[0] / ctx.gradient_scale  # of the factor on the loss
         if grad_hidden is not None:
             shape, dtype = ctx.hidden_like
-            scaled = (grad_hidden * grads[0]).to(dtype)
+            scaled = (grad_hidden * left).to(dtype)
             grad_hidden = scaled.new_zeros(shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+            grad_weight = (grad_weight * left).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _sum_over_chunks(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    gradient_scale: float,
     chunk_rows: int,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (loss sum, its gradient by `hidden` (S, H), its gradient by `weight` (V, H))."""
+    """Return (loss sum, scaled gradients by `hidden` (S, H) and by `weight` (V, H))."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(len(targets), dtype=exact)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -111,7 +125,7 @@ def _sum_over_chunks(
     for start in range(0, len(targets), chunk_rows):
         chunk = slice(start, start + chunk_rows)
         logits = (hidden[chunk] @ weight.t()).to(exact)
-        losses[chunk], grad_logits = _cross_entropy_(logits, targets[chunk])
+        losses[chunk], grad_logits = _cross_entropy_(logits, targets[chunk], gradient_scale)
         grad_logits = grad_logits.to(hidden.dtype)
         if grad_hidden is not None:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
@@ -122,14 +136,16 @@ def _sum_over_chunks(
     return losses.sum(), grad_hidden, grad_weight
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's loss, and in place of `logits` the gradient of the loss by them."""
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, gradient_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return each row's loss, and in place of `logits` the scaled gradient of the loss by them."""
     index = targets[:, None]
     target_logits = logits.gather(1, index)
     largest = logits.amax(1, keepdim=True)
     logits.sub_(largest).exp_()
     total = logits.sum(1, keepdim=True)
     losses = total.log() + largest - target_logits
-    logits.div_(total)
-    logits.scatter_add_(1, index, torch.full_like(target_logits, -1.0))
+    logits.div_(total / gradient_scale)
+    logits.scatter_add_(1, index, torch.full_like(target_logits, -gradient_scale))
     return losses.squeeze(1), logits

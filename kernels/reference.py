@@ -76,7 +76,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return (x - mean) / √(variance + eps) · weight + bias over the last axis: (M, H) → (M, H)."""
-    return F.layer_norm(x, (x.shape[-1],), _cast_to(x, weight), _cast_to(x, bias), eps)
+    weight, bias = _cast_to(x, weight), _cast_to(x, bias)
+    # Autocast on a CPU wants one type of both: a bias that is trained (lora.bias) is in fp32.
+    return F.layer_norm(x, (x.shape[-1],), weight.to(bias.dtype), bias, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -89,3 +89,17 @@ def test_no_module_is_named_like_a_function_its_package_exports() -> None:
         exported = {name.rsplit(".", 1)[-1] for name in imports(package) if name.count(".") >= 2}
         modules = {path.stem for path in (ROOT / folder).glob("*.py")}
         assert not exported & modules, f"{folder}: {exported & modules}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Nor do longer circles exist: taking away what imports nothing that is left takes all away."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in product_files()
+    }
+    left = {name: (imports(path) & modules.keys()) - {name} for name, path in modules.items()}
+    # A package's __init__ offers what its modules hold; they do not ask it for anything.
+    while free := [name for name, asked in left.items() if not asked & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"modules import each other: {sorted(left)}"

@@ -160,6 +160,10 @@ def _overrides(settings: Sequence[str]) -> dict[str, str]:
     overrides = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
+        try:
+            setting.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"the setting {key} holds bytes that are not UTF-8") from None
         if not equals or not key:
             meant = f" (or --preset {setting}?)" if setting in preset_names() else ""
             raise UserError(f"'{setting}' is not a setting: write section.key=value{meant}")

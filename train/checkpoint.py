@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from files.atomic import fsync_folder, sha256_file, write_json
+from files.atomic import fsync_file, fsync_folder, sha256_file, write_json
 from files.errors import UserError
 from train.early_stopping import EarlyStopping
 
@@ -68,18 +68,48 @@ class TrainState:
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `target` anew: filled under a temporary name, synced, then put in place."""
-    temporary, trash = (target.parent / f".{kind}-{target.name}" for kind in ("tmp", "trash"))
+    """Make the folder `target` anew: filled under a temporary name, synced, then put in place.
+
+    A kill at any moment loses neither the old folder nor the new one: see `recover_folder`.
+    """
+    recover_folder(target)
+    temporary, trash = _beside(target)
     for leftover in (temporary, trash):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     fill(temporary)
+    for path in temporary.iterdir():
+        fsync_file(path)
     fsync_folder(temporary)
     if target.exists():
         target.rename(trash)
     temporary.rename(target)
     fsync_folder(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put in place what a kill between the two renames of `replace_folder` left beside `target`.
+
+    The old folder is renamed away only when the new one is whole, so the new one is taken.
+    """
+    temporary, trash = _beside(target)
+    if target.exists() or not trash.is_dir():
+        return
+    (temporary if temporary.is_dir() else trash).rename(target)
+    fsync_folder(target.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a kill left half-written, or half-deleted, in a folder."""
+    for prefix in (".tmp-", ".trash-"):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Return where the new folder is filled, and where the old one waits to be deleted."""
+    return target.parent / f".tmp-{target.name}", target.parent / f".trash-{target.name}"
 
 
 def _manifest_hash(files: dict[str, Any]) -> str:
@@ -132,8 +162,7 @@ class Checkpoints:
         self.folder = folder
         self.total_limit = total_limit
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".t*-*"):
-            shutil.rmtree(leftover)
+        sweep(folder)
 
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint at `step`."""
@@ -209,6 +238,14 @@ class Checkpoints:
             trash = self.folder / f".trash-{self.path(step).name}"
             self.path(step).rename(trash)
             shutil.rmtree(trash)
+
+    def set_newer_aside(self, step: int) -> None:
+        """Rename the checkpoints after `step`, from which the run goes on another time."""
+        for newer in self.steps():
+            if newer > step:
+                aside = self.folder / f"aside-{self.path(newer).name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(newer).rename(aside)
 
     def newest_verified(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest checkpoint whose every hash matches; others are set aside and named."""

@@ -11,8 +11,8 @@ class EarlyStopping:
     """Best evaluation so far, and the number of evaluations in a row that did not improve enough.
 
     The rule is that of the stack: the best moves on any strict improvement; the count of failures
-        is
-    reset only by an improvement of more than `threshold`. A loss that is not finite is a failure.
+    is reset only by an improvement of more than `threshold`. A loss that is not finite is a
+    failure.
 
     Attributes:
         patience: Failures in a row after which to stop; None never stops.

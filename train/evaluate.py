@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.batch import micro_batches
 from data.examples import Examples
 from models.layers import CausalLM
-from train.loss import loss_sum
+from train.loss import exact_sum, loss_sum
 from train.precision import Precision
 
 
@@ -39,7 +40,7 @@ def evaluate(
     """Return the token mean of the loss over `examples`, without dropout.
 
     Longest examples come first: the largest batch is met at once, and padded batches hold like
-        lengths.
+    lengths.
 
     Args:
         model: The decoder to judge.
@@ -53,7 +54,7 @@ def evaluate(
     """
     started = time.perf_counter()
     order = np.argsort(-examples.lengths, kind="stable")
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    losses: list[Tensor] = []
     targets = 0
     for start in range(0, len(order), batch_size):
         (micro_batch,) = micro_batches(
@@ -66,6 +67,7 @@ def evaluate(
             pad_id=pad_id,
         )
         with precision.autocast():
-            total += loss_sum(model, micro_batch, device, draw=None)
+            losses.append(loss_sum(model, micro_batch, device, draw=None))
         targets += micro_batch.num_targets
-    return EvalResult(total.item() / max(1, targets), targets, time.perf_counter() - started)
+    loss = exact_sum(losses) / max(1, targets)
+    return EvalResult(loss, targets, time.perf_counter() - started)

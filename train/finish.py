@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from files.errors import UserError
+from lora import adapter_config
 from train.checkpoint import replace_folder
 from train.console import closing_summary, format_count
 from train.generate import find_stop_ids, generate
@@ -21,9 +22,11 @@ def opening_panel(session: Session) -> None:
     total = sum(p.numel() for p in session.model.parameters())
     method = "every weight"
     if config.train.method == "lora":
-        targets = config.lora.target_modules
+        # Those of the adapter itself: lora.init_from brings its own.
+        lora = adapter_config(session.model)
+        targets = lora.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)
-        method = f"LoRA r={config.lora.r} alpha={config.lora.lora_alpha} on {named}"
+        method = f"LoRA r={lora.r} alpha={lora.lora_alpha} on {named}"
     counts = data.train.counts
     sets = " · ".join(
         f"{name} {len(examples):,}"

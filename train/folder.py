@@ -6,18 +6,20 @@ the adapter or the model, the tokenizer's files and the prompt format.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from files.atomic import write_json, write_text
+from files.atomic import LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
 from files.hub import ModelSource
 from lora import save_adapter
@@ -33,6 +35,7 @@ from train.preview import plan_with_data
 from train.settings import RunConfig
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
+DOCUMENTS = ("config.toml", "plan.json", "environment.json")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -51,8 +54,12 @@ def new_run_folder(config: RunConfig) -> Path:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         folder = Path("runs") / f"{config.preset or 'run'}-{stamp}"
     else:
-        folder = Path(config.train.output_dir).expanduser()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        folder = Path(os.path.expanduser(config.train.output_dir))
+    if folder.is_file():
+        raise UserError(f"train.output_dir={folder}: is a file; choose another folder")
+    # A kill before config.toml was written leaves a lock that nobody holds, and half a file.
+    trace = (LOCK_NAME, TEMPORARY_PREFIX)
+    if folder.is_dir() and not all(path.name.startswith(trace) for path in folder.iterdir()):
         raise UserError(
             f"train.output_dir={folder}: it is not empty, and a run is never overwritten; choose "
             "another folder, or continue the run there with --resume"
@@ -66,10 +73,10 @@ def new_run_folder(config: RunConfig) -> Path:
     return folder
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Return the versions of the packages that a result depends on, those that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -86,10 +93,9 @@ def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
         text=True,
         check=False,
     ).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -100,10 +106,10 @@ def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
     }
 
 
-def write_documents(
-    folder: Path, config: RunConfig, data: Data, decoder: DecoderConfig, device: torch.device
-) -> RunConfig:
-    """Write config.toml, plan.json and environment.json; return the completed configuration.
+def complete(
+    config: RunConfig, data: Data, decoder: DecoderConfig, device: torch.device
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the completed configuration, and the plan's document.
 
     Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
     resume) stays.
@@ -121,14 +127,40 @@ def write_documents(
         config,
         model=dataclasses.replace(config.model, gradient_checkpointing=checkpointing),
     )
+    return config, document
+
+
+@contextlib.contextmanager
+def beginning(folder: Path, *, new: bool) -> Iterator[None]:
+    """Free a new run's folder again where bad input ends the run in this block."""
+    try:
+        yield
+    except UserError:
+        if new:
+            for name in (*DOCUMENTS, LOCK_NAME):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else is in it
+                folder.rmdir()
+        raise
+
+
+def write_documents(
+    folder: Path, config: RunConfig, plan: dict[str, Any], device: torch.device
+) -> None:
+    """Write config.toml, plan.json and environment.json."""
     write_text(folder / "config.toml", to_toml(config, comments=False))
-    write_json(folder / "plan.json", document)
-    decided = {"precision": config.train.precision, "gradient_checkpointing": checkpointing}
+    write_json(folder / "plan.json", plan)
+    decided = {
+        "precision": config.train.precision,
+        "gradient_checkpointing": config.model.gradient_checkpointing,
+    }
     write_json(folder / "environment.json", environment(device, **decided))
-    return config
 
 
-def _processor() -> str:
+def device_name(device: torch.device) -> str:
+    """Return the real name of a device: the GPU's, or the processor's as the system gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

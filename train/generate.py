@@ -32,6 +32,7 @@ from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
 from train.checkpoint import damage
+from train.command import run_command
 from train.config import load_config
 from train.precision import COMPUTE_DTYPES, resolve_precision
 from train.prepare import find_model, load_base, prompt_format, resolve_device
@@ -384,7 +385,7 @@ def _read_prompt(options: argparse.Namespace) -> str | dict[str, str]:
     return text if options.raw else text.removesuffix("\n").removesuffix("\r")
 
 
-def _run_command(options: argparse.Namespace) -> None:
+def _complete(options: argparse.Namespace) -> int:
     # What is cheap to refuse is refused before weights are read.
     _check_settings(options.max_new_tokens, options.temperature, options.top_p)
     if options.base is not None and options.adapter is None:
@@ -420,19 +421,13 @@ def _run_command(options: argparse.Namespace) -> None:
         ended = "ended by itself"
     speed = f"{len(ids) / seconds:.1f} tokens/s"
     print(f"[{loaded.name}: {len(ids)} tokens, {ended}, {speed}]", file=sys.stderr)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Complete the prompt that the command line names; return the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        _run_command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(lambda: _complete(options))
 
 
 if __name__ == "__main__":

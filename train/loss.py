@@ -14,7 +14,11 @@ from models.layers import CausalLM
 
 
 def loss_sum(
-    model: CausalLM, micro_batch: MicroBatch, device: torch.device, draw: tuple[int, int] | None
+    model: CausalLM,
+    micro_batch: MicroBatch,
+    device: torch.device,
+    draw: tuple[int, int] | None,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
     """Return the sum over a micro-batch's targets of their cross-entropy, in nats.
 
@@ -26,6 +30,8 @@ def loss_sum(
         micro_batch: M token rows with shifted targets.
         device: Where the model is.
         draw: (seed, step) of the dropout draws; None in evaluation, which draws none.
+        gradient_scale: What the sum is multiplied by before its backward pass, where fp16 needs to
+            know (`kernels.loss`).
     """
     segments = Segments.build(
         micro_batch.lengths,
@@ -36,4 +42,11 @@ def loss_sum(
     )
     hidden = model.hidden_states(micro_batch.input_ids.to(device, non_blocking=True), segments)
     targets = micro_batch.targets.to(device, non_blocking=True)
-    return model.operations.linear_cross_entropy(hidden, model.head_weight(), targets)
+    return model.operations.linear_cross_entropy(
+        hidden, model.head_weight(), targets, gradient_scale=gradient_scale
+    )
+
+
+def exact_sum(losses: list[Tensor]) -> float:
+    """Return the sum of scalars, made in fp64 on the host (not every device has fp64)."""
+    return torch.stack(losses).cpu().double().sum().item()

@@ -23,6 +23,7 @@ from lora import load_adapter, merge, read_adapter_config
 from models import load_model
 from models.weights import save_model
 from train.checkpoint import replace_folder
+from train.command import run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
 _TOKENIZER_FILES = (
@@ -147,15 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
     parser.add_argument("--base", metavar="FOLDER", help="the base model, if not the one it names")
     options = parser.parse_args(arguments)
-    try:
+
+    def answer() -> int:
         print(merge_adapter(options.run_or_adapter, options.out, options.base))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or options.out}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(answer)
 
 
 if __name__ == "__main__":

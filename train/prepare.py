@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.examples import Examples, cache_root, check_vocabulary, load_examples
+from data.examples import Examples, NoRowsError, cache_root, check_vocabulary, load_examples
 from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
@@ -138,11 +138,20 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
         )
         return examples
 
+    def load_other(spec: str | None, split: str) -> Examples | None:
+        by_column = spec is None and settings.split_column is not None
+        spec = settings.train if by_column else spec
+        if spec is None:
+            return None
+        try:
+            return load(spec, split)
+        except NoRowsError:
+            if by_column:  # a column need not name all three splits
+                return None
+            raise
+
     train = load(settings.train, "train")
-    by_column = settings.train if settings.split_column is not None else None
-    valid_spec, test_spec = settings.valid or by_column, settings.test or by_column
-    valid = load(valid_spec, "valid") if valid_spec is not None else None
-    test = load(test_spec, "test") if test_spec is not None else None
+    valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
     if valid is None and config.eval.early_stopping_patience is not None:
@@ -177,6 +186,10 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
     """Return the device, and the configuration with its precision decided and its paths made whole.
 
     What is decided here is written to the run's config.toml: a resumed run decides nothing anew.
+
+    Raises:
+        UserError: The device or precision is not to be had, or the base is to be stored in a half
+            precision other than the one that is computed in.
     """
     device = resolve_device(config.train.device)
     if device.type == "cpu":
@@ -186,6 +199,14 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "32")
     precision = resolve_precision(config.train.precision, device)
+    stored = config.model.dtype
+    if config.train.method == "lora" and stored not in (None, "fp32", precision):
+        # Layers compute in their weights' type where autocast leaves them alone.
+        raise UserError(
+            f"model.dtype={stored} with train.precision={precision}: the base would compute partly "
+            f"in {stored}; use model.dtype=none (stored in {precision}), model.dtype=fp32, or "
+            f"train.precision={stored}"
+        )
     if config.train.deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

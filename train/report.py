@@ -18,6 +18,7 @@ from typing import Any
 from files.atomic import write_text
 from files.errors import UserError
 from files.strict_json import read_json_object
+from train.command import run_command
 from train.console import format_bytes, format_duration, format_loss
 from train.metrics import METRICS_FILE, Row, read_metrics
 from train.plots import draw_plots
@@ -575,13 +576,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     options = parser.parse_args(arguments)
-    try:
+
+    def answer() -> int:
         for run in options.runs:
             print(write_report(run))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(answer)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from files.atomic import RunLock
 from files.errors import UserError
 from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, damage, read_state
 from train.config import check_resume_overrides, flat, load_config, resume_keys
@@ -43,8 +44,9 @@ def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resu
     Raises:
         UserError: No run is there, its checkpoint is damaged, or an override is not allowed.
     """
-    named = STEP_FOLDER.fullmatch(place.name) is not None and place.parent.name == "checkpoints"
-    folder = place.resolve().parent.parent if named else place
+    whole = place.resolve()
+    named = STEP_FOLDER.fullmatch(whole.name) is not None and whole.parent.name == "checkpoints"
+    folder = whole.parent.parent if named else place
     if not (folder / "config.toml").is_file():
         raise UserError(
             f"--resume {place}: no run is there (its folder has a config.toml); give the folder "
@@ -55,13 +57,21 @@ def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resu
     config = load_config(file=folder / "config.toml", overrides=overrides)
     changed = {key for key, value in flat(config).items() if flat(before)[key] != value}
     check_resume_overrides({key: unchanged.get(key) for key in changed})
-    if named:
+    # A live run's half-written checkpoint would be swept, and its whole ones renamed.
+    with RunLock(folder):
+        return _what_is_left(config, folder, whole if named else None, bool(changed))
+
+
+def _what_is_left(
+    config: RunConfig, folder: Path, place: Path | None, changed: bool
+) -> tuple[RunConfig, Resume | None]:
+    """Return the rest of a run that no other process writes to; `place` is the checkpoint named."""
+    if place is not None:
         problem = damage(place)
         if problem is not None:
             raise UserError(
                 f"--resume {place}: {problem}; resume the run's folder to take an older one"
             )
-        _set_newer_aside(folder, place)
         return config, Resume(folder, place, *read_state(place))
     checkpoint = Checkpoints(folder / "checkpoints", None).newest_verified(print)
     if checkpoint is None:
@@ -78,15 +88,6 @@ def _is_finished(folder: Path) -> bool:
         return json.loads((folder / "status.json").read_bytes()).get("state") == "finished"
     except (OSError, ValueError):
         return False
-
-
-def _set_newer_aside(folder: Path, chosen: Path) -> None:
-    """Rename the checkpoints after the chosen one: the run goes on from there."""
-    checkpoints = Checkpoints(folder / "checkpoints", None)
-    for step in checkpoints.steps():
-        path = checkpoints.path(step)
-        if path.name > chosen.name:
-            path.rename(path.with_name(f"aside-{path.name}"))
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from files.errors import UserError
 from train.arguments import Arguments, list_presets_text, parse, show_text
+from train.command import run_command
 from train.config import load_config
 from train.settings import RunConfig
 
@@ -54,7 +55,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from files.atomic import RunLock
     from models.config import read_config
     from train.finish import before_training, finish, opening_panel
-    from train.folder import new_run_folder, write_documents
+    from train.folder import beginning, complete, new_run_folder, write_documents
     from train.loop import StepBatches, train
     from train.plan import plan_run
     from train.precision import Precision
@@ -81,12 +82,20 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
 
     folder = resume.folder if resume else new_run_folder(config)
     with RunLock(folder), Signals() as signals:
-        config = write_documents(folder, config, data, decoder, device)
-        source = find_model(config, weights=True)
-        model = load_base(config, source, base_dtype(config), device)
-        make_trainable(model, config)
-        precision = Precision(config.train.precision, device)
-        with Session(config, plan, data, source, model, precision, folder, resume) as session:
+        with beginning(folder, new=resume is None):
+            config, document = complete(config, data, decoder, device)
+            if resume is None:
+                # At once: a kill while weights load leaves what --resume needs.
+                write_documents(folder, config, document, device)
+            source = find_model(config, weights=True)
+            model = load_base(config, source, base_dtype(config), device)
+            make_trainable(model, config)
+            precision = Precision(config.train.precision, device)
+            session = Session(config, plan, data, source, model, precision, folder, resume)
+            if resume is not None:
+                # Not before: a resume that is refused changes nothing.
+                write_documents(folder, config, document, device)
+        with session:
             opening_panel(session)
             before_training(session)
             reason = train(session, plan, StepBatches.of(config, plan, data), signals)
@@ -96,11 +105,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
-    try:
-        return _answer(parse(sys.argv[1:] if argv is None else list(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _answer(parse(sys.argv[1:] if argv is None else list(argv))))
 
 
 def _answer(arguments: Arguments) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from files.tensors import TensorFile, write_tensors
 from lora import fill_adapter
 from models.layers import CausalLM
 from models.weights import fill
-from train.checkpoint import Checkpoints, TrainState, replace_folder
+from train.checkpoint import Checkpoints, TrainState, recover_folder, replace_folder, sweep
 from train.config import flat
 from train.console import Console
 from train.early_stopping import EarlyStopping
@@ -74,6 +75,9 @@ class Session:
         self.state = TrainState(
             EarlyStopping(config.eval.early_stopping_patience, config.eval.early_stopping_threshold)
         )
+        for name in ("best", "final"):
+            recover_folder(folder / name)
+        sweep(folder)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.total_limit)
         warnings = self._take_up(resume) if resume is not None and resume.state else []
         self.samples = samples_so_far(folder) if self.state.step else []
@@ -96,8 +100,13 @@ class Session:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close the records; what broke off with an error is left with a status that says so."""
         self.console.close()
-        self.metrics.close()
-        if error is not None:
+        if error is None:
+            self.metrics.close()
+            return
+        # On a full disk neither can be written, which must not stand before the error itself.
+        with contextlib.suppress(OSError):
+            self.metrics.close()
+        with contextlib.suppress(OSError):
             self.write_status("failed", "error", error=f"{type(error).__name__}: {error}")
 
     # -- what the loop asks for -------------------------------------------------------------------
@@ -276,6 +285,7 @@ class Session:
         with TensorFile(resume.checkpoint / "optimizer.safetensors") as file:
             self.optimizer.load_state({name: file.read(name) for name in file.names})
         patience = self.state.stopping
+        self.checkpoints.set_newer_aside(resume.state.step)
         self.state = resume.state
         self.state.stopping.patience = patience.patience
         self.state.resumed_from.append(self.state.step)

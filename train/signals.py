@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -41,6 +42,14 @@ class Signals:
         if self.stop is not None:
             os._exit(128 + number)
         self.stop = signal.Signals(number)
+        # Written past Python's buffers, one of which this handler may have interrupted.
+        name = "Ctrl-C" if number == signal.SIGINT else self.stop.name
+        with contextlib.suppress(OSError):
+            os.write(
+                2,
+                f"\n{name}: stopping after the next whole step, saved; once more stops at "
+                "once, unsaved\n".encode(),
+            )
 
     def _ask_to_save(self, _: int, __: FrameType | None) -> None:
         self.save = True

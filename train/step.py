@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from data.batch import MicroBatch
 from models.layers import CausalLM
-from train.loss import loss_sum
+from train.loss import exact_sum, loss_sum
 from train.optimizers import Adafactor, AdamW, clip_gradients
 from train.precision import LossScaler, Precision
 
@@ -58,8 +59,8 @@ def train_step(
 
     With a loss scaler (fp16), an overflow halves the scale and the same batch is done again: an
     attempt that overflowed is no step, so neither the schedule nor the data order moves. A loss or
-    gradient that is not finite at all leaves weights and optimizer state as they were, bit for
-    bit, and is reported as skipped.
+    gradient that is not finite at all leaves weights, optimizer state and scale as they were, bit
+    for bit, and is reported as skipped.
 
     Args:
         model: The decoder, in the state of step s - 1.
@@ -84,25 +85,31 @@ def train_step(
 
     if targets == 0:
         return result(0.0, 0.0, "no targets")
+    scaler_before = scaler.state() if scaler else {}
     while True:
         scale = scaler.scale if scaler else 1.0
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        # The head's gradient is made in the forward pass: fp16 would round it before the scale.
+        gradient_scale = scale / targets if scaler else 1.0
+        losses: list[Tensor] = []
         for micro_batch in batch:
             with precision.autocast():
-                loss = loss_sum(model, micro_batch, device, draw)
+                loss = loss_sum(model, micro_batch, device, draw, gradient_scale)
             (loss * (scale / targets)).backward()
-            total += loss.detach()
+            losses.append(loss.detach())
         norm = clip_gradients(parameters, max_grad_norm, loss_scale=scale)
         overflowed = not math.isfinite(norm)
         if scaler is None:
             break
         scaler.update(overflowed)
-        # Below a scale of 1 nothing is left to gain: the gradient itself is not finite.
-        if not overflowed or scaler.scale < 1.0:
+        if not overflowed:
+            break
+        if scaler.scale < 1.0:
+            # Nothing is left to gain: the gradient itself is not finite, whatever the scale.
+            scaler.load(scaler_before)
             break
         for parameter in parameters:
             parameter.grad = None
-    mean = total.item() / targets
+    mean = exact_sum(losses) / targets
     if overflowed or not math.isfinite(mean):
         return result(mean, norm, "non-finite")
     optimizer.step(learning_rate)

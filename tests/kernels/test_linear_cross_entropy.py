@@ -112,6 +112,52 @@ def test_bf16_is_finite_and_close(kind):
     assert relative(grads[1].float(), grad_weight) < 4 * 2**-9
 
 
+@pytest.mark.parametrize("gradient_scale", [1.0, 2.0**-9, 640.0])
+def test_the_gradient_scale_cancels(gradient_scale):
+    hidden, weight, targets = problem()
+    loss, grad_hidden, grad_weight = expected(hidden, weight, targets)
+    ours = linear_cross_entropy(hidden, weight, targets, gradient_scale=gradient_scale)
+    (3.0 * ours).backward()
+    torch.testing.assert_close(ours, loss, **EXACT)
+    torch.testing.assert_close(hidden.grad, grad_hidden, **EXACT)
+    torch.testing.assert_close(weight.grad, grad_weight, **EXACT)
+
+
+def fp16_gradients(hidden, weight, targets, gradient_scale):
+    """Return the gradients by hidden and weight under fp16, the scale divided out again."""
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden, weight, targets, gradient_scale=gradient_scale)
+    grads = torch.autograd.grad(loss * gradient_scale, (hidden, weight))
+    return [grad.double() / gradient_scale for grad in grads]
+
+
+def test_small_fp16_gradients_live_by_the_scale():
+    """Logits of 20 and 0: the others' probabilities, e^-20 = 2e-9, are below fp16's least 6e-8."""
+    hidden, weight = (20 * torch.eye(64)).requires_grad_(), torch.eye(64).requires_grad_()
+    targets = torch.arange(64)
+    loss, exact = linear_cross_entropy(hidden, weight, targets), hidden.detach().softmax(1)
+    exact.diagonal().sub_(1)
+    assert loss < 64 * 1.3e-7
+    (scaled, _), (lost, _) = (
+        fp16_gradients(hidden, weight, targets, scale) for scale in (2.0**16, 1.0)
+    )
+    assert (scaled.fill_diagonal_(0) - exact.fill_diagonal_(0)).abs().max() < 2**-10 * 2.1e-9
+    assert not lost.fill_diagonal_(0).any()
+
+
+def test_a_smaller_scale_mends_an_fp16_overflow():
+    """A token that all 256 rows predict, with states of 300: the sum of 76,800 is beyond fp16."""
+    hidden = torch.full((256, 8), 300.0).requires_grad_()
+    weight = torch.zeros(50, 8).requires_grad_()
+    targets = torch.zeros(256, dtype=torch.int64)
+    assert not fp16_gradients(hidden, weight, targets, 1.0)[1].isfinite().all()
+    grad_weight = fp16_gradients(hidden, weight, targets, 2.0**-4)[1]
+    # softmax - onehot is 1/50 - 1; fp16 rounds the sum to 11 bits.
+    torch.testing.assert_close(
+        grad_weight[0], torch.full((8,), -0.98 * 76800.0, dtype=torch.float64), rtol=2**-10, atol=0
+    )
+
+
 def test_backward_under_autocast_is_the_same_as_outside():
     hidden, weight, targets = problem(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,15 +5,19 @@ below 1e-12 for the few thousand terms here.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small import RaggedExamples, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import MicroBatch, micro_batches
 from lora import LoraConfig, inject
 from models.layers import CausalLM
+from train import step
+from train.evaluate import evaluate
 from train.optimizers import AdamW
 from train.precision import LossScaler, Precision
 from train.step import StepResult, train_step
@@ -213,6 +217,36 @@ def test_a_batch_without_targets_is_skipped() -> None:
     assert all(torch.equal(before[name], trained[name]) for name in before)
 
 
+class NoDoubles(TorchDispatchMode):
+    """A device without fp64, as MPS: nothing but a conversion, made on the host, may give it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            given = [x.dtype for x in args if isinstance(x, torch.Tensor)]
+            assert torch.float64 in given or "_to_copy" in str(func), func
+        return out
+
+
+def test_the_device_needs_no_fp64() -> None:
+    model = small_model("starcoder2")
+    inject(model, LoraConfig(r=4, lora_dropout=0.1))
+    examples: Any = EXAMPLES
+    with NoDoubles():
+        result, _ = step_with(model, None)
+        evaluated = evaluate(
+            model,
+            examples,
+            precision=Precision("fp32", CPU),
+            device=CPU,
+            batch_size=3,
+            batching="unpadded",
+            max_length=48,
+            pad_id=0,
+        )
+    assert result.targets == evaluated.targets
+
+
 def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, AdamW]:
     optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
     result = train_step(
@@ -230,8 +264,8 @@ def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, A
 
 
 def test_an_overflow_halves_the_scale_and_redoes_the_step() -> None:
-    """The first attempts overflow fp64, and the step is done all the same."""
-    plain, scaled = adapted(), adapted()
+    """The first attempts overflow fp64, and the step is done all the same, with its own draws."""
+    plain, scaled = adapted(0.1), adapted(0.1)
     expected, _ = step_with(plain, None)
     scaler = LossScaler()
     scaler.scale = 2.0**1023
@@ -239,6 +273,7 @@ def test_an_overflow_halves_the_scale_and_redoes_the_step() -> None:
     assert result.skipped is None
     assert optimizer.steps == 1
     assert scaler.scale < 2.0**1023
+    assert scaler.good_steps == 1
     assert result.loss == pytest.approx(expected.loss, rel=1e-12)
     for one, other in zip(plain.parameters(), scaled.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
@@ -250,8 +285,55 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(scaled: bool)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
-    result, optimizer = step_with(model, LossScaler() if scaled else None)
+    scaler = LossScaler() if scaled else None
+    result, optimizer = step_with(model, scaler)
     assert result.skipped == "non-finite"
+    # Of no use to the scale either: at 0.5 the next 2000 fp16 steps would underflow.
+    assert scaler is None or scaler.state() == LossScaler().state()
     assert optimizer.steps == 0
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
+
+
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loss_sum = step.loss_sum
+    monkeypatch.setattr(step, "loss_sum", lambda *given: loss_sum(*given) + float("inf"))
+    model = adapted()
+    before = [p.detach().clone() for p in model.parameters()]
+    result, optimizer = step_with(model, None)
+    assert (result.skipped, result.loss) == ("non-finite", float("inf"))
+    assert 0 < result.grad_norm < float("inf")
+    assert optimizer.steps == 0
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_head_s_own_gradient_is_under_the_scaler_too() -> None:
+    """Full fine-tuning in fp16: the head's gradient overflows at a scale of 65536, fits at less."""
+    model = small_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(12_000.0)
+        model.lm_head.weight.div_(12_000.0)
+    exact = small_model("llama")
+    exact.load_state_dict(model.state_dict())
+    gradients = {}
+    for name, decoder in (("fp16", model), ("fp32", exact)):
+        optimizer = GradientsOnly(dict(decoder.named_parameters()))
+        scaler = LossScaler() if name == "fp16" else None
+        result = train_step(
+            decoder,
+            optimizer,
+            cut(8),
+            learning_rate=1e-3,
+            max_grad_norm=0.0,
+            precision=Precision(name, CPU),
+            scaler=scaler,
+            device=CPU,
+            draw=(0, 1),
+        )
+        assert result.skipped is None, name
+        assert scaler is None or scaler.scale < LossScaler.initial_scale
+        gradients[name] = optimizer.seen["lm_head.weight"]
+    difference = (gradients["fp16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
+    assert difference < 0.01  # fp16 rounds each of a few products to 11 bits

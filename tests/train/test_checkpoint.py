@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from train.checkpoint import Checkpoints, TrainState, damage, read_state, replace_folder
+from train.checkpoint import (
+    Checkpoints,
+    TrainState,
+    damage,
+    read_state,
+    recover_folder,
+    replace_folder,
+)
 from train.early_stopping import EarlyStopping
 
 
@@ -122,6 +129,38 @@ def test_replace_folder_replaces_the_whole_folder(tmp_path: Path) -> None:
     replace_folder(target, lambda folder: (folder / "new").touch())
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("killed_after", ["filling", "the first rename", "the second rename"])
+def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path: Path, killed_after: str) -> None:
+    target, new, trash = tmp_path / "best", tmp_path / ".tmp-best", tmp_path / ".trash-best"
+    for folder, file in ((target, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / file).touch()
+    if killed_after != "filling":
+        target.rename(trash)
+    if killed_after == "the second rename":
+        new.rename(target)
+    recover_folder(target)
+    expected = "old" if killed_after == "filling" else "new"
+    assert [path.name for path in target.iterdir()] == [expected]
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(target, killed)
+    assert [path.name for path in target.iterdir()] == [expected]
+
+
+def test_newer_checkpoints_can_be_set_aside_more_than_once(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    for _ in range(2):
+        for step in (10, 20):
+            save(checkpoints, step)
+        checkpoints.set_newer_aside(10)
+        assert checkpoints.steps() == [10]
+    assert (tmp_path / "aside-step-00000020" / "state.json").is_file()
 
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:

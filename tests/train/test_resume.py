@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from files.atomic import sha256_file
+from files.atomic import RunLock, sha256_file
 from files.errors import UserError
 from train import session as session_module
 from train.config import load_config
@@ -295,3 +295,51 @@ def test_the_data_fingerprint_is_compared_not_only_the_path() -> None:
     saved = {"config": {}, "data": {"train": "abc"}, "model": {}, "machine": {}}
     with pytest.raises(UserError, match=r"data\.train is not the data"):
         check_identity(saved, {**saved, "data": {"train": "abd"}})
+
+
+def test_a_run_in_use_is_not_touched(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process is in the middle of a save: sweeping its folder would lose it."""
+    half_written = run_copy / "checkpoints" / ".tmp-step-00000009"
+    half_written.mkdir()
+    with RunLock(run_copy):
+        for place in (run_copy, run_copy / "checkpoints" / "step-00000003"):
+            assert "in use" in refused(capsys, "--resume", str(place))
+    assert half_written.is_dir()
+    assert len(list((run_copy / "checkpoints").glob("step-*"))) == STEPS
+
+
+def test_a_refused_resume_changes_nothing(
+    run_copy: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "train.jsonl"
+    other.write_text("".join((rows_file / "train.jsonl").read_text().splitlines(True)[:-2]))
+    config = run_copy / "config.toml"
+    config.write_text(config.read_text().replace(str(rows_file / "train.jsonl"), str(other)))
+
+    def state() -> dict[str, str]:
+        return {
+            str(path): sha256_file(path)
+            for path in run_copy.rglob("*")
+            if path.is_file() and path.name != "run.lock"
+        }
+
+    before = state()
+    refused(capsys, "--resume", str(run_copy / "checkpoints" / "step-00000003"))
+    assert state() == before
+
+
+def test_one_checkpoint_may_be_named_from_beside_it(
+    run_copy: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_copy / "checkpoints")
+    assert main(["--resume", f"step-{STEPS - 1:08d}"]) == 0
+    assert trained_bits(run_copy) == trained_bits(finished)
+
+
+def test_best_is_not_lost_between_two_renames(
+    run_copy: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_copy / "status.json").unlink()
+    (run_copy / "best").rename(run_copy / ".trash-best")
+    assert main(["--resume", str(run_copy)]) == 0
+    assert trained_bits(run_copy) == trained_bits(finished)

@@ -186,6 +186,56 @@ def test_a_full_run_loads_in_transformers(
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_biases_are_trained_over_a_base_in_bf16(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    more = ["lora.bias=all", "train.precision=bf16", "log.tensorboard=false"]
+    assert main(arguments(model_folder, rows_file, output, *more)) == 0
+    with TensorFile(output / "final" / "adapter_model.safetensors") as file:
+        assert any(name.endswith("input_layernorm.bias") for name in file.names)
+
+
+def test_a_folder_is_free_again_when_bad_input_ends_a_run_before_it_begins(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    wrong = arguments(model_folder, rows_file, output, "lora.target_modules=q_porj")
+    assert main(wrong) == 2
+    assert not output.exists()
+    assert main(arguments(model_folder, rows_file, output, "max_steps=1")) == 0
+
+
+def test_a_kill_before_a_run_began_leaves_its_folder_free(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    for name in ("run.lock", ".tmp-0123"):
+        (output / name).write_text("{")
+    assert main(arguments(model_folder, rows_file, output, "max_steps=1")) == 0
+    assert not list(output.glob(".tmp-*"))
+
+
+def test_the_panel_names_the_adapter_that_a_run_starts_from(
+    folder: Path,
+    model_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = [f"lora.init_from={folder / 'final'}", "lora.r=8", "max_steps=1"]
+    assert main(arguments(model_folder, rows_file, tmp_path / "run", *more)) == 0
+    assert "LoRA r=4 alpha=32" in capsys.readouterr().out
+
+
+def test_a_setting_that_is_no_utf_8_is_refused(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(model_folder, rows_file, tmp_path / "run", "run_name=\udcff")) == 2
+    assert capsys.readouterr().err == "error: the setting run_name holds bytes that are not UTF-8\n"
+
+
 def test_from_python_in_three_lines(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     overrides = {
         "model.path": str(model_folder),

@@ -31,3 +31,5 @@ def test_the_second_signal_exits_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGINT
     assert done.stdout == "still here\n"
+    # What the first one does is said at once: a step, or loading weights, may take a while.
+    assert "Ctrl-C: stopping after the next whole step" in done.stderr

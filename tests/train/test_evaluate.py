@@ -1,0 +1,86 @@
+"""Evaluation: the token mean over the set, whatever the batch, and without dropout."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import RaggedExamples, small_model
+
+from data.batch import BATCHINGS
+from models.layers import CausalLM
+from train import evaluate as module
+from train.evaluate import evaluate
+from train.precision import Precision
+
+CPU = torch.device("cpu")
+EXAMPLES = RaggedExamples([3, 40, 7, 22, 15, 2, 31, 9])
+DROPOUTS = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
+
+
+def loss_of(model: CausalLM, precision: str = "fp32", **settings: Any) -> float:
+    given = {"batch_size": 3, "batching": "unpadded", "max_length": 48, "pad_id": 0, **settings}
+    result = evaluate(
+        model,
+        EXAMPLES,  # type: ignore[arg-type]
+        precision=Precision(precision, CPU),
+        device=CPU,
+        **given,
+    )
+    assert result.targets == EXAMPLES.num_targets.sum()
+    return result.loss
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_it_is_the_token_mean_without_dropout(batch_size: int, batching: str) -> None:
+    """Against dense logits, in fp64; batches of 3 leave one of 2 at the end."""
+    model = small_model("starcoder2", torch.float64, **DROPOUTS)
+    total = 0.0
+    for example in EXAMPLES.examples:
+        ids, labels = (torch.from_numpy(a).long() for a in (example.input_ids, example.labels))
+        with torch.no_grad():
+            logits = model(ids[None])[0]
+        total += F.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
+    loss = loss_of(model, batch_size=batch_size, batching=batching)
+    assert loss == pytest.approx(total / EXAMPLES.num_targets.sum(), rel=1e-12)
+
+
+def test_longest_come_first_in_the_run_s_precision_and_nothing_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+
+    def watched(model: CausalLM, micro_batch: Any, *arguments: Any, **more: Any) -> torch.Tensor:
+        lengths.extend(micro_batch.lengths)
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert not torch.is_grad_enabled()
+        return loss_sum(model, micro_batch, *arguments, **more)
+
+    loss_sum = module.loss_sum
+    monkeypatch.setattr(module, "loss_sum", watched)
+    model = small_model("llama")
+    loss = loss_of(model, "bf16")
+    assert lengths == sorted(EXAMPLES.lengths, reverse=True)
+    monkeypatch.undo()
+    # bf16 rounds to 8 bits, and a mean of many losses errs by less than one of them.
+    assert loss == pytest.approx(loss_of(model), rel=2**-8)
+    assert loss != loss_of(model)
+
+
+def test_a_set_without_targets_is_zero_not_nan() -> None:
+    empty = RaggedExamples([4, 3])
+    for example in empty.examples:
+        example.labels.fill(-100)
+    result = evaluate(
+        small_model("llama"),
+        empty,  # type: ignore[arg-type]
+        precision=Precision("fp32", CPU),
+        device=CPU,
+        batch_size=2,
+        batching="unpadded",
+        max_length=48,
+        pad_id=0,
+    )
+    assert (result.loss, result.targets) == (0.0, 0)

@@ -1,0 +1,199 @@
+"""The loop against a session that only writes down what it is asked for."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import RaggedExamples
+
+from data.batch import MicroBatch
+from data.order import epoch_order
+from train.checkpoint import TrainState
+from train.config import load_config
+from train.early_stopping import EarlyStopping
+from train.loop import StepBatches, advance, train
+from train.plan import RunPlan, plan_run
+from train.prepare import Data
+from train.settings import RunConfig
+from train.signals import Signals
+from train.step import StepResult
+
+LENGTHS = [5, 31, 12, 18, 27, 9, 40, 14, 22, 6]  # ten examples in steps of four: 4, 4, 2
+EXAMPLES: Any = RaggedExamples(LENGTHS)
+
+
+class Tokenizer:
+    pad_id = 7
+
+
+def configured(**settings: Any) -> tuple[RunConfig, RunPlan, StepBatches]:
+    keys = {
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 2,
+        "train.num_train_epochs": 2,
+        "train.seed": 5,
+        "schedule.warmup_steps": 2,
+        "data.max_length": 40,
+        **settings,
+    }
+    config = load_config(overrides=keys)
+    plan = plan_run(config, len(EXAMPLES))
+    data = Data(Tokenizer(), None, EXAMPLES, None, None)  # type: ignore[arg-type]
+    return config, plan, StepBatches.of(config, plan, data)
+
+
+class Recorder:
+    """A session whose steps give what `result` says and whose evaluations give `losses`."""
+
+    def __init__(
+        self,
+        losses: list[float] | None = None,
+        patience: int | None = None,
+        result: Callable[[int], StepResult] = lambda step: StepResult(1.0, 1.0, 3, 4, 0.5),
+        signals: Signals | None = None,
+    ) -> None:
+        self.state = TrainState(EarlyStopping(patience))
+        self.losses = iter(losses or [])
+        self.result = result
+        self.signals = signals
+        self.events: list[tuple[str, int]] = []
+        self.examples: list[list[int]] = []
+        self.rates: list[float] = []
+
+    def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
+        assert step == self.state.step + 1
+        self.events.append(("step", step))
+        self.examples.append([index for part in batch for index in part.examples])
+        self.rates.append(learning_rate)
+        return self.result(step)
+
+    def record_step(self, result: StepResult, learning_rate: float) -> None:
+        assert learning_rate == self.rates[-1]
+        self.events.append(("record", self.state.step))
+
+    def evaluate_and_keep_best(self) -> None:
+        self.events.append(("evaluate", self.state.step))
+        self.state.stopping.observe(self.state.step, next(self.losses))
+
+    def save(self) -> None:
+        self.events.append(("save", self.state.step))
+
+    def save_is_due(self) -> bool:
+        return False
+
+    def steps_of(self, kind: str) -> list[int]:
+        return [step for event, step in self.events if event == kind]
+
+
+def run(recorder: Recorder, signals: Signals | None = None, **settings: Any) -> str:
+    _, plan, batches = configured(**settings)
+    return train(recorder, plan, batches, signals or Signals())  # type: ignore[arg-type]
+
+
+def test_it_does_what_the_plan_says_in_this_order() -> None:
+    recorder = Recorder(losses=[3.0, 2.0, 1.0])
+    assert run(recorder, **{"eval.steps": 2, "checkpoint.steps": "epoch"}) == "completed"
+    assert recorder.events == [
+        *[("step", 1), ("record", 1)],
+        *[("step", 2), ("record", 2), ("evaluate", 2)],
+        *[("step", 3), ("record", 3), ("save", 3)],
+        *[("step", 4), ("record", 4), ("evaluate", 4)],
+        *[("step", 5), ("record", 5)],
+        *[("step", 6), ("record", 6), ("evaluate", 6), ("save", 6)],
+    ]
+    orders = [epoch_order(10, seed=5, epoch=epoch).tolist() for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    assert recorder.examples == [
+        part for order in orders for part in (order[:4], order[4:8], order[8:])
+    ]
+    # cosine, w = 2 of T = 6: 0, half of the peak, then (1 + cos(k · 45°)) / 2
+    expected = [0.0, 0.5, 1.0, 0.8535533905932737, 0.5, 0.14644660940672627]
+    assert [rate / 2e-4 for rate in recorder.rates] == pytest.approx(expected)
+
+
+def test_early_stopping_ends_it_with_a_save() -> None:
+    recorder = Recorder(losses=[2.0, 3.0, 2.5, 1.0], patience=2)
+    settings = {"eval.steps": 1, "checkpoint.steps": "none"}
+    assert run(recorder, **settings) == "early_stopping"
+    assert recorder.steps_of("step") == [1, 2, 3]
+    assert recorder.steps_of("save") == [3]
+
+
+def test_a_signal_ends_it_after_the_step_with_a_save() -> None:
+    signals = Signals()
+
+    def result(step: int) -> StepResult:
+        signals.stop = signal.SIGTERM if step == 2 else None
+        return StepResult(1.0, 1.0, 3, 4, 0.5)
+
+    recorder = Recorder(result=result, losses=[1.0])
+    assert run(recorder, signals, **{"checkpoint.steps": "none"}) == "sigterm"
+    assert (recorder.steps_of("record"), recorder.steps_of("save")) == ([1, 2], [2])
+
+
+def test_a_request_to_save_is_answered_once() -> None:
+    signals = Signals()
+    signals.save = True
+    recorder = Recorder(losses=[1.0])
+    assert run(recorder, signals, **{"checkpoint.steps": "none"}) == "completed"
+    assert recorder.steps_of("save") == [1, 6]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "last"),
+    [
+        ({2, 3, 4}, "non_finite", 4),  # three in a row
+        ({1, 2, 4, 5}, "completed", 6),  # never three in a row
+    ],
+)
+def test_three_steps_in_a_row_that_are_not_finite_end_it(
+    bad: set[int], reason: str, last: int
+) -> None:
+    def result(step: int) -> StepResult:
+        skipped = "non-finite" if step in bad else None
+        return StepResult(float("nan") if skipped else 1.0, 1.0, 3, 4, 0.5, skipped)
+
+    recorder = Recorder(result=result, losses=[1.0])
+    assert run(recorder, **{"checkpoint.steps": "none"}) == reason
+    assert recorder.steps_of("step")[-1] == recorder.steps_of("save")[-1] == last
+    assert recorder.state.skipped == len(bad)
+
+
+def test_the_train_loss_since_the_last_evaluation_is_a_token_mean() -> None:
+    state = TrainState(EarlyStopping(None))
+    advance(state, StepResult(loss=4.0, grad_norm=1.0, targets=10, tokens=12, seconds=1.0))
+    advance(state, StepResult(loss=1.0, grad_norm=1.0, targets=30, tokens=31, seconds=2.0))
+    assert state.loss_since_eval / state.targets_since_eval == (4.0 * 10 + 1.0 * 30) / 40
+    assert (state.step, state.targets, state.tokens, state.seconds) == (2, 40, 43, 3.0)
+    skipped = StepResult(float("nan"), 1.0, 5, 6, 1.0, "non-finite")
+    advance(state, skipped)
+    assert (state.targets_since_eval, state.targets, state.tokens) == (40, 40, 49)
+    assert (state.step, state.skipped, state.non_finite_in_a_row) == (3, 1, 1)
+    advance(state, StepResult(0.0, 0.0, 0, 6, 1.0, "no targets"))
+    assert (state.skipped, state.non_finite_in_a_row) == (2, 0)
+
+
+def test_batches_are_cut_and_ordered_as_configured() -> None:
+    _, plan, batches = configured(**{"data.group_by_length": True})
+    expected = epoch_order(10, seed=5, epoch=1, lengths=EXAMPLES.lengths, group_size=4)
+    assert batches.order(1).tolist() == expected.tolist()
+    assert batches.order(0).tolist() != expected.tolist()
+    micro = batches.cut(*plan.batch(1))
+    assert [len(part.examples) for part in micro] == [2, 2]
+    assert all(part.padded_length is None for part in micro)
+    _, plan, batches = configured(**{"data.shuffle": False, "data.batching": "max_length"})
+    (first, second) = batches.cut(*plan.batch(1))
+    assert (first.examples, second.examples) == ((0, 1), (2, 3))
+    assert first.padded_length == 40
+    assert first.input_ids[5] == Tokenizer.pad_id
+    _, plan, batches = configured(**{"train.micro_batch_tokens": 60, "data.shuffle": False})
+    assert [part.examples for part in batches.cut(*plan.batch(1))] == [(0, 1, 2), (3,)]
+
+
+def test_a_finished_state_does_nothing(tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.state.step = 6
+    assert run(recorder) == "completed"
+    assert recorder.events == []
