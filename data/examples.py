@@ -33,7 +33,7 @@ from files.errors import UserError, did_you_mean
 IGNORED = -100
 OVERFLOWS = ("truncate", "drop", "error", "split")
 # Raised whenever the same rows and settings come to other tokens, or the files to another layout.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
 # Bits of an example's flags.
@@ -53,11 +53,13 @@ class Example:
         input_ids: (T,) int32.
         labels: (T,) int32, not shifted: labels[i] is token i, or -100 where it is not trained.
             labels[0] never counts, since nothing predicts the first token.
+        prompt_length: Tokens before the completion, trained or not; 0 where there is no prompt.
     """
 
     index: int
     input_ids: np.ndarray
     labels: np.ndarray
+    prompt_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Arrays:
     offsets: np.ndarray  # (examples + 1,) int64: where each example begins
     targets: np.ndarray  # (examples,) int64
     rows: np.ndarray  # (examples,) int64: number of the row in the data, from 0
+    prompts: np.ndarray  # (examples,) int64: tokens before the completion
     flags: np.ndarray  # (examples,) uint8
 
 
@@ -135,7 +138,12 @@ class Examples:
     def __getitem__(self, position: int) -> Example:
         index = int(self._positions[position])
         start, stop = self._arrays.offsets[index : index + 2]
-        return Example(index, self._arrays.input_ids[start:stop], self._arrays.labels[start:stop])
+        return Example(
+            index,
+            self._arrays.input_ids[start:stop],
+            self._arrays.labels[start:stop],
+            int(self._arrays.prompts[index]),
+        )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[position] for position in range(len(self)))
@@ -440,11 +448,14 @@ class _Writer:
         self._on_overflow = on_overflow
         self._input_ids = _ArrayFile(folder / "input_ids.npy", "<i4")
         self._labels = _ArrayFile(folder / "labels.npy", "<i4")
-        self._offsets, self._targets, self._rows, self._flags = [0], [], [], []
+        self._offsets, self._targets, self._rows = [0], [], []
+        self._prompts, self._flags = [], []
         self.num_rows = self.longest_row = 0
         self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
 
-    def add(self, where: str, ids: list[int], labels: np.ndarray, eos_due: bool) -> None:
+    def add(
+        self, where: str, ids: list[int], labels: np.ndarray, eos_due: bool, prompt: int
+    ) -> None:
         """Make the examples of one row.
 
         Args:
@@ -452,6 +463,7 @@ class _Writer:
             ids: Its tokens.
             labels: (len(ids),) int32.
             eos_due: The last token is the EOS that ends the row.
+            prompt: Tokens before the completion.
         """
         row, length, limit = self.num_rows, len(ids), self._max_length
         self.num_rows += 1
@@ -480,6 +492,7 @@ class _Writer:
                 self._offsets.append(self._offsets[-1] + stop - start)
                 self._targets.append(targets)
                 self._rows.append(row)
+                self._prompts.append(min(max(prompt - start, 0), stop - start))
                 self._flags.append(flags)
         if len(self._targets) == before:
             self.dropped_cut += truncated
@@ -502,6 +515,7 @@ class _Writer:
             ("offsets", self._offsets, "<i8"),
             ("targets", self._targets, "<i8"),
             ("rows", self._rows, "<i8"),
+            ("prompts", self._prompts, "<i8"),
             ("flags", self._flags, "u1"),
         ):
             np.save(self._folder / f"{array}.npy", np.array(values, dtype=dtype))
@@ -585,6 +599,8 @@ def _encode(
 
 def _texts(item: Rendered) -> Iterator[str]:
     yield item.text
+    if item.prompt:
+        yield item.prompt
     for before, after in item.trained:
         if before:
             yield before
@@ -603,9 +619,10 @@ def _name_the_row(rows: list[Row], rendered: list[Rendered], tokenizer: Tokenize
 
 def _label(
     item: Rendered, encoded: dict[str, list[int]], eos_id: int | None
-) -> tuple[list[int], np.ndarray, bool]:
-    """Return a row's ids, its labels, and whether its last token is an EOS that ends it."""
+) -> tuple[list[int], np.ndarray, bool, int]:
+    """Return a row's ids, its labels, whether it ends in an EOS, and its prompt's tokens."""
     ids = encoded[item.text]
+    prompt = common_prefix(encoded[item.prompt], ids) if item.prompt else 0
     labels = np.full(len(ids) + 1, IGNORED, dtype=np.int32)
     start = 0
     for before, after in item.trained:
@@ -614,10 +631,10 @@ def _label(
         labels[start:stop] = ids[start:stop]
     ends = bool(item.trained) and item.trained[-1][1] is None
     if eos_id is None or not ends:
-        return ids, labels[:-1], False
+        return ids, labels[:-1], False, prompt
     # A chat template ends a turn in its own way, perhaps with a line break after the EOS.
     ended = eos_id in ids[start:] if item.chat else ids[-1:] == [eos_id]
     if ended:
-        return ids, labels[:-1], True
+        return ids, labels[:-1], True, prompt
     labels[-1] = eos_id
-    return [*ids, eos_id], labels, True
+    return [*ids, eos_id], labels, True, prompt

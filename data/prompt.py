@@ -38,11 +38,13 @@ class Rendered:
         trained: The spans that are trained: (text before, text up to the end; None: to the end of
             the whole). An empty text before is the beginning of the whole.
         chat: The text is a chat template's: its special tokens stand in it already.
+        prompt: What stands before the completion, trained or not; empty where there is none.
     """
 
     text: str
     trained: tuple[tuple[str, str | None], ...]
     chat: bool = False
+    prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,8 @@ class PromptFormat:
             prompt, completion = self._prompt(row.values), self._completion(row.values)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        return Rendered(
-            prompt + completion, ((prompt if self.trains_completion_only else "", None),)
-        )
+        trained = ((prompt if self.trains_completion_only else "", None),)
+        return Rendered(prompt + completion, trained, prompt=prompt)
 
     def generation_prompt(
         self, values: str | Mapping[str, Any], tokenizer: Tokenizer | None = None
@@ -240,10 +241,9 @@ class PromptFormat:
         completion = _check_messages(values.get("completion"), "completion")
         tools = values.get("tools")
         text = tokenizer.render_chat(prompt + completion, tools=tools, date=TRAINING_DATE)
-        before = ""
-        if self.trains_completion_only:
-            before = tokenizer.render_chat(prompt, True, tools=tools, date=TRAINING_DATE)
-        return Rendered(text, ((before, None),), chat=True)
+        before = tokenizer.render_chat(prompt, True, tools=tools, date=TRAINING_DATE)
+        trained = ((before if self.trains_completion_only else "", None),)
+        return Rendered(text, trained, chat=True, prompt=before)
 
     def _generation_values(self, values: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a text as the columns of the prompt."""

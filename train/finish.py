@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def opening_panel(session: Session) -> None:
             ("folder", str(session.folder)),
         ],
     )
+    plan_document = json.loads((session.folder / "plan.json").read_bytes())
+    for warning in plan_document["warnings"]:
+        session.console.say(f"note: {warning}")
     if session.state.step:
         session.console.say(f"resumed at step {session.state.step} of {plan.total_steps}")
 

@@ -241,7 +241,7 @@ def plan_document(
         "departures": list(preset.departures) if preset else [],
     }
     document["warnings"] = [
-        *_model_warnings(config, unknown_model),
+        *_model_warnings(config, decoder, unknown_model),
         *_data_warnings(config, document, missing_data, not_tokenised),
         *(_step_warnings(config, document, plan) if plan else []),
         *_room_warnings(config, document),
@@ -311,12 +311,20 @@ def _memory_of(
     }
 
 
-def _model_warnings(config: RunConfig, unknown_model: str) -> list[str]:
+def _model_warnings(
+    config: RunConfig, decoder: DecoderConfig | None, unknown_model: str
+) -> list[str]:
     if config.model.path is None:
         return ["model.path is not set: give a hub id or a folder"]
     if unknown_model:
         return [f"the model is not known, so neither are its parameters: {unknown_model}"]
-    return []
+    if decoder is None:
+        return []
+    found = list(decoder.notes)
+    length, trained = config.data.max_length, decoder.max_position_embeddings
+    if length > trained and decoder.rope.rope_type == "default":
+        found.append(f"data.max_length={length} is beyond the {trained} positions of the model")
+    return found
 
 
 def _room_warnings(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
@@ -369,6 +377,11 @@ def _data_warnings(
     valid = counts.get("valid_examples")
     if from_data and not valid and config.eval.early_stopping_patience is not None:
         found.append("early stopping needs a valid set: give data.valid or data.valid_fraction")
+    if from_data and not valid and config.checkpoint.load_best_at_end:
+        found.append(
+            "checkpoint.load_best_at_end has no valid set to choose by: final/ will be the last "
+            "state; give data.valid or data.valid_fraction"
+        )
     if valid and valid < FEW_VALID_EXAMPLES and config.eval.early_stopping_patience is not None:
         found.append(
             f"{valid} valid examples decide early stopping: their noise may be larger than the "

@@ -6,9 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data.examples import IGNORED, Examples
+from data.examples import Examples
 from data.tokenizer import Tokenizer
 
 MOST_NEW_TOKENS = 200
@@ -33,12 +31,6 @@ def samples_so_far(folder: Path) -> list[Sample]:
         return []
 
 
-def prompt_length(labels: np.ndarray) -> int:
-    """Return where an example's first trained token is; half of it where all of it is trained."""
-    first = int(np.argmax(labels != IGNORED))
-    return first if first > 1 else max(1, len(labels) // 2)
-
-
 def choose_samples(
     examples: Examples, tokenizer: Tokenizer, count: int
 ) -> list[tuple[Sample, list[int]]]:
@@ -46,7 +38,8 @@ def choose_samples(
     chosen = []
     for index in range(min(count, len(examples))):
         example = examples[index]
-        cut = prompt_length(example.labels)
+        # A text without a prompt is cut in the middle.
+        cut = example.prompt_length or max(1, len(example.input_ids) // 2)
         ids = example.input_ids.tolist()
         chosen.append((Sample(tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])), ids[:cut]))
     return chosen

@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -492,7 +493,9 @@ def test_a_tree_of_source_files(tokenizer, tmp_path):
     assert texts == {"import changed\n", "import two\n"}
 
 
-@pytest.mark.parametrize("name", ["input_ids", "labels", "offsets", "targets", "rows", "flags"])
+@pytest.mark.parametrize(
+    "name", ["input_ids", "labels", "offsets", "targets", "rows", "prompts", "flags"]
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, name, damage):
     spec = write(tmp_path / "rows.jsonl", VALUES)
@@ -572,3 +575,22 @@ def test_cache_root(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
     assert cache_root() == Path("/c/.cache/lathe/examples")
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_the_prompt_s_length_is_known_trained_or_not(tokenizer, completion_only):
+    form = replace(COMPLETION, completion_only=completion_only)
+    (example,) = make([{"prompt": "ab ", "completion": "cd"}], tokenizer, form)
+    prompt = tokenizer.encode("ab ")
+    assert example.prompt_length == len(common_prefix_of(prompt, example.input_ids.tolist()))
+    assert example.prompt_length > 0
+    assert (example.labels[1] == -100) == completion_only
+
+
+def common_prefix_of(first: list[int], second: list[int]) -> list[int]:
+    return [a for a, b in zip(first, second, strict=False) if a == b]
+
+
+def test_a_text_has_no_prompt(tokenizer):
+    (example,) = make([{"text": "abcd"}], tokenizer, PromptFormat())
+    assert example.prompt_length == 0
