@@ -1,6 +1,7 @@
 """Lathe beside transformers Trainer + PEFT: the same model, rows, adapter, order and settings.
 
     python -m benchmarks.versus_peft [--models tiny small] [--rounds 3] [--steps 12]
+    python -m benchmarks.versus_peft --table
 
 Each measurement is a process of its own, so that peak memory (of the whole process) is its own too;
 the sides take turns, and every round is a record. Before any figure is printed the losses of all
@@ -261,16 +262,38 @@ def compare(model: str, rounds: int, steps: int) -> None:
         print(f"  {ours} : {theirs}  {speed:.2f} × as fast, {memory:.2f} × memory")
 
 
+def print_table() -> None:
+    """Print the newest record of each model and side as the table that README quotes."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    with (record.RESULTS / "versus_peft.jsonl").open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            newest[row["model"], row["side"]] = row
+    print("| model | side | seconds a step | real tokens/s | peak memory | speed | memory |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for (model, side), row in newest.items():
+        base = newest[model, "peft, max_length"]
+        print(
+            f"| {model} | {side} | {row['seconds_per_step']:.3f} | {row['tokens_per_second']:,.0f} "
+            f"| {row['peak_bytes'] / 2**20:,.0f} MiB "
+            f"| {base['seconds_per_step'] / row['seconds_per_step']:.2f} × "
+            f"| {row['peak_bytes'] / base['peak_bytes']:.2f} × |"
+        )
+
+
 def main() -> None:
     """Answer the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--table", action="store_true", help="print the records as a table")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.worker[0], Path(options.worker[1]), options.steps)
+        return
+    if options.table:
+        print_table()
         return
     for model in options.models:
         compare(model, options.rounds, options.steps)
