@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from files.errors import UserError
+from files.faults import faultpoint
 
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_NAME = "run.lock"
@@ -51,12 +52,16 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with open(descriptor, "w+b") as file:
+                faultpoint("file.created")
                 yield file
                 file.flush()
+                faultpoint("file.written")
                 if mode is not None:
                     os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
+            faultpoint("file.synced")
             os.replace(temporary, destination)
+            faultpoint("file.renamed")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

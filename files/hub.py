@@ -18,15 +18,17 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from files.atomic import sha256_file
 from files.errors import UserError, did_you_mean
+from files.strict_json import read_json_object
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _SINGLE_WEIGHTS = "model.safetensors"
@@ -208,11 +210,9 @@ def _check_index(folder: Path, names: Sequence[str], repository: str) -> None:
     if _INDEX not in names:
         return
     try:
-        shards = set(
-            json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        )
+        shards = set(read_json_object(folder / _INDEX)["weight_map"].values())
         missing = sorted(shards - set(names))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         return  # the reader of the weights says what is wrong with the index
     if missing:
         raise UserError(
@@ -373,6 +373,27 @@ def _verify(path: Path, expected: str | None, name: str) -> None:
             f"{name}: arrived damaged (hash {actual[:12]}…, the Hub has {expected[:12]}…) and was "
             "removed from the cache; run once more to fetch it again"
         )
+
+
+def hashed_weights(files: Sequence[Path]) -> dict[str, str]:
+    """Return file name → sha256 (hex) of a model's weights files, read with a few threads.
+
+    The Hub's cache keeps a large file under its sha256, so that damage since it was fetched is
+    noticed here, without a network.
+
+    Raises:
+        UserError: A file of the cache is no longer what its name says.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        hashes = list(pool.map(sha256_file, files))
+    for path, digest in zip(files, hashes, strict=True):
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != digest:
+            raise UserError(
+                f"{path}: was damaged in the Hub's cache (sha256 {digest[:12]}…, fetched as "
+                f"{blob.name[:12]}…): delete {blob} and fetch it again"
+            )
+    return {path.name: digest for path, digest in zip(files, hashes, strict=True)}
 
 
 def _where(repository: str, kind: RepositoryKind) -> str:

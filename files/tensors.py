@@ -26,6 +26,7 @@ from torch import Tensor
 
 from files.atomic import replacing
 from files.errors import UserError
+from files.faults import faultpoint
 from files.strict_json import parse_json_object
 
 _DTYPES = {
@@ -168,6 +169,7 @@ def write_tensors(
             data = _bytes_of(tensors[name], dtype)
             file.write(data)
             digest.update(data)
+            faultpoint("tensors.part")
     return digest.hexdigest()
 
 

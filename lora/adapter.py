@@ -54,7 +54,8 @@ def save_adapter(
     *,
     base_model: str | None = None,
     revision: str | None = None,
-) -> None:
+    tensors: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
     """Write a model's adapter as PEFT's two files, each whole or not at all.
 
     Args:
@@ -62,6 +63,10 @@ def save_adapter(
         folder: Made if missing; files of these names are replaced.
         base_model: Hub id or folder of the base model, for those who load the adapter.
         revision: The base model's commit.
+        tensors: What `adapter_tensors` gave at an earlier moment; None is the present.
+
+    Returns:
+        File name → sha256 (hex) of the weights file.
 
     Raises:
         UserError: The model carries no adapter.
@@ -70,8 +75,9 @@ def save_adapter(
     folder = Path(folder)
     document = _document(model, base_model, revision)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model))
+    digest = write_tensors(folder / WEIGHTS_FILE, tensors or adapter_tensors(model))
     write_json(folder / CONFIG_FILE, document)
+    return {WEIGHTS_FILE: digest}
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> LoraConfig:

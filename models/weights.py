@@ -175,11 +175,20 @@ def save_model(
     return hashes
 
 
+def weights_files(folder: Path) -> list[Path]:
+    """Return the files that hold a model folder's weights.
+
+    Raises:
+        UserError: there are none, or the index is not one.
+    """
+    return [folder / name for name in sorted({*_weight_map(folder).values()}) or [SINGLE_FILE]]
+
+
 def _find_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Return name → (file, place in it) for every tensor of the folder's weights."""
     places: dict[str, tuple[Path, TensorInfo]] = {}
     weight_map = _weight_map(folder)
-    for file_name in dict.fromkeys(weight_map.values()) if weight_map else [SINGLE_FILE]:
+    for file_name in dict.fromkeys(weight_map.values()) or [SINGLE_FILE]:
         path = _weights_file(folder, file_name)
         for name, info in read_header(path).tensors.items():
             if name in places:
@@ -216,7 +225,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for file_name in weight_map.values():
         if not isinstance(file_name, str) or not _PLAIN_NAME.fullmatch(file_name):
             raise UserError(
-                f"{path}: names {file_name!r}; it must be a plain *.safetensors file name in the "
+                f"{path}: names {file_name!r:.80}; it must be a plain *.safetensors file name in the "
                 f"model folder"
             )
     return weight_map

@@ -1,25 +1,25 @@
 """Checkpoints: complete and verified, or not there.
 
 A checkpoint is a folder `step-00000120` that holds the trained tensors
-(`adapter_model.safetensors` or `model*.safetensors`), `optimizer.safetensors`, `state.json` and,
-written last, `manifest.json` with the size and the sha256 of every file and of itself. It is
-filled under a temporary name, synced to the disk and renamed: a name without a leading dot is a
-complete checkpoint. Loading verifies every hash first.
+(`adapter_model.safetensors` or `model*.safetensors`), `optimizer.safetensors`, `state.json` and
+`manifest.json`. How it comes to be whole is told in `files/folders.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from files.atomic import fsync_file, fsync_folder, sha256_file, write_json
+from files.atomic import write_json
 from files.errors import UserError
+from files.faults import faultpoint
+from files.folders import damage, replace_folder, sweep
+from files.strict_json import read_json_object
 from train.early_stopping import EarlyStopping
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -42,6 +42,10 @@ class TrainState:
         non_finite_in_a_row: Latest steps in a row whose loss or gradient was not finite.
         resumed_from: Steps at which the run was taken up again.
         peak_memory_bytes: Highest memory use seen, over all of the run's processes.
+        micro_batch_divisor: What the configured size of micro-batches is divided by, a power of
+            two: more than 1 since memory once did not suffice.
+        recent_losses: Losses of the latest updates, what a spike is measured against
+            (`train.spikes`).
     """
 
     stopping: EarlyStopping
@@ -56,6 +60,8 @@ class TrainState:
     non_finite_in_a_row: int = 0
     resumed_from: list[int] = field(default_factory=list)
     peak_memory_bytes: int = 0
+    micro_batch_divisor: int = 1
+    recent_losses: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""
@@ -63,89 +69,62 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """Return the state that `to_dict` gave."""
-        return cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
+        """Return the state that `to_dict` gave.
+
+        Raises:
+            TypeError: A field is missing, unknown, or of another type.
+        """
+        state = cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
+        _check_types(state.stopping)
+        _check_types(state)
+        return state
 
 
-def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `target` anew: filled under a temporary name, synced, then put in place.
+@contextlib.contextmanager
+def room_on_disk(what: str, folder: Path, expected_bytes: int, remedy: str) -> Iterator[None]:
+    """Check that there is room before something is written in the block, and name what failed.
 
-    A kill at any moment loses neither the old folder nor the new one: see `recover_folder`.
+    Args:
+        what: What is to be saved, for the message.
+        folder: Where it will lie.
+        expected_bytes: Its size.
+        remedy: What the message ends with.
+
+    Raises:
+        UserError: There is no room, or the disk refuses.
     """
-    recover_folder(target)
-    temporary, trash = _beside(target)
-    for leftover in (temporary, trash):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    for path in temporary.iterdir():
-        fsync_file(path)
-    fsync_folder(temporary)
-    if target.exists():
-        target.rename(trash)
-    temporary.rename(target)
-    fsync_folder(target.parent)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Put in place what a kill between the two renames of `replace_folder` left beside `target`.
-
-    The old folder is renamed away only when the new one is whole, so the new one is taken.
-    """
-    temporary, trash = _beside(target)
-    if target.exists() or not trash.is_dir():
-        return
-    (temporary if temporary.is_dir() else trash).rename(target)
-    fsync_folder(target.parent)
-
-
-def sweep(folder: Path) -> None:
-    """Delete what a kill left half-written, or half-deleted, in a folder."""
-    for prefix in (".tmp-", ".trash-"):
-        for leftover in folder.glob(f"{prefix}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def _beside(target: Path) -> tuple[Path, Path]:
-    """Return where the new folder is filled, and where the old one waits to be deleted."""
-    return target.parent / f".tmp-{target.name}", target.parent / f".trash-{target.name}"
-
-
-def _manifest_hash(files: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: size and sha256 of every other file, and of this list itself."""
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.iterdir())
-    }
-    write_json(folder / "manifest.json", {"files": files, "sha256": _manifest_hash(files)})
-
-
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, None where every file is what the manifest says."""
+    free = shutil.disk_usage(folder).free
+    sizes = f"it needs {expected_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free"
+    if free < expected_bytes:
+        raise UserError(f"cannot save {what}: {sizes}; {remedy}")
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        files = manifest["files"]
-        if manifest["sha256"] != _manifest_hash(files):
-            return f"{folder}/manifest.json: its own sha256 does not match"
-        listed = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        return f"{folder}: there is no manifest.json"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder}/manifest.json: not a manifest"
-    present = {path.name for path in folder.iterdir()} - {"manifest.json"}
-    if present != set(listed):
-        differing = ", ".join(sorted(present ^ set(listed)))
-        return f"{folder}: its files are not those of the manifest ({differing})"
-    for name, (size, digest) in listed.items():
-        path = folder / name
-        if path.stat().st_size != size or sha256_file(path) != digest:
-            return f"{path}: sha256 mismatch"
-    return None
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot save {what}: {reason} ({sizes}); {remedy}") from error
+
+
+# What a field of these annotations may hold in JSON.
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "list[int]": (list,),
+    "dict[str, Any] | None": (dict, type(None)),
+    "EarlyStopping": (EarlyStopping,),
+}
+
+
+def _check_types(state: TrainState | EarlyStopping) -> None:
+    for one in fields(state):
+        value = getattr(state, one.name)
+        allowed = _JSON_TYPES[str(one.type)]
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, allowed) or any(type(item) is not int for item in items):
+            raise TypeError(f"{one.name} is {value!r:.60}")
+        if isinstance(value, bool):
+            raise TypeError(f"{one.name} is {value}")
 
 
 class Checkpoints:
@@ -175,53 +154,40 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
-        identity: dict[str, Any],
-        write_tensors_into: Callable[[Path], None],
+        state: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        write_tensors_into: Callable[[Path], Mapping[str, str]],
         expected_bytes: int,
     ) -> Path:
-        """Write the checkpoint of `state.step`, then delete those beyond the limit.
+        """Write the checkpoint of a state, then delete those beyond the limit.
 
         Args:
-            state: The run's state.
+            state: `TrainState.to_dict()` of the step.
             identity: What a resume is checked against: configuration, data, versions.
-            write_tensors_into: Writes the trained tensors and the optimizer's into a folder.
+            write_tensors_into: Writes the trained tensors and the optimizer's into a folder, and
+                returns the sha256 of each file.
             expected_bytes: Size of the checkpoint, compared with the free space before anything is
                 written.
 
         Raises:
             UserError: The disk is full; the checkpoints there are untouched.
         """
-        target = self.path(state.step)
+        step = state["step"]
+        target = self.path(step)
         if target.exists() and damage(target) is None:
             return target
-        newest = (
-            f"the last good checkpoint is {self.path(self.steps()[-1])}"
-            if self.steps()
-            else "none is there"
-        )
 
-        def fill(folder: Path) -> None:
-            write_tensors_into(folder)
-            write_json(folder / "state.json", {"state": state.to_dict(), "identity": identity})
-            write_manifest(folder)
+        def fill(folder: Path) -> Mapping[str, str]:
+            hashes = write_tensors_into(folder)
+            write_json(folder / "state.json", {"state": state, "identity": identity})
+            return hashes
 
-        free = shutil.disk_usage(self.folder).free
-        if free < expected_bytes:
-            raise UserError(
-                f"cannot save step {state.step}: it needs {expected_bytes / 1e9:.2f} GB and "
-                f"{self.folder} has "
-                f"{free / 1e9:.2f} GB free; {newest}; make room and continue with --resume"
-            )
-        try:
-            replace_folder(target, fill)
-        except OSError as error:
-            shutil.rmtree(self.folder / f".tmp-{target.name}", ignore_errors=True)
-            raise UserError(
-                f"cannot save step {state.step} in {self.folder}: {error.strerror or error} (needs "
-                f"{expected_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB were free); {newest}"
-            ) from error
-        self.rotate(state.stopping.best_step)
+        steps = self.steps()
+        good = f"the last good one is {self.path(steps[-1])}" if steps else "there is none yet"
+        remedy = f"{good}; make room and continue with --resume"
+        with room_on_disk(f"step {step}", self.folder, expected_bytes, remedy):
+            replace_folder(target, fill, step=step)
+        self.rotate(state["stopping"]["best_step"])
         return target
 
     def rotate(self, best_step: int | None) -> None:
@@ -237,7 +203,9 @@ class Checkpoints:
         for step in set(steps) - kept:
             trash = self.folder / f".trash-{self.path(step).name}"
             self.path(step).rename(trash)
+            faultpoint("rotation.renamed")
             shutil.rmtree(trash)
+            faultpoint("rotation.deleted")
 
     def set_newer_aside(self, step: int) -> None:
         """Rename the checkpoints after `step`, from which the run goes on another time."""
@@ -267,9 +235,12 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         UserError: state.json is of another version of Lathe.
     """
     try:
-        document = json.loads((folder / "state.json").read_bytes())
-        return TrainState.from_dict(document["state"]), document["identity"]
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        document = read_json_object(folder / "state.json")
+        identity = document["identity"]
+        if not isinstance(identity, dict):
+            raise TypeError("identity is no object")
+        return TrainState.from_dict(document["state"]), identity
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{folder}/state.json: not a state that this version can continue from ({error}); "
             "resume with the version of Lathe that wrote it (environment.json names it)"

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 from files.errors import UserError
+from files.faults import faultpoint
+from files.folders import MANIFEST, replace_folder
 from lora import adapter_config
-from train.checkpoint import replace_folder
 from train.console import closing_summary, format_count
 from train.generate import find_stop_ids, generate
 from train.report import write_report
 from train.samples import MOST_NEW_TOKENS, choose_samples
-from train.session import Session
+from train.session import Session, whole_best
 
 
 def opening_panel(session: Session) -> None:
@@ -116,23 +117,29 @@ def finish(session: Session, reason: str) -> None:
 
     A run that was stopped keeps its checkpoint and says how to go on.
     """
+    session.writer.wait()
+    faultpoint("run.ends")
     if reason not in ("completed", "early_stopping"):
         condition = "failed" if reason == "non_finite" else "preempted"
         status = session.write_status(condition, reason)
         write_report(session.folder)
         session.console.summary(*closing_summary(status, session.folder))
         return
-    best = session.folder / "best"
-    if session.config.checkpoint.load_best_at_end and session.state.stopping.best_step is not None:
-        if not best.is_dir():
+    best, best_step = session.folder / "best", session.state.stopping.best_step
+    if session.config.checkpoint.load_best_at_end and best_step is not None:
+        if not whole_best(best, best_step):
             raise UserError(
-                f"{best}: missing, but checkpoint.load_best_at_end=true promises it as final/; "
-                "resume the run from a checkpoint at or before its best step"
+                f"{best}: missing, damaged or not that of step {best_step}, but "
+                "checkpoint.load_best_at_end=true promises it as final/; resume the run from a "
+                "checkpoint at or before its best step"
             )
         session.load_trained(best)
-        replace_folder(session.folder / "final", lambda folder: _copy_files(best, folder))
+        replace_folder(
+            session.folder / "final", lambda folder: _copy_files(best, folder), step=best_step
+        )
     else:
-        replace_folder(session.folder / "final", session.export)
+        replace_folder(session.folder / "final", session.export, step=session.state.step)
+    faultpoint("run.final")
     if session.data.test is not None:
         session.record_evaluation("test", session.evaluate(session.data.test))
     complete_samples(session, "after")
@@ -142,6 +149,9 @@ def finish(session: Session, reason: str) -> None:
     session.console.summary(*closing_summary(status, session.folder))
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def _copy_files(source: Path, target: Path) -> dict[str, str]:
+    """Copy a folder's files, all but its manifest; the hashes are left to be read again."""
     for path in source.iterdir():
-        shutil.copyfile(path, target / path.name)
+        if path.name != MANIFEST:
+            shutil.copyfile(path, target / path.name)
+    return {}

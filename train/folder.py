@@ -12,17 +12,18 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from files.atomic import LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
 from files.hub import ModelSource
-from lora import save_adapter
+from lora import adapter_tensors, save_adapter
 from models.config import DecoderConfig
 from models.layers import CausalLM
 from models.weights import save_model
@@ -182,13 +183,12 @@ def peak_memory(device: torch.device) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def write_status(
-    folder: Path, state: TrainState, plan: RunPlan, *, condition: str, reason: str, **more: Any
+def status_document(
+    state: TrainState, plan: RunPlan, *, condition: str, reason: str, **more: Any
 ) -> dict[str, Any]:
-    """Write status.json and return it.
+    """Return the content of status.json.
 
     Args:
-        folder: The run's folder.
         state: The run's state.
         plan: The run's plan.
         condition: `running`, `finished`, `preempted` or `failed`.
@@ -197,7 +197,7 @@ def write_status(
         more: Further fields, such as parameter counts and samples.
     """
     stopping = state.stopping
-    status = {
+    return {
         "state": condition,
         "reason": reason,
         "step": state.step,
@@ -211,37 +211,68 @@ def write_status(
         "targets": state.targets,
         "skipped": state.skipped,
         "peak_memory_bytes": state.peak_memory_bytes,
-        "resumed_from": state.resumed_from,
+        "resumed_from": list(state.resumed_from),
         "process": os.getpid(),
         "updated": utc_now(),
         **more,
     }
-    write_json(folder / "status.json", status)
-    return status
+
+
+def trained_tensors(model: CausalLM, config: RunConfig) -> dict[str, Tensor]:
+    """Return what is trained under the names of its files: live, without gradient history."""
+    if config.train.method == "lora":
+        return adapter_tensors(model)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def write_trained(
-    model: CausalLM, config: RunConfig, source: ModelSource, folder: Path, dtype: torch.dtype
-) -> None:
-    """Write what was trained as others read it: a PEFT adapter, or a whole model in `dtype`."""
+    model: CausalLM,
+    tensors: Mapping[str, Tensor],
+    config: RunConfig,
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype,
+) -> dict[str, str]:
+    """Write what was trained as others read it: a PEFT adapter, or a whole model in `dtype`.
+
+    Args:
+        model: The decoder; its values are not read.
+        tensors: What `trained_tensors` gave, or a copy of it.
+        config: The run's configuration.
+        source: The base model.
+        folder: Where the files go.
+        dtype: What a whole model is stored as; an adapter keeps its fp32.
+
+    Returns:
+        File name → sha256 (hex) of each weights file.
+    """
     if config.train.method == "lora":
-        save_adapter(
+        return save_adapter(
             model,
             folder,
             base_model=source.repository or str(source.folder),
             revision=source.commit,
+            tensors=tensors,
         )
-    else:
-        save_model(model, folder, config=model.config, dtype=dtype)
+    return save_model(tensors, folder, config=model.config, dtype=dtype)
 
 
 def export(
-    model: CausalLM, config: RunConfig, source: ModelSource, data: Data, folder: Path
-) -> None:
-    """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format."""
+    model: CausalLM,
+    tensors: Mapping[str, Tensor],
+    config: RunConfig,
+    source: ModelSource,
+    data: Data,
+    folder: Path,
+) -> dict[str, str]:
+    """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format.
+
+    Returns:
+        File name → sha256 (hex) of each weights file.
+    """
     stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    write_trained(
-        model, config, source, folder, stored.get(model.config.torch_dtype or "", torch.float32)
-    )
+    dtype = stored.get(model.config.torch_dtype or "", torch.float32)
+    hashes = write_trained(model, tensors, config, source, folder, dtype)
     data.tokenizer.save(folder)
     write_json(folder / "prompt_format.json", data.prompt_format.to_dict())
+    return hashes

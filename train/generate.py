@@ -23,6 +23,7 @@ from torch import Tensor
 from data.prompt import PromptFormat, parse_template
 from data.tokenizer import Tokenizer
 from files.errors import UserError
+from files.folders import damage
 from files.hub import resolve_model
 from files.strict_json import read_json_object
 from kernels.segments import Segments
@@ -31,7 +32,6 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
-from train.checkpoint import damage
 from train.command import run_command
 from train.config import load_config
 from train.precision import COMPUTE_DTYPES, resolve_precision

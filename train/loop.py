@@ -10,11 +10,14 @@ import numpy as np
 from data.batch import MicroBatch, micro_batches
 from data.examples import Examples
 from data.order import epoch_order
+from files.faults import faultpoint
 from train.checkpoint import TrainState
+from train.memory import does_not_fit
 from train.plan import RunPlan
 from train.prepare import Data
 from train.settings import RunConfig
 from train.signals import Signals
+from train.spikes import observe_loss
 from train.step import StepResult
 
 if TYPE_CHECKING:
@@ -72,32 +75,70 @@ class StepBatches:
             self._order = (epoch, order)
         return self._order[1]
 
-    def cut(self, epoch: int, start: int, stop: int) -> list[MicroBatch]:
-        """Return the examples at positions `start` to `stop` of an epoch's order, cut."""
+    def cut(self, epoch: int, start: int, stop: int, divisor: int = 1) -> list[MicroBatch]:
+        """Return the examples at positions `start` to `stop` of an epoch's order, cut.
+
+        Args:
+            epoch: The 0-based epoch.
+            start: First position.
+            stop: Position after the last.
+            divisor: What the configured size of a micro-batch is divided by.
+        """
+        tokens = self.micro_batch_tokens
         return micro_batches(
             self.examples,
             self.order(epoch)[start:stop],
-            micro_batch_size=self.micro_batch_size,
-            micro_batch_tokens=self.micro_batch_tokens,
+            micro_batch_size=max(1, self.micro_batch_size // divisor),
+            micro_batch_tokens=None if tokens is None else max(1, tokens // divisor),
             batching=self.batching,
             max_length=self.max_length,
             pad_id=self.pad_id,
         )
 
 
-def advance(state: TrainState, result: StepResult) -> None:
-    """Move the state past one step."""
+def step_that_fits(
+    session: Session, plan: RunPlan, batches: StepBatches, step: int
+) -> StepResult:
+    """Do one step; where memory does not suffice, redo it in halved micro-batches, which stay.
+
+    Raises:
+        UserError: Memory does not suffice for a single example. The state before the step is saved.
+    """
+    state = session.state
+    while True:
+        batch = batches.cut(*plan.batch(step), divisor=state.micro_batch_divisor)
+        result = session.step(step, batch, plan.learning_rate(step))
+        if result.skipped != "out of memory":
+            return result
+        if all(len(micro_batch.examples) == 1 for micro_batch in batch):
+            saved = ""
+            if state.step > 0:
+                session.save(best=False, checkpoint=True)
+                session.writer.wait()
+                saved = f" (the state after step {state.step} is saved)"
+            longest = max(micro_batch.num_tokens for micro_batch in batch)
+            raise does_not_fit(f"step {step}", longest, saved)
+        state.micro_batch_divisor *= 2
+        session.console.say(
+            f"out of memory at step {step}: it is done again, and all goes on, with micro-batches "
+            f"1/{state.micro_batch_divisor} of their configured size; the gradient is the same"
+        )
+
+
+def advance(state: TrainState, result: StepResult) -> float | None:
+    """Move the state past one step; return how far its loss is a spike (`train.spikes`), if so."""
     state.step += 1
     state.tokens += result.tokens
     state.seconds += result.seconds
-    if result.skipped is None:
-        state.targets += result.targets
-        state.loss_since_eval += result.loss * result.targets
-        state.targets_since_eval += result.targets
-    else:
-        state.skipped += 1
     not_finite = result.skipped == "non-finite"
     state.non_finite_in_a_row = state.non_finite_in_a_row + 1 if not_finite else 0
+    if result.skipped is not None:
+        state.skipped += 1
+        return None
+    state.targets += result.targets
+    state.loss_since_eval += result.loss * result.targets
+    state.targets_since_eval += result.targets
+    return observe_loss(state.recent_losses, result.loss)
 
 
 def train(session: Session, plan: RunPlan, batches: StepBatches, signals: Signals) -> str:
@@ -105,22 +146,28 @@ def train(session: Session, plan: RunPlan, batches: StepBatches, signals: Signal
 
     Returns:
         `completed`, `early_stopping`, `non_finite`, or the name of a signal (`sigint`, `sigterm`).
-        In every case the state was saved first.
+        In every case the state was saved first, or is being saved in the background.
+
+    Raises:
+        UserError: Memory does not suffice, however small the micro-batches.
     """
     state = session.state
     while state.step < plan.total_steps and not state.stopping.should_stop:
+        session.writer.check()
         step = state.step + 1
-        result = session.step(step, batches.cut(*plan.batch(step)), plan.learning_rate(step))
-        advance(state, result)
-        session.record_step(result, plan.learning_rate(step))
+        result = step_that_fits(session, plan, batches, step)
+        spike = advance(state, result)
+        session.record_step(result, plan.learning_rate(step), spike)
+        faultpoint("step.recorded")
 
-        if plan.evaluates_at(step):
-            session.evaluate_and_keep_best()
+        new_best = plan.evaluates_at(step) and session.evaluate_valid()
 
         not_finite = state.non_finite_in_a_row >= NON_FINITE_LIMIT
         ends_here = signals.stop is not None or not_finite or state.stopping.should_stop
-        if ends_here or plan.saves_at(step) or signals.save or session.save_is_due():
-            session.save()
+        due = ends_here or plan.saves_at(step) or signals.save or session.save_is_due()
+        if due or new_best:
+            session.save(best=new_best, checkpoint=due)
+        if due:
             signals.save = False
         if signals.stop is not None:
             return signals.stop.name.lower()

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from files.errors import UserError
+from files.folders import replace_folder
 from files.hub import ModelSource, resolve_model
 from files.tensors import read_header
 from lora import load_adapter, merge, read_adapter_config
 from models import load_model
 from models.weights import save_model
-from train.checkpoint import replace_folder
 from train.command import run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
@@ -60,9 +60,10 @@ def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> s
     load_adapter(model, adapter)
     names = merge(model)
 
-    def fill(folder: Path) -> None:
-        save_model(model, folder, config=model.config)
+    def fill(folder: Path) -> dict[str, str]:
+        hashes = save_model(model, folder, config=model.config)
         _copy_companions(adapter, source.folder, folder)
+        return hashes
 
     replace_folder(out, fill)
     return (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from files.atomic import write_text
 from files.errors import UserError
+from files.faults import faultpoint
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -130,6 +131,7 @@ class Metrics:
         self._keys.add(key)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        faultpoint("metrics.written")
         return row
 
     def _show(self, values: Mapping[str, float | None], step: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from files.atomic import RunLock
 from files.errors import UserError
-from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, damage, read_state
+from files.folders import damage
+from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, read_state
 from train.config import check_resume_overrides, flat, load_config, resume_keys
 from train.settings import RunConfig
 
@@ -85,8 +86,8 @@ def _what_is_left(
 
 def _is_finished(folder: Path) -> bool:
     try:
-        return json.loads((folder / "status.json").read_bytes()).get("state") == "finished"
-    except (OSError, ValueError):
+        return read_json_object(folder / "status.json").get("state") == "finished"
+    except UserError:
         return False
 
 
@@ -116,10 +117,11 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
                 f"{str(was)[:12]} then, {str(fingerprint)[:12]} now): put the old rows and "
                 "tokenizer back, or start a new run"
             )
-    if saved["model"] != now["model"]:
+    differing = [key for key, value in now["model"].items() if saved["model"].get(key) != value]
+    if differing:
         raise UserError(
-            f"--resume: model.path holds another base model ({saved['model']} then, "
-            f"{now['model']} now): give back the old one, or start a new run"
+            f"--resume: model.path holds another base model (its {' and '.join(differing)} are not "
+            "those that the run began with): give back the old one, or start a new run"
         )
     return [
         f"resume will not be bit-exact: {name} {saved['machine'].get(name)} → {value}"

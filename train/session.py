@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.batch import MicroBatch
 from data.examples import Examples
-from files.hub import ModelSource
+from files.atomic import write_json
+from files.faults import faultpoint
+from files.folders import damage, recover_folder, replace_folder, step_of, sweep
+from files.hub import ModelSource, hashed_weights
 from files.tensors import TensorFile, write_tensors
 from lora import fill_adapter
 from models.layers import CausalLM
-from models.weights import fill
-from train.checkpoint import Checkpoints, TrainState, recover_folder, replace_folder, sweep
+from models.weights import fill, weights_files
+from train.background import BackgroundWriter
+from train.checkpoint import Checkpoints, TrainState, room_on_disk
 from train.config import flat
 from train.console import Console
 from train.early_stopping import EarlyStopping
 from train.evaluate import EvalResult, evaluate
-from train.folder import export, package_versions, peak_memory, write_status, write_trained
+from train.folder import (
+    device_name,
+    export,
+    package_versions,
+    peak_memory,
+    status_document,
+    trained_tensors,
+    write_trained,
+)
+from train.ledger import available_memory
+from train.memory import is_out_of_memory
 from train.metrics import Metrics
 from train.optimizers import build_optimizer
 from train.plan import RunPlan
@@ -43,6 +60,7 @@ class Session:
         scaler: The loss scaler under fp16, else None.
         state: What a resume continues from.
         samples: Completions shown in the report.
+        writer: What writes saves in the background.
     """
 
     def __init__(
@@ -79,6 +97,7 @@ class Session:
             recover_folder(folder / name)
         sweep(folder)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.total_limit)
+        self.writer = BackgroundWriter()
         warnings = self._take_up(resume) if resume is not None and resume.state else []
         self.samples = samples_so_far(folder) if self.state.step else []
         self.console = Console(
@@ -93,12 +112,15 @@ class Session:
         self._saved_at = time.monotonic()
         for warning in warnings:
             self.console.say(warning)
+        # The base model's files are hashed as they are now, while the first steps are done.
+        self.writer.submit(lambda: self.identity)
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close the records; what broke off with an error is left with a status that says so."""
+        self.writer.close()
         self.console.close()
         if error is None:
             self.metrics.close()
@@ -112,21 +134,43 @@ class Session:
     # -- what the loop asks for -------------------------------------------------------------------
 
     def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
-        """Do one optimizer step on the trainable parameters."""
-        return train_step(
-            self.model,
-            self.optimizer,
-            batch,
-            learning_rate=learning_rate,
-            max_grad_norm=self.config.optimizer.max_grad_norm,
-            precision=self.precision,
-            scaler=self.scaler,
-            device=self.device,
-            draw=(self.config.train.seed, step),
-        )
+        """Do one optimizer step on the trainable parameters.
 
-    def record_step(self, result: StepResult, learning_rate: float) -> None:
-        """Enter the step just done into metrics and console."""
+        Raises:
+            UserError: Memory ran out while weights were being updated: they are now neither the old
+                nor the new ones.
+        """
+        try:
+            return train_step(
+                self.model,
+                self.optimizer,
+                batch,
+                learning_rate=learning_rate,
+                max_grad_norm=self.config.optimizer.max_grad_norm,
+                precision=self.precision,
+                scaler=self.scaler,
+                device=self.device,
+                draw=(self.config.train.seed, step),
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.writer.wait()
+            steps = self.checkpoints.steps()
+            last = f"from {self.checkpoints.path(steps[-1])}" if steps else "at the first step"
+            raise UserError(
+                f"step {step}: out of memory in the update of the weights, which cannot be undone; "
+                f"--resume {self.folder} goes on {last} where more memory is free"
+            ) from None
+
+    def record_step(self, result: StepResult, learning_rate: float, spike: float | None) -> None:
+        """Enter the step just done into metrics and console.
+
+        Args:
+            result: What it did.
+            learning_rate: Its rate.
+            spike: How many standard deviations its loss is above those before, where it is a spike.
+        """
         step = self.state.step
         row: dict[str, Any] = {
             "kind": "train",
@@ -141,6 +185,13 @@ class Session:
         }
         if result.skipped is not None:
             row["skipped"] = result.skipped
+        if spike is not None:
+            row["spike"] = spike
+        if result.skipped is not None or spike is not None:
+            row["examples"] = list(result.examples)
+            row["rows"] = [self.data.train.row_of(index) for index in result.examples]
+        if self.state.micro_batch_divisor > 1:
+            row["micro_batch_divisor"] = self.state.micro_batch_divisor
         if self.scaler is not None:
             row["loss_scale"] = self.scaler.scale
         log = self.plan.logs_at(step)
@@ -163,20 +214,20 @@ class Session:
             pad_id=self.data.tokenizer.pad_id,
         )
 
-    def evaluate_and_keep_best(self) -> None:
-        """Evaluate the valid set, where there is one; the best state goes to `best/` at once."""
+    def evaluate_valid(self) -> bool:
+        """Evaluate the valid set, where there is one; return whether the state is the best yet."""
         if self.data.valid is None:
-            return
+            return False
         state = self.state
         result = self.evaluate(self.data.valid)
+        faultpoint("evaluation.done")
         best = state.stopping.observe(state.step, result.loss)
         train_loss = (
             state.loss_since_eval / state.targets_since_eval if state.targets_since_eval else None
         )
         self.record_evaluation("valid", result, best=best, train_loss=train_loss)
         state.loss_since_eval, state.targets_since_eval = 0.0, 0
-        if best:
-            replace_folder(self.folder / "best", self.export)
+        return best
 
     def record_evaluation(
         self, split: str, result: EvalResult, *, best: bool = False, train_loss: float | None = None
@@ -192,6 +243,8 @@ class Session:
             "train_loss": train_loss,
             "seconds": result.seconds,
         }
+        if result.reduced_batch_size is not None:
+            row["reduced_batch_size"] = result.reduced_batch_size
         self.metrics.eval(row)
         self.console.eval(row)
 
@@ -200,34 +253,57 @@ class Session:
         minutes = self.config.checkpoint.minutes
         return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
-    def save(self) -> None:
-        """Write the checkpoint of this step, and the status beside it."""
+    def save(self, *, best: bool, checkpoint: bool) -> None:
+        """Copy the state, and write `best/` and the step's checkpoint from the copy.
+
+        The writing is done in the background: training waits for the copy alone, and for a save
+        before this one that is not done yet. Where the host has no room for a copy, it waits for
+        the writing. A checkpoint is written after the `best/` that it speaks of.
+
+        Args:
+            best: Whether to replace `best/`.
+            checkpoint: Whether to write a checkpoint.
+
+        Raises:
+            UserError: The save before this one could not be written.
+        """
+        self.writer.wait()
         state = self.state
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory(self.device))
         state.scaler = self.scaler.state() if self.scaler is not None else None
-        self.metrics.sync()
-        trained = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
-        moments = sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in self.optimizer.state_tensors().values()
+        tensors = trained_tensors(self.model, self.config)
+        moments = self.optimizer.state_tensors() if checkpoint else {}
+        room = available_memory("cpu")
+        in_background = room is None or 2 * (_num_bytes(tensors) + _num_bytes(moments)) < room
+        if in_background:
+            tensors, moments = _copied(tensors), _copied(moments)
+        faultpoint("save.copied")
+        write = partial(
+            self._write,
+            state.to_dict(),
+            self.status("running", "training"),
+            tensors,
+            moments if checkpoint else None,
+            best,
         )
-        self.checkpoints.save(
-            state, self.identity(), self._write_tensors, expected_bytes=4 * trained + moments
-        )
-        self.write_status("running", "training")
-        self._saved_at = time.monotonic()
+        if in_background:
+            self.writer.submit(write)
+        else:
+            write()
+        if checkpoint:
+            self._saved_at = time.monotonic()
 
     # -- files ------------------------------------------------------------------------------------
 
-    def export(self, folder: Path) -> None:
-        """Fill `folder` with what a user takes away of the present weights."""
-        export(self.model, self.config, self.source, self.data, folder)
+    def export(self, folder: Path) -> dict[str, str]:
+        """Fill `folder` with what a user takes away of the present weights; return hashes."""
+        tensors = trained_tensors(self.model, self.config)
+        return export(self.model, tensors, self.config, self.source, self.data, folder)
 
-    def write_status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
-        """Write status.json and return it."""
+    def status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
+        """Return the content of status.json."""
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory(self.device))
-        return write_status(
-            self.folder,
+        return status_document(
             self.state,
             self.plan,
             condition=condition,
@@ -238,26 +314,30 @@ class Session:
             **more,
         )
 
+    def write_status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
+        """Write status.json and return it."""
+        status = self.status(condition, reason, **more)
+        write_json(self.folder / "status.json", status)
+        return status
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return what a resumed run must agree with: configuration, data, base model, machine."""
+        """What a resumed run must agree with: configuration, data, base model, machine."""
         config = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in flat(self.config).items()
         }
-        files = {
-            path.name: path.stat().st_size
-            for path in sorted(self.source.folder.glob("*.safetensors"))
-        }
+        weights = [] if self.config.model.random_init else weights_files(self.source.folder)
         return {
             "config": config,
             "data": self.data.fingerprints,
             "model": {
                 "commit": self.source.commit,
                 "config": self.model.config.raw,
-                "files": files,
+                "files": hashed_weights(weights),
             },
             "machine": {
-                "device": self.device.type,
+                "device": device_name(self.device),
                 "torch threads": torch.get_num_threads(),
                 **package_versions(),
             },
@@ -271,16 +351,60 @@ class Session:
         else:
             fill(self.model, folder, torch.float32, self.device)
 
-    def _write_tensors(self, folder: Path) -> None:
-        write_trained(self.model, self.config, self.source, folder, torch.float32)
-        write_tensors(folder / "optimizer.safetensors", self.optimizer.state_tensors())
+    def _write(
+        self,
+        state: dict[str, Any],
+        status: dict[str, Any],
+        tensors: dict[str, Tensor],
+        moments: dict[str, Tensor] | None,
+        best: bool,
+    ) -> None:
+        """Write what `save` copied: `best/`, then the checkpoint, then the status.
+
+        Args:
+            state: `TrainState.to_dict()`.
+            status: Content of status.json.
+            tensors: The trained tensors.
+            moments: The optimizer's tensors; None writes no checkpoint.
+            best: Whether to replace `best/`.
+        """
+        faultpoint("save.begun")
+        if best:
+            remedy = "make room and continue with --resume"
+            what = f"best/ of step {state['step']}"
+            with room_on_disk(what, self.folder, _num_bytes(tensors), remedy):
+                replace_folder(
+                    self.folder / "best",
+                    lambda folder: export(
+                        self.model, tensors, self.config, self.source, self.data, folder
+                    ),
+                    step=state["step"],
+                )
+        if moments is not None:
+            self.metrics.sync()
+            self.checkpoints.save(
+                state,
+                self.identity,
+                lambda folder: {
+                    **write_trained(
+                        self.model, tensors, self.config, self.source, folder, torch.float32
+                    ),
+                    "optimizer.safetensors": write_tensors(
+                        folder / "optimizer.safetensors", moments
+                    ),
+                },
+                expected_bytes=_num_bytes(tensors) + _num_bytes(moments),
+            )
+            write_json(self.folder / "status.json", status)
+        faultpoint("save.done")
 
     def _take_up(self, resume: Resume) -> list[str]:
         """Continue from a checkpoint: weights, optimizer, scaler, state. Returns warnings."""
         assert resume.checkpoint is not None
         assert resume.state is not None
         assert resume.identity is not None
-        warnings = check_identity(resume.identity, self.identity())
+        warnings = check_identity(resume.identity, self.identity)
+        self._mend_best(resume.state.stopping.best_step)
         self.load_trained(resume.checkpoint)
         with TensorFile(resume.checkpoint / "optimizer.safetensors") as file:
             self.optimizer.load_state({name: file.read(name) for name in file.names})
@@ -292,3 +416,31 @@ class Session:
         if self.scaler is not None and self.state.scaler is not None:
             self.scaler.load(self.state.scaler)
         return warnings
+
+    def _mend_best(self, best_step: int | None) -> None:
+        """Make `best/` again from the checkpoint of its step where it is not whole, or not its own.
+
+        A kill may have come after a newer best was written and before its checkpoint. Without a
+        checkpoint of that step nothing can be done here; `final/` will not be taken from it.
+        """
+        best = self.folder / "best"
+        if best_step is None or whole_best(best, best_step):
+            return
+        checkpoint = self.checkpoints.path(best_step)
+        if checkpoint.is_dir() and damage(checkpoint) is None:
+            self.load_trained(checkpoint)
+            replace_folder(best, self.export, step=best_step)
+
+
+def whole_best(best: Path, step: int) -> bool:
+    """Return whether `best/` is whole and holds the state of `step`."""
+    return damage(best) is None and step_of(best) == step
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in host memory."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from data.batch import MicroBatch
+from files.faults import faultpoint
 from models.layers import CausalLM
 from train.loss import exact_sum, loss_sum
+from train.memory import within_memory
 from train.optimizers import Adafactor, AdamW, clip_gradients
 from train.precision import LossScaler, Precision
 
@@ -32,7 +35,10 @@ class StepResult:
         targets: Tokens with a label.
         tokens: Real tokens, padding left out.
         seconds: Wall time of the step.
-        skipped: Why no weight was touched (`no targets`, `non-finite`), or None after an update.
+        skipped: Why no weight was touched (`no targets`, `non-finite`, `out of memory`), or None
+            after an update.
+        examples: Index of each of the step's examples; where some micro-batches had a loss that is
+            not finite, those of these alone.
     """
 
     loss: float
@@ -41,6 +47,7 @@ class StepResult:
     tokens: int
     seconds: float
     skipped: str | None = None
+    examples: tuple[int, ...] = ()
 
 
 def train_step(
@@ -57,10 +64,10 @@ def train_step(
 ) -> StepResult:
     """Update the model's trainable parameters once, with the gradient of the whole batch.
 
-    With a loss scaler (fp16), an overflow halves the scale and the same batch is done again: an
-    attempt that overflowed is no step, so neither the schedule nor the data order moves. A loss or
-    gradient that is not finite at all leaves weights, optimizer state and scale as they were, bit
-    for bit, and is reported as skipped.
+    A loss or gradient that is not finite leaves weights, optimizer state and loss scale as they
+    were, bit for bit, and is reported as skipped. So does a micro-batch that memory does not
+    suffice for: the same step can then be done with smaller ones. Running out of memory in the
+    update itself is not caught, for it cannot be undone.
 
     Args:
         model: The decoder, in the state of step s - 1.
@@ -78,39 +85,84 @@ def train_step(
     tokens = sum(micro_batch.num_tokens for micro_batch in batch)
     parameters = list(optimizer.parameters.values())
 
-    def result(loss: float, norm: float, skipped: str | None = None) -> StepResult:
+    def result(
+        loss: float, norm: float, skipped: str | None = None, of: Sequence[MicroBatch] = batch
+    ) -> StepResult:
         for parameter in parameters:
             parameter.grad = None
-        return StepResult(loss, norm, targets, tokens, time.perf_counter() - started, skipped)
+        examples = tuple(index for micro_batch in of for index in micro_batch.examples)
+        seconds = time.perf_counter() - started
+        return StepResult(loss, norm, targets, tokens, seconds, skipped, examples)
 
     if targets == 0:
         return result(0.0, 0.0, "no targets")
     scaler_before = scaler.state() if scaler else {}
+    computed = within_memory(
+        lambda: _gradient(
+            model,
+            parameters,
+            batch,
+            targets,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            scaler=scaler,
+            device=device,
+            draw=draw,
+        ),
+        device,
+    )
+    losses, norm = computed or ([], math.nan)
+    mean = exact_sum(losses) / targets if losses else math.nan
+    if not (math.isfinite(norm) and math.isfinite(mean)):
+        if scaler:
+            scaler.load(scaler_before)
+        if computed is None:
+            return result(mean, norm, "out of memory")
+        at_fault = [part for part, loss in zip(batch, losses, strict=True) if not loss.isfinite()]
+        return result(mean, norm, "non-finite", of=at_fault or batch)
+    faultpoint("step.gradient")
+    optimizer.step(learning_rate)
+    faultpoint("step.updated")
+    return result(mean, norm)
+
+
+def _gradient(
+    model: CausalLM,
+    parameters: list[Parameter],
+    batch: Sequence[MicroBatch],
+    targets: int,
+    *,
+    max_grad_norm: float,
+    precision: Precision,
+    scaler: LossScaler | None,
+    device: torch.device,
+    draw: tuple[int, int],
+) -> tuple[list[Tensor], float]:
+    """Leave the clipped gradient of the batch's token mean in the parameters, which have none.
+
+    With a loss scaler (fp16), an overflow halves the scale and the same batch is done again: an
+    attempt that overflowed is no step, so neither the schedule nor the data order moves. Below a
+    scale of 1 nothing is left to gain: the gradient itself is not finite.
+
+    Returns:
+        The sum of the token losses of each micro-batch, and the gradient's norm before clipping.
+    """
     while True:
         scale = scaler.scale if scaler else 1.0
         # The head's gradient is made in the forward pass: fp16 would round it before the scale.
         gradient_scale = scale / targets if scaler else 1.0
         losses: list[Tensor] = []
         for micro_batch in batch:
+            faultpoint("step.micro_batch")
             with precision.autocast():
                 loss = loss_sum(model, micro_batch, device, draw, gradient_scale)
             (loss * (scale / targets)).backward()
             losses.append(loss.detach())
         norm = clip_gradients(parameters, max_grad_norm, loss_scale=scale)
-        overflowed = not math.isfinite(norm)
         if scaler is None:
-            break
-        scaler.update(overflowed)
-        if not overflowed:
-            break
-        if scaler.scale < 1.0:
-            # Nothing is left to gain: the gradient itself is not finite, whatever the scale.
-            scaler.load(scaler_before)
-            break
+            return losses, norm
+        scaler.update(not math.isfinite(norm))
+        if math.isfinite(norm) or scaler.scale < 1.0:
+            return losses, norm
         for parameter in parameters:
             parameter.grad = None
-    mean = exact_sum(losses) / targets
-    if overflowed or not math.isfinite(mean):
-        return result(mean, norm, "non-finite")
-    optimizer.step(learning_rate)
-    return result(mean, norm)

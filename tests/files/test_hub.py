@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from files.errors import UserError
-from files.hub import ModelSource, resolve_config, resolve_model
+from files.hub import ModelSource, hashed_weights, resolve_config, resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = bytes(range(256)) * 8
@@ -374,3 +374,17 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(tmp_path: Path) ->
         resolve_model(tmp_path / "config.json")
     with pytest.raises(UserError, match=r"no config\.json"):
         resolve_model(tmp_path / "models")
+
+
+def test_damage_in_the_cache_is_noticed_by_the_name_of_the_blob(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    (blobs / digest).write_bytes(content)
+    (snapshot / "model.safetensors").symlink_to(blobs / digest)
+    assert hashed_weights([snapshot / "model.safetensors"]) == {"model.safetensors": digest}
+    (blobs / digest).write_bytes(b"Weights")
+    with pytest.raises(UserError, match=r"was damaged in the Hub's cache.*fetch it again"):
+        hashed_weights([snapshot / "model.safetensors"])

@@ -92,6 +92,7 @@ def test_the_folder_is_a_model_in_the_dtype_of_the_checkpoint(
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",
+        "manifest.json",
     }
     header = read_header(out / "model.safetensors")
     assert {info.dtype for info in header.tensors.values()} == {torch.bfloat16}

@@ -10,6 +10,8 @@ import pytest
 
 from files.atomic import RunLock, sha256_file
 from files.errors import UserError
+from files.faults import listening
+from files.folders import replace_folder
 from train import session as session_module
 from train.config import load_config
 from train.resume import find_run
@@ -343,3 +345,57 @@ def test_best_is_not_lost_between_two_renames(
     (run_copy / "best").rename(run_copy / ".trash-best")
     assert main(["--resume", str(run_copy)]) == 0
     assert trained_bits(run_copy) == trained_bits(finished)
+
+
+def test_best_is_made_again_from_its_checkpoint(run_copy: Path, finished: Path) -> None:
+    (run_copy / "status.json").unlink()
+    damage_file(run_copy / "best" / "adapter_model.safetensors")
+    assert main(["--resume", str(run_copy)]) == 0
+    assert trained_bits(run_copy) == trained_bits(finished)
+
+
+@pytest.mark.parametrize("fault", ["damaged", "of another step", "missing"])
+def test_a_best_that_is_not_that_of_its_step_is_not_handed_out(
+    fault: str, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def spoil(name: str) -> None:
+        if name == "run.ends":
+            if fault == "damaged":
+                damage_file(run / "best" / "adapter_model.safetensors")
+            elif fault == "of another step":
+                (run / "best" / "manifest.json").unlink()
+                files = {path.name: path.read_bytes() for path in (run / "best").iterdir()}
+                replace_folder(run / "best", lambda folder: write_all(folder, files), step=1)
+            else:
+                (run / "best").rename(tmp_path / "elsewhere")
+
+    values = settings(model_folder, rows_file, run, **{"checkpoint.load_best_at_end": True})
+    with listening(spoil), pytest.raises(UserError, match=r"best: missing, damaged or not that of"):
+        train(values)
+    assert not (run / "final").exists()
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def write_all(folder: Path, files: dict[str, bytes]) -> dict[str, str]:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {}
+
+
+def test_another_base_model_of_the_same_size_is_refused(
+    run_copy: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import shutil
+
+    (run_copy / "status.json").unlink()
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    damage_file(other / "model.safetensors")
+    config = run_copy / "config.toml"
+    config.write_text(config.read_text().replace(str(model_folder), str(other)))
+    error = refused(capsys, "--resume", str(run_copy))
+    assert "another base model (its files are not those that the run began with)" in error
