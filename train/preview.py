@@ -241,7 +241,7 @@ def plan_document(
         "departures": list(preset.departures) if preset else [],
     }
     document["warnings"] = [
-        *_model_warnings(config, decoder, unknown_model),
+        *_model_warnings(config, decoder, unknown_model, device),
         *_data_warnings(config, document, missing_data, not_tokenised),
         *(_step_warnings(config, document, plan) if plan else []),
         *_room_warnings(config, document),
@@ -312,7 +312,7 @@ def _memory_of(
 
 
 def _model_warnings(
-    config: RunConfig, decoder: DecoderConfig | None, unknown_model: str
+    config: RunConfig, decoder: DecoderConfig | None, unknown_model: str, device: str | None
 ) -> list[str]:
     if config.model.path is None:
         return ["model.path is not set: give a hub id or a folder"]
@@ -324,6 +324,15 @@ def _model_warnings(
     length, trained = config.data.max_length, decoder.max_position_embeddings
     if length > trained and decoder.rope.rope_type == "default":
         found.append(f"data.max_length={length} is beyond the {trained} positions of the model")
+    p = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
+    # The rule of kernels.reference.attention; a plan without a device may be one for a GPU.
+    if p > 0 and device in (None, "cuda") and uses_fused_attention(config, decoder, device):
+        found.append(
+            f"attention dropout {p:g}: on CUDA the fused attention draws it by (seed, step, "
+            "micro-batch, layer), so a resumed run is exact, but another cut into micro-batches "
+            "draws other masks; model.attention=eager draws the same for any cut, model.dropout=0 "
+            "nothing"
+        )
     return found
 
 

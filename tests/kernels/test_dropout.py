@@ -6,6 +6,8 @@ it either always passes or never.
 """
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from kernels.dropout import (
     attention_keep_mask,
     dropout,
     fold,
+    keep_limit,
     keep_mask,
     mix,
     mix_words,
@@ -23,12 +26,14 @@ from kernels.dropout import (
 )
 from kernels.segments import Segments
 
+README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 MODULE = module_id("model.layers.0.self_attn.q_proj")
 DEVIATIONS = 5
 
 
-def rows_of(length: int, step: int = 1) -> torch.Tensor:
-    rows = Segments.build([length], device="cpu", examples=[3], draw=(42, step)).dropout_rows
+def rows_of(length: int, step: int = 1, seed: int = 42, example: int = 3) -> torch.Tensor:
+    segments = Segments.build([length], device="cpu", examples=[example], draw=(seed, step))
+    rows = segments.dropout_rows
     assert rows is not None
     return rows
 
@@ -87,6 +92,33 @@ def test_golden_values():
     ]
 
 
+def test_the_worked_example_of_the_readme():
+    """Each line of its table follows from those above, and the last two are what is drawn."""
+    table = re.findall(r"^\| `(\w+)` \| `(.+)` \| `0x([0-9A-F]{8})` \|$", README.read_text(), re.M)
+    assert len(table) == 13
+    values: dict[str, int] = {}
+    rule = {
+        "fold": fold,
+        "keep_limit": keep_limit,
+        "mix": mix,
+        "module_id": module_id,
+        "signed": signed,
+    }
+    for name, expression, value in table:
+        values[name] = eval(expression, rule, values)
+        assert values[name] == int(value, 16), name
+    rows = Segments.build([2], device="cpu", examples=[7], draw=(42, 5)).dropout_rows
+    assert rows is not None
+    assert rows[1] == signed(values["row_key"])
+    mask = keep_mask(rows, values["module"], 16, 0.1)[1]
+    assert [mask[1], mask[13]] == [values["kept_1"], values["kept_13"]] == [True, False]
+
+
+def test_limits():
+    limits = [keep_limit(p) for p in (0.0, 1e-11, 0.1, 0.5, 0.75, 0.999)]
+    assert limits == [2**31 - 1, 2**31 - 1, 1717986918, 0, -(2**30), 4294967 - 2**31]
+
+
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5, 0.9])
 def test_keep_rate_of_the_whole_and_of_each_row_and_column(p):
     mask = keep_mask(rows_of(512), MODULE, 512, p).double()
@@ -105,6 +137,8 @@ def test_keep_rate_of_the_whole_and_of_each_row_and_column(p):
     [
         pytest.param(lambda: keep_mask(rows_of(512), module_id("another"), 512, 0.5), id="module"),
         pytest.param(lambda: keep_mask(rows_of(512, step=2), MODULE, 512, 0.5), id="step"),
+        pytest.param(lambda: keep_mask(rows_of(512, seed=43), MODULE, 512, 0.5), id="seed"),
+        pytest.param(lambda: keep_mask(rows_of(512, example=4), MODULE, 512, 0.5), id="example"),
         pytest.param(lambda: keep_mask(rows_of(513)[1:], MODULE, 512, 0.5), id="next row"),
         pytest.param(lambda: keep_mask(rows_of(512), MODULE, 513, 0.5)[:, 1:], id="next column"),
     ],
@@ -113,6 +147,20 @@ def test_masks_that_differ_in_one_part_of_the_key_are_independent(other):
     n = 512 * 512
     equal = (keep_mask(rows_of(512), MODULE, 512, 0.5) == other()).sum().item()
     assert abs(equal - n / 2) < DEVIATIONS * math.sqrt(n / 4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_two_rows_and_no_two_columns_are_correlated(axis):
+    """The products of two independent signs sum to S over n; S²/n has mean 1, variance 2 - 2/n."""
+    n = 512
+    signs = keep_mask(rows_of(n), MODULE, n, 0.5).double() * 2 - 1
+    sums = signs @ signs.T if axis == 0 else signs.T @ signs
+    squares = sums[tuple(torch.triu_indices(n, n, 1))].square() / n
+    pairs = n * (n - 1) // 2
+    assert len(squares) == pairs
+    assert abs(squares.sum() - pairs) < DEVIATIONS * math.sqrt(pairs * (2 - 2 / n))
+    # 130,816 pairs: one of them exceeds 7 deviations once in 3 million such masks.
+    assert squares.max() < 7**2
 
 
 def test_heads_and_keys_of_attention_are_independent():
@@ -145,6 +193,28 @@ def test_dropout_scales_what_it_keeps_and_its_gradient_alike():
     y.sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, mask / 0.75, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_type_is_dropped_alike_and_what_is_dropped_is_zero(dtype):
+    """NaN too; and of an expanded tensor, which a gradient may be."""
+    mask = keep_mask(rows_of(64), MODULE, 96, 0.25)
+    x = torch.randn(64, 96, dtype=dtype)
+    y = dropout(x.masked_fill(~mask, math.nan), rows_of(64), MODULE, 0.25)
+    assert y.dtype == dtype
+    assert torch.equal(y, x * mask * (1 / 0.75))
+    row = torch.randn(1, 96, dtype=dtype).expand(64, 96)
+    assert torch.equal(dropout(row, rows_of(64), MODULE, 0.25), row * mask * (1 / 0.75))
+
+
+def test_a_mask_does_not_depend_on_the_masks_drawn_before():
+    """Column keys are kept between calls: by module and width, and cut to any width below."""
+    first = keep_mask(rows_of(8), MODULE, 96, 0.5)
+    keep_mask(rows_of(8), MODULE + 1, 96, 0.5)
+    for width in (1, 64, 65, 96, 128, 2000):
+        mask = keep_mask(rows_of(8), MODULE, width, 0.5)
+        both = min(width, 96)
+        assert torch.equal(mask[:, :both], first[:, :both])
 
 
 def test_nothing_is_dropped_without_a_draw():

@@ -4,18 +4,22 @@ Everything is in fp64: two orders of summation of n terms differ by about nÂ·2â
 below 1e-12 for the few thousand terms here.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import RaggedExamples, small_model
+from small import FAMILIES, RaggedExamples, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels.dropout
 from data.batch import MicroBatch, micro_batches
+from kernels.dropout import module_id
 from lora import LoraConfig, inject
-from models.layers import CausalLM
+from lora.linear import LoraLinear
+from models.layers import CausalLM, Dropout
 from train import step
 from train.evaluate import evaluate
 from train.optimizers import AdamW
@@ -50,14 +54,26 @@ def adapted(dropout: float = 0.0, family: str = "starcoder2", **changes: object)
     return model
 
 
+def all_dropped(attention: str = "eager") -> CausalLM:
+    """Return a StarCoder2 that drops 0.1 everywhere: adapters, attention, residuals, embeddings."""
+    rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
+    model = adapted(0.1, **rates)
+    for layer in model.model.layers:
+        layer.self_attn.implementation = attention
+    return model
+
+
 def cut(
-    size: int, batching: str = "unpadded", indices: Sequence[int] = range(8)
+    size: int,
+    batching: str = "unpadded",
+    indices: Sequence[int] = range(8),
+    tokens: int | None = None,
 ) -> list[MicroBatch]:
     return micro_batches(
         EXAMPLES,  # type: ignore[arg-type]
         list(indices),
         micro_batch_size=size,
-        micro_batch_tokens=None,
+        micro_batch_tokens=tokens,
         batching=batching,
         max_length=48,
         pad_id=0,
@@ -69,6 +85,7 @@ def one_step(
     batch: list[MicroBatch],
     max_grad_norm: float = 0.0,
     scaler: LossScaler | None = None,
+    draw: tuple[int, int] = (42, 7),
 ) -> tuple[StepResult, dict[str, torch.Tensor]]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = GradientsOnly(trained)
@@ -81,7 +98,7 @@ def one_step(
         precision=Precision("fp32", CPU),
         scaler=scaler,
         device=CPU,
-        draw=(42, 7),
+        draw=draw,
     )
     return result, optimizer.seen
 
@@ -97,34 +114,103 @@ def assert_same(one: tuple, other: tuple, tolerance: float = 1e-12) -> None:
         assert difference <= tolerance, name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize(("size", "windows"), CUTS)
 def test_every_cut_and_every_padding_gives_one_loss_and_one_gradient(
-    size: int, windows: int, batching: str, dropout: float
+    size: int, windows: int, batching: str
 ) -> None:
-    rates = {"residual_dropout": dropout, "embedding_dropout": dropout}
-    model = adapted(dropout, **rates)
+    model = adapted()
     batch = cut(size, batching)
     assert len(batch) == windows
     assert_same(one_step(model, cut(8)), one_step(model, batch))
 
 
-def test_the_dropout_of_the_test_above_is_really_drawn() -> None:
-    dropped, _ = one_step(adapted(0.1, residual_dropout=0.1), cut(8))
-    plain, _ = one_step(adapted(0.0), cut(8))
-    assert dropped.loss != plain.loss
+@pytest.fixture(scope="module")
+def dropped_step() -> tuple[StepResult, dict[str, torch.Tensor]]:
+    """What one unpadded micro-batch of all examples gives with dropout everywhere."""
+    return one_step(all_dropped(), cut(8))
 
 
-def test_eager_attention_dropout_follows_the_rule_too() -> None:
-    model = adapted(0.0, attention_dropout=0.2)
-    model.attention_implementation = "eager"
-    for layer in model.model.layers:
-        layer.self_attn.implementation = "eager"
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize(("size", "windows"), CUTS)
+def test_no_draw_depends_on_the_cut_the_padding_or_recomputation(
+    size: int, windows: int, batching: str, checkpointing: bool, dropped_step: tuple
+) -> None:
+    model = all_dropped()
+    model.gradient_checkpointing = checkpointing
+    batch = cut(size, batching)
+    assert len(batch) == windows
+    assert_same(dropped_step, one_step(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("batching", "tokens", "windows"),
+    [("unpadded", 50, 3), ("longest", 90, 3), ("max_length", 150, 3)],
+)
+def test_no_draw_depends_on_a_cut_by_tokens(
+    batching: str, tokens: int, windows: int, dropped_step: tuple
+) -> None:
+    batch = cut(8, batching, tokens=tokens)
+    assert len(batch) == windows
+    assert_same(dropped_step, one_step(all_dropped(), batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_adapters_of_other_families_draw_by_the_same_rule(family: str) -> None:
+    """Their q, k and v read one input, and so do gate and up: each draws a mask of its own."""
+    model = adapted(0.1, family)
     whole = one_step(model, cut(8))
-    assert_same(whole, one_step(model, cut(2)))
-    assert_same(whole, one_step(model, cut(4, "longest")))
-    assert whole[0].loss != one_step(adapted(0.0), cut(8))[0].loss
+    model.gradient_checkpointing = True
+    for size, batching in ((4, "longest"), (1, "unpadded"), (8, "max_length")):
+        assert_same(whole, one_step(model, cut(size, batching)))
+
+
+def test_no_draw_depends_on_the_order_of_the_examples(dropped_step: tuple) -> None:
+    shuffled = one_step(all_dropped(), cut(3, indices=[5, 2, 7, 0, 6, 1, 3, 4]))
+    assert_same(dropped_step, shuffled)
+
+
+def test_attention_dropout_on_a_cpu_follows_the_rule_under_sdpa_too(dropped_step: tuple) -> None:
+    assert_same(dropped_step, one_step(all_dropped("sdpa"), cut(2, "longest")))
+
+
+def test_draws_belong_to_seed_and_step_and_to_nothing_that_ran_before(dropped_step: tuple) -> None:
+    model = all_dropped()
+    losses = {one_step(model, cut(8), draw=draw)[0].loss for draw in ((42, 8), (43, 7), (7, 42))}
+    assert len(losses | {dropped_step[0].loss}) == 4
+    again, gradients = one_step(model, cut(8))
+    assert again.loss == dropped_step[0].loss
+    assert all(torch.equal(gradients[name], dropped_step[1][name]) for name in gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_place_draws_masks_of_its_own(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a forward pass; what a layer draws, once more where it is computed again."""
+    model = all_dropped() if family == "starcoder2" else adapted(0.1, family)
+    model.gradient_checkpointing = checkpointing
+    expected: Counter[int] = Counter()
+    for name, module in model.named_modules():
+        times = 2 if checkpointing and ".layers." in name else 1
+        if isinstance(module, LoraLinear):
+            expected[module_id(name)] += times
+        elif isinstance(module, Dropout) and module.p:
+            expected[module.id] += times
+    layers = len(model.model.layers)
+    assert len(expected) == layers * (9 if family == "starcoder2" else 7) + (family == "starcoder2")
+    drawn: Counter[int] = Counter()
+    keep_mask = kernels.dropout.keep_mask
+
+    def counted(rows: torch.Tensor, module: int, width: int, p: float) -> torch.Tensor:
+        drawn[module] += 1
+        return keep_mask(rows, module, width, p)
+
+    monkeypatch.setattr(kernels.dropout, "keep_mask", counted)
+    one_step(model, cut(8, "longest"))
+    assert drawn == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])

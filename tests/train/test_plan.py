@@ -502,6 +502,48 @@ def test_warnings_name_what_a_reader_would_object_to() -> None:
     assert "1 MB there" in "\n".join(full["warnings"])
 
 
+@pytest.mark.parametrize(
+    ("device", "attention", "override", "noted"),
+    [
+        ("cuda", "auto", None, "attention dropout 0.1"),
+        (None, "flash_attention_2", None, "attention dropout 0.1"),
+        ("cuda", "sdpa", 0.2, "attention dropout 0.2"),
+        ("cuda", "eager", None, None),
+        ("cuda", "auto", 0.0, None),
+        ("cpu", "auto", None, None),
+        ("mps", "auto", None, None),
+    ],
+)
+def test_the_plan_says_where_attention_dropout_depends_on_the_cut(
+    device: str | None, attention: str, override: float | None, noted: str | None
+) -> None:
+    config = load_config(
+        overrides={"model.path": "x", "model.attention": attention, "model.dropout": override}
+    )
+    raw = STARCODER2 | {"attention_dropout": 0.1}
+    warnings = plan_document(config, decoder=decoder(raw), device=device)["warnings"]
+    found = [warning for warning in warnings if "attention dropout" in warning]
+    if noted is None:
+        assert not found
+        return
+    (warning,) = found
+    assert warning.startswith(f"{noted}: on CUDA")
+    for part in (
+        "(seed, step, micro-batch, layer)",
+        "a resumed run is exact",
+        "another cut into micro-batches draws other masks",
+        "model.attention=eager",
+        "model.dropout=0 ",
+    ):
+        assert part in warning
+
+
+def test_attention_dropout_is_noted_for_no_model_without_it() -> None:
+    config = load_config(overrides={"model.path": "x"})
+    warnings = plan_document(config, decoder=decoder(LLAMA), device="cuda")["warnings"]
+    assert "attention dropout" not in "\n".join(warnings)
+
+
 def test_rendered_plan_checks_the_claims() -> None:
     config = load_config("qwen2.5-coder-1.5b")
     text = render_plan(plan_document(config, decoder=find_decoder_config(config)[0]))
