@@ -2,15 +2,14 @@
 
 A cache folder holds a few .npy files and meta.json. Its name is a sha256 over the content of the
 source files, the tokenizer's files and every setting that matters, so nothing in it can be out of
-date; its arrays are checked against the hash in meta.json each time they are opened. The cache may
-be deleted at any time.
+date; its arrays, and meta.json itself, are checked against the hashes in meta.json each time they
+are opened. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from data.cache import cache_folder
 from data.prompt import PromptFormat, Rendered
 from data.source import Row, Source, open_source, read_rows
 from data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from files.errors import UserError, did_you_mean
 IGNORED = -100
 OVERFLOWS = ("truncate", "drop", "error", "split")
 # Raised whenever the same rows and settings come to other tokens, or the files to another layout.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
 # Bits of an example's flags.
@@ -148,6 +148,10 @@ class Examples:
     def __iter__(self) -> Iterator[Example]:
         return (self[position] for position in range(len(self)))
 
+    def row_of(self, index: int) -> int:
+        """Return the row, counted as in `rows`, that the example with this `index` comes from."""
+        return int(self._arrays.rows[index])
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """Return the examples at `indices`, in this order; each keeps its `index`.
 
@@ -172,11 +176,8 @@ class Examples:
 
 
 def cache_root() -> Path:
-    """Return the folder of all cached examples: $LATHE_CACHE, else the user's cache folder."""
-    if folder := os.environ.get("LATHE_CACHE"):
-        return Path(folder) / "examples"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lathe" / "examples"
+    """Return the folder of all cached examples."""
+    return cache_folder("examples")
 
 
 def load_examples(
@@ -396,11 +397,17 @@ def _open(folder: Path, in_memory: bool = False) -> Examples | None:
             mapped = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
             arrays[name] = np.array(mapped) if in_memory else np.asarray(mapped)
         arrays = _Arrays(**arrays)
-        if _digest(arrays) != meta["fingerprint"]:
+        if _digest(arrays) != meta["fingerprint"] or meta["sha256"] != _hash_of(meta):
             return None
         return Examples(arrays, Counts(**meta["counts"]), meta["fingerprint"])
     except Exception:  # whatever a damaged file brings about, the answer is to make it anew
         return None
+
+
+def _hash_of(meta: dict[str, Any]) -> str:
+    """Return the sha256 of what meta.json says beside it."""
+    said = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(arrays: _Arrays) -> str:
@@ -536,7 +543,7 @@ class _Writer:
             for field in fields(_Arrays)
         }
         meta = {"fingerprint": _digest(_Arrays(**arrays)), "counts": asdict(counts)}
-        write_json(self._folder / "meta.json", meta)
+        write_json(self._folder / "meta.json", {**meta, "sha256": _hash_of(meta)})
 
     def _nothing_left(self, name: str) -> str:
         causes = []
@@ -572,7 +579,7 @@ def _build(
     eos_id = tokenizer.eos_id if prompt_format.append_eos else None
     iterator = iter(rows)
     while batch := list(islice(iterator, _ROWS_AT_ONCE)):
-        rendered = [prompt_format.render(row, tokenizer) for row in batch]
+        rendered = prompt_format.render_rows(batch, tokenizer)
         encoded = _encode(batch, rendered, tokenizer)
         for row, item in zip(batch, rendered, strict=True):
             writer.add(row.where, *_label(item, encoded[item.chat], eos_id))

@@ -77,6 +77,8 @@ class TrainState:
         state = cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
         _check_types(state.stopping)
         _check_types(state)
+        if state.micro_batch_divisor < 1:
+            raise TypeError(f"micro_batch_divisor is {state.micro_batch_divisor}")
         return state
 
 
@@ -111,6 +113,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "float": (int, float),
     "float | None": (int, float, type(None)),
     "list[int]": (list,),
+    "list[float]": (list,),
     "dict[str, Any] | None": (dict, type(None)),
     "EarlyStopping": (EarlyStopping,),
 }
@@ -121,10 +124,11 @@ def _check_types(state: TrainState | EarlyStopping) -> None:
         value = getattr(state, one.name)
         allowed = _JSON_TYPES[str(one.type)]
         items = value if isinstance(value, list) else []
-        if not isinstance(value, allowed) or any(type(item) is not int for item in items):
+        item_type = float if one.type == "list[float]" else int
+        if not isinstance(value, allowed) or any(type(item) is not item_type for item in items):
             raise TypeError(f"{one.name} is {value!r:.60}")
-        if isinstance(value, bool):
-            raise TypeError(f"{one.name} is {value}")
+        if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**63):
+            raise TypeError(f"{one.name} is {value!r:.60}")
 
 
 class Checkpoints:
@@ -232,7 +236,7 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """Return the state and the identity that a verified checkpoint holds.
 
     Raises:
-        UserError: state.json is of another version of Lathe.
+        UserError: state.json is damaged, or of another version of Lathe.
     """
     try:
         document = read_json_object(folder / "state.json")
@@ -240,7 +244,7 @@ def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         if not isinstance(identity, dict):
             raise TypeError("identity is no object")
         return TrainState.from_dict(document["state"]), identity
-    except (KeyError, TypeError, UserError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/state.json: not a state that this version can continue from ({error}); "
             "resume with the version of Lathe that wrote it (environment.json names it)"

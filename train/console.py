@@ -67,6 +67,12 @@ def format_loss(loss: float | None) -> str:
     return "non-finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
 
 
+def format_list(values: Sequence[int], most: int = 8) -> str:
+    """Return numbers as people list them: `3, 4`, or `3, 4 and 12 more` beyond `most`."""
+    shown = ", ".join(f"{value:,}" for value in values[:most])
+    return shown + (f" and {len(values) - most:,} more" if len(values) > most else "")
+
+
 def progress_line(
     row: Mapping[str, Any],
     total_steps: int,
@@ -108,6 +114,25 @@ def progress_line(
     return SEPARATOR.join(parts.values())
 
 
+def event_lines(row: Mapping[str, Any]) -> list[str]:
+    """Return what a step's row tells beside its progress: an update left out, a spike of the loss.
+
+    Args:
+        row: A train row of metrics.jsonl.
+    """
+    rows = sorted(set(row.get("rows") or []))
+    where = f"; row{'s' if len(rows) > 1 else ''} {format_list(rows)} of data.train" if rows else ""
+    lines = []
+    if row.get("skipped"):
+        lines.append(f"step {row['step']}: no weight was changed ({row['skipped']}){where}")
+    if row.get("spike"):
+        lines.append(
+            f"step {row['step']}: the loss, {format_loss(row['loss'])}, is {row['spike']:.1f} "
+            f"standard deviations above that of the steps before{where}"
+        )
+    return lines
+
+
 def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     """Return one evaluation as a line, the train loss since the last one beside it."""
     parts = [f"{row['split']} loss {format_loss(row['loss'])}", f"step {row['step']}/{total_steps}"]
@@ -116,6 +141,8 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     parts.append(f"{row['targets']:,} targets")
     if row.get("seconds") is not None:
         parts.append(format_duration(row["seconds"]))
+    if row.get("reduced_batch_size"):
+        parts.append(f"out of memory: batches of {row['reduced_batch_size']}")
     if row.get("best"):
         parts.append("best so far")
     return SEPARATOR.join(parts)
@@ -170,12 +197,16 @@ class Console:
     def train(self, row: Mapping[str, Any], log: bool) -> None:
         """Show one step: in place on a terminal; elsewhere as a line, where `log` says so.
 
+        What else its row tells stays on a line of its own.
+
         Args:
             row: The step's row as in metrics.jsonl.
             log: Whether the step is one that the plan logs.
         """
         if self._started is None:
             self._start(row["seconds"])
+        for line in event_lines(row):
+            self.say(line)
         self._tokens += row["tokens"]
         self._seconds += row["seconds"]
         if self._bar is None and not log:

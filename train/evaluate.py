@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,16 +14,26 @@ from data.batch import micro_batches
 from data.examples import Examples
 from models.layers import CausalLM
 from train.loss import exact_sum, loss_sum
+from train.memory import does_not_fit, within_memory
 from train.precision import Precision
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Token mean of the loss over a set (nats per target), its targets and the seconds it took."""
+    """The loss over a set.
+
+    Attributes:
+        loss: Token mean (nats per target).
+        targets: Tokens with a label.
+        seconds: Wall time.
+        reduced_batch_size: Examples in a forward pass, where memory did not suffice for as many as
+            were asked for; else None.
+    """
 
     loss: float
     targets: int
     seconds: float
+    reduced_batch_size: int | None = None
 
 
 @torch.no_grad()
@@ -40,7 +51,7 @@ def evaluate(
     """Return the token mean of the loss over `examples`, without dropout.
 
     Longest examples come first: the largest batch is met at once, and padded batches hold like
-    lengths.
+    lengths. Where memory does not suffice, batches of half the size are taken from there on.
 
     Args:
         model: The decoder to judge.
@@ -51,23 +62,37 @@ def evaluate(
         batching: `unpadded`, `longest` or `max_length`.
         max_length: Rows of a document under `max_length`.
         pad_id: Token that fills padded rows.
+
+    Raises:
+        UserError: Memory does not suffice for a single example.
     """
     started = time.perf_counter()
     order = np.argsort(-examples.lengths, kind="stable")
     losses: list[Tensor] = []
-    targets = 0
-    for start in range(0, len(order), batch_size):
+    targets, done, size = 0, 0, batch_size
+    while done < len(order):
         (micro_batch,) = micro_batches(
             examples,
-            order[start : start + batch_size],
-            micro_batch_size=batch_size,
+            order[done : done + size],
+            micro_batch_size=size,
             micro_batch_tokens=None,
             batching=batching,
             max_length=max_length,
             pad_id=pad_id,
         )
         with precision.autocast():
-            losses.append(loss_sum(model, micro_batch, device, draw=None))
+            loss = within_memory(partial(loss_sum, model, micro_batch, device, draw=None), device)
+        if loss is None:
+            if len(micro_batch.examples) == 1:
+                raise does_not_fit("evaluation", micro_batch.num_tokens)
+            size = len(micro_batch.examples) // 2
+            continue
+        losses.append(loss)
         targets += micro_batch.num_targets
-    loss = exact_sum(losses) / max(1, targets)
-    return EvalResult(loss, targets, time.perf_counter() - started)
+        done += size
+    return EvalResult(
+        loss=exact_sum(losses) / max(1, targets),
+        targets=targets,
+        seconds=time.perf_counter() - started,
+        reduced_batch_size=size if size < batch_size else None,
+    )

@@ -96,9 +96,7 @@ class StepBatches:
         )
 
 
-def step_that_fits(
-    session: Session, plan: RunPlan, batches: StepBatches, step: int
-) -> StepResult:
+def step_that_fits(session: Session, plan: RunPlan, batches: StepBatches, step: int) -> StepResult:
     """Do one step; where memory does not suffice, redo it in halved micro-batches, which stay.
 
     Raises:

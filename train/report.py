@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from files.atomic import write_text
 from files.errors import UserError
 from files.strict_json import read_json_object
 from train.command import run_command
-from train.console import format_bytes, format_duration, format_loss
+from train.console import format_bytes, format_duration, format_list, format_loss
 from train.metrics import METRICS_FILE, Row, read_metrics
 from train.plots import draw_plots
 from train.schedule import learning_rate_factor
+from train.spikes import DEVIATIONS, WINDOW
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
@@ -169,6 +170,7 @@ def render_report(record: Record, plots: Sequence[Path] | None) -> str:
         _heading(record),
         _results(record),
         _bullets("Notes", notes(record)),
+        _bullets("What happened on the way", list(events(record))),
         _curves(plots),
         _evaluations(record),
         _plan_against_actual(record),
@@ -192,6 +194,70 @@ def notes(record: Record) -> list[str]:
     return [note for note in candidates if note]
 
 
+def events(record: Record) -> Iterable[str]:
+    """Yield what does not happen in every run: resumes, updates left out, memory, spikes."""
+    if resumed := record.status.get("resumed_from"):
+        yield f"Resumed from {_steps(resumed)}."
+    skipped = [row for row in record.train if row.get("skipped")]
+    for reason in sorted({row["skipped"] for row in skipped}):
+        rows = [row for row in skipped if row["skipped"] == reason]
+        yield (
+            f"{len(rows)} of {record.step} steps changed nothing ({reason}): "
+            f"{_places(rows, lambda row: '')}."
+        )
+    yield from _memory_events(record)
+    spikes = [row for row in record.train if row.get("spike")]
+    if spikes:
+        yield (
+            f"The loss of {len(spikes)} of {record.step} steps was more than {DEVIATIONS:g} "
+            f"standard deviations above the mean of the up to {WINDOW} losses before: "
+            f"{_places(spikes, _spike)}."
+        )
+    if any(row.get("rows") for row in skipped + spikes):
+        yield (
+            "Rows are counted from 0 over the files of `data.train` in their order, rows of other "
+            "splits left out; in one JSONL file without blank lines, row 0 is line 1. "
+            f"`{METRICS_FILE}` has all of them, and in `examples` the numbers of what was made of "
+            "them."
+        )
+
+
+def _memory_events(record: Record) -> Iterable[str]:
+    train, divisor = record.section("train"), 1
+    unit = "tokens" if train.get("micro_batch_tokens") else "examples"
+    whole = train.get("micro_batch_tokens") or train.get("per_device_train_batch_size") or 1
+    for row in record.train:
+        before, divisor = divisor, row.get("micro_batch_divisor", 1)
+        if divisor > before:
+            yield (
+                f"Out of memory at step {row['step']:,}: from there on, the step itself included, "
+                f"a micro-batch was {max(1, whole // divisor):,} instead of "
+                f"{max(1, whole // before):,} {unit}. Loss and gradient are the same."
+            )
+    for row in record.valid + record.test:
+        if row.get("reduced_batch_size"):
+            yield (
+                f"Out of memory in the {row['split']} evaluation at step {row['step']:,}: it was "
+                f"done in batches of {row['reduced_batch_size']:,}."
+            )
+
+
+def _spike(row: Row) -> str:
+    return f"{format_loss(row['loss'])}, {row['spike']:.1f} deviations"
+
+
+def _places(rows: Sequence[Row], what: Callable[[Row], str], most: int = 8) -> str:
+    """Return steps, in brackets what there is to say of each and the rows of its examples."""
+    places = []
+    for row in rows[:most]:
+        numbers = sorted(set(row.get("rows") or []))
+        source = f"row{'s' if len(numbers) > 1 else ''} {format_list(numbers)}" if numbers else ""
+        inside = "; ".join(text for text in (what(row), source) if text)
+        places.append(f"step {row['step']:,}" + (f" ({inside})" if inside else ""))
+    more = f" and {len(rows) - most:,} more" if len(rows) > most else ""
+    return ", ".join(places) + more
+
+
 def _notes_on_the_end(record: Record) -> Iterable[str]:
     state, reason = record.status.get("state"), record.status.get("reason")
     if state != "finished":
@@ -205,8 +271,6 @@ def _notes_on_the_end(record: Record) -> Iterable[str]:
             "was better "
             f"by more than {record.section('eval').get('early_stopping_threshold', 0.0):g}."
         )
-    if resumed := record.status.get("resumed_from"):
-        yield f"Resumed from {_steps(resumed)}."
 
 
 def _notes_on_evaluation(record: Record) -> Iterable[str]:
@@ -274,10 +338,6 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
 
 
 def _notes_on_steps(record: Record) -> Iterable[str]:
-    skipped = [row for row in record.train if row.get("skipped")]
-    for reason in sorted({row["skipped"] for row in skipped}):
-        steps = [row["step"] for row in skipped if row["skipped"] == reason]
-        yield f"{len(steps)} of {record.step} steps changed nothing ({reason}): {_steps(steps)}."
     done = {row["step"] for row in record.train}
     if missing := sorted(set(range(1, record.step + 1)) - done):
         yield f"{len(missing)} of {record.step} steps have no row: {_steps(missing)}."
@@ -544,11 +604,9 @@ def _short(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _steps(steps: Sequence[int], most: int = 8) -> str:
+def _steps(steps: Sequence[int]) -> str:
     """Return the numbers of steps as people list them: `step 3`, `steps 3, 4 and 12 more`."""
-    shown = ", ".join(f"{step:,}" for step in steps[:most])
-    more = f" and {len(steps) - most:,} more" if len(steps) > most else ""
-    return f"step{'s' if len(steps) > 1 else ''} {shown}{more}"
+    return f"step{'s' if len(steps) > 1 else ''} {format_list(steps)}"
 
 
 def _bullets(heading: str, lines: Sequence[str]) -> str:

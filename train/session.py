@@ -16,6 +16,7 @@ from torch import Tensor
 from data.batch import MicroBatch
 from data.examples import Examples
 from files.atomic import write_json
+from files.errors import UserError
 from files.faults import faultpoint
 from files.folders import damage, recover_folder, replace_folder, step_of, sweep
 from files.hub import ModelSource, hashed_weights

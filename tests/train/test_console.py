@@ -133,12 +133,27 @@ def test_the_progress_line_says_where_how_well_how_fast_and_how_long() -> None:
     assert "loss non-finite" in skipped and "|g| non-finite · skipped: non-finite" in skipped
 
 
+def test_what_does_not_happen_at_every_step_stays_on_a_line_whatever_is_logged() -> None:
+    stream = io.StringIO()
+    console = Console(False, 10, stream=stream)
+    console.train(train_row(1), log=False)
+    console.train(train_row(2, loss=None, skipped="non-finite", rows=[7, 3, 7]), log=False)
+    console.train(train_row(3, spike=8.26, rows=[*range(10)]), log=False)
+    assert stream.getvalue().splitlines() == [
+        "step 2: no weight was changed (non-finite); rows 3, 7 of data.train",
+        "step 3: the loss, 0.8123, is 8.3 standard deviations above that of the steps before; "
+        "rows 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of data.train",
+    ]
+
+
 def test_an_evaluation_line_has_the_train_loss_beside_and_marks_the_best() -> None:
     assert eval_line(eval_row(312, seconds=12.0), 3120) == (
         "valid loss 0.7711 · step 312/3120 · train loss 0.8043 · 12,345 targets · 12s · best so far"
     )
     before_training = eval_line(eval_row(0, best=False, train_loss=None), 3120)
     assert before_training == "valid loss 0.7711 · step 0/3120 · 12,345 targets"
+    cut = eval_line(eval_row(1, best=False, train_loss=None, reduced_batch_size=4), 3120)
+    assert cut.endswith("12,345 targets · out of memory: batches of 4")
 
 
 def test_without_a_terminal_there_are_plain_lines_at_the_logged_steps_alone() -> None:

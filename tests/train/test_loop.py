@@ -44,6 +44,16 @@ def configured(**settings: Any) -> tuple[RunConfig, RunPlan, StepBatches]:
     return config, plan, StepBatches.of(config, plan, data)
 
 
+class Silent:
+    """A writer with nothing to write, and a console that nobody reads."""
+
+    def check(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
 class Recorder:
     """A session whose steps give what `result` says and whose evaluations give `losses`."""
 
@@ -61,6 +71,8 @@ class Recorder:
         self.events: list[tuple[str, int]] = []
         self.examples: list[list[int]] = []
         self.rates: list[float] = []
+        self.spikes: list[float | None] = []
+        self.writer = self.console = Silent()
 
     def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
         assert step == self.state.step + 1
@@ -69,16 +81,17 @@ class Recorder:
         self.rates.append(learning_rate)
         return self.result(step)
 
-    def record_step(self, result: StepResult, learning_rate: float) -> None:
+    def record_step(self, result: StepResult, learning_rate: float, spike: float | None) -> None:
         assert learning_rate == self.rates[-1]
         self.events.append(("record", self.state.step))
+        self.spikes.append(spike)
 
-    def evaluate_and_keep_best(self) -> None:
+    def evaluate_valid(self) -> bool:
         self.events.append(("evaluate", self.state.step))
-        self.state.stopping.observe(self.state.step, next(self.losses))
+        return self.state.stopping.observe(self.state.step, next(self.losses))
 
-    def save(self) -> None:
-        self.events.append(("save", self.state.step))
+    def save(self, *, best: bool, checkpoint: bool) -> None:
+        self.events += [("best", self.state.step)] * best + [("save", self.state.step)] * checkpoint
 
     def save_is_due(self) -> bool:
         return False
@@ -97,11 +110,11 @@ def test_it_does_what_the_plan_says_in_this_order() -> None:
     assert run(recorder, **{"eval.steps": 2, "checkpoint.steps": "epoch"}) == "completed"
     assert recorder.events == [
         *[("step", 1), ("record", 1)],
-        *[("step", 2), ("record", 2), ("evaluate", 2)],
+        *[("step", 2), ("record", 2), ("evaluate", 2), ("best", 2)],
         *[("step", 3), ("record", 3), ("save", 3)],
-        *[("step", 4), ("record", 4), ("evaluate", 4)],
+        *[("step", 4), ("record", 4), ("evaluate", 4), ("best", 4)],
         *[("step", 5), ("record", 5)],
-        *[("step", 6), ("record", 6), ("evaluate", 6), ("save", 6)],
+        *[("step", 6), ("record", 6), ("evaluate", 6), ("best", 6), ("save", 6)],
     ]
     orders = [epoch_order(10, seed=5, epoch=epoch).tolist() for epoch in (0, 1)]
     assert orders[0] != orders[1]
@@ -183,6 +196,7 @@ def test_batches_are_cut_and_ordered_as_configured() -> None:
     micro = batches.cut(*plan.batch(1))
     assert [len(part.examples) for part in micro] == [2, 2]
     assert all(part.padded_length is None for part in micro)
+    assert len(batches.cut(*plan.batch(1), divisor=1024)) == 4
     _, plan, batches = configured(**{"data.shuffle": False, "data.batching": "max_length"})
     (first, second) = batches.cut(*plan.batch(1))
     assert (first.examples, second.examples) == ((0, 1), (2, 3))
@@ -190,6 +204,18 @@ def test_batches_are_cut_and_ordered_as_configured() -> None:
     assert first.input_ids[5] == Tokenizer.pad_id
     _, plan, batches = configured(**{"train.micro_batch_tokens": 60, "data.shuffle": False})
     assert [part.examples for part in batches.cut(*plan.batch(1))] == [(0, 1, 2), (3,)]
+    halved = batches.cut(*plan.batch(1), divisor=2)
+    assert [part.examples for part in halved] == [(0,), (1,), (2, 3)]
+    assert len(batches.cut(*plan.batch(1), divisor=1024)) == 4
+
+
+def test_a_spike_is_handed_to_the_records() -> None:
+    recorder = Recorder(
+        result=lambda step: StepResult(9.0 if step == 2 else 1.0, 1.0, 3, 4, 0.5), losses=[1.0]
+    )
+    recorder.state.recent_losses = [1.0, 1.1] * 20
+    run(recorder, **{"checkpoint.steps": "none"})
+    assert [spike is not None for spike in recorder.spikes] == [False, True, *[False] * 4]
 
 
 def test_a_finished_state_does_nothing(tmp_path: Path) -> None:

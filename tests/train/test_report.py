@@ -11,7 +11,7 @@ import pytest
 
 from files.errors import UserError
 from train.plots import running_mean
-from train.report import main, notes, read_record, render_report, write_report
+from train.report import events, main, notes, read_record, render_report, write_report
 from train.schedule import learning_rate_factor
 
 CONFIG = """preset = "demo"
@@ -287,35 +287,86 @@ def test_a_small_valid_set_is_called_noisy(tmp_path: Path) -> None:
     assert "The valid set has 19 rows (below 100): its loss is noisy" in notes_of(folder)
 
 
-def test_skipped_missing_and_clipped_steps_are_counted(tmp_path: Path) -> None:
+def test_missing_and_clipped_steps_are_counted(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", grad_norm=2.0)
-    rows = [row for row in rows_of(folder) if row["step"] != 7]
-    for row in rows:
-        if row["kind"] == "train" and row["step"] in (3, 4):
-            row |= {"loss": None, "grad_norm": None, "skipped": "non-finite"}
-    rewrite(folder, rows)
+    rewrite(folder, [row for row in rows_of(folder) if row["step"] != 7])
     text = notes_of(folder)
-    assert "2 of 120 steps changed nothing (non-finite): steps 3, 4." in text
     assert "1 of 120 steps have no row: step 7." in text
     assert "clipped to 1 in 100% of the steps (median norm 1.99)" in text
 
 
-def test_resumes_early_stopping_and_an_unfinished_run_are_told(tmp_path: Path) -> None:
+def test_early_stopping_and_an_unfinished_run_are_told(tmp_path: Path) -> None:
     stopped = make_run(
         tmp_path / "a",
         steps=80,
         valid={0: 2.0, 40: 1.2, 80: 1.201},
         reason="early_stopping",
-        resumed_from=[10, 30],
     )
     text = notes_of(stopped)
     assert (
         "Stopped early at step 80: no evaluation after step 40 was better by more than 0." in text
     )
-    assert "Resumed from steps 10, 30." in text
     running = make_run(tmp_path / "b", steps=50, state="running", reason=None)
     assert "not finished: running after 50 of 120 steps" in notes_of(running)
     assert f"--resume {running}" in notes_of(running)
+
+
+# What happened on the way
+
+
+def test_a_run_without_incidents_has_no_such_section(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert list(events(read_record(folder))) == []
+    assert "What happened" not in report_of(folder)
+
+
+def test_resumes_skipped_steps_memory_and_spikes_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", resumed_from=[10, 30])
+    (folder / "config.toml").write_text(
+        CONFIG.replace("[train]\n", "[train]\nper_device_train_batch_size = 8\n")
+    )
+    rows = rows_of(folder)
+    for row in rows:
+        if row["kind"] == "eval" and row["step"] == 80:
+            row["reduced_batch_size"] = 4
+        if row["kind"] == "train":
+            if row["step"] in (3, 4):
+                row |= {"loss": None, "skipped": "non-finite", "examples": [5, 6], "rows": [9, 9]}
+            if row["step"] == 5:
+                row |= {"loss": 0.0, "skipped": "no targets"}
+            if row["step"] == 60:
+                row |= {"loss": 9.0, "spike": 23.44, "rows": [*range(19, 9, -1)]}
+            if row["step"] > 20:
+                row["micro_batch_divisor"] = 2 if row["step"] < 50 else 16
+    rewrite(folder, rows)
+    assert """## What happened on the way
+
+- Resumed from steps 10, 30.
+- 1 of 120 steps changed nothing (no targets): step 5.
+- 2 of 120 steps changed nothing (non-finite): step 3 (row 9), step 4 (row 9).
+- Out of memory at step 21: from there on, the step itself included, a micro-batch was 4 \
+instead of 8 examples. Loss and gradient are the same.
+- Out of memory at step 50: from there on, the step itself included, a micro-batch was 1 \
+instead of 4 examples. Loss and gradient are the same.
+- Out of memory in the valid evaluation at step 80: it was done in batches of 4.
+- The loss of 1 of 120 steps was more than 6 standard deviations above the mean of the up to 128 \
+losses before: step 60 (9.0000, 23.4 deviations; rows 10, 11, 12, 13, 14, 15, 16, 17 and 2 more).
+- Rows are counted from 0 """ in report_of(folder)
+
+
+def test_long_lists_of_incidents_are_cut_and_tokens_are_called_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.toml").write_text(
+        CONFIG.replace("[train]\n", "[train]\nmicro_batch_tokens = 4096\n")
+    )
+    rows = rows_of(folder)
+    for row in rows:
+        if row["kind"] == "train":
+            row |= {"skipped": "non-finite", "micro_batch_divisor": 2}
+    rewrite(folder, rows)
+    skipped, memory = events(read_record(folder))
+    assert skipped.endswith("step 7, step 8 and 112 more.")
+    assert "a micro-batch was 2,048 instead of 4,096 tokens" in memory
 
 
 # Runs with little to tell

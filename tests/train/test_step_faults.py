@@ -1,0 +1,553 @@
+"""Memory that does not suffice and numbers that are not finite: no weight is lost to either."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small import RaggedExamples, small_model
+
+from data.batch import MicroBatch, micro_batches
+from files.atomic import sha256_file
+from files.errors import UserError
+from files.faults import listening
+from files.folders import damage
+from lora import LoraConfig, inject
+from models.layers import CausalLM
+from train import evaluate as evaluate_module
+from train import step as step_module
+from train.checkpoint import TrainState
+from train.config import load_config
+from train.early_stopping import EarlyStopping
+from train.evaluate import evaluate
+from train.loop import StepBatches, step_that_fits
+from train.memory import is_out_of_memory
+from train.optimizers import Adafactor, AdamW, build_optimizer
+from train.plan import plan_run
+from train.precision import LossScaler, Precision
+from train.resume import find_run
+from train.run import execute, main
+from train.step import StepResult, train_step
+
+CPU = torch.device("cpu")
+LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]
+EXAMPLES: Any = RaggedExamples(LENGTHS)
+
+
+def refused_by_cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def refused_by_the_host() -> None:
+    torch.empty(1 << 60)
+
+
+def refused_by_python() -> None:
+    raise MemoryError
+
+
+REFUSALS = [refused_by_cuda, refused_by_the_host, refused_by_python]
+
+
+class Faults:
+    """A listener that runs out of memory where `fails` says so, by step and micro-batch.
+
+    Both count from 1, the micro-batches on through every attempt at their step.
+    """
+
+    def __init__(
+        self, fails: Callable[[int, int], bool], refuse: Callable[[], None] = refused_by_cuda
+    ) -> None:
+        self.fails, self.refuse = fails, refuse
+        self.step, self.micro_batch = 1, 0
+
+    def __call__(self, name: str) -> None:
+        if name == "step.micro_batch":
+            self.micro_batch += 1
+            if self.fails(self.step, self.micro_batch):
+                self.refuse()
+        if name == "step.recorded":
+            self.step, self.micro_batch = self.step + 1, 0
+
+
+def network(dtype: torch.dtype = torch.float64, method: str = "lora") -> CausalLM:
+    """Return a network with dropout whose LoRA weights are away from zero."""
+    model = small_model("starcoder2", dtype, residual_dropout=0.1, embedding_dropout=0.1)
+    if method == "lora":
+        inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1), seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+        if name.endswith("lora_B"):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = 0.1 * noise.to(dtype)
+    return model
+
+
+def cut(size: int) -> list[MicroBatch]:
+    return micro_batches(
+        EXAMPLES,
+        range(8),
+        micro_batch_size=size,
+        micro_batch_tokens=None,
+        batching="unpadded",
+        max_length=48,
+        pad_id=0,
+    )
+
+
+def one_step(
+    model: CausalLM,
+    optimizer: AdamW | Adafactor,
+    batch: list[MicroBatch],
+    scaler: LossScaler | None = None,
+    number: int = 1,
+) -> StepResult:
+    return train_step(
+        model,
+        optimizer,
+        batch,
+        learning_rate=1e-2,
+        max_grad_norm=1.0,
+        precision=Precision("fp32", CPU),
+        scaler=scaler,
+        device=CPU,
+        draw=(0, number),
+    )
+
+
+def bits(model: CausalLM, optimizer: AdamW | Adafactor) -> dict[str, bytes]:
+    """Return the bytes of every weight and of all that the optimizer holds."""
+    tensors = {**dict(model.named_parameters()), **optimizer.state_tensors()}
+    return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
+
+
+# Out of memory in one step
+
+
+@pytest.mark.parametrize("refuse", REFUSALS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_out_of_memory_leaves_everything_as_it_was(
+    refuse: Callable[[], None], scaled: bool
+) -> None:
+    """The third micro-batch does not fit: by then two have left their gradients."""
+    model = network(method="full")
+    optimizer = build_optimizer("adamw", model)
+    scaler = LossScaler() if scaled else None
+    one_step(model, optimizer, cut(4), scaler)
+    if scaler:
+        scaler.scale, scaler.good_steps = 2.0**1023, 7  # overflows, so that attempts change it
+    before = bits(model, optimizer)
+    first_attempt = 2 if scaled else 0
+    with listening(Faults(lambda _, j: j == first_attempt + 3, refuse)):
+        result = one_step(model, optimizer, cut(2) if not scaled else cut(4), scaler, number=2)
+    assert result.skipped == "out of memory"
+    assert bits(model, optimizer) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert scaler is None or scaler.state() == {"scale": 2.0**1023, "good_steps": 7}
+
+
+def test_another_error_is_no_lack_of_memory() -> None:
+    def broken() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model = network()
+    with (
+        listening(Faults(lambda *_: True, broken)),
+        pytest.raises(RuntimeError, match="mat1 and mat2"),
+    ):
+        one_step(model, build_optimizer("adamw", model), cut(4))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+# The step is done again
+
+
+class GradientsOnly(AdamW):
+    """An optimizer that keeps the gradient it is given and touches no weight."""
+
+    def step(self, learning_rate: float) -> None:
+        self.seen = {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
+
+
+class OneStep:
+    """A session that does steps, says what it says into a list, and has nothing to write."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.optimizer = GradientsOnly(
+            {name: p for name, p in model.named_parameters() if p.requires_grad}
+        )
+        self.state = TrainState(EarlyStopping(None))
+        self.said: list[str] = []
+        self.console = SimpleNamespace(say=self.said.append)
+        self.sizes: list[list[int]] = []
+
+    def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
+        self.sizes.append([len(part.examples) for part in batch])
+        return one_step(self.model, self.optimizer, batch, number=step)
+
+
+def redone(dtype: torch.dtype, faults: Faults, **settings: Any) -> tuple[OneStep, StepResult]:
+    """Do the first step of a run of eight examples, memory running out as `faults` say."""
+    keys = {"train.effective_batch_size": 8, "train.max_steps": 3, "data.max_length": 48}
+    config = load_config(overrides={**keys, "data.shuffle": False, **settings})
+    plan = plan_run(config, 8)
+    data: Any = SimpleNamespace(train=EXAMPLES, tokenizer=SimpleNamespace(pad_id=0))
+    session: Any = OneStep(network(dtype))
+    with listening(faults):
+        result = step_that_fits(session, plan, StepBatches.of(config, plan, data), 1)
+    return session, result
+
+
+NEVER = Faults(lambda *_: False)
+# In fp64 two orders of summation of a few thousand terms differ by less than 1e-12. In fp32, of
+# 2⁻²⁴ = 6e-8 a term, the 129 rows that a gradient sums over differ by about √129 · 6e-8 = 7e-7.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("micro_batch", range(1, 4))
+@pytest.mark.parametrize(
+    ("settings", "before", "after"),
+    [
+        ({"train.per_device_train_batch_size": 3}, [3, 3, 2], [1] * 8),
+        ({"train.micro_batch_tokens": 62}, [3, 3, 2], [1, 1, 2, 2, 1, 1]),
+    ],
+)
+def test_the_redone_step_is_the_same_step(
+    settings: dict[str, Any],
+    before: list[int],
+    after: list[int],
+    micro_batch: int,
+    dtype: torch.dtype,
+) -> None:
+    expected_session, expected = redone(dtype, NEVER, **settings)
+    session, result = redone(dtype, Faults(lambda _, j: j == micro_batch), **settings)
+    assert (expected_session.sizes, session.sizes) == ([before], [before, after])
+    assert (result.skipped, session.state.micro_batch_divisor) == (None, 2)
+    assert len(session.said) == 1
+    assert "out of memory at step 1" in session.said[0]
+    assert "1/2" in session.said[0]
+    assert result.loss == pytest.approx(expected.loss, rel=TOLERANCES[dtype])
+    for name, gradient in expected_session.optimizer.seen.items():
+        difference = (session.optimizer.seen[name] - gradient).norm()
+        assert difference <= TOLERANCES[dtype] * gradient.norm(), name
+
+
+def test_the_redone_step_has_the_bits_of_a_step_of_that_size() -> None:
+    session, result = redone(
+        torch.float32, Faults(lambda _, j: j == 2), **{"train.per_device_train_batch_size": 4}
+    )
+    small, expected = redone(torch.float32, NEVER, **{"train.per_device_train_batch_size": 2})
+    assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
+    assert all(torch.equal(g, small.optimizer.seen[n]) for n, g in session.optimizer.seen.items())
+
+
+def test_it_is_halved_until_it_fits() -> None:
+    session, _ = redone(
+        torch.float32,
+        # two attempts fail at their first micro-batch
+        Faults(lambda _, j: j <= 2),
+        **{"train.per_device_train_batch_size": 8},
+    )
+    assert [size[0] for size in session.sizes] == [8, 4, 2]
+    assert session.state.micro_batch_divisor == 4
+    assert "1/4" in session.said[-1]
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("refuse", REFUSALS)
+def test_an_evaluation_goes_on_in_smaller_batches(
+    refuse: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    loss_sum = evaluate_module.loss_sum
+
+    def limited(model: CausalLM, micro_batch: MicroBatch, *more: Any, **named: Any) -> torch.Tensor:
+        if micro_batch.num_tokens > room:
+            refuse()
+        sizes.append(len(micro_batch.examples))
+        return loss_sum(model, micro_batch, *more, **named)
+
+    def evaluated() -> evaluate_module.EvalResult:
+        return evaluate(
+            network(),
+            EXAMPLES,
+            precision=Precision("fp32", CPU),
+            device=CPU,
+            batch_size=6,
+            batching="unpadded",
+            max_length=48,
+            pad_id=0,
+        )
+
+    monkeypatch.setattr(evaluate_module, "loss_sum", limited)
+    room = 1000
+    expected = evaluated()
+    assert (sizes, expected.reduced_batch_size) == ([6, 2], None)
+    sizes.clear()
+    room = 100  # 40 + 31 + 22 fit, 40 + 31 + 22 + 15 + 9 + 7 do not
+    result = evaluated()
+    assert (sizes, result.reduced_batch_size) == ([3, 3, 2], 3)
+    assert result.targets == expected.targets
+    assert result.loss == pytest.approx(expected.loss, rel=1e-12)
+    room = 39
+    with pytest.raises(UserError, match=r"evaluation: out of memory .* 40 tokens.*max_length"):
+        evaluated()
+
+
+# Not finite
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what makes micro-batches' losses not finite; their gradients stay as they are."""
+    loss_sum = step_module.loss_sum
+
+    def install(value: float, strikes: Callable[[MicroBatch, int], bool]) -> None:
+        def poisoned(
+            model: CausalLM, micro_batch: MicroBatch, device: Any, draw: Any, scale: float
+        ) -> torch.Tensor:
+            loss = loss_sum(model, micro_batch, device, draw, scale)
+            return loss + value if strikes(micro_batch, draw[1]) else loss
+
+        monkeypatch.setattr(step_module, "loss_sum", poisoned)
+
+    return install
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "adafactor"])
+def test_nothing_changes_where_a_number_is_not_finite(
+    optimizer_name: str, method: str, place: str, value: float, poison: Callable[..., None]
+) -> None:
+    """In the loss of one micro-batch, or in one element of one gradient."""
+    model = network(torch.float32, method)
+    optimizer = build_optimizer(optimizer_name, model, weight_decay=0.1)
+    one_step(model, optimizer, cut(4))  # moments that are not zero
+    before = bits(model, optimizer)
+    if place == "loss":
+        poison(value, lambda micro_batch, _: 5 in micro_batch.examples)
+        expected = (4, 5)
+    else:
+        parameter = next(iter(optimizer.parameters.values()))
+
+        def spoiled(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient.view(-1)[3] = value
+            return gradient
+
+        parameter.register_hook(spoiled)
+        expected = tuple(range(8))
+    result = one_step(model, optimizer, cut(2), number=2)
+    assert result.skipped == "non-finite"
+    assert result.examples == expected
+    assert math.isfinite(result.loss) == (place == "gradient")
+    assert bits(model, optimizer) == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler(
+    poison: Callable[..., None],
+) -> None:
+    model = network()
+    scaler = LossScaler()
+    poison(math.inf, lambda *_: True)
+    assert one_step(model, build_optimizer("adamw", model), cut(4), scaler).skipped == "non-finite"
+    assert scaler.state() == LossScaler().state()
+
+
+# Whole runs
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_no_plots(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tokenised rows out of the user's cache, and drawing, most of a short run's time, out."""
+    monkeypatch.setattr("train.report.draw_plots", lambda *_, **__: [])
+
+
+def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model.path": str(model_folder),
+        "data.train": str(rows / "train.jsonl"),
+        "data.valid": str(rows / "valid.jsonl"),
+        "data.max_length": 48,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 3,
+        "train.max_steps": 6,
+        "train.precision": "fp32",
+        "train.output_dir": str(output),
+        "model.attention": "eager",  # its dropout does not depend on the cut
+        "lora.r": 4,
+        "lora.lora_dropout": 0.1,
+        "optimizer.learning_rate": 1e-2,
+        "checkpoint.steps": 2,
+        "checkpoint.total_limit": None,
+        "log.tensorboard": False,
+        "log.progress": False,
+        **changes,
+    }
+
+
+def train(values: dict[str, Any], faults: Callable[[str], None] = NEVER) -> Path:
+    with listening(faults):
+        return execute(load_config(overrides=values)).folder
+
+
+def rows_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def hashes(run: Path) -> dict[str, str]:
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {path.name: sha256_file(path) for path in sorted(last.glob("*.safetensors"))}
+
+
+def test_a_run_goes_on_in_smaller_micro_batches_and_so_does_its_resume(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = train(settings(model_folder, rows_file, tmp_path / "plain"))
+
+    def at_step_3() -> Faults:
+        return Faults(lambda step, j: (step, j) == (3, 2))
+
+    run = train(settings(model_folder, rows_file, tmp_path / "run"), at_step_3())
+    assert capsys.readouterr().out.count("out of memory at step 3") == 1
+    divisors = [row.get("micro_batch_divisor") for row in rows_of(run)]
+    assert divisors == [None, None, 2, 2, 2, 2]
+    for row, expected in zip(rows_of(run), rows_of(plain), strict=True):
+        # fp32 as above; AdamW's division by √v̂ magnifies what each of four updates differs by
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    report = (run / "report.md").read_text()
+    assert "Out of memory at step 3: from there on" in report
+    assert "a micro-batch was 1 instead of 2 examples" in report
+
+    # Killed after step 4 and resumed where memory suffices: the size stays, and so do the bits.
+    other = tmp_path / "killed"
+
+    class Killed(BaseException):
+        pass
+
+    faults = at_step_3()
+
+    def killed(name: str) -> None:
+        if name == "step.recorded" and faults.step == 5:
+            raise Killed
+        faults(name)
+
+    with pytest.raises(Killed):
+        train(settings(model_folder, rows_file, other), killed)
+    execute(*find_run(other, {}))
+    assert [row.get("micro_batch_divisor") for row in rows_of(other)] == divisors
+    assert hashes(other) == hashes(run)
+
+
+def test_a_single_example_too_long_ends_the_run_with_its_state_saved(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 4}
+    plain = train(settings(model_folder, rows_file, tmp_path / "plain", **values))
+    run = tmp_path / "run"
+    given = [
+        f"{k}={'none' if v is None else str(v).lower() if isinstance(v, bool) else v}"
+        for k, v in settings(model_folder, rows_file, run, **values).items()
+    ]
+    with listening(Faults(lambda step, j: (step, j) == (4, 3))):
+        assert main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 4: out of memory with a single example of ")
+    assert "the state after step 3 is saved" in error
+    assert "data.max_length" in error and "gradient_checkpointing" in error
+    assert error.count("\n") == 1
+    saved = sorted((run / "checkpoints").glob("step-*"))[-1]
+    assert (saved.name, damage(saved)) == ("step-00000003", None)
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    execute(*find_run(run, {}))
+    assert hashes(run) == hashes(plain)
+
+
+def test_out_of_memory_in_the_update_ends_the_run_and_saves_nothing(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = AdamW.step
+
+    def half_done(self: AdamW, learning_rate: float) -> None:
+        plain(self, learning_rate)
+        if self.steps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "step", half_done)
+        with pytest.raises(UserError, match=r"step 4: .*cannot be undone.*step-00000002"):
+            train(settings(model_folder, rows_file, run))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3]
+    execute(*find_run(run, {}))
+    expected = train(settings(model_folder, rows_file, tmp_path / "plain"))
+    assert hashes(run) == hashes(expected)
+
+
+def test_three_steps_that_are_not_finite_end_with_exit_code_3_and_the_last_good_state(
+    model_folder: Path, rows_file: Path, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    """Row 0 is dropped, so that row n makes example n - 1."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = (rows_file / "train.jsonl").read_text()
+    (rows / "train.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n" + lines)
+    (rows / "valid.jsonl").write_text((rows_file / "valid.jsonl").read_text())
+    run = tmp_path / "run"
+    poison(math.nan, lambda micro_batch, step: step in (3, 4, 5))
+    values = settings(model_folder, rows, run, **{"data.on_overflow": "drop"})
+    outcome = execute(load_config(overrides=values))
+    assert (outcome.reason, outcome.exit_code) == ("non_finite", 3)
+    skipped = rows_of(run)[2:]
+    assert [row["skipped"] for row in skipped] == ["non-finite"] * 3
+    assert all(row["loss"] is None for row in skipped)
+    assert [len(row["examples"]) for row in skipped] == [6, 4, 6]  # step 4 ends an epoch of 22
+    assert all(row["rows"] == [index + 1 for index in row["examples"]] for row in skipped)
+    good, last = (run / "checkpoints" / f"step-0000000{step}" for step in (2, 5))
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert sha256_file(good / name) == sha256_file(last / name)
+    report = (run / "report.md").read_text()
+    assert "3 of 5 steps changed nothing (non-finite): step 3 (rows " in report
+    # A resume goes on behind them, and one more bad step ends it again.
+    poison(math.nan, lambda micro_batch, step: step == 6)
+    assert execute(*find_run(run, {})).reason == "non_finite"
+    poison(math.nan, lambda micro_batch, step: False)
+    assert execute(*find_run(run, {"train.max_steps": 8})).reason == "completed"
+    assert [row["step"] for row in rows_of(run)] == list(range(1, 9))
+
+
+def test_an_evaluation_in_smaller_batches_is_recorded(
+    model_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loss_sum = evaluate_module.loss_sum
+
+    def limited(model: CausalLM, micro_batch: MicroBatch, *more: Any, **named: Any) -> torch.Tensor:
+        if len(micro_batch.examples) > 2:
+            refused_by_cuda()
+        return loss_sum(model, micro_batch, *more, **named)
+
+    monkeypatch.setattr(evaluate_module, "loss_sum", limited)
+    values = {"eval.per_device_batch_size": 4, "train.max_steps": 1}
+    run = train(settings(model_folder, rows_file, tmp_path / "run", **values))
+    assert [row["reduced_batch_size"] for row in rows_of(run, "eval")] == [2]
+    assert "out of memory: batches of 2" in capsys.readouterr().out
+    assert "evaluation at step 1: it was done in batches of 2" in (run / "report.md").read_text()

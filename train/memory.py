@@ -1,0 +1,56 @@
+"""What to do where memory does not suffice: cut the work smaller, or say what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from files.errors import UserError
+
+Result = TypeVar("Result")
+
+# Beside `torch.OutOfMemoryError`, allocations fail with a plain RuntimeError: on the CPU, in CUDA
+# calls outside torch's allocator, and on MPS.
+_MESSAGES = ("DefaultCPUAllocator", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be had."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+    )
+
+
+def within_memory(compute: Callable[[], Result], device: torch.device) -> Result | None:
+    """Return what `compute` returns, or None where it runs out of memory.
+
+    What it had allocated by then is free again, on CUDA for other sizes too, as long as `compute`
+    leaves nothing behind that refers to it.
+    """
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Below the block, not in it: up to its end the error's frames hold what did not fit.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def does_not_fit(what: str, tokens: int, saved: str = "") -> UserError:
+    """Return the error of a single example that memory does not suffice for.
+
+    Args:
+        what: What was being done (`step 3`, `evaluation`).
+        tokens: Its length.
+        saved: What the message says between the cause and the remedies.
+    """
+    return UserError(
+        f"{what}: out of memory with a single example of {tokens:,} tokens in a micro-batch"
+        f"{saved}; lower data.max_length, or set model.gradient_checkpointing=true or "
+        "train.precision=bf16, in a new run, or continue this one with --resume where more memory "
+        "is free"
+    )
