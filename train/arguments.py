@@ -7,6 +7,7 @@ around is instant.
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from train.plan import effective_batch_size, plan_run
 from train.settings import KEYS, STACK_SPELLINGS
 
 EMBEDDED_PRESET = "demo"
+STEPS_BEFORE_KILL = 3
 OPTIONS = (
     "--preset",
     "--config",
@@ -25,6 +27,7 @@ OPTIONS = (
     "--json",
     "--ranks",
     "--resume",
+    "--prove-resume",
     "--list-presets",
     "--show",
     "--help",
@@ -46,9 +49,11 @@ examples:
   python -m train.run --preset starcoder2-3b-lora data.train=src/ lora.r=16 train.output_dir=runs/a
   python -m train.run --config my.toml learning_rate=1e-4 'data.prompt_template="Q: {question}\\n"'
   python -m train.run --resume runs/demo-20250101-120000
+  python -m train.run --preset demo --prove-resume
 
 exit codes:
   0    done (also: stopped by a signal under torchrun, saved, status.json says preempted)
+  1    --prove-resume: the resumed run does not end in the same bits
   2    bad input: one sentence says what, where, and what to do
   3    too many steps in a row without a finite loss
   130  stopped by Ctrl-C (SIGINT) after saving; --resume goes on
@@ -68,6 +73,7 @@ class Arguments:
         json: The plan as one JSON object.
         ranks: Ranks to plan for; None is one.
         resume: Folder of a run or of one checkpoint to go on from.
+        prove_resume: Steps before the kill of a proof that resume is exact; None proves nothing.
         list_presets: Print the presets.
         show: Name of the preset to print in full.
         overrides: `key=value` settings as written, in order.
@@ -79,6 +85,7 @@ class Arguments:
     json: bool = False
     ranks: int | None = None
     resume: str | None = None
+    prove_resume: int | None = None
     list_presets: bool = False
     show: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
@@ -116,6 +123,13 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--resume", metavar="FOLDER", help="go on with a run, or from one of its checkpoints"
     )
+    parser.add_argument(
+        "--prove-resume",
+        type=int,
+        metavar="K",
+        help=f"run 2K steps (K is {STEPS_BEFORE_KILL} if left out), and again with a kill and a "
+        "resume after K; print the hashes of both, which must be equal",
+    )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
     parser.add_argument("--show", metavar="NAME", help="print a preset in full, as TOML, and exit")
     return parser
@@ -128,7 +142,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         UserError: An unknown option, or options that exclude each other.
         SystemExit: After `--help`, with code 0.
     """
-    asked, unknown = _parser().parse_known_intermixed_args(list(argv))
+    asked, unknown = _parser().parse_known_intermixed_args(_with_steps_before_kill(argv))
     if unknown:
         raise UserError(_about_option(unknown[0]))
     values = vars(asked)
@@ -140,12 +154,33 @@ def parse(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
+def _with_steps_before_kill(argv: Sequence[str]) -> list[str]:
+    """Give `--prove-resume` its default where no number follows: argparse would take a setting."""
+    given = list(argv)
+    for place, argument in enumerate(argv):
+        following = argv[place + 1] if place + 1 < len(argv) else "--"
+        if argument == "--prove-resume" and not re.fullmatch(r"[^-=][^=]*|-\d+", following):
+            given[place] = f"{argument}={STEPS_BEFORE_KILL}"
+    return given
+
+
 def _check(arguments: Arguments) -> None:
     if not arguments.plan and (arguments.json or arguments.ranks is not None):
         option = "--json" if arguments.json else "--ranks"
         raise UserError(f"{option} goes with --plan; add --plan")
     if arguments.ranks is not None and arguments.ranks < 1:
         raise UserError(f"--ranks {arguments.ranks}: a plan needs at least 1 rank")
+    if arguments.prove_resume is not None:
+        if arguments.prove_resume < 1:
+            raise UserError(
+                f"--prove-resume {arguments.prove_resume}: at least 1 step comes before the kill"
+            )
+        if arguments.plan or arguments.resume is not None:
+            option = "--plan" if arguments.plan else "--resume"
+            raise UserError(
+                "--prove-resume makes two short runs of a configuration and compares them, so "
+                f"{option} cannot be given with it"
+            )
     if arguments.resume is not None:
         if arguments.preset or arguments.config_file:
             option = "--preset" if arguments.preset else "--config"

@@ -128,6 +128,10 @@ def _answer(arguments: Arguments) -> int:
 
         print_plan(config, as_json=arguments.json, ranks=arguments.ranks)
         return 0
+    if arguments.prove_resume is not None:
+        from train.prove import prove_resume
+
+        return prove_resume(config, arguments.prove_resume)
     return execute(config).exit_code
 
 
