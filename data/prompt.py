@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
+from data.chat import Conversation, Prefix
 from data.source import Row
 from data.tokenizer import Tokenizer
 from files.errors import UserError, did_you_mean
@@ -45,6 +46,39 @@ class Rendered:
     trained: tuple[tuple[str, str | None], ...]
     chat: bool = False
     prompt: str = ""
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A row of messages before it is rendered.
+
+    Attributes:
+        messages: All turns.
+        spans: The trained spans as prefixes of the messages (before: None is the beginning; up to
+            the end: None is the end of the whole).
+        prompt: What stands before the completion, where there is one.
+        tools: Descriptions of tools.
+    """
+
+    messages: Messages
+    spans: tuple[tuple[Prefix | None, Prefix | None], ...]
+    prompt: Prefix | None = None
+    tools: Any = None
+
+    def conversation(self, where: str) -> Conversation:
+        """Return what is to be rendered: the whole first, then every prefix once."""
+        named = (self.prompt, *(prefix for span in self.spans for prefix in span))
+        prefixes = dict.fromkeys([(len(self.messages), False), *filter(None, named)])
+        return Conversation(self.messages, tuple(prefixes), self.tools, where)
+
+    def rendered(self, conversation: Conversation, texts: Sequence[str]) -> Rendered:
+        """Return the row, given the text of each prefix."""
+        text_of: dict[Prefix | None, str] = dict(zip(conversation.prefixes, texts, strict=True))
+        trained = tuple(
+            (text_of.get(before, ""), None if after is None else text_of[after])
+            for before, after in self.spans
+        )
+        return Rendered(texts[0], trained, chat=True, prompt=text_of.get(self.prompt, ""))
 
 
 @dataclass(frozen=True)
@@ -137,22 +171,33 @@ class PromptFormat:
         return None
 
     def render(self, row: Row, tokenizer: Tokenizer) -> Rendered:
-        """Return a row as text with its trained spans.
+        """Return a row as text with its trained spans; see `render_rows`."""
+        return self.render_rows([row], tokenizer)[0]
+
+    def render_rows(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[Rendered]:
+        """Return each row as text with its trained spans.
 
         Raises:
-            UserError: The row lacks a column, holds something else than text in one, or is refused
+            UserError: A row lacks a column, holds something else than text in one, or is refused
                 by the chat template; the message begins with the row's file and line.
         """
-        try:
-            if self.format == "messages":
-                return self._render_messages(row.values, tokenizer)
-            if self.format == "completion" and isinstance(row.values.get("prompt"), list):
-                return self._render_completion_messages(row.values, tokenizer)
-            prompt, completion = self._prompt(row.values), self._completion(row.values)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from None
-        trained = ((prompt if self.trains_completion_only else "", None),)
-        return Rendered(prompt + completion, trained, prompt=prompt)
+        rendered: list[Rendered | _Chat] = []
+        conversations: list[Conversation] = []
+        for row in rows:
+            try:
+                item = self._chat(row.values) or self._texts(row.values)
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from None
+            rendered.append(item)
+            if isinstance(item, _Chat):
+                conversations.append(item.conversation(row.where))
+        if not conversations:
+            return [item for item in rendered if isinstance(item, Rendered)]
+        texts = tokenizer.render_chats(conversations, date=TRAINING_DATE)
+        chats = iter(zip(conversations, texts, strict=True))
+        return [
+            item.rendered(*next(chats)) if isinstance(item, _Chat) else item for item in rendered
+        ]
 
     def generation_prompt(
         self, values: str | Mapping[str, Any], tokenizer: Tokenizer | None = None
@@ -214,36 +259,34 @@ class PromptFormat:
             return messages
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
-    def _render_messages(self, values: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
+    def _texts(self, values: Mapping[str, Any]) -> Rendered:
+        """Return a row of texts."""
+        prompt, completion = self._prompt(values), self._completion(values)
+        trained = ((prompt if self.trains_completion_only else "", None),)
+        return Rendered(prompt + completion, trained, prompt=prompt)
+
+    def _chat(self, values: Mapping[str, Any]) -> _Chat | None:
+        """Return a row of messages, or None for a row of texts."""
+        tools = values.get("tools")
+        if self.format == "completion" and isinstance(values.get("prompt"), list):
+            messages = self._with_system_turn(_check_messages(values["prompt"], "prompt"))
+            before = (len(messages), True)
+            messages = messages + _check_messages(values.get("completion"), "completion")
+            span = (before if self.trains_completion_only else None, None)
+            return _Chat(messages, (span,), before, tools)
+        if self.format != "messages":
+            return None
         messages = self._with_system_turn(_read_messages(values))
-        tools = values.get("tools")
-
-        def render(turns: Messages, add_generation_prompt: bool = False) -> str:
-            return tokenizer.render_chat(
-                turns, add_generation_prompt, tools=tools, date=TRAINING_DATE
-            )
-
         if not self.trains_completion_only:
-            return Rendered(render(messages), (("", None),), chat=True)
-        spans: list[tuple[str, str | None]] = []
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                # Where nothing stands before the first answer, its header is trained with it.
-                before = render(messages[:turn], True) if turn else ""
-                last = turn == len(messages) - 1
-                spans.append((before, None if last else render(messages[: turn + 1])))
-        return Rendered(render(messages), tuple(spans), chat=True)
-
-    def _render_completion_messages(
-        self, values: Mapping[str, Any], tokenizer: Tokenizer
-    ) -> Rendered:
-        prompt = self._with_system_turn(_check_messages(values["prompt"], "prompt"))
-        completion = _check_messages(values.get("completion"), "completion")
-        tools = values.get("tools")
-        text = tokenizer.render_chat(prompt + completion, tools=tools, date=TRAINING_DATE)
-        before = tokenizer.render_chat(prompt, True, tools=tools, date=TRAINING_DATE)
-        trained = ((before if self.trains_completion_only else "", None),)
-        return Rendered(text, trained, chat=True, prompt=before)
+            return _Chat(messages, ((None, None),), tools=tools)
+        last = len(messages) - 1
+        spans = tuple(
+            # Where nothing stands before the first answer, its header is trained with it.
+            ((turn, True) if turn else None, (turn + 1, False) if turn < last else None)
+            for turn, message in enumerate(messages)
+            if message["role"] == "assistant"
+        )
+        return _Chat(messages, spans, tools=tools)
 
     def _generation_values(self, values: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a text as the columns of the prompt."""

@@ -557,7 +557,9 @@ def _read_parquet(path: Path, name: str, columns: list[str] | None) -> Iterator[
                     ):
                         raise _too_long(where)
                     yield Row(values, where)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        # A page that is whole but lies brings Python's own errors: text that is not UTF-8, dates
+        # beyond the calendar.
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{name}: not a readable Parquet file ({reason})") from None
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
+from data.chat import ChatTemplate, Conversation
+from data.tokenizer_file import library_errors, load_backend
 from files.errors import UserError
 from files.strict_json import parse_json_object
 
@@ -33,10 +28,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-# The largest published files have some 35 MB, for vocabularies of 260,000.
+# The largest tokenizer.json published has some 35 MB, for a vocabulary of 260,000.
 _MAX_BYTES = 64 * 2**20
-# Token ids are kept as int32.
-_MAX_ID = 2**31 - 1
+# The others hold settings and a chat template; the largest published has 1 MB.
+_MAX_SETTINGS_BYTES = 8 * 2**20
 # Any of these is in the vocabulary of a tokenizer that can be trained with.
 _PROBES = ("a", "0", "\n", " ")
 
@@ -99,16 +94,7 @@ class Tokenizer:
         if "tokenizer.json" not in files:
             raise UserError(_missing_tokenizer(folder))
         where = str(folder / "tokenizer.json")
-        with _library_errors(f"{where}: not a usable tokenizer"):
-            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-            # At once: the file may ask for any truncation or padding, and nothing would show it.
-            backend.no_truncation()
-            backend.no_padding()
-            largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        if not 0 <= largest < _MAX_ID:
-            raise UserError(
-                f"{where}: its largest token id is {largest}; ids run from 0 to {_MAX_ID - 1}"
-            )
+        backend = load_backend(files["tokenizer.json"], where)
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one rules
             if name in files:
@@ -133,7 +119,7 @@ class Tokenizer:
         Raises:
             UserError: The tokenizer cannot encode a text.
         """
-        with _library_errors(f"{self._where}: the tokenizer failed on a text"):
+        with library_errors(f"{self._where}: the tokenizer failed on a text"):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             batch = [encoding.ids for encoding in encodings]
         if add_special_tokens and self.prefix_ids:
@@ -147,7 +133,7 @@ class Tokenizer:
         Raises:
             UserError: The tokenizer cannot decode them.
         """
-        with _library_errors(f"{self._where}: the tokenizer cannot decode these ids"):
+        with library_errors(f"{self._where}: the tokenizer cannot decode these ids"):
             return self._backend.decode(
                 [int(i) for i in ids], skip_special_tokens=skip_special_tokens
             )
@@ -175,22 +161,21 @@ class Tokenizer:
             date: What `strftime_now` tells the template; None is the present.
 
         Raises:
-            UserError: There is no template, it refuses the messages, or it fails.
+            UserError: There is no template, it refuses the messages, it fails, or it takes too
+                long or too much memory.
         """
-        template = self._template
-        try:
-            return template.render(
-                self.special_tokens,
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=(date or datetime.datetime.now()).strftime,
-                raise_exception=_raise_exception,
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            reason = str(error) or type(error).__name__
-        raise UserError(f"the chat template of {self._where} failed on the messages: {reason}")
+        prefix = (len(messages), add_generation_prompt)
+        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0]
+
+    def render_chats(
+        self, conversations: Sequence[Conversation], *, date: datetime.datetime | None = None
+    ) -> list[list[str]]:
+        """Return the text of each prefix of each conversation, as `render_chat` would.
+
+        Raises:
+            UserError: As `render_chat`; the message begins with the conversation's place.
+        """
+        return self._template.render(conversations, date)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into `folder`, byte for byte as they were read."""
@@ -205,25 +190,13 @@ class Tokenizer:
             ) from None
 
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise UserError(
                 f"the tokenizer in {self._where} has no chat template, which messages need: put "
-                " a chat_template.jinja beside tokenizer.json, or use data.format=template"
+                "a chat_template.jinja beside tokenizer.json, or use data.format=template"
             )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _GenerationBlock],
-        )
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(self.chat_template)
-        except (jinja2.TemplateError, RecursionError) as error:
-            line = getattr(error, "lineno", "?")
-            raise UserError(
-                f"the chat template of {self._where} cannot be parsed, at its line {line}: {error}"
-            ) from None
+        return ChatTemplate(self.chat_template, self.special_tokens, self._where)
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -232,7 +205,7 @@ class Tokenizer:
     def _find_prefix(self, add_bos: Any) -> list[int]:
         """Return what the post-processor puts before a text, as `add_bos_token` corrects it."""
         prefix: list[int] = []
-        with _library_errors(f"{self._where}: the tokenizer failed on a text"):
+        with library_errors(f"{self._where}: the tokenizer failed on a text"):
             for probe in _PROBES:
                 plain = self._backend.encode(probe, add_special_tokens=False).ids
                 full = self._backend.encode(probe, add_special_tokens=True).ids
@@ -248,44 +221,15 @@ class Tokenizer:
         return prefix
 
 
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which some templates put around assistant turns.
-
-    Its body is rendered as it stands: labels come from rendered prefixes, for every template.
-    """
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own protocol)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Return the nodes of the body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@contextmanager
-def _library_errors(what: str) -> Iterator[None]:
-    """Turn every failure of the tokenizers library into one sentence.
-
-    A panic in its Rust code (a catastrophic regular expression, for instance) arrives as an
-    exception that does not derive from Exception, hence the wide net.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        reason = str(error).strip() or type(error).__name__
-        raise UserError(f"{what}: {reason}") from None
-
-
 def _read(path: Path) -> bytes:
+    most = _MAX_BYTES if path.name == "tokenizer.json" else _MAX_SETTINGS_BYTES
     try:
         with open(path, "rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+            content = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > _MAX_BYTES:
-        raise UserError(f"{path}: larger than {_MAX_BYTES} bytes, which no tokenizer needs")
+    if len(content) > most:
+        raise UserError(f"{path}: larger than {most} bytes, which no tokenizer needs")
     return content
 
 
@@ -336,25 +280,3 @@ def _chat_template(
             f"{where}: chat_template must be text or a list of {{name, template}} objects"
         )
     return next(iter(named.values())) if len(named) == 1 else named.get("default")
-
-
-def _raise_exception(message: str) -> None:
-    """Let a template refuse its messages."""
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """`tojson` without the HTML escapes of jinja2's own, which would reach the model as text."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share: a model folder, rows, and a cache of their own."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device here"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def common_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep everything out of the user's cache; a tokenizer is tried once for all tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "tokenizers").mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("LATHE_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep tokenised rows out of the user's cache."""
+def cache(tmp_path: Path, common_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep tokenised rows apart from those of other tests."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tokenizers").symlink_to(common_cache / "tokenizers")
     monkeypatch.setenv("LATHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

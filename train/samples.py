@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.examples import Examples
 from data.tokenizer import Tokenizer
+from files.errors import UserError
+from files.strict_json import read_json_object
 
 MOST_NEW_TOKENS = 200
 
@@ -25,10 +26,12 @@ class Sample:
 def samples_so_far(folder: Path) -> list[Sample]:
     """Return the samples that a run's status.json holds; none where it holds none."""
     try:
-        status = json.loads((folder / "status.json").read_bytes())
-        return [Sample(**sample) for sample in status["samples"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        status = read_json_object(folder / "status.json")
+        samples = [Sample(**sample) for sample in status["samples"]]
+    except (UserError, KeyError, TypeError):
         return []
+    texts = [(one.prompt, one.reference, one.before or "", one.after or "") for one in samples]
+    return samples if all(isinstance(text, str) for each in texts for text in each) else []
 
 
 def choose_samples(

@@ -270,6 +270,33 @@ def test_a_refusal_of_the_chat_template_names_file_and_line(tokenizer_folder):
         PromptFormat(format="messages").render(row(messages=TURNS), tokenizer)
 
 
+def test_rows_rendered_together_are_those_rendered_alone(tokenizer):
+    """Rows of texts and of messages may stand side by side, each with its own prefixes."""
+    prompt_format = PromptFormat(format="completion", system_prompt="S")
+    rows = [
+        row(prompt="P", completion="C"),
+        row(prompt=TURNS[:1], completion=TURNS[1:2]),
+        row(prompt="Q", completion="D"),
+        row(prompt=TURNS[:3], completion=TURNS[3:]),
+    ]
+    together = prompt_format.render_rows(rows, tokenizer)
+    assert together == [prompt_format.render(one, tokenizer) for one in rows]
+    assert [item.chat for item in together] == [False, True, False, True]
+    messages = PromptFormat(format="messages")
+    rows = [row(messages=TURNS[:length]) for length in (4, 1, 3, 2)]
+    together = messages.render_rows(rows, tokenizer)
+    assert together == [messages.render(one, tokenizer) for one in rows]
+    assert messages.render_rows([], tokenizer) == []
+
+
+def test_the_row_that_a_chat_template_refuses_is_named_among_others(tokenizer_folder):
+    template = "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}"
+    tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="many"))
+    rows = [Row({"messages": TURNS[:length]}, f"rows.jsonl:{length}") for length in (1, 2, 3)]
+    with pytest.raises(UserError, match=r"^rows\.jsonl:2: .*too many"):
+        PromptFormat(format="messages", completion_only=False).render_rows(rows, tokenizer)
+
+
 def test_tool_calls_need_no_content(tokenizer_folder):
     template = (
         "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }};"

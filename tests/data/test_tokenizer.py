@@ -233,9 +233,9 @@ def test_missing_folder_and_missing_file(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer.json": "{"}, r"tokenizer\.json: not a usable tokenizer"),
-        ({"tokenizer.json": '{"version": "1.0"}'}, r"tokenizer\.json: not a usable tokenizer"),
-        ({"tokenizer.json": "\x00\x01"}, r"tokenizer\.json: not a usable tokenizer"),
+        ({"tokenizer.json": "{"}, r"tokenizer\.json: not JSON at line 1"),
+        ({"tokenizer.json": '{"version": "1.0"}'}, r"tokenizer\.json: model is missing"),
+        ({"tokenizer.json": "\x00\x01"}, r"tokenizer\.json: not JSON at line 1"),
         ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json: must hold a JSON object"),
         ({"special_tokens_map.json": "{"}, r"special_tokens_map\.json: not JSON"),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "chat_template must be text"),
@@ -250,7 +250,7 @@ def test_bytes_that_are_not_utf8(tokenizer_folder):
     folder = tokenizer_folder()
     for name in ("tokenizer.json", "chat_template.jinja"):
         (folder / name).write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"tokenizer\.json: not a usable tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: not UTF-8 at byte 0"):
         Tokenizer.load(folder)
     folder = tokenizer_folder(name="second")
     (folder / "chat_template.jinja").write_bytes(b"ab\xff")
@@ -261,22 +261,22 @@ def test_bytes_that_are_not_utf8(tokenizer_folder):
 def test_a_file_without_vocabulary_is_refused(tokenizer_folder, tokenizer_json):
     empty = tokenizer_json | {"added_tokens": []}
     empty["model"] = tokenizer_json["model"] | {"vocab": {}, "merges": []}
-    with pytest.raises(UserError, match="largest token id is -1"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: has no tokens"):
         Tokenizer.load(tokenizer_folder(changes=empty))
 
 
 def test_a_panic_in_the_library_is_one_sentence(tokenizer_folder):
-    """Its exception does not derive from Exception."""
+    """Its exception does not derive from Exception; no trial knows every letter."""
     split = {
         "type": "Split",
-        "pattern": {"Regex": "(x+x+)+y"},
+        "pattern": {"Regex": "(ŧ+ŧ+)+y"},
         "behavior": "Isolated",
         "invert": False,
     }
     tokenizer = Tokenizer.load(tokenizer_folder(changes={"pre_tokenizer": split}))
-    assert tokenizer.encode("xxy")
+    assert tokenizer.encode("ŧŧy")
     with pytest.raises(UserError, match="the tokenizer failed on a text"):
-        tokenizer.encode("x" * 60)
+        tokenizer.encode("ŧ" * 60)
 
 
 def test_a_text_that_is_no_unicode_is_one_sentence(tokenizer_folder):

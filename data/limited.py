@@ -1,0 +1,268 @@
+"""Work on files that nobody has vouched for, in a child process with a time and a memory limit.
+
+What a downloaded tokenizer or chat template does, its author decides: it may run for ever, ask for
+all memory there is, or abort the process. So it does it in a child, which a module serves with one
+function:
+
+    def answer(request: Any) -> Iterator[Any]: ...
+
+Requests and answers are JSON, a line each, through pipes. Each answer has its own time limit; a
+child that breaks a limit or dies is killed, and the next question starts another. Where the system
+knows no memory limit for a process (macOS), the time limit still holds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from files.errors import UserError
+
+ANSWER_SECONDS = 5.0
+MEMORY_BYTES = 2**30
+# Starting takes 0.1 s, but many nodes that read Python from one network disk need far longer.
+_START_SECONDS = 120.0
+# What the child may write into files: there is only the text of its own death.
+_WRITE_BYTES = 2**20
+# A child has one thread: each more would reserve address space that counts against its limit.
+_ENVIRONMENT = {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_ARENA_MAX": "1",
+    "RUST_BACKTRACE": "0",
+}
+# The child imports from where its parent does, whatever the current folder is.
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from data.limited import serve; serve(*json.loads(sys.argv[2]))"
+)
+
+
+class _BrokenError(Exception):
+    """The child broke a limit or died; the message says how, as the predicate of a sentence."""
+
+
+class LimitedChild:
+    """A process that answers for one module, started by the first question.
+
+    Several threads may ask; a process forked from this one starts a child of its own.
+
+    Args:
+        module: Name of the module with the function `answer`.
+        memory: Bytes of address space that the child may have.
+        seconds: Time for one answer.
+    """
+
+    def __init__(
+        self, module: str, *, memory: int = MEMORY_BYTES, seconds: float = ANSWER_SECONDS
+    ) -> None:
+        self._module = module
+        self._memory = memory
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def ask(self, request: str, subject: Callable[[int], str], remedy: str) -> list[Any]:
+        """Return all answers to a request.
+
+        Args:
+            request: JSON.
+            subject: What the child works on after so many answers: messages begin with it.
+            remedy: What to do when a limit is broken: messages end with it.
+
+        Raises:
+            UserError: The module refused the request (its own sentence), or the child took too
+                long, needed too much memory, or died.
+        """
+        answers: list[Any] = []
+        with self._lock:
+            try:
+                refusal = self._exchange(request.encode() + b"\n", answers)
+            except _BrokenError as error:
+                self._close()
+                raise UserError(f"{subject(len(answers))} {error}; {remedy}") from None
+            except BaseException:  # Ctrl-C in the middle: the answer would be the next one's
+                self._close()
+                raise
+        if refusal is not None:
+            raise UserError(refusal)
+        return answers
+
+    def close(self) -> None:
+        """End the child, if there is one; a later question starts another."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _exchange(self, line: bytes, answers: list[Any]) -> str | None:
+        """Collect the answers, and return why the module refused to go on, if it did."""
+        if self._child is None or self._child.owner != os.getpid():
+            self._close()
+            self._child = _Child(self._module, self._memory, self._seconds)
+            atexit.unregister(self.close)
+            atexit.register(self.close)
+        self._child.send(line)
+        while "end" not in (message := self._child.receive(self._seconds)):
+            answers.append(message["answer"])
+        return message["end"]
+
+
+class _Child:
+    """One process and its pipes."""
+
+    def __init__(self, module: str, memory: int, seconds: float) -> None:
+        self.owner = os.getpid()
+        self._memory = memory
+        self._seconds = seconds
+        self._unread = bytearray()
+        # Answers have a pipe of their own: what a library prints must not be taken for one.
+        self._answers, writer = os.pipe()
+        paths, arguments = json.dumps(sys.path), json.dumps([module, writer, memory, seconds])
+        try:
+            self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+            # A session of its own: Ctrl-C in the terminal is the parent's business.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, paths, arguments],
+                stdin=subprocess.PIPE,
+                stdout=self._printed,
+                stderr=self._printed,
+                pass_fds=[writer],
+                env=os.environ | _ENVIRONMENT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(self._answers)
+            raise _BrokenError(f"needs a child process, and none starts ({error})") from None
+        finally:
+            os.close(writer)
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._answers, selectors.EVENT_READ)
+        try:
+            self.receive(_START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        # It cannot block for long: a child reads the whole line before it answers.
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except OSError:
+            raise _BrokenError(self._death()) from None
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Return the next message of the child."""
+        deadline = time.monotonic() + seconds
+        searched = 0
+        while (end := self._unread.find(b"\n", searched)) < 0:
+            searched = len(self._unread)
+            if not self._ready.select(max(deadline - time.monotonic(), 0)):
+                raise _BrokenError(f"took more than {seconds:.3g} s")
+            piece = os.read(self._answers, 2**16)
+            if not piece:
+                raise _BrokenError(self._death())
+            self._unread += piece
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Kill the process, if it is this one's child, and let go of the pipes."""
+        if self.owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+        self._ready.close()
+        os.close(self._answers)
+        self._printed.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a request may be left that nobody reads any more
+            self._process.stdin.close()
+
+    def _death(self) -> str:
+        """Return how the process ended, which it has just done."""
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe and went on"
+        if hasattr(signal, "SIGALRM") and code == -signal.SIGALRM:
+            return f"took more than {self._seconds:.3g} s"
+        self._printed.seek(0)
+        text = self._printed.read(_WRITE_BYTES).decode("utf-8", "replace")
+        # What Rust says before it aborts, and the name of Python's exception.
+        if "memory allocation of" in text or "MemoryError" in text:
+            return f"needed more than {self._memory // 2**20} MiB of memory"
+        said = f" (it said: {one_line(text.strip().rpartition(chr(10))[2])})" if text else ""
+        if code < 0:
+            names = {known.value: known.name for known in signal.Signals}
+            return f"died by signal {names.get(-code, -code)}{said}"
+        return f"ended with exit code {code}{said}"
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Return what others wrote as one line for a message: no control characters, not too long."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * most])
+    line = " ".join(line.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def serve(module: str, writer: int, memory: int, seconds: float) -> None:
+    """Answer the requests on standard input until it ends: the child's main function."""
+    _limit_resources(memory)
+    answers = os.fdopen(writer, "wb")
+
+    def tell(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message).encode() + b"\n")
+        answers.flush()
+
+    answer = importlib.import_module(module).answer
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it may come as ignored by the parent
+    tell({"ready": True})
+    for line in sys.stdin.buffer:
+        try:
+            _end_oneself_after(seconds)
+            for value in answer(json.loads(line)):
+                tell({"answer": value})
+                _end_oneself_after(seconds)
+            refusal = None
+        except UserError as error:
+            refusal = str(error)
+        _end_oneself_after(None)
+        tell({"end": refusal})
+
+
+def _limit_resources(memory: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for kind, most in (("AS", memory), ("CORE", 0), ("FSIZE", _WRITE_BYTES)):
+        limit = getattr(resource, f"RLIMIT_{kind}")
+        hard = resource.getrlimit(limit)[1]
+        lowest = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS takes no RLIMIT_AS
+            resource.setrlimit(limit, (lowest, lowest))
+
+
+def _end_oneself_after(seconds: float | None) -> None:
+    """End this process a second after the parent would: the parent may have been killed."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0 if seconds is None else seconds + 1)

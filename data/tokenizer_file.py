@@ -1,0 +1,358 @@
+"""tokenizer.json before it is trusted: its parts are known ones, and a child has tried them.
+
+The tokenizers library does what the file says. A regular expression may make it panic, a
+replacement may multiply the text until the process is aborted, and ids may be anything. So a child
+with limits (`data/limited.py`) first reads the file as strict JSON, checks its parts against lists
+and bounds, loads it, and encodes texts of the kind that break tokenizers. A file that has passed is
+remembered by its sha256 in the cache folder, and loaded without a child from then on.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from data.cache import cache_folder
+from data.limited import ANSWER_SECONDS, MEMORY_BYTES, LimitedChild, one_line
+from files.atomic import write_json
+from files.errors import UserError, did_you_mean
+from files.strict_json import parse_json_object, read_json_object
+
+# Token ids are kept as int32.
+_MAX_ID = 2**31 - 1
+# Raised whenever the check becomes stricter: files that passed the last one are checked again.
+_CHECK_VERSION = 1
+# The library's parts, as transformers writes them. What it learns later is added here after a look.
+_KINDS = {
+    "normalizer": (
+        "BertNormalizer ByteLevel Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace "
+        "Sequence Strip StripAccents"
+    ),
+    "pre_tokenizer": (
+        "BertPreTokenizer ByteLevel CharDelimiterSplit Digits FixedLength Metaspace Punctuation "
+        "Sequence Split UnicodeScripts Whitespace WhitespaceSplit"
+    ),
+    "post_processor": "BertProcessing ByteLevel RobertaProcessing Sequence TemplateProcessing",
+    "decoder": (
+        "BPEDecoder ByteFallback ByteLevel CTC Fuse Metaspace Replace Sequence Strip WordPiece"
+    ),
+}
+_MODELS = ["BPE", "Unigram", "WordLevel", "WordPiece"]
+# Where a Sequence keeps its parts.
+_PARTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "post_processor": "processors",
+    "decoder": "decoders",
+}
+# Bounds that published files stay far below: the longest Sequences have about ten parts, the
+# longest regular expressions 500 characters, a SentencePiece character map 320 KB.
+_MAX_ITEMS, _MAX_DEPTH, _MAX_TEXT, _MAX_PATTERN, _MAX_MAP = 64, 8, 64, 4096, 4 * 2**20
+# How often longer all normalizers together may make a text (Llama's space becomes three bytes).
+_MAX_GROWTH = 256
+_MAX_WORD = 1024
+_MAX_TOKEN = 4096
+# Tokens for each byte of a text. One byte may become three (a space that is written as ▁), and a
+# ligature 11 (NFKD of U+FDFA), each a token of its own under byte fallback.
+_MAX_TOKENS_PER_BYTE = 16
+
+
+def load_backend(content: bytes, where: str) -> tokenizers.Tokenizer:
+    """Return the library's tokenizer for the content of a tokenizer.json.
+
+    Truncation and padding that the file asks for are switched off.
+
+    Args:
+        content: The file's bytes.
+        where: The file that messages name.
+
+    Raises:
+        UserError: The file breaks a rule, or breaks the library.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; the file is damaged") from None
+    passed = {"check": _CHECK_VERSION, "tokenizers": tokenizers.__version__}
+    record = cache_folder("tokenizers") / f"{hashlib.sha256(content).hexdigest()}.json"
+    try:
+        remembered = read_json_object(record) == passed
+    except UserError:  # it was never seen, or the record is damaged
+        remembered = False
+    if not remembered:
+        _try_in_child(text, where)
+        # Where nothing can be written, the check is merely repeated.
+        with contextlib.suppress(OSError, UserError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, passed)
+    return _load(text, where)
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn every failure of the tokenizers library into one sentence.
+
+    A panic in its Rust code (a catastrophic regular expression, for instance) arrives as an
+    exception that does not derive from Exception, hence the wide net.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = one_line(str(error)) or type(error).__name__
+        raise UserError(f"{what}: {reason}") from None
+
+
+def _try_in_child(text: str, where: str) -> None:
+    # Measured: a file of 21 MiB needs 0.5 GiB in all, and 1.8 s for its longest answer.
+    size = len(text.encode())
+    child = LimitedChild(
+        "data.tokenizer_file",
+        memory=MEMORY_BYTES + 32 * size,
+        seconds=ANSWER_SECONDS + size / (4 * 2**20),
+    )
+    try:
+        child.ask(
+            json.dumps([text, where]),
+            lambda answers: f"{where}: not a usable tokenizer: trying it",
+            "use the tokenizer.json that the model's authors published",
+        )
+    finally:
+        child.close()
+
+
+def _load(text: str, where: str) -> tokenizers.Tokenizer:
+    with library_errors(f"{where}: not a usable tokenizer"):
+        backend = tokenizers.Tokenizer.from_str(text)
+        # At once: the file may ask for any truncation or padding, and nothing would show it.
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def answer(request: list[str]) -> Iterator[None]:
+    """Check and try a file; the child's side of `load_backend`."""
+    text, where = request
+    file = parse_json_object(text.encode(), where)
+    check_parts(file, where)
+    added = [(token["content"], token["id"]) for token in file.get("added_tokens") or ()]
+    del file
+    yield
+    backend = _load(text, where)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise UserError(f"{where}: has no tokens; it is not the tokenizer of a model")
+    for token, token_id in added:
+        if vocabulary.get(token) != token_id:
+            raise UserError(
+                f"{where}: the added token {_show(token)} has the id {token_id} in the file and "
+                f"{vocabulary.get(token, 'none')} in use; added tokens stand in the vocabulary, or "
+                "follow it without a gap"
+            )
+    yield
+    for probe in _probes():
+        yield _try(backend, probe, where)
+
+
+def check_parts(file: Mapping[str, Any], where: str) -> None:
+    """Check every part of a parsed tokenizer.json against what is known.
+
+    Raises:
+        UserError: A part of an unknown kind, too many or too long ones, ids that are not unique or
+            out of bounds.
+    """
+    for role in _KINDS:
+        part = file.get(role)
+        if part is not None:
+            at = f"{where}: {role}"
+            _check_bounds(part, at)
+            growth = _check_kind(part, role, at)
+            if growth > _MAX_GROWTH:
+                raise UserError(
+                    f"{at} may make a text {growth:.3g} times as long; at most {_MAX_GROWTH} is "
+                    "allowed"
+                )
+    _check_model(file.get("model"), f"{where}: model")
+    _check_added_tokens(file.get("added_tokens"), f"{where}: added_tokens")
+
+
+def _check_kind(part: Any, role: str, at: str) -> float:
+    """Check a part and those in it; return how often longer it may make a text."""
+    kinds = _KINDS[role].split()
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in kinds:
+        raise UserError(
+            f"{at} is of the unknown type {_show(kind)}{did_you_mean(_show(kind), kinds)}; "
+            f"known are {', '.join(kinds)}"
+        )
+    if kind == "Sequence":
+        parts = part.get(_PARTS[role])
+        if not isinstance(parts, list):
+            raise UserError(f"{at} is a Sequence without its list '{_PARTS[role]}'")
+        return math.prod(_check_kind(inner, role, f"{at}[{i}]") for i, inner in enumerate(parts))
+    if kind == "Replace":
+        pattern, content = part.get("pattern"), part.get("content")
+        if not isinstance(pattern, dict) or not isinstance(content, str):
+            raise UserError(f"{at} is a Replace without its pattern or content")
+        literal = pattern.get("String")
+        # A regular expression may match the nothing between any two bytes.
+        before = len(literal.encode("utf-8", "surrogatepass")) if isinstance(literal, str) else 0
+        after = len(content.encode("utf-8", "surrogatepass"))
+        return max(after / before, 1) if before else 1 + after
+    if kind == "Precompiled":
+        return _longest_mapped(part.get("precompiled_charsmap"), at)
+    # A byte that is no printable letter becomes a letter of two bytes, a space a ▁ of three.
+    return {"ByteLevel": 2.0, "Metaspace": 3.0}.get(kind, 1.0)
+
+
+def _longest_mapped(charsmap: Any, at: str) -> float:
+    """Return the bytes of the longest text that a SentencePiece character map puts for a letter.
+
+    The map is a 32-bit size, a trie of that size, and the texts, each ended by a zero byte.
+    """
+    try:
+        content = base64.b64decode(charsmap, validate=True)
+    except (TypeError, ValueError):
+        raise UserError(f"{at} has a character map that is no base64") from None
+    texts = content[4 + int.from_bytes(content[:4], "little") :]
+    return max(map(len, texts.split(b"\0")), default=0) or 1
+
+
+def _check_bounds(value: Any, at: str, depth: int = 0) -> None:
+    """Check that nothing in a part is longer, deeper or larger than any published file has it."""
+    if depth > _MAX_DEPTH:
+        raise UserError(f"{at} is nested more than {_MAX_DEPTH} levels deep")
+    if isinstance(value, dict | list):
+        if len(value) > _MAX_ITEMS:
+            raise UserError(f"{at} has {len(value)} items; at most {_MAX_ITEMS} are allowed")
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            if name == "precompiled_charsmap":
+                _check_text(item, _MAX_MAP, f"{at}.{name}")
+            elif name in ("Regex", "pattern") and isinstance(item, str):
+                _check_text(item, _MAX_PATTERN, f"{at}.{name}")
+            else:
+                _check_bounds(item, f"{at}.{name}", depth + 1)
+    elif isinstance(value, str):
+        _check_text(value, _MAX_TEXT, at)
+    elif isinstance(value, int) and not 0 <= value < _MAX_ID:
+        raise UserError(f"{at} is {value}; it must be from 0 to {_MAX_ID - 1}")
+
+
+def _check_text(value: Any, most: int, at: str) -> None:
+    if isinstance(value, str) and len(value) > most:
+        raise UserError(f"{at} has {len(value)} characters; at most {most} are allowed")
+
+
+def _check_model(model: Any, at: str) -> None:
+    if not isinstance(model, dict):
+        raise UserError(f"{at} is missing; it holds the vocabulary")
+    kind = model.get("type")
+    # The oldest files (GPT-2's) name no type; the library goes by the keys then.
+    if kind is not None and kind not in _MODELS:
+        raise UserError(
+            f"{at} is of the unknown type {_show(kind)}{did_you_mean(_show(kind), _MODELS)}; known "
+            f"are {', '.join(_MODELS)}"
+        )
+    if model.get("dropout"):
+        raise UserError(
+            f"{at}.dropout is {_show(model['dropout'])}: a text would have other tokens each time; "
+            "set it to null"
+        )
+    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        _check_text(model.get(name), _MAX_TEXT, f"{at}.{name}")
+    longest = model.get("max_input_chars_per_word")
+    if longest is not None and not (isinstance(longest, int) and 0 < longest <= _MAX_WORD):
+        raise UserError(
+            f"{at}.max_input_chars_per_word is {_show(longest)}; it must be from 1 to {_MAX_WORD}, "
+            "since the time for a word grows with its square"
+        )
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        _check_ids(vocabulary.items(), f"{at}.vocab")
+        tokens = list(vocabulary)
+    elif isinstance(vocabulary, list):
+        tokens = [entry[0] for entry in vocabulary if isinstance(entry, list) and entry]
+        if len(tokens) < len(vocabulary) or not all(isinstance(token, str) for token in tokens):
+            raise UserError(f"{at}.vocab must be a list of pairs of token and score")
+    else:
+        raise UserError(f"{at}.vocab is missing; it holds the tokens")
+    _check_text(max(tokens, key=len, default=""), _MAX_TOKEN, f"{at}.vocab: its longest token")
+
+
+def _check_added_tokens(added: Any, at: str) -> None:
+    if added is None:
+        return
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
+        raise UserError(f"{at} must be a list of objects with an id and a content")
+    _check_ids([(token["content"], token.get("id")) for token in added], at)
+    contents = [token["content"] for token in added]
+    _check_text(max(contents, key=len, default=""), _MAX_TOKEN, f"{at}: its longest token")
+
+
+def _check_ids(pairs: Any, at: str) -> None:
+    """Check the ids of (token, id) pairs."""
+    owner: dict[int, str] = {}
+    for token, token_id in pairs:
+        # `type`, because True is an int too.
+        if type(token_id) is not int or not 0 <= token_id < _MAX_ID:
+            raise UserError(
+                f"{at}: the token {_show(token)} has the id {_show(token_id)}; ids run from 0 to "
+                f"{_MAX_ID - 1}"
+            )
+        if token_id in owner:
+            raise UserError(
+                f"{at}: the tokens {_show(owner[token_id])} and {_show(token)} share the id "
+                f"{token_id}; each id stands for one token"
+            )
+        owner[token_id] = token
+
+
+def _show(value: Any) -> str:
+    return one_line(repr(value), 60)
+
+
+def _probes() -> Iterator[list[str]]:
+    """Yield texts that break tokenizers which can be broken; together they are half a MiB."""
+    # Runs of one letter are what regular expressions that backtrack fail on.
+    yield [chr(letter) * 256 for letter in range(32, 127)]
+    yield [letter * 4096 for letter in "\n\t\r0_-é🙂"]
+    # Whatever takes the square of a line's length shows here.
+    for letter in "a 漢":
+        yield [letter * 2**16]
+    source = "def add(first, second):\n    return first + second  # naïve\n\n\n"
+    yield [source * 300, source.replace("\n", " ") * 1000, source.replace("\n", "\r\n") * 100]
+    yield [" \t\r\n\u00a0\u2003\u3000\u200b\ufeff" * 500]
+    # Ligatures that normal forms take apart, combining marks without end, every kind of letter.
+    yield ["\ufdfaﬁ½Ⅷ" * 1000, "e" + "\u0301" * 4000, "\u202e\u200d\U000e0001\x00\x7f" * 500]
+    yield ["".join(map(chr, range(0x20, 0xD800, 7))), "".join(map(chr, range(0x1F000, 0x20000, 7)))]
+
+
+def _try(backend: tokenizers.Tokenizer, texts: list[str], where: str) -> None:
+    """Encode and decode the texts, and check that they come to no more tokens than they should."""
+    for text in texts:
+        shown = _show(text[:8])
+        with library_errors(f"{where}: not a usable tokenizer: it fails on {shown} and more"):
+            try:
+                ids = backend.encode(text, add_special_tokens=True).ids
+                backend.decode(ids)
+            except Exception:
+                # No unknown token, for instance: the text that needs one will say so. A panic is
+                # no Exception.
+                continue
+        size = len(text.encode())
+        if len(ids) > _MAX_TOKENS_PER_BYTE * size + _MAX_ITEMS:
+            raise UserError(
+                f"{where}: not a usable tokenizer: it makes {len(ids)} tokens of {size} bytes "
+                f"({shown} and more), over {_MAX_TOKENS_PER_BYTE} for each byte"
+            )
