@@ -11,7 +11,29 @@ class UserError(Exception):
 
     The message is one sentence that names what is wrong, where, the rule, and the remedy. The
     command line prints it without a traceback and exits with code 2.
+
+    It quotes files that others wrote. So that no name in them breaks the line, commands the
+    terminal or fills the screen, characters that do not print are shown by their escapes, and the
+    middle of a long message is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+# Characters kept of a long message: what is wrong stands first, the remedy last.
+_HEAD, _TAIL = 1300, 500
+
+
+def _one_line(message: str) -> str:
+    if len(message) > _HEAD + _TAIL:
+        message = f"{message[:_HEAD]} […] {message[-_TAIL:]}"
+    if message.isprintable():
+        return message
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in message
+    )
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ file.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def _refuse_constant(text: str) -> Any:
     raise _Refused(f"{text} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise _Refused(f"{text[:40]} is beyond any number")
+    return number
+
+
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object that `data` holds.
 
@@ -41,14 +49,16 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         where: the file (or the part of it) that messages name.
 
     Raises:
-        UserError: not UTF-8, not JSON, not an object, a key that stands twice, NaN or infinity, a
-            number beyond Python's digit limit, or nesting beyond its recursion limit.
+        UserError: not UTF-8, not JSON, not an object, a key that stands twice, NaN or infinity
+            (1e999 is one), a number beyond Python's digit limit, or nesting beyond its recursion
+            limit.
     """
     try:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_object_without_duplicates,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start}; the file is damaged") from None
@@ -58,8 +68,10 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply to be read") from None
-    except ValueError as error:
+    except _Refused as error:
         raise UserError(f"{where}: {error}") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise UserError(f"{where}: holds a number with too many digits") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: must hold a JSON object, holds a {type(value).__name__}")
     return value

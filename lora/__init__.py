@@ -14,6 +14,7 @@ from lora.adapter import (
     load_adapter,
     read_adapter_config,
     save_adapter,
+    saved_config,
 )
 from lora.injection import (
     LoraConfig,
@@ -40,4 +41,5 @@ __all__ = [
     "merge",
     "read_adapter_config",
     "save_adapter",
+    "saved_config",
 ]

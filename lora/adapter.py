@@ -7,6 +7,7 @@ is written here loads there and in vLLM.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,16 @@ from torch import Tensor, nn
 from files.atomic import write_json
 from files.errors import UserError, did_you_mean
 from files.strict_json import read_json_object
-from files.tensors import TensorFile, write_tensors
-from lora.injection import LoraConfig, adapter_config, inject, lora_layers, trained_biases
+from files.tensors import TensorFile, read_header, write_tensors
+from lora.injection import (
+    ALL_LINEAR,
+    LoraConfig,
+    adapter_config,
+    inject,
+    lora_layers,
+    target_names,
+    trained_biases,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,7 +35,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Keys that become `LoraConfig` fields of the same name and meaning.
 _FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
-# Keys that narrow the targets; the tensors in the file say exactly what they left over.
+# Keys that narrow the targets; the tensors in the file say exactly what they left over. So they do
+# where the targets are a regular expression, which is not run: it is a stranger's, and may take
+# forever to match.
 _SELECTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Keys that do not change what a trained adapter computes.
 _INERT = {
@@ -44,6 +55,9 @@ _INERT = {
     "runtime_config",
     "task_type",
 }
+# What is matched of a file's own expressions: enough for a name for each module of any model.
+_MOST_REPETITIONS = 2
+_MOST_PATTERNS = 4096
 # Starting values after which the base model is what it was; others (PiSSA, OLoRA, ...) change it.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -99,6 +113,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         tensors = {name: file.read(name) for name in file.names}
         try:
             config = _lora_config(document, tensors)
+            _check_ranks(model, config, tensors)
             inject(model, config)
             fill_adapter(model, tensors)
         except UserError as error:
@@ -136,6 +151,20 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             )
         )
     return read_json_object(folder / CONFIG_FILE)
+
+
+def saved_config(folder: str | Path) -> LoraConfig:
+    """Return what `load_adapter` would inject from an adapter's folder, without reading tensors.
+
+    Raises:
+        UserError: As `load_adapter`, as far as the configuration goes.
+    """
+    document = read_adapter_config(folder)
+    header = read_header(Path(folder) / WEIGHTS_FILE)
+    try:
+        return _lora_config(document, header.tensors)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -227,31 +256,67 @@ def _shortest_targets(model: nn.Module) -> list[str]:
     return sorted(suffixes if meant == adapted else adapted)
 
 
+def _check_ranks(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a rank beyond the tensors' before memory is taken for it."""
+    largest = max((max(tensor.shape) for tensor in tensors.values() if tensor.numel()), default=0)
+    for name in target_names(model, config):
+        if config.rank(name) > largest:
+            raise UserError(
+                f"{CONFIG_FILE}: the rank of {name} is {config.rank(name)}, but no tensor in "
+                f"{WEIGHTS_FILE} is that large; the two files do not belong together"
+            )
+
+
 def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraConfig:
     """Return the configuration that adapter_config.json means, refusing what it cannot express."""
     kind = document.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{CONFIG_FILE}: peft_type is {kind!r}, but only 'LORA' is supported")
+        raise UserError(f"{CONFIG_FILE}: peft_type is {kind!r:.80}, but only 'LORA' is supported")
     known = {*_FIELDS, *_SELECTIONS, *_INERT, "init_lora_weights"}
     unsupported = [key for key, value in document.items() if key not in known and value]
     start = document.get("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
         unsupported.append("init_lora_weights")
     if unsupported:
-        listed = ", ".join(f"{key}={document[key]!r}" for key in sorted(unsupported))
+        listed = ", ".join(f"{key}={document[key]!r:.80}" for key in sorted(unsupported))
         raise UserError(
             f"{CONFIG_FILE}: {listed} is not supported; merge the adapter into its base with PEFT "
             "and start from the merged model"
         )
     values = {key: document[key] for key in _FIELDS if document.get(key) is not None}
-    if any(document.get(key) for key in _SELECTIONS):
+    targets = values.get("target_modules")
+    by_expression = isinstance(targets, str) and targets != ALL_LINEAR
+    if by_expression or any(document.get(key) for key in _SELECTIONS):
         values["target_modules"] = _adapted_names(tensors)
     if "target_modules" not in values:
         raise UserError(f"{CONFIG_FILE}: target_modules is missing, so what it adapts is unknown")
     try:
+        for key in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(key, values.get(key, {}))
         return LoraConfig(**values)
     except UserError as error:
         raise UserError(f"{CONFIG_FILE}: {error}") from None
+
+
+def _check_patterns(key: str, patterns: Any) -> None:
+    """Refuse expressions that can take forever to match: a file of a stranger's brings them.
+
+    A repeated group may take time exponential in a name's length, and every further repetition
+    multiplies it by that length.
+    """
+    if not isinstance(patterns, Mapping):
+        return  # LoraConfig says what it must be
+    for pattern in patterns:
+        repetitions = len(re.findall(r"[*+{]", pattern))
+        if repetitions > _MOST_REPETITIONS or re.search(r"\)[*+{]", pattern):
+            raise UserError(
+                f"{key}: '{pattern:.200}' repeats a group, or repeats more than "
+                f"{_MOST_REPETITIONS} times, which can take forever to match; write module names"
+            )
+    if len(patterns) > _MOST_PATTERNS:
+        raise UserError(
+            f"{key}: holds {len(patterns)} patterns, more than the {_MOST_PATTERNS} that are read"
+        )
 
 
 def _adapted_names(tensors: Iterable[str]) -> Sequence[str]:

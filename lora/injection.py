@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from lora.linear import LoraLinear
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "lora_only", "all")
+# The largest number of fp16: a scale beyond it cannot be computed with there.
+_MAX_ALPHA = 65504
+_ALPHA_RULE = f"a number above 0, at most {_MAX_ALPHA}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(_is_rank(self.r), "r", self.r, "a whole number from 1 on")
-        _require(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, "a number above 0")
+        _require(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, _ALPHA_RULE)
         _require(
             _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
             "lora_dropout",
@@ -66,7 +71,7 @@ class LoraConfig:
             )
         for key, patterns, fits, rule in (
             ("rank_pattern", self.rank_pattern, _is_rank, "a whole number from 1 on"),
-            ("alpha_pattern", self.alpha_pattern, _is_alpha, "a number above 0"),
+            ("alpha_pattern", self.alpha_pattern, _is_alpha, _ALPHA_RULE),
         ):
             _require(isinstance(patterns, Mapping), key, patterns, "patterns with a number each")
             for pattern, value in patterns.items():
@@ -148,15 +153,14 @@ def inject(
             f"{type(model).__name__} carries an adapter already; merge it first, or load the model "
             "anew"
         )
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    names = _targeted(model, linears, config.target_modules)
+    names = target_names(model, config)
     if freeze:
         model.requires_grad_(False)
     for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         layer = LoraLinear(
-            linears[name],
+            linear,
             name=name,
             r=config.rank(name),
             scale=config.scale(name),
@@ -169,6 +173,18 @@ def inject(
         _unfreeze_biases(model, names, config.bias)
     model.lora_config = config  # pyright: ignore[reportArgumentType]  # typed for tensors alone
     return names
+
+
+def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the names of the linear layers that `inject` would adapt, in the model's order.
+
+    Raises:
+        UserError: A target matches no linear layer, or the head.
+    """
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    return _targeted(model, linears, config.target_modules)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -308,15 +324,20 @@ def _matching(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     Source: peft 0.21 `get_pattern_key`.
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _ending(pattern).match(name):
             return value
     return default
+
+
+@lru_cache(maxsize=4096)
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _compiled(pattern: str, key: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(
             f"lora.{key}: '{pattern}' is no regular expression ({error}); mend it, or give a list "
             "of module names"
@@ -325,11 +346,14 @@ def _compiled(pattern: str, key: str) -> re.Pattern[str]:
 
 def _require(holds: bool, key: str, value: object, rule: str) -> None:
     if not holds:
-        raise UserError(f"lora.{key}: {value!r} must be {rule}")
+        raise UserError(f"lora.{key}: {value!r:.200} must be {rule}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # An integer may be beyond every float.
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _is_rank(value: object) -> bool:
@@ -337,4 +361,4 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and value > 0
+    return isinstance(value, int | float) and _is_number(value) and 0 < value <= _MAX_ALPHA

@@ -225,8 +225,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for file_name in weight_map.values():
         if not isinstance(file_name, str) or not _PLAIN_NAME.fullmatch(file_name):
             raise UserError(
-                f"{path}: names {file_name!r:.80}; it must be a plain *.safetensors file name in the "
-                f"model folder"
+                f"{path}: names {file_name!r:.80}; it must be a plain *.safetensors file name in "
+                f"the model folder"
             )
     return weight_map
 

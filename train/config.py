@@ -129,12 +129,17 @@ def load_config(
 def _agreed_preset(preset: str | None, entry: _Entry) -> str | None:
     name = None if entry.value == "none" else entry.value
     if name is not None and not isinstance(name, str):
-        raise UserError(f"{entry.where}: preset takes the name of a preset, not {name!r}")
+        raise UserError(f"{entry.where}: preset takes the name of a preset, not {_shown(name)}")
     if preset is not None and name is not None and preset != name:
         raise UserError(
             f"{entry.where}: the file starts from preset '{name}' but '{preset}' was asked for; "
             "give one of them"
         )
+    if name is not None:
+        try:
+            _preset_file(name)
+        except UserError as error:
+            raise UserError(f"{entry.where}: {error}") from None
     return preset or name
 
 
@@ -188,8 +193,9 @@ def _checked(key: Key, entry: _Entry) -> Any:
         value = _from_text(key, value)
     fault = _fault(key, value)
     if fault:
-        shown = "none" if value is None else _toml_value(value)
-        raise UserError(f"{entry.where}: {key.path} = {shown} {fault} (it takes {key.allowed()})")
+        raise UserError(
+            f"{entry.where}: {key.path} = {_shown(value)} {fault} (it takes {key.allowed()})"
+        )
     if isinstance(value, list | tuple):
         return tuple(float(item) if key.item is float else item for item in value)
     if isinstance(value, float) and float not in key.scalars:
@@ -214,7 +220,7 @@ def _from_text(key: Key, text: str) -> Any:
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, too many digits, or nested too deeply
         value = text
     if only_text and not isinstance(value, str):
         return text
@@ -233,8 +239,12 @@ def _fault(key: Key, value: object) -> str:
     if isinstance(value, bool):
         return "" if bool in key.scalars else "is of the wrong type"
     if isinstance(value, int | float):
+        if _is_too_long(value):
+            return "is out of range"
         if float not in key.scalars and (int not in key.scalars or value != int_or_none(value)):
             return "is of the wrong type"
+        if float not in key.scalars and _is_too_long(int(value)):
+            return "is out of range"
         return _out_of_range(key, value)
     if isinstance(value, str):
         if key.rule.words and value not in key.rule.words:
@@ -256,12 +266,27 @@ def _list_fault(key: Key, items: list | tuple) -> str:
     for item in items:
         if key.item is str:
             if not isinstance(item, str) or not item:
-                return f"holds {item!r}"
+                return f"holds {_shown(item)}"
         elif isinstance(item, bool) or not isinstance(item, int | float):
-            return f"holds {item!r}"
-        elif _out_of_range(key, item):
-            return f"holds {item!r}, which is out of range"
+            return f"holds {_shown(item)}"
+        elif _is_too_long(item) or _out_of_range(key, item):
+            return f"holds {_shown(item)}, which is out of range"
     return ""
+
+
+def _is_too_long(value: float) -> bool:
+    """Whether an integer is beyond 64 bits, which TOML promises; Python's reader takes any."""
+    return isinstance(value, int) and value.bit_length() > 64
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message: as TOML, cut where it is long."""
+    if isinstance(value, int) and _is_too_long(value):
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value[:10]))}{', …' if len(value) > 10 else ''}]"
+    text = "none" if value is None else _toml_value(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _out_of_range(key: Key, value: float) -> str:
@@ -333,6 +358,10 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
         line = int(place.group(1)) if place else text.count("\n") + 1
         reason = re.sub(r" \(at .*\)$", "", str(error))
         raise UserError(f"{path}:{line}: not valid TOML: {reason}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid TOML: nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of an integer, and its calendar
+        raise UserError(f"{path}: holds a number with too many digits, or no date") from None
 
 
 def _read_layer(path: Path, skip: Iterable[str] = ()) -> list[_Entry]:
@@ -400,12 +429,14 @@ def _preset_file(name: str) -> Path:
     return PRESET_FOLDER / f"{name}.toml"
 
 
-def _preset_layers(name: str) -> list[list[_Entry]]:
+def _preset_layers(name: str, above: tuple[str, ...] = ()) -> list[list[_Entry]]:
     """Return a preset's layers, that of the preset it extends first."""
     path = _preset_file(name)
+    if name in above:
+        raise UserError(f"{path}: extends itself ({' → '.join((*above, name))})")
     entries = [_rooted(entry) for entry in _read_layer(path, skip=_PRESET_HEAD)]
     parent = _read_toml(path)[0].get("extends")
-    return [*(_preset_layers(parent) if parent else []), entries]
+    return [*(_preset_layers(parent, (*above, name)) if parent else []), entries]
 
 
 def _rooted(entry: _Entry) -> _Entry:
@@ -430,6 +461,7 @@ def read_preset(name: str) -> Preset:
     for key, kind in _PRESET_HEAD.items():
         if key in head and not isinstance(head[key], kind):
             raise UserError(f"{path}: {key} must be of type {kind.__name__}")
+    config = load_config(preset=name)
     parent = read_preset(head["extends"]) if "extends" in head else None
     return Preset(
         name=name,
@@ -437,10 +469,18 @@ def read_preset(name: str) -> Preset:
         seed=head.get("seed", parent.seed if parent else None),
         num_examples=head.get("num_examples", parent.num_examples if parent else None),
         num_valid=head.get("num_valid", parent.num_valid if parent else None),
-        claims=tuple(Claim(**claim) for claim in head.get("claims", [])),
+        claims=tuple(_claim(path, claim) for claim in head.get("claims", [])),
         departures=(*(parent.departures if parent else ()), *head.get("departures", [])),
-        config=load_config(preset=name),
+        config=config,
     )
+
+
+def _claim(path: Path, values: Any) -> Claim:
+    try:
+        return Claim(**values)
+    except TypeError:
+        names = ", ".join(field.name for field in dataclasses.fields(Claim))
+        raise UserError(f"{path}: not a claim: {_shown(values)}; its keys are {names}") from None
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

@@ -108,15 +108,11 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
 
 def _lora_config(lora: LoraSettings) -> LoraConfig:
     """Return the adapters that a run would start with: new ones, or those of `lora.init_from`."""
-    from lora import LoraConfig, read_adapter_config
+    from lora import LoraConfig, saved_config
 
     values = dataclasses.asdict(lora)
     folder = values.pop("init_from")
-    if folder is not None:
-        saved = read_adapter_config(folder)
-        values |= {name: saved[name] for name in values if name in saved}
-        values |= {"rank_pattern": saved.get("rank_pattern") or {}}
-    return LoraConfig(**values)
+    return LoraConfig(**values) if folder is None else saved_config(folder)
 
 
 def _factored(shape: tuple[int, ...]) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from files.atomic import write_text
 from files.errors import UserError
 from files.faults import faultpoint
+from files.strict_json import parse_json_object
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -158,9 +159,10 @@ def _whole_lines(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            whole = isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int)
-        except ValueError:
+            row = parse_json_object(line.encode(), str(path))
+            kind, step, split = row.get("kind"), row.get("step"), row.get("split", "")
+            whole = isinstance(kind, str) and isinstance(split, str) and type(step) is int
+        except UserError:
             whole = False
         if not whole:
             raise UserError(

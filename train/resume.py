@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from files.atomic import RunLock
 from files.errors import UserError
-from files.folders import damage
+from files.folders import damage, sweep
+from files.strict_json import read_json_object
 from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, read_state
 from train.config import check_resume_overrides, flat, load_config, resume_keys
+from train.report import REPORT_FILE, write_report
 from train.settings import RunConfig
 
 
@@ -79,6 +80,10 @@ def _what_is_left(
         print(f"{folder}: no checkpoint yet; starting from the first step")
         return config, Resume(folder, None, None, None)
     if not changed and _is_finished(folder):
+        # A kill may have come after the status and before the report.
+        sweep(folder)
+        if not (folder / REPORT_FILE).is_file():
+            write_report(folder)
         print(f"{folder}: finished; {checkpoint.name} verified, nothing is left to do")
         return config, None
     return config, Resume(folder, checkpoint, *read_state(checkpoint))

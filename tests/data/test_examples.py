@@ -517,6 +517,17 @@ def test_a_damaged_cache_is_made_anew(tokenizer, tmp_path, name, damage):
     assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
+def test_a_changed_count_is_noticed(tokenizer, tmp_path):
+    spec = write(tmp_path / "rows.jsonl", VALUES)
+    first = load(spec, tokenizer, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    for name in meta["counts"]:
+        changed = {**meta, "counts": {**meta["counts"], name: meta["counts"][name] + 1}}
+        (folder / "meta.json").write_text(json.dumps(changed))
+        assert load(spec, tokenizer, tmp_path / "cache").counts == first.counts
+
+
 @pytest.mark.parametrize("meta", ["", "[]", "{}", '{"fingerprint": 3, "counts": {}}'])
 def test_a_damaged_description_is_made_anew(tokenizer, tmp_path, meta):
     spec = write(tmp_path / "rows.jsonl", VALUES)

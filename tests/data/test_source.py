@@ -1,7 +1,9 @@
 """Rows from every kind of file, and the sentence for every way in which one can be wrong."""
 
+import gzip
 import json
 import re
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,27 @@ def test_a_row_over_the_cap_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     longer = fits + fits.replace("x", "xxx", 1)
     assert f"{tmp_path}/a.jsonl:2: row over" in refusal(write(tmp_path / "a.jsonl", longer))
     assert "a.json:1: row over" in refusal(write(tmp_path / "a.json", f"[{longer[20:]}]"))
+
+
+def test_a_huge_row_is_refused_without_holding_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text":"a"}\n{"text":"')
+        file.truncate(100 * 2**20)  # a hole: zeros that take no place on the disk
+    tracemalloc.start()
+    sentence = refusal(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sentence.startswith(f"{path}:2: row over 16 MiB")
+    assert peak < 40 * 2**20
+
+
+def test_packed_rows_are_refused_unread(tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(50 * 2**20))
+    packed = write(tmp_path / "a.jsonl.gz", bomb)
+    assert "files ending in '.gz' are not read" in refusal(packed)
+    named_plain = write(tmp_path / "a.jsonl", bomb)
+    assert f"{named_plain}:1: not UTF-8 (byte 0x8b at position 2)" in refusal(named_plain)
 
 
 # --- required fields -----------------------------------------------------------------------------
@@ -243,11 +266,11 @@ def test_bad_csv_is_named(tmp_path: Path, content: str | bytes, where: int, word
 # --- Parquet -------------------------------------------------------------------------------------
 
 
-def write_parquet(path: Path, columns: dict[str, list]) -> Path:
+def write_parquet(path: Path, columns: dict[str, list], **options: Any) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), path)
+    parquet.write_table(pyarrow.table(columns), path, **options)
     return path
 
 
@@ -270,6 +293,14 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
     )
     assert f'{path}:2: field "text" is null' in refusal(path, fields=["text"])
     path.write_bytes(path.read_bytes()[:-7])
+    assert f"{path}: not a readable Parquet file" in refusal(path)
+
+
+def test_parquet_text_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["first", "secnd"]}, compression="none")
+    whole = path.read_bytes()
+    assert b"secnd" in whole
+    path.write_bytes(whole.replace(b"secnd", b"\xff\xfe\xfd\xfc\xfb"))
     assert f"{path}: not a readable Parquet file" in refusal(path)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from files.errors import UserError
-from files.hub import ModelSource, hashed_weights, resolve_config, resolve_model
+from files.hub import ModelSource, _check_index, hashed_weights, resolve_config, resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = bytes(range(256)) * 8
@@ -54,6 +54,10 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "models/org/closed": {"config.json": CONFIG},
     "models/org/broken": {"config.json": CONFIG, "model.safetensors": WEIGHTS},
     "models/org/damaged": {"config.json": CONFIG, "model.safetensors": WEIGHTS},
+    "models/org/dropped": {"config.json": CONFIG, "model.safetensors": WEIGHTS},
+    "models/org/short": {"config.json": CONFIG, "model.safetensors": WEIGHTS},
+    "models/org/lost": {"config.json": CONFIG, "model.safetensors": WEIGHTS},
+    "models/org/forbidden": {"config.json": CONFIG, "model.safetensors": WEIGHTS},
     "datasets/org/rows": {
         "README.md": b"words",
         "data/train-00000-of-00002.jsonl": b'{"text": "a"}\n',
@@ -91,6 +95,16 @@ class FakeHub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def drop(self, content: bytes, tag: str, commit: str) -> None:
+        """Promise the whole content, send half of it, and hang up."""
+        self.send_response(200)
+        self.send_header("ETag", tag)
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.close_connection = True
 
     def requests(self) -> list[str]:
         return self.server.requests  # pyright: ignore
@@ -140,11 +154,19 @@ class FakeHub(BaseHTTPRequestHandler):
             return self.reply(403, X_Error_Code="GatedRepo")
         if repository == "models/org/broken" and is_large(file_name):
             return self.reply(507)
+        if repository == "models/org/lost" and is_large(file_name):
+            return self.reply(404, X_Error_Code="EntryNotFound")
+        if repository == "models/org/forbidden" and is_large(file_name):
+            return self.reply(403)
         content = REPOSITORIES[repository][file_name]
         tag = hashlib.sha256(content).hexdigest() if is_large(file_name) else blob_id(content)
         transfer = f"GET {path.removeprefix('models/')}"
         if "damaged" in path and is_large(file_name) and self.requests().count(transfer) == 1:
             content = content[:-1] + b"!"
+        if "short" in path and is_large(file_name):
+            content = content[:-100]
+        if "dropped" in path and is_large(file_name) and self.command == "GET":
+            return self.drop(content, f'"{tag}"', commit_of(repository))
         self.reply(200, content, ETag=f'"{tag}"', X_Repo_Commit=commit_of(repository))
 
 
@@ -241,6 +263,10 @@ def online(hub: Hub) -> dict[str, object]:
         "broken": model("org/broken"),
         "damaged": model("org/damaged"),
         "fetched again": model("org/damaged"),
+        "dropped": model("org/dropped"),
+        "short": model("org/short"),
+        "lost": model("org/lost"),
+        "forbidden": model("org/forbidden"),
         "train rows": ["rows", {"spec": "hub:org/rows:train"}],
     }
     return dict(zip(calls, ask(hub.home, hub.endpoint, list(calls.values())), strict=True))
@@ -272,6 +298,11 @@ def test_a_repository_becomes_local_files_and_a_commit(online: dict) -> None:
         ("revision", "has no revision 'no-such-branch'"),
         ("broken", "a file could not be fetched (HTTP 507); what has arrived is kept in"),
         ("damaged", "model.safetensors: arrived damaged"),
+        ("dropped", "a file could not be fetched"),
+        ("dropped", "so run once more, or pass a folder as model.path=/path/to/folder"),
+        ("short", "model.safetensors: arrived damaged"),
+        ("lost", "model.path='org/lost': a file could not be fetched (HTTP 404)"),
+        ("forbidden", "the Hub refused access (HTTP 403); set HF_TOKEN"),
     ],
 )
 def test_a_refusal_is_one_sentence_with_its_remedy(online: dict, case: str, words: str) -> None:
@@ -388,3 +419,13 @@ def test_damage_in_the_cache_is_noticed_by_the_name_of_the_blob(tmp_path: Path) 
     (blobs / digest).write_bytes(b"Weights")
     with pytest.raises(UserError, match=r"was damaged in the Hub's cache.*fetch it again"):
         hashed_weights([snapshot / "model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"weight_map": {"a": ["x"]}}', '{"weight_map": 1}']
+)
+def test_an_index_that_is_none_is_left_to_the_reader_of_the_weights(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    _check_index(tmp_path, ["model.safetensors.index.json"], "org/name")

@@ -26,6 +26,7 @@ from lora import (
     load_adapter,
     lora_layers,
     save_adapter,
+    saved_config,
 )
 
 Maker = Callable[..., Any]
@@ -277,6 +278,7 @@ def test_an_adapter_for_other_modules_is_refused(
         ("a_key_of_tomorrow", {"on": True}),
         ("r", 0),
         ("lora_alpha", "big"),
+        ("lora_alpha", 1e300),
         ("target_modules", None),
     ],
 )
@@ -299,6 +301,47 @@ def test_starting_values_that_leave_the_base_alone_are_accepted(
     path = saved / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": start}))
     load_adapter(make_ours(make_theirs("llama")), saved)
+
+
+def test_a_rank_beyond_the_tensors_takes_no_memory(
+    saved: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    path = saved / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    for change in ({"r": 2**40}, {"rank_pattern": {"q_proj": 2**40}}):
+        path.write_text(json.dumps({**whole, **change}))
+        model = make_ours(make_theirs("llama"))
+        assert f"is {2**40}, but no tensor in adapter_model" in refused(saved, model)
+        assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("targets", [r"(\w+\.?)+!", ".*" * 12 + "x", r".*\.q_proj"])
+def test_a_strangers_expression_for_the_targets_is_not_run(
+    targets: str, saved: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": targets}))
+    model = make_ours(make_theirs("llama"))
+    load_adapter(model, saved)
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj"}
+    assert saved_config(saved).target_modules == tuple(lora_layers(model))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+!", "(a|a)*x", ".*.*.*x", "(a){9}"])
+def test_patterns_that_can_take_forever_are_refused(
+    key: str, pattern: str, saved: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    path = saved / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, key: {pattern: 4}}))
+    message = refused(saved, make_ours(make_theirs("llama")))
+    assert f"{key}: '{pattern}'" in message
+    assert "can take forever" in message
+    path.write_text(json.dumps({**whole, key: {f"m{number}": 4 for number in range(5000)}}))
+    assert f"{key}: holds 5000 patterns" in refused(saved, make_ours(make_theirs("llama")))
+    path.write_text(json.dumps({**whole, key: {r".*layers\.[0-9]+.*q_proj": 10**4000}}))
+    refused(saved, make_ours(make_theirs("llama")))
 
 
 def test_wrong_folders_are_told_apart(tmp_path: Path, saved: Path) -> None:

@@ -250,6 +250,15 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 1024}},
         ["yarn", "factor"],
     ),
+    "yarn of no rotations": (
+        {"rope_scaling": {**YARN, "beta_slow": 1e-320}},
+        ["beta_slow is 1e-3"],
+    ),
+    "yarn of endless rotations": ({"rope_scaling": {**YARN, "beta_fast": 1e299}}, ["beta_fast is"]),
+    "endless factor": (
+        {"rope_scaling": {"type": "dynamic", "factor": 1e200}},
+        ["factor is 1e+200"],
+    ),
     "yarn truncate": ({"rope_scaling": {**YARN, "truncate": 1}}, ["truncate is 1"]),
     "dynamic of two": (
         {"rope_scaling": {"type": "dynamic", "factor": 2}, "head_dim": 2},
@@ -262,6 +271,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "odd head_dim": ({"head_dim": 15}, ["head_dim 15 must be even"]),
     "negative size": ({"hidden_size": -64}, ["hidden_size is -64", "integer from 1"]),
     "zero layers": ({"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
+    "huge size": ({"hidden_size": 10**9}, ["hidden_size is 1000000000", "integer from 1"]),
     "huge vocabulary": ({"vocab_size": 10**30}, ["vocab_size is 1000000", "16777216"]),
     "fractional size": ({"intermediate_size": 96.0}, ["intermediate_size is 96.0", "integer"]),
     "true as size": ({"num_hidden_layers": True}, ["num_hidden_layers is True"]),

@@ -109,3 +109,26 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match="not a state that this version can continue from"):
         read_state(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "1"),
+        ("step", True),
+        ("step", None),
+        ("tokens", 10**30),
+        ("seconds", []),
+        ("stopping", {"patience": "2"}),
+        ("stopping", {"patience": 2, "best_loss": "low"}),
+        ("resumed_from", [1.5]),
+        ("scaler", 3),
+    ],
+)
+def test_a_state_of_other_types_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    folder = save(Checkpoints(tmp_path, None), 1)
+    document = json.loads((folder / "state.json").read_text())
+    document["state"][name] = value
+    (folder / "state.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="not a state that this version can continue from"):
+        read_state(folder)

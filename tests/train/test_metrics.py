@@ -180,3 +180,27 @@ def test_neither_torch_nor_tensorboard_is_imported_before_it_is_wanted(tmp_path:
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000 + "]" * 100_000,
+        '{"kind": "train", "step": ' + "9" * 5000 + "}",
+        '{"kind": "train", "step": true}',
+        '{"kind": ["train"], "step": 1}',
+        '{"kind": "eval", "step": 1, "split": []}',
+        '{"kind": "train", "step": 1, "step": 2}',
+        '{"kind": "train", "step": 1, "loss": NaN}',
+    ],
+)
+def test_a_line_that_is_no_row_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n' + line + "\n")
+    for read in (
+        lambda: read_metrics(tmp_path),
+        lambda: Metrics(tmp_path, tensorboard=False, resume_step=1),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert f"{path}:2: not a row of metrics" in str(caught.value)

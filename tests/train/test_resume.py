@@ -14,7 +14,7 @@ from files.faults import listening
 from files.folders import replace_folder
 from train import session as session_module
 from train.config import load_config
-from train.resume import find_run
+from train.resume import _is_finished, find_run
 from train.run import Outcome, execute, main
 
 STEPS = 8
@@ -399,3 +399,9 @@ def test_another_base_model_of_the_same_size_is_refused(
     config.write_text(config.read_text().replace(str(model_folder), str(other)))
     error = refused(capsys, "--resume", str(run_copy))
     assert "another base model (its files are not those that the run began with)" in error
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"state": ["finished"]}', "3"])
+def test_a_status_that_is_none_does_not_say_finished(text: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(text)
+    assert not _is_finished(tmp_path)

@@ -400,6 +400,45 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(file=tmp_path / "bytes.toml")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train.max_steps = " + "9" * 5000, "too many digits"),
+        ("train.max_steps = 0x" + "f" * 5000, "an integer of 20000 bits is out of range"),
+        ("train.max_steps = 1e308", "train.max_steps = 1e+308 is out of range"),
+        ("optimizer.learning_rate = 0x" + "f" * 500, "an integer of 2000 bits is out of range"),
+        ("optimizer.betas = [0x" + "f" * 500 + ", 1]", "an integer of 2000 bits, which is out of"),
+        ("train.max_steps = " + "[" * 20_000, "nested too deeply"),
+        ("train.seed = 1979-99-27", "not valid TOML"),
+        ("preset = 'no'", "mine.toml:1: unknown preset 'no'"),
+    ],
+)
+def test_values_that_pythons_reader_chokes_on(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(file=path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 20_000 + "]" * 20_000, "0x" + "f" * 5000])
+def test_such_values_on_the_command_line(text: str) -> None:
+    for key in ("train.max_steps", "optimizer.learning_rate", "optimizer.betas"):
+        assert f"on the command line: {key} = " in error_of({key: text})
+
+
+def test_presets_that_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.config.PRESET_FOLDER", tmp_path)
+    (tmp_path / "a.toml").write_text("extends = 'b'")
+    (tmp_path / "b.toml").write_text("extends = 'a'")
+    with pytest.raises(UserError, match=r"extends itself \(a → b → a\)"):
+        read_preset("a")
+    (tmp_path / "a.toml").write_text("[[claims]]\nstatment = 'x'")
+    with pytest.raises(UserError, match=r"a\.toml: not a claim: .* its keys are statement, where"):
+        read_preset("a")
+
+
 def test_a_file_and_the_command_line_must_agree_on_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('preset = "llama2-7b"\n')

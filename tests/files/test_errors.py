@@ -1,0 +1,27 @@
+"""The message of an error is one line that a terminal can show, whatever it quotes."""
+
+import pytest
+
+from files.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("a name: naïve 漢字", "a name: naïve 漢字"),
+        ("two\nlines", "two\\nlines"),
+        ("\x1b[2J clears a terminal", "\\x1b[2J clears a terminal"),
+        ("\u202ebackwards", "\\u202ebackwards"),
+        ("half a pair \ud800", "half a pair \\ud800"),
+    ],
+)
+def test_what_does_not_print_is_shown_by_its_escape(given: str, shown: str) -> None:
+    assert str(UserError(given)) == shown
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
+    text = str(UserError("x.json: key " + "a" * 5000 + "; fetch it again"))
+    assert len(text) < 2000
+    assert text.startswith("x.json: key aaa")
+    assert text.endswith("aaa; fetch it again")
+    assert " […] " in text
