@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from files.errors import UserError, did_you_mean
-from kernels import loss, reference
+from kernels import linears, loss, reference
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -35,7 +35,7 @@ class Operations:
 
 _REFERENCE = Operations(
     name="reference",
-    linears=reference.linears,
+    linears=linears.linears,
     rms_norm=reference.rms_norm,
     layer_norm=reference.layer_norm,
     rotary=reference.rotary,

@@ -1,16 +1,18 @@
-"""Every operation in plain PyTorch: the ground truth of the tests, and the path of the CPU.
+"""Norms, activations, rotary embeddings and attention in plain PyTorch: the path of the CPU.
 
-Legend: M token rows (queries) · K, N features in and out · H hidden size · r adapter rank
-        D documents · T rows of one document · S keys of one document · d head size
-        heads query heads · kv key/value heads · g = heads / kv queries that share a key head
+It is also what other backends are tested against, with `kernels/linears.py` and `kernels/loss.py`.
+
+Legend: M token rows (queries) · H hidden size · D documents · T rows of one document
+        S keys of one document · d head size · heads query heads · kv key/value heads
+        g = heads / kv queries that share a key head
 
 Where SEMANTICS demands fp32 inside an operation, fp64 input stays fp64 (`_exact`). All of it works
-under autocast; without it, adapters and biases that are kept in fp32 are cast to their input.
+under autocast; without it, biases that are kept in fp32 are cast to their input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dropout import attention_keep_mask, drop, dropout, fold
-from kernels.operands import Operands
+from kernels.dropout import attention_keep_mask, drop, fold
 from kernels.segments import Segments
 
 
@@ -30,36 +31,6 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 def _cast_to(x: Tensor, parameter: Tensor) -> Tensor:
     """Return `parameter` in the type of `x`, unless autocast is there to choose the type."""
     return parameter if torch.is_autocast_enabled(x.device.type) else parameter.to(x.dtype)
-
-
-# --- linear layers ---
-
-
-def linears(
-    x: Tensor, operands: Sequence[Operands], segments: Segments | None = None
-) -> list[Tensor]:
-    """Apply several linear layers, adapted or not, to one input.
-
-    Args:
-        x: (M, K) input.
-        operands: what each layer's `operands()` returns.
-        segments: the documents of the rows; without them adapters drop nothing.
-
-    Returns:
-        One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
-    """
-    rows = None if segments is None else segments.dropout_rows
-    return [_linear(x, layer, rows) for layer in operands]
-
-
-def _linear(x: Tensor, layer: Operands, rows: Tensor | None) -> Tensor:
-    bias = None if layer.bias is None else _cast_to(x, layer.bias)
-    y = F.linear(x, layer.weight, bias)
-    if layer.lora_a is None or layer.lora_b is None:
-        return y
-    dropped = dropout(x, rows, layer.module, layer.dropout)
-    low_rank = F.linear(dropped, _cast_to(x, layer.lora_a))
-    return torch.addmm(y, low_rank, _cast_to(x, layer.lora_b).t(), alpha=layer.scale)
 
 
 # --- norms, activations, rotary embeddings ---

@@ -79,6 +79,8 @@ _MAX_SIZE = 2**20
 _MAX_VOCABULARY = 2**24
 _MAX_LAYERS = 1024
 _MAX_POSITIONS = 2**31
+_MAX_FACTOR = 2.0**31
+_MAX_ROTATIONS = 1e6
 
 
 @dataclass(frozen=True)
@@ -414,7 +416,7 @@ def _rope(
             original = read.integer(
                 "original_max_position_embeddings", 1, _MAX_POSITIONS, positions
             )
-    factor = read.optional_number("factor", 1.0)
+    factor = read.optional_number("factor", 1.0, _MAX_FACTOR)
     if factor is None and rope_type == "yarn" and original is not None:
         factor = positions / original
     if factor is None or factor < 1.0:
@@ -431,14 +433,21 @@ def _rope(
         "yarn",
         factor,
         original,
-        # Zero stands for "not given" in the files that transformers reads; so it does here.
-        beta_fast=read.number("beta_fast", 0.0, default=32.0) or 32.0,
-        beta_slow=read.number("beta_slow", 0.0, default=1.0) or 1.0,
+        beta_fast=_rotations(read, "beta_fast", 32.0),
+        beta_slow=_rotations(read, "beta_slow", 1.0),
         attention_factor=read.optional_number("attention_factor", 0.0),
         mscale=read.optional_number("mscale", 0.0),
         mscale_all_dim=read.optional_number("mscale_all_dim", 0.0),
         truncate=read.flag("truncate", True),
     )
+
+
+def _rotations(read: _Reader, key: str, default: float) -> float:
+    # Zero stands for "not given" in the files that transformers reads; so it does here.
+    value = read.number(key, 0.0, default=default) or default
+    if not 1 / _MAX_ROTATIONS <= value <= _MAX_ROTATIONS:
+        raise read.refuse(key, f"a number from {1 / _MAX_ROTATIONS:g} to {_MAX_ROTATIONS:g}")
+    return value
 
 
 def _llama3(read: _Reader, factor: float, original: int | None) -> RopeConfig:

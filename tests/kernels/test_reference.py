@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import reference
-from kernels.dropout import attention_keep_mask, keep_mask, module_id
-from kernels.operands import Operands
+from kernels.dropout import attention_keep_mask, module_id
 from kernels.segments import Segments
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -22,58 +21,6 @@ MODULE = module_id("model.layers.0.self_attn.attention_dropout")
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=dtype)
-
-
-# --- linear layers ---
-
-
-def adapted(dtype: torch.dtype = torch.float64, **options) -> Operands:
-    factors = {"lora_a": random(3, 8, dtype=dtype), "lora_b": random(5, 3, dtype=dtype)}
-    return Operands(random(5, 8), random(5), **factors, scale=0.5, **options)
-
-
-def test_linears_share_an_input():
-    x, plain, lora = random(6, 8), Operands(random(4, 8)), adapted()
-    first, second = reference.linears(x, [plain, lora])
-    torch.testing.assert_close(first, x @ plain.weight.T, **EXACT)
-    expected = x @ lora.weight.T + lora.bias + 0.5 * (x @ lora.lora_a.T @ lora.lora_b.T)
-    torch.testing.assert_close(second, expected, **EXACT)
-
-
-def test_adapter_alone_sees_dropped_input():
-    x, lora = random(6, 8), adapted(dropout=0.5, module=MODULE)
-    segments = Segments.build([6], device="cpu", examples=[1], draw=(1, 1))
-    mask = keep_mask(segments.dropout_rows, MODULE, 8, 0.5)
-    (y,) = reference.linears(x, [lora], segments)
-    low_rank = (x * mask / 0.5) @ lora.lora_a.T @ lora.lora_b.T
-    torch.testing.assert_close(y, x @ lora.weight.T + lora.bias + 0.5 * low_rank, **EXACT)
-
-
-def test_fp32_adapter_and_bias_over_a_bf16_base():
-    half = torch.bfloat16
-    x = random(6, 8, dtype=half)
-    layer = Operands(
-        random(5, 8, dtype=half),
-        random(5, dtype=torch.float32),
-        random(3, 8, dtype=torch.float32).requires_grad_(),
-        random(5, 3, dtype=torch.float32).requires_grad_(),
-    )
-    (y,) = reference.linears(x, [layer])
-    assert y.dtype == half
-    y.sum().backward()
-    assert layer.lora_a is not None and layer.lora_a.grad is not None
-    assert layer.lora_a.grad.dtype == torch.float32
-
-
-def test_linears_under_autocast_compute_in_bf16():
-    x, lora = random(6, 8).float(), adapted()
-    lora = Operands(*(t.float() for t in lora[:4]), scale=0.5)
-    (exact,) = reference.linears(x, [lora])
-    with torch.autocast("cpu", torch.bfloat16):
-        (y,) = reference.linears(x, [lora])
-    assert y.dtype == torch.bfloat16
-    # Five roundings to 8 bits (x, W, A, the product, the sum): 5 · 2^-8, of the largest term.
-    assert (y - exact).abs().max() <= 5 * 2**-8 * exact.abs().max()
 
 
 # --- norms, activations, rotary embeddings ---
