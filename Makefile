@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.installed,)
 
-.PHONY: setup demo test test-slow test-gpu lint fix bench
+.PHONY: setup demo test test-slow test-gpu reliability lint fix bench
 
 setup: $(ENVIRONMENT)
 
@@ -25,6 +25,9 @@ test-slow: $(ENVIRONMENT)
 
 test-gpu: $(ENVIRONMENT)
 > $(PYTHON) -m pytest -q -m gpu
+
+reliability: $(ENVIRONMENT)
+> $(PYTHON) -m benchmarks.reliability
 
 lint: $(ENVIRONMENT)
 > $(PYTHON) -m ruff check .

@@ -11,10 +11,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from files.atomic import fsync_file, fsync_folder, sha256_file, write_json
+from files.atomic import fsync_file, fsync_folder, sha256_file, write_text
 from files.errors import UserError
 from files.faults import faultpoint
 from files.strict_json import read_json_object
@@ -41,8 +42,8 @@ def replace_folder(
     for leftover in (temporary, trash):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    faultpoint("folder.made")
     try:
+        faultpoint("folder.made")
         hashes = fill(temporary)
         faultpoint("folder.filled")
         _write_manifest(temporary, hashes, step)
@@ -90,6 +91,7 @@ def damage(folder: Path) -> str | None:
         return f"{folder}: there is no {MANIFEST}"
     try:
         manifest = read_json_object(path)
+        as_written = _text_of(manifest).encode()
         listed = {
             name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
         }
@@ -98,20 +100,23 @@ def damage(folder: Path) -> str | None:
         return str(error)
     except (KeyError, TypeError, AttributeError):
         return f"{path}: not a manifest"
-    if own != _hash_of(manifest):
+    if own != _hash_of(manifest) or as_written != path.read_bytes():
         return f"{path}: its own sha256 does not match"
     present = {file.name for file in folder.iterdir()} - {MANIFEST}
     if present != set(listed):
         differing = ", ".join(sorted(present ^ set(listed)))
         return f"{folder}: its files are not those of the manifest ({differing})"
-    for name, (size, digest) in listed.items():
-        try:
-            whole = (folder / name).stat().st_size == size and sha256_file(folder / name) == digest
-        except OSError as error:
-            return f"{folder / name}: cannot be read: {error.strerror}"
-        if not whole:
-            return f"{folder / name}: sha256 mismatch"
-    return None
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        problems = pool.map(lambda name: _damage_of_file(folder / name, *listed[name]), listed)
+        return next((problem for problem in problems if problem is not None), None)
+
+
+def _damage_of_file(path: Path, size: int, digest: str) -> str | None:
+    try:
+        whole = path.stat().st_size == size and sha256_file(path) == digest
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None if whole else f"{path}: sha256 mismatch"
 
 
 def step_of(folder: Path) -> int | None:
@@ -136,7 +141,11 @@ def _write_manifest(folder: Path, hashes: Mapping[str, str], step: int | None) -
     }
     if step is not None:
         manifest["step"] = step
-    write_json(folder / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
+    write_text(folder / MANIFEST, _text_of({**manifest, "sha256": _hash_of(manifest)}))
+
+
+def _text_of(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 def _hash_of(manifest: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import mmap
 import os
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -160,15 +161,16 @@ def write_tensors(
     # Widest elements first keeps every tensor aligned to its element size without padding.
     order = sorted(tensors, key=lambda name: (-_stored_dtype(tensors[name], dtype).itemsize, name))
     header = _header_bytes({name: tensors[name] for name in order}, metadata, dtype)
-    digest = hashlib.sha256()
-    with replacing(path) as file:
-        for chunk in (len(header).to_bytes(8, "little"), header):
-            file.write(chunk)
-            digest.update(chunk)
+    start = len(header).to_bytes(8, "little") + header
+    digest = hashlib.sha256(start)
+    # A tensor is hashed while it is written: hashing alone takes longer than many a disk.
+    with replacing(path) as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as thread:
+        file.write(start)
         for name in order:
             data = _bytes_of(tensors[name], dtype)
+            hashed = thread.submit(digest.update, data)
             file.write(data)
-            digest.update(data)
+            hashed.result()
             faultpoint("tensors.part")
     return digest.hexdigest()
 

@@ -1,6 +1,7 @@
 """The floors of the house: which folder may import which, read from the source itself."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ NEVER_IN_PRODUCT = (
     "bitsandbytes",
     "datasets",
 )
+PICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+PICKLING_CALLS = {"torch.load", "torch.save"}
 # The benchmarks that set the stack beside us, and nothing else, import it.
 MAY_IMPORT_THE_STACK = ("benchmarks/",)
 
@@ -73,14 +76,48 @@ def test_imports_stay_on_their_floor(path: Path) -> None:
             assert relative.startswith(MAY_IMPORT_THE_STACK), f"{relative} imports {name}"
 
 
-def test_no_pickle_is_ever_read() -> None:
-    for path in product_files():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) != ("torch", "load"), (
-                    f"{path}: torch.load reads pickle"
-                )
+def uses_of_pickle(source: str) -> list[str]:
+    """Return what in a file reads or writes pickle: its modules, and calls that come down to it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names if name.name.split(".")[0] in PICKLERS]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found += [node.module] if node.module.split(".")[0] in PICKLERS else []
+            found += sorted(names & PICKLING_CALLS)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in PICKLING_CALLS:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found += ["allow_pickle"] * (ast.unparse(node.value) != "False")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import cloudpickle.fast", ["cloudpickle.fast"]),
+        ("from pickle import loads", ["pickle"]),
+        ("from torch import load", ["torch.load"]),
+        ("x = torch.load(path)", ["torch.load"]),
+        ("numpy.load(path, allow_pickle=True)", ["allow_pickle"]),
+        ("numpy.load(path, allow_pickle=False)", []),
+    ],
+)
+def test_a_use_of_pickle_is_found(source: str, found: list[str]) -> None:
+    assert uses_of_pickle(source) == found
+
+
+def test_no_pickle_is_ever_read_or_written(
+    record_property: Callable[[str, object], None],
+) -> None:
+    found = [
+        f"{path}: {use}"
+        for path in product_files()
+        for use in uses_of_pickle(path.read_text(encoding="utf-8"))
+    ]
+    record_property("uses of pickle", len(found))
+    assert not found
 
 
 def test_no_module_is_named_like_a_function_its_package_exports() -> None:

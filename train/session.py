@@ -411,6 +411,8 @@ class Session:
             self.optimizer.load_state({name: file.read(name) for name in file.names})
         patience = self.state.stopping
         self.checkpoints.set_newer_aside(resume.state.step)
+        # A kill may have come between a checkpoint and the deletion of those beyond the limit.
+        self.checkpoints.rotate(resume.state.stopping.best_step)
         self.state = resume.state
         self.state.stopping.patience = patience.patience
         self.state.resumed_from.append(self.state.step)

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from data.batch import MicroBatch
 from files.faults import faultpoint
 from models.layers import CausalLM
+from train.flat import Optimizer, clip_factor
 from train.loss import exact_sum, loss_sum
 from train.memory import within_memory
-from train.optimizers import Adafactor, AdamW, clip_gradients
 from train.precision import LossScaler, Precision
 
 
@@ -52,7 +51,7 @@ class StepResult:
 
 def train_step(
     model: CausalLM,
-    optimizer: AdamW | Adafactor,
+    optimizer: Optimizer,
     batch: Sequence[MicroBatch],
     *,
     learning_rate: float,
@@ -83,13 +82,11 @@ def train_step(
     started = time.perf_counter()
     targets = sum(micro_batch.num_targets for micro_batch in batch)
     tokens = sum(micro_batch.num_tokens for micro_batch in batch)
-    parameters = list(optimizer.parameters.values())
 
     def result(
         loss: float, norm: float, skipped: str | None = None, of: Sequence[MicroBatch] = batch
     ) -> StepResult:
-        for parameter in parameters:
-            parameter.grad = None
+        optimizer.clear_gradients()
         examples = tuple(index for micro_batch in of for index in micro_batch.examples)
         seconds = time.perf_counter() - started
         return StepResult(loss, norm, targets, tokens, seconds, skipped, examples)
@@ -100,10 +97,9 @@ def train_step(
     computed = within_memory(
         lambda: _gradient(
             model,
-            parameters,
+            optimizer,
             batch,
             targets,
-            max_grad_norm=max_grad_norm,
             precision=precision,
             scaler=scaler,
             device=device,
@@ -111,7 +107,7 @@ def train_step(
         ),
         device,
     )
-    losses, norm = computed or ([], math.nan)
+    losses, norm, scale = computed or ([], math.nan, 1.0)
     mean = exact_sum(losses) / targets if losses else math.nan
     if not (math.isfinite(norm) and math.isfinite(mean)):
         if scaler:
@@ -121,31 +117,31 @@ def train_step(
         at_fault = [part for part, loss in zip(batch, losses, strict=True) if not loss.isfinite()]
         return result(mean, norm, "non-finite", of=at_fault or batch)
     faultpoint("step.gradient")
-    optimizer.step(learning_rate)
+    optimizer.step(learning_rate, clip_factor(norm, max_grad_norm) / scale)
     faultpoint("step.updated")
     return result(mean, norm)
 
 
 def _gradient(
     model: CausalLM,
-    parameters: list[Parameter],
+    optimizer: Optimizer,
     batch: Sequence[MicroBatch],
     targets: int,
     *,
-    max_grad_norm: float,
     precision: Precision,
     scaler: LossScaler | None,
     device: torch.device,
     draw: tuple[int, int],
-) -> tuple[list[Tensor], float]:
-    """Leave the clipped gradient of the batch's token mean in the parameters, which have none.
+) -> tuple[list[Tensor], float, float]:
+    """Leave the gradient of the batch's token mean in the parameters, which have none.
 
     With a loss scaler (fp16), an overflow halves the scale and the same batch is done again: an
     attempt that overflowed is no step, so neither the schedule nor the data order moves. Below a
     scale of 1 nothing is left to gain: the gradient itself is not finite.
 
     Returns:
-        The sum of the token losses of each micro-batch, and the gradient's norm before clipping.
+        The sum of the token losses of each micro-batch, the gradient's norm, and the loss scale
+        that the gradient itself is still multiplied by.
     """
     while True:
         scale = scaler.scale if scaler else 1.0
@@ -158,11 +154,10 @@ def _gradient(
                 loss = loss_sum(model, micro_batch, device, draw, gradient_scale)
             (loss * (scale / targets)).backward()
             losses.append(loss.detach())
-        norm = clip_gradients(parameters, max_grad_norm, loss_scale=scale)
+        norm = optimizer.gradient_norm() / scale
         if scaler is None:
-            return losses, norm
+            return losses, norm, scale
         scaler.update(not math.isfinite(norm))
         if math.isfinite(norm) or scaler.scale < 1.0:
-            return losses, norm
-        for parameter in parameters:
-            parameter.grad = None
+            return losses, norm, scale
+        optimizer.clear_gradients()

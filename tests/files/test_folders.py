@@ -44,6 +44,8 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(whole: Path, file: st
             assert damage(whole) is not None, f"bit {bit} of byte {offset}"
         path.write_bytes(content[:offset])
         assert damage(whole) is not None, f"cut at {offset}"
+    path.write_bytes(content[:-1])
+    assert damage(whole) is not None, "cut at its last byte"
     path.write_bytes(content)
     assert damage(whole) is None
 
