@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from files.errors import UserError, did_you_mean
-from kernels import linears, loss, reference
+from kernels import attention, linears, loss, reference
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -41,7 +41,7 @@ _REFERENCE = Operations(
     rotary=reference.rotary,
     swiglu=reference.swiglu,
     gelu_tanh=reference.gelu_tanh,
-    attention=reference.attention,
+    attention=attention.attention,
     linear_cross_entropy=loss.linear_cross_entropy,
 )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import keep, keep_mask
-from kernels.operands import Operands
+from kernels.operands import Operands, compute_dtype
 from kernels.segments import Segments
 
 
@@ -69,14 +69,11 @@ class _Linears(torch.autograd.Function):
         settings: list[tuple[float, float, int]],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        device = x.device.type
-        dtype = x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = compute_dtype(x)
         ctx.input_dtype = x.dtype
         saved: list[Tensor | None] = []
         outputs: list[Tensor] = []
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
             for (scale, p, module), (weight, bias, a, b) in zip(
                 settings, _in_fours(tensors), strict=True

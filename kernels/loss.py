@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.operands import compute_dtype
+
 IGNORE = -100  # the label of a token that is not trained
 _CHUNK_ROWS = 256  # the fastest of 64 … 1024 on two CPU cores; a full GEMM on a GPU too
 
@@ -71,12 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden: bool,
         needs_weight: bool,
     ) -> Tensor:
-        device = hidden.device.type
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = compute_dtype(hidden)
         rows = (targets != IGNORE).nonzero().squeeze(1)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = _sum_over_chunks(
                 hidden.index_select(0, rows).to(dtype),
                 weight.to(dtype),

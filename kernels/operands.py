@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,9 @@ class Operands(NamedTuple):
     scale: float = 1.0  # alpha / r, or alpha / √r
     dropout: float = 0.0  # probability of dropping an element of the adapter's input
     module: int = 0  # `dropout.module_id` of the layer's name: which masks it draws
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return what products of `x` are computed in: autocast's type where it is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

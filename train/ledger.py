@@ -170,7 +170,7 @@ def memory_ledger(
     *,
     precision: str = "bf16",
     gradient_checkpointing: bool = False,
-    fused_attention: bool = True,
+    device: str | None = None,
     lengths: Sequence[int] | None = None,
     world_size: int = 1,
 ) -> dict[str, int]:
@@ -194,8 +194,7 @@ def memory_ledger(
         sizes: `model_sizes` of the two, counted here where not given.
         precision: `bf16`, `fp16` or `fp32`.
         gradient_checkpointing: Whether each layer is recomputed.
-        fused_attention: Whether attention is one kernel, which keeps no T × T weights (never under
-            `model.attention=eager`; with attention dropout on CUDA alone).
+        device: Type of the device, which decides how attention runs; None where it is not known.
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
     """
@@ -209,9 +208,7 @@ def memory_ledger(
     weights = sizes.base * stored + (sizes.matmul * compute if stored != compute else 0)
     adapters = 4 * (sizes.total - sizes.base)
     state = sizes.factored_state if config.optimizer.name == "adafactor" else sizes.trained_state
-    layer = _saved_per_token(
-        config, decoder, sizes, compute, stored, longest if not fused_attention else 0
-    )
+    layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
     layers = decoder.num_hidden_layers
     if gradient_checkpointing:
         saved = layers * decoder.hidden_size * max(stored, compute) + layer
@@ -261,40 +258,47 @@ def _saved_per_token(
     sizes: ModelSizes,
     compute: int,
     stored: int,
-    written_out: int,
+    device: str | None,
+    longest: int,
 ) -> float:
     """Return the bytes that one token leaves in one layer for the backward pass.
 
     - two norms (`_saved_by_norm`);
-    - attention: rotated q, k, v and the output, once more where documents are put together again;
-      written out over `written_out` keys (half of them visible, all of them stored) also the
-      softmax in fp32 and its copy, and under dropout a mask and the dropped copy;
+    - attention: rotated q, k, v; from the fused kernel the output too, once more where documents
+      are put together again; in blocks the weights of the keys that a query's block can see;
+      written out, those of all keys of the longest document, in fp32 and in c, and under dropout a
+      mask and the dropped copy;
     - MLP: Llama and Qwen2 keep gate, up and silu(gate), StarCoder2 the input of its GELU;
-    - inputs of linear layers that need them for a gradient of their own: each its own copy where
-      dropout or a cast makes one, else one for each of the four distinct inputs;
-    - one byte an element for every dropout mask, and the adapters' low-rank outputs.
+    - inputs of linear layers that need them for a gradient of their own: with adapters one for each
+      of the four distinct inputs; else each its own copy where a cast makes one;
+    - one byte an element for the masks of residual dropout, and the adapters' low-rank outputs.
     """
     layers = decoder.num_hidden_layers
     hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
     query = decoder.num_attention_heads * decoder.head_dim
     key = decoder.num_key_value_heads * decoder.head_dim
-    dropout = config.lora.lora_dropout if config.train.method == "lora" else 0.0
     model_dropout = config.model.dropout
     residual = decoder.residual_dropout if model_dropout is None else model_dropout
-    attention = decoder.attention_dropout if model_dropout is None else model_dropout
+    dropped = decoder.attention_dropout if model_dropout is None else model_dropout
 
     norms = 2 * _saved_by_norm(config, decoder, stored)
-    attend = (3 * query + 2 * key) * compute
-    if written_out:
-        weight = 4 + (compute if compute != 4 else 0) + (1 + compute if attention else 0)
-        attend += decoder.num_attention_heads * written_out * weight
+    attend = (query + 2 * key) * compute
+    heads = decoder.num_attention_heads
+    attention = attention_path(config, decoder, device, longest)
+    if attention == "fused":
+        attend += 2 * query * compute
+    elif attention == "blocks":
+        from kernels.attention import BLOCK
+
+        attend += heads * min(longest, (longest + BLOCK) / 2) * compute
+    else:
+        weight = 4 + (compute if compute != 4 else 0) + (1 + compute if dropped else 0)
+        attend += 2 * query * compute + heads * longest * weight
     mlp = (1 if decoder.model_type == "starcoder2" else 3) * intermediate * compute
-    if dropout:
-        inputs = sizes.saved_linears / layers * (compute + 1)
-    elif stored != compute:
+    if config.train.method == "full" and stored != compute:
         inputs = sizes.saved_linears / layers * compute
     else:
-        inputs = (2 * hidden + intermediate) * compute
+        inputs = (2 * hidden + query + intermediate) * compute
     masks = 2 * hidden if residual and decoder.model_type == "starcoder2" else 0
     ranks = sizes.adapter_ranks / layers * compute
     return norms + attend + mlp + inputs + masks + ranks
@@ -369,12 +373,24 @@ def resolve_gradient_checkpointing(
     return without["total"] > available, f"auto: {need}"
 
 
-def uses_fused_attention(config: RunConfig, decoder: DecoderConfig, device: str | None) -> bool:
-    """Return whether attention runs as one kernel: not written out, and not dropped on a CPU."""
-    dropout = config.model.dropout
-    if dropout is None:
-        dropout = decoder.attention_dropout
-    return config.model.attention != "eager" and (dropout == 0 or device != "cpu")
+def attention_path(
+    config: RunConfig, decoder: DecoderConfig, device: str | None, longest: int
+) -> str:
+    """Return how attention will run: `fused`, `blocks` or `written out` (kernels/attention.py).
+
+    Args:
+        config: What is asked.
+        decoder: The architecture.
+        device: Type of the device, None where it is not known.
+        longest: Rows of the longest document.
+    """
+    dropout = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
+    # A plan without a device may be one for a GPU.
+    if config.model.attention == "eager" or (dropout > 0 and device not in (None, "cuda")):
+        return "written out"
+    from kernels.attention import BLOCKS_MAX_LENGTH
+
+    return "blocks" if device == "cpu" and longest <= BLOCKS_MAX_LENGTH else "fused"
 
 
 def disk_bytes(

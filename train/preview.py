@@ -23,6 +23,7 @@ from train.ledger import (
     MEMORY_CATEGORIES,
     SHARE_OF_PEAK,
     ModelSizes,
+    attention_path,
     available_memory,
     compute_estimate,
     disk_bytes,
@@ -32,7 +33,6 @@ from train.ledger import (
     model_sizes,
     resolve_gradient_checkpointing,
     size_text,
-    uses_fused_attention,
 )
 from train.plan import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
 from train.settings import RunConfig
@@ -297,7 +297,7 @@ def _memory_of(
             decoder,
             sizes,
             precision=precision,
-            fused_attention=uses_fused_attention(config, decoder, device),
+            device=device,
             lengths=lengths,
             world_size=world_size,
         )
@@ -325,8 +325,7 @@ def _model_warnings(
     if length > trained and decoder.rope.rope_type == "default":
         found.append(f"data.max_length={length} is beyond the {trained} positions of the model")
     p = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
-    # The rule of kernels.reference.attention; a plan without a device may be one for a GPU.
-    if p > 0 and device in (None, "cuda") and uses_fused_attention(config, decoder, device):
+    if p > 0 and attention_path(config, decoder, device, length) == "fused":
         found.append(
             f"attention dropout {p:g}: on CUDA the fused attention draws it by (seed, step, "
             "micro-batch, layer), so a resumed run is exact, but another cut into micro-batches "

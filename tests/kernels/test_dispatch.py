@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from files.errors import UserError
-from kernels import linears, loss, reference
+from kernels import attention, linears, loss, reference
 from kernels.dispatch import operations
 
 
@@ -15,7 +15,7 @@ def test_reference_is_what_there_is(backend):
     assert chosen.name == "reference"
     for field in dataclasses.fields(chosen):
         if field.name != "name":
-            homes = {"linear_cross_entropy": loss, "linears": linears}
+            homes = {"attention": attention, "linear_cross_entropy": loss, "linears": linears}
             home = homes.get(field.name, reference)
             assert getattr(chosen, field.name) is getattr(home, field.name)
 

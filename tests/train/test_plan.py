@@ -25,7 +25,6 @@ from train.ledger import (
     model_sizes,
     resolve_gradient_checkpointing,
     size_text,
-    uses_fused_attention,
 )
 from train.plan import plan_run, rank_shares
 from train.preview import plan_document, print_plan, render_plan
@@ -331,7 +330,7 @@ def test_activations_are_what_autograd_saves(
             architecture,
             precision=precision,
             gradient_checkpointing=recompute,
-            fused_attention=uses_fused_attention(config, architecture, "cpu"),
+            device="cpu",
         )["activations"]
 
     estimate = float(memory_of(recompute))
