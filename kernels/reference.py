@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -32,8 +33,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The quotient is made in fp32 and cast back before the weight comes in (SEMANTICS §6).
     """
-    normed = F.rms_norm(x.to(_exact(x.dtype)), (x.shape[-1],), None, eps)
-    return normed.to(x.dtype) * weight
+    return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]  # apply is untyped
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and one number a row, r = 1/√(mean(x²) + eps).
+
+    With n = x · r and g = dy · w: dx = r · (g - n · mean(g · n)), dw = Σ over the rows of dy · n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = x.to(_exact(x.dtype))
+        inverse = _mean_of_product(exact, exact).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (exact * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        normed = x.to(inverse.dtype) * inverse
+        d_x = d_weight = None
+        if needs_weight:
+            d_weight = (grads[0] * normed).sum(0).to(weight.dtype)
+        if needs_x:
+            d_normed = (grads[0] * weight).to(inverse.dtype)
+            mean = _mean_of_product(d_normed, normed)
+            d_x = torch.addcmul(d_normed, normed, mean, value=-1).mul_(inverse).to(x.dtype)
+        return d_x, d_weight, None
+
+
+def _mean_of_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return mean(x · y) over the last axis, (M, H) → (M, 1), in their own type under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.linalg.vecdot(x, y).div_(x.shape[-1])[:, None]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -45,7 +82,25 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up, element by element."""
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]  # apply is untyped
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its two inputs and computes silu(gate) again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return d_gate, F.silu(gate).mul_(grads[0])
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

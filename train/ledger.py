@@ -214,7 +214,7 @@ def memory_ledger(
         saved = layers * decoder.hidden_size * max(stored, compute) + layer
     else:
         saved = layers * layer
-    saved += _saved_by_norm(config, decoder, stored)
+    saved += _saved_by_norm(decoder, stored)
     head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
     chunk_rows = _chunk_rows(operations().linear_cross_entropy)
     logits = min(chunk_rows, tokens) * decoder.vocab_size * (4 + compute)
@@ -264,11 +264,10 @@ def _saved_per_token(
     """Return the bytes that one token leaves in one layer for the backward pass.
 
     - two norms (`_saved_by_norm`);
-    - attention: rotated q, k, v; from the fused kernel the output too, once more where documents
-      are put together again; in blocks the weights of the keys that a query's block can see;
-      written out, those of all keys of the longest document, in fp32 and in c, and under dropout a
-      mask and the dropped copy;
-    - MLP: Llama and Qwen2 keep gate, up and silu(gate), StarCoder2 the input of its GELU;
+    - attention: rotated q, k, v; from the fused kernel the output too; in blocks the weights of the
+      keys that a query's block can see; written out, those of all keys of the longest document, in
+      fp32 and in c, and under dropout a mask and the dropped copy;
+    - MLP: Llama and Qwen2 keep gate and up, StarCoder2 the input of its GELU;
     - inputs of linear layers that need them for a gradient of their own: with adapters one for each
       of the four distinct inputs; else each its own copy where a cast makes one;
     - one byte an element for the masks of residual dropout, and the adapters' low-rank outputs.
@@ -281,20 +280,20 @@ def _saved_per_token(
     residual = decoder.residual_dropout if model_dropout is None else model_dropout
     dropped = decoder.attention_dropout if model_dropout is None else model_dropout
 
-    norms = 2 * _saved_by_norm(config, decoder, stored)
+    norms = 2 * _saved_by_norm(decoder, stored)
     attend = (query + 2 * key) * compute
     heads = decoder.num_attention_heads
     attention = attention_path(config, decoder, device, longest)
     if attention == "fused":
-        attend += 2 * query * compute
+        attend += query * compute
     elif attention == "blocks":
         from kernels.attention import BLOCK
 
         attend += heads * min(longest, (longest + BLOCK) / 2) * compute
     else:
         weight = 4 + (compute if compute != 4 else 0) + (1 + compute if dropped else 0)
-        attend += 2 * query * compute + heads * longest * weight
-    mlp = (1 if decoder.model_type == "starcoder2" else 3) * intermediate * compute
+        attend += heads * longest * weight
+    mlp = (1 if decoder.model_type == "starcoder2" else 2) * intermediate * compute
     if config.train.method == "full" and stored != compute:
         inputs = sizes.saved_linears / layers * compute
     else:
@@ -304,15 +303,9 @@ def _saved_per_token(
     return norms + attend + mlp + inputs + masks + ranks
 
 
-def _saved_by_norm(config: RunConfig, decoder: DecoderConfig, stored: int) -> int:
-    """Return the bytes that one token leaves in a norm.
-
-    LayerNorm keeps its input; RMSNorm its input in fp32, and its output for the gradient of its
-    weight.
-    """
-    if decoder.model_type == "starcoder2":
-        return decoder.hidden_size * stored
-    return decoder.hidden_size * (4 + (stored if config.train.method == "full" else 0))
+def _saved_by_norm(decoder: DecoderConfig, stored: int) -> int:
+    """Return the bytes that one token leaves in a norm: those of its input."""
+    return decoder.hidden_size * stored
 
 
 def available_memory(device: str) -> int | None:

@@ -6,6 +6,7 @@ fp64 tolerances: 1e-12, some thousand roundings of 1.1e-16, on values of order o
 import math
 from typing import Any
 
+import pytest
 import torch
 
 from kernels import reference
@@ -32,6 +33,26 @@ def test_rms_norm_rounds_before_the_weight_comes_in():
     actual = reference.rms_norm(x, weight, 1e-6)
     assert actual.dtype == torch.bfloat16
     assert torch.equal(actual, normed.bfloat16() * weight)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rms_norm_gradient(trained: bool) -> None:
+    x, weight = random(3, 5).requires_grad_(), random(5).requires_grad_(trained)
+    assert torch.autograd.gradcheck(lambda x, w: reference.rms_norm(x, w, 1e-3), (x, weight))
+    reference.rms_norm(x, weight, 1e-3).sum().backward()
+    assert (weight.grad is not None) == trained
+
+
+def test_rms_norm_under_autocast_stays_in_fp32() -> None:
+    x, weight = random(6, 64).float(), random(64).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = reference.rms_norm(x, weight, 1e-6)
+    assert torch.equal(under, reference.rms_norm(x, weight, 1e-6))
+
+
+def test_swiglu_gradient() -> None:
+    gate, up = random(3, 5).requires_grad_(), random(3, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(reference.swiglu, (gate, up))
 
 
 def test_layer_norm():
