@@ -5,7 +5,7 @@ settings.py config.py presets/      what a run is asked to do
 plan.py ledger.py claims.py preview.py   what it will take, before it starts
 prepare.py world.py signals.py      data, model, device, processes, requests to stop
 loop.py step.py loss.py evaluate.py early_stopping.py samples.py   training
-optimizers.py schedule.py precision.py   the update
+flat.py optimizers.py adafactor.py schedule.py precision.py   the update
 session.py checkpoint.py resume.py folder.py finish.py   state, files, and the end of a run
 metrics.py console.py report.py plots.py   what is said of it
 generate.py merge.py                using the result

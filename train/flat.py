@@ -129,7 +129,8 @@ class Optimizer(ABC):
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update every parameter once with `gradient_scale` times its gradient.
 
-        The gradients are left multiplied. Nothing has been changed where an error is raised.
+        What the gradients are afterwards is not defined: they serve as working memory. Nothing has
+        been changed where an error is raised.
 
         Raises:
             ValueError: No gradient has ever reached a parameter, or a lone one has none now.

@@ -37,9 +37,11 @@ BATCHINGS = ["unpadded", "longest", "max_length"]
 class GradientsOnly(AdamW):
     """An optimizer that keeps the gradient it is given and touches no weight."""
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         self.seen = {
-            name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None
+            name: p.grad * gradient_scale
+            for name, p in self.parameters.items()
+            if p.grad is not None
         }
 
 

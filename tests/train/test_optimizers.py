@@ -23,12 +23,12 @@ from transformers.optimization import Adafactor as StackAdafactor
 
 from files.errors import UserError
 from files.tensors import TensorFile, write_tensors
-from train import optimizers
+from train import adafactor, flat, optimizers
+from train.flat import Optimizer, clip_factor
 from train.optimizers import (
     Adafactor,
     AdamW,
     build_optimizer,
-    clip_gradients,
     decayed_parameters,
     decays,
 )
@@ -41,6 +41,9 @@ SHAPES = {
     "norm.weight": (9,),
     "stack": (2, 3, 4),
     "scalar": (),
+    "c.lora_A": (3, 11),
+    "c.bias": (7,),
+    "d.lora_A": (3, 11),
 }
 
 
@@ -71,16 +74,21 @@ def train(optimizer: Any, steps: range, rate: Callable[[int], float] = lambda s:
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
+# Nothing here is longer than the first, so that all lie in the buffer; with the last, none does.
+LONE = [1 << 20, 30, 0]
+
+
+@pytest.mark.parametrize("lone", LONE, ids="lone {}".format)
 @pytest.mark.parametrize("block", [1 << 20, 40, 1], ids="block {}".format)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_adamw_equals_torch(
-    dtype: torch.dtype, weight_decay: float, block: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, weight_decay: float, block: int, lone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 40 make several buckets; of 1, a bucket a parameter, updated number by number."""
     monkeypatch.setattr(optimizers, "_BLOCK_ELEMENTS_CPU", block)
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
     ours, theirs = parameters(dtype), parameters(dtype)
-    decayed = {"a.weight", "b.lora_A", "b.lora_B", "stack", "scalar"}
+    decayed = {"a.weight", "b.lora_A", "b.lora_B", "stack", "scalar", "c.lora_A", "d.lora_A"}
     optimizer = AdamW(ours, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay)
     oracle = torch.optim.AdamW(
         [
@@ -128,11 +136,18 @@ def test_adamw_by_hand() -> None:
     torch.testing.assert_close(weight.detach(), torch.tensor(second, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("lone", LONE, ids="lone {}".format)
+@pytest.mark.parametrize("block", [1 << 20, 14, 1], ids="block {}".format)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_adafactor_equals_the_stack(dtype: torch.dtype, weight_decay: float) -> None:
+def test_adafactor_equals_the_stack(
+    dtype: torch.dtype, weight_decay: float, block: int, lone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 14 hold some rows of a matrix; of 1, a row each."""
+    monkeypatch.setattr(adafactor, "_BLOCK_ELEMENTS_CPU", block)
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
     ours, theirs = parameters(dtype), parameters(dtype)
-    decayed = {"a.weight", "b.lora_A", "b.lora_B", "stack", "scalar"}
+    decayed = {"a.weight", "b.lora_A", "b.lora_B", "stack", "scalar", "c.lora_A", "d.lora_A"}
     optimizer = Adafactor(ours, weight_decay=weight_decay)
     oracle = StackAdafactor(
         [
@@ -213,7 +228,7 @@ def test_adafactor_keeps_rows_and_columns_for_matrices_and_all_of_a_vector() -> 
     }
 
 
-OPTIMIZERS: dict[str, Callable[[dict[str, Parameter]], AdamW | Adafactor]] = {
+OPTIMIZERS: dict[str, Callable[[dict[str, Parameter]], Optimizer]] = {
     "adamw": lambda named: AdamW(named, weight_decay=0.1),
     "adafactor": lambda named: Adafactor(named, weight_decay=0.1),
 }
@@ -268,7 +283,7 @@ def test_a_parameter_without_a_gradient_stops_the_step_before_it_begins(name: st
     set_gradients(optimizer.parameters, 1)
     optimizer.parameters["norm.weight"].grad = None
     before = {key: p.detach().clone() for key, p in optimizer.parameters.items()}
-    with pytest.raises(ValueError, match=r"1 of 7 trained parameters: norm\.weight"):
+    with pytest.raises(ValueError, match=r"1 of 10 trained parameters: norm\.weight"):
         optimizer.step(0.1)
     assert optimizer.steps == 0
     assert all(torch.equal(p, before[key]) for key, p in optimizer.parameters.items())
@@ -292,60 +307,59 @@ def test_a_gradient_that_is_not_contiguous() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
-def norm_of(tensors: dict[str, Parameter]) -> float:
+def doubled(tensors: dict[str, Parameter]) -> float:
+    """Return the norm of the gradients, added up in fp64."""
     squares = [p.grad.double().square().sum() for p in tensors.values() if p.grad is not None]
     return math.sqrt(sum(squares))
 
 
-@pytest.mark.parametrize("max_norm", [0.3, 1e9])
-@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("lone", LONE)
+@pytest.mark.parametrize("max_norm", [0.3, 1e9, 0.0, -1.0])
 def test_clipping_equals_torch_after_the_loss_scale_is_divided_out(
-    max_norm: float, loss_scale: float
+    name: str, max_norm: float, lone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = parameters(torch.float64), parameters(torch.float64)
-    set_gradients(ours, 2)
-    set_gradients(theirs, 2)
-    expected = torch.nn.utils.clip_grad_norm_(list(theirs.values()), max_norm)
-    for parameter in ours.values():
-        assert parameter.grad is not None
-        parameter.grad.mul_(loss_scale)
-    norm = clip_gradients(ours.values(), max_norm, loss_scale=loss_scale)
-    assert norm == pytest.approx(expected.item(), rel=1e-13)
-    for name, parameter in ours.items():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-13, atol=1e-15)
+    """What a step does to gradients that are too long, and multiplied, is what torch does first."""
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
+    loss_scale = 65536.0
+    ours, theirs = (OPTIMIZERS[name](parameters(torch.float64)) for _ in range(2))
+    for step in (2, 4):
+        set_gradients(ours.parameters, step)
+        set_gradients(theirs.parameters, step)
+        for parameter in ours.parameters.values():
+            assert parameter.grad is not None
+            parameter.grad.mul_(loss_scale)
+        bound = max_norm if max_norm > 0 else math.inf
+        expected = nn.utils.clip_grad_norm_(list(theirs.parameters.values()), bound)
+        norm = ours.gradient_norm() / loss_scale
+        assert norm == pytest.approx(expected.item(), rel=1e-13)
+        ours.step(0.1, clip_factor(norm, max_norm) / loss_scale)
+        theirs.step(0.1)
+    for key, parameter in ours.parameters.items():
+        torch.testing.assert_close(parameter, theirs.parameters[key], rtol=1e-13, atol=1e-15)
 
 
-def test_clipping_returns_the_norm_before_and_leaves_the_bound() -> None:
-    named = parameters(torch.float64)
-    set_gradients(named, 2)
-    before = norm_of(named)
-    assert clip_gradients(named.values(), 0.5) == pytest.approx(before, rel=1e-13)
-    # c · n/(n + 1e-6)
-    assert norm_of(named) == pytest.approx(0.5 * before / (before + 1e-6), rel=1e-13)
+def test_the_norm_of_many_numbers_is_exact_to_a_few_roundings() -> None:
+    """One after another, a million fp32 squares are added with an error of 1e-5 and more."""
+    weights = {"a": Parameter(torch.zeros(1000, 1000)), "b": Parameter(torch.zeros(1100, 1000))}
+    generator = torch.Generator().manual_seed(0)
+    optimizer = AdamW(weights)
+    assert list(optimizer.lone) == ["b"]
+    for parameter in weights.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    assert optimizer.gradient_norm() == pytest.approx(doubled(weights), rel=1e-6)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0])
-def test_no_bound_clips_nothing(max_norm: float) -> None:
-    named = parameters()
-    set_gradients(named, 2)
-    before = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
-    assert clip_gradients(named.values(), max_norm) == pytest.approx(norm_of(named), rel=1e-6)
-    for name, gradient in before.items():
-        assert torch.equal(named[name].grad, gradient)  # type: ignore[arg-type]
-
-
+@pytest.mark.parametrize("lone", LONE)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_changes_nothing(value: float) -> None:
-    named = parameters()
-    set_gradients(named, 2)
-    named["a.bias"].grad[3] = value  # type: ignore[index]
-    before = named["a.weight"].grad.clone()  # type: ignore[union-attr]
-    assert not math.isfinite(clip_gradients(named.values(), 1.0, loss_scale=2.0))
-    assert torch.equal(named["a.weight"].grad, before)  # type: ignore[arg-type]
-
-
-def test_parameters_without_gradients_have_norm_0() -> None:
-    assert clip_gradients(parameters().values(), 1.0) == 0.0
+def test_a_gradient_that_is_not_finite_gives_a_norm_that_is_not(
+    value: float, lone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
+    optimizer = AdamW(parameters())
+    set_gradients(optimizer.parameters, 2)
+    optimizer.parameters["a.bias"].grad[3] = value  # type: ignore[index]
+    assert not math.isfinite(optimizer.gradient_norm())
 
 
 def tiny(family: str) -> PreTrainedModel:

@@ -24,9 +24,10 @@ from train.checkpoint import TrainState
 from train.config import load_config
 from train.early_stopping import EarlyStopping
 from train.evaluate import evaluate
+from train.flat import Optimizer
 from train.loop import StepBatches, step_that_fits
 from train.memory import is_out_of_memory
-from train.optimizers import Adafactor, AdamW, build_optimizer
+from train.optimizers import AdamW, build_optimizer
 from train.plan import plan_run
 from train.precision import LossScaler, Precision
 from train.resume import find_run
@@ -103,7 +104,7 @@ def cut(size: int) -> list[MicroBatch]:
 
 def one_step(
     model: CausalLM,
-    optimizer: AdamW | Adafactor,
+    optimizer: Optimizer,
     batch: list[MicroBatch],
     scaler: LossScaler | None = None,
     number: int = 1,
@@ -121,10 +122,15 @@ def one_step(
     )
 
 
-def bits(model: CausalLM, optimizer: AdamW | Adafactor) -> dict[str, bytes]:
+def bits(model: CausalLM, optimizer: Optimizer) -> dict[str, bytes]:
     """Return the bytes of every weight and of all that the optimizer holds."""
     tensors = {**dict(model.named_parameters()), **optimizer.state_tensors()}
     return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
+
+
+def no_gradient(model: CausalLM) -> bool:
+    """Return whether nothing of a step before would be added to the next one's gradients."""
+    return all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 # Out of memory in one step
@@ -148,7 +154,7 @@ def test_out_of_memory_leaves_everything_as_it_was(
         result = one_step(model, optimizer, cut(2) if not scaled else cut(4), scaler, number=2)
     assert result.skipped == "out of memory"
     assert bits(model, optimizer) == before
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert no_gradient(model)
     assert scaler is None or scaler.state() == {"scale": 2.0**1023, "good_steps": 7}
 
 
@@ -171,8 +177,10 @@ def test_another_error_is_no_lack_of_memory() -> None:
 class GradientsOnly(AdamW):
     """An optimizer that keeps the gradient it is given and touches no weight."""
 
-    def step(self, learning_rate: float) -> None:
-        self.seen = {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        self.seen = {
+            n: p.grad * gradient_scale for n, p in self.parameters.items() if p.grad is not None
+        }
 
 
 class OneStep:
@@ -354,7 +362,7 @@ def test_nothing_changes_where_a_number_is_not_finite(
     assert result.examples == expected
     assert math.isfinite(result.loss) == (place == "gradient")
     assert bits(model, optimizer) == before
-    assert all(p.grad is None for p in model.parameters())
+    assert no_gradient(model)
 
 
 def test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler(
@@ -482,8 +490,8 @@ def test_out_of_memory_in_the_update_ends_the_run_and_saves_nothing(
 ) -> None:
     plain = AdamW.step
 
-    def half_done(self: AdamW, learning_rate: float) -> None:
-        plain(self, learning_rate)
+    def half_done(self: AdamW, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        plain(self, learning_rate, gradient_scale)
         if self.steps == 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
