@@ -40,3 +40,6 @@ fix: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.versus_peft
+> $(PYTHON) -m benchmarks.training --profile
+> $(PYTHON) -m benchmarks.loss --rows small small-trainable small-bf16 must
+> $(PYTHON) -m benchmarks.data --rounds 1

@@ -1,6 +1,6 @@
 """The parts that LOG.md quotes: dropout alone and in whole steps, the optimizer, changing shapes.
 
-    python -m benchmarks.parts [dropout] [steps] [adamw] [memory]
+    python -m benchmarks.parts [dropout] [steps] [adamw] [adafactor] [memory]
 
 Both sides of each comparison take turns in one process (memory: a process each, since peaks do not
 come down). Every line printed is also a record in benchmarks/results/parts.jsonl.
@@ -178,26 +178,55 @@ def adamw() -> None:
     from train.optimizers import AdamW
 
     for width in (256, 1024, 3072):
-        shapes = [(16, width), (width, 16)] * 98
-        names = [f"layer{i}.lora" for i in range(len(shapes))]
-
-        def parameters(shapes: list = shapes, names: list = names) -> dict:
-            made = {}
-            for name, shape in zip(names, shapes, strict=True):
-                made[name] = torch.nn.Parameter(torch.randn(shape))
-                made[name].grad = torch.randn(shape)
-            return made
-
-        foreach = torch.optim.AdamW(parameters().values(), lr=1e-3, foreach=True)
-        fused = torch.optim.AdamW(parameters().values(), lr=1e-3, fused=True)
-        ours = AdamW(parameters())
+        shapes = {f"l{i}": s for i, s in enumerate([(16, width), (width, 16)] * 98)}
+        foreach = torch.optim.AdamW(with_gradients(shapes).values(), lr=1e-3, foreach=True)
+        fused = torch.optim.AdamW(with_gradients(shapes).values(), lr=1e-3, fused=True)
+        ours = AdamW(with_gradients(shapes))
         sides: dict[str, Callable[[], object]] = {
             "torch foreach": foreach.step,
             "torch fused": fused.step,
             "lathe": lambda ours=ours: ours.step(1e-3),
         }
-        elements = sum(a * b for a, b in shapes)
+        elements = sum(a * b for a, b in shapes.values())
         report("adamw", f"196 tensors, {elements / 1e6:.2f} M elements", milliseconds(sides), "ms")
+
+
+def adafactor() -> None:
+    """One update by Adafactor and by transformers', which takes the parameters one by one."""
+    from transformers.optimization import Adafactor as StackAdafactor
+
+    from train.adafactor import Adafactor
+
+    cases = {
+        "196 LoRA tensors": {f"l{i}": s for i, s in enumerate([(16, 256), (256, 16)] * 98)},
+        "full, width 512": {
+            "embed_tokens": (16384, 512),
+            **{f"{i}.up": (2048, 512) for i in range(8)},
+            **{f"{i}.down": (512, 2048) for i in range(8)},
+            **{f"{i}.norm": (512,) for i in range(33)},
+        },
+    }
+    for case, shapes in cases.items():
+        parameters, others = with_gradients(shapes), with_gradients(shapes)
+        ours = Adafactor(parameters)
+        theirs = StackAdafactor(
+            others.values(), lr=1e-3, scale_parameter=False, relative_step=False
+        )
+        elements = sum(parameter.numel() for parameter in parameters.values())
+        sides: dict[str, Callable[[], object]] = {
+            "transformers": theirs.step,
+            "lathe": lambda ours=ours: ours.step(1e-3),
+        }
+        report("adafactor", f"{case}, {elements / 1e6:.2f} M elements", milliseconds(sides), "ms")
+
+
+def with_gradients(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.nn.Parameter]:
+    """Return random parameters with random gradients."""
+    made = {}
+    for name, shape in shapes.items():
+        made[name] = torch.nn.Parameter(torch.randn(shape))
+        made[name].grad = torch.randn(shape)
+    return made
 
 
 def memory() -> None:
@@ -249,7 +278,13 @@ def changing_shapes() -> None:
 
 def main() -> None:
     """Answer the command line."""
-    parts = {"dropout": dropout, "steps": steps, "adamw": adamw, "memory": memory}
+    parts = {
+        "dropout": dropout,
+        "steps": steps,
+        "adamw": adamw,
+        "adafactor": adafactor,
+        "memory": memory,
+    }
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--changing-shapes", action="store_true", help=argparse.SUPPRESS)

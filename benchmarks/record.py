@@ -24,6 +24,34 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def peak_bytes() -> int:
+    """Return the most memory that this process has had resident (Linux).
+
+    Not `ru_maxrss`, which begins at the size of the process that started this one.
+    """
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has resident now (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(name)
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Return the records of `benchmarks/results/<name>.jsonl`, oldest first."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def circumstances() -> dict[str, Any]:
     """Return device, threads, versions, commit, time and command: no figure is read without."""
     return {
