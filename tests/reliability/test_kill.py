@@ -70,7 +70,7 @@ def killed_repeatedly(case: tuple[Reference, Path, int]) -> tuple[int, str]:
     """Kill a run at random points until it ends; return how often, and what is wrong with it."""
     untouched, place, seed = case
     folder, draw, kills = place / f"seed-{seed}", Random(seed), 0
-    values, most = untouched.at(folder), 5 * len(untouched.points) // 4
+    values, most = untouched.at(folder), 3 * len(untouched.points) // 2
     while (code := attempt(values, killed_after(draw.randint(1, most)))) != 0:
         if code != -signal.SIGKILL:
             return kills, f"{folder}: exit code {code}"
@@ -86,7 +86,7 @@ def test_a_run_passes_every_point(untouched: Reference) -> None:
     assert {name for name, _ in untouched.points} == FAULT_POINTS
 
 
-@pytest.mark.parametrize("number", [30, pytest.param(None, marks=SLOW)], ids=["some", "every"])
+@pytest.mark.parametrize("number", [40, pytest.param(None, marks=SLOW)], ids=["some", "every"])
 def test_a_run_killed_at_a_point_loses_nothing(
     untouched: Reference, number: int | None, tmp_path: Path, record_property: Record
 ) -> None:
