@@ -2,10 +2,11 @@
 
     python -m benchmarks.reliability [--gibibytes 1]
 
-Runs tests/reliability with 200 runs killed at random, and the test that looks for pickle (every one
-of the kill points is `make test-slow`'s); then measures what a checkpoint costs beside its bytes. Prints the figures beside what
-is promised, appends one record to benchmarks/results/reliability.jsonl, and ends with an error
-where a test failed. The tests do their runs two at a time.
+Runs tests/reliability with 200 runs killed at random, and the test that looks for pickle (`make
+test-slow` kills at every single point); then measures what a checkpoint costs beside its bytes.
+Prints the figures beside what is promised, appends one record to
+benchmarks/results/reliability.jsonl, and ends with an error where a test failed. The tests do their
+runs two at a time.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -229,6 +230,7 @@ def reference(values: Mapping[str, Any], folder: Path) -> Reference:
 
 def side_by_side(work: Callable[[Any], Any], cases: Sequence[Any]) -> list[Any]:
     """Return what `work` returns for every case; two are done at a time."""
-    # Forked, so that nothing is imported again.
+    # Forked, so that nothing is imported again; frozen, so that no collector writes to every page.
+    gc.freeze()
     with multiprocessing.get_context("fork").Pool(2) as pool:
         return pool.map(work, cases, chunksize=1)
