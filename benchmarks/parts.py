@@ -229,6 +229,59 @@ def with_gradients(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.nn.Par
     return made
 
 
+def attention() -> None:
+    """Attention of a ragged micro-batch, forward and backward: torch's fused kernel, and blocks."""
+    from kernels import attention as module
+    from kernels.segments import Segments
+
+    blocks = module.BLOCKS_MAX_LENGTH
+    cases = {
+        "8 documents of 24 to 66 tokens": range(24, 72, 6),
+        "8 documents of 100 to 240 tokens": range(100, 260, 20),
+        "8 documents of 260 to 512 tokens": range(260, 513, 36),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        for case, lengths in cases.items():
+            rows = sum(lengths)
+            q, k, v = (torch.randn(rows, h, 64).to(dtype).requires_grad_() for h in (8, 2, 2))
+            out_gradient = torch.randn(rows, 512).to(dtype)
+            segments = Segments.build(lengths, device="cpu")
+
+            def attend(limit: int, q=q, k=k, v=v, segments=segments, g=out_gradient) -> None:
+                module.BLOCKS_MAX_LENGTH = limit
+                module.attention(q, k, v, segments, scale=0.125).backward(g)
+
+            sides: dict[str, Callable[[], object]] = {
+                "torch fused": lambda attend=attend: attend(0),
+                "blocks": lambda attend=attend: attend(blocks),
+            }
+            name = f"{case}, {str(dtype).removeprefix('torch.')}"
+            report("attention", name, milliseconds(sides), "ms")
+    module.BLOCKS_MAX_LENGTH = blocks
+
+
+def products() -> None:
+    """Matrix products: fp32 through MKL and through oneDNN, and bf16, in GFLOP/s."""
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    for rows, inputs, outputs in ((512, 256, 1024), (1072, 512, 2048), (256, 512, 8192)):
+        x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+        half_x, half_weight = x.bfloat16(), weight.bfloat16()
+
+        def product(precision: str, x=x, weight=weight) -> None:
+            settings.fp32_precision = precision
+            F.linear(x, weight)
+            settings.fp32_precision = "ieee"
+
+        sides: dict[str, Callable[[], object]] = {
+            "MKL": lambda product=product: product("ieee"),
+            "oneDNN": lambda product=product: product("bf16"),
+            "bf16": lambda x=half_x, weight=half_weight: F.linear(x, weight),
+        }
+        operations = 2 * rows * inputs * outputs / 1e6
+        rates = {name: operations / ms for name, ms in milliseconds(sides).items()}
+        report("products", f"{rows} × {inputs} × {outputs}", rates, "GFLOP/s")
+
+
 def memory() -> None:
     """Peak memory of 16 bf16 LoRA steps over ever new lengths, with oneDNN's caches and bounded."""
     peaks = {}
@@ -283,6 +336,8 @@ def main() -> None:
         "steps": steps,
         "adamw": adamw,
         "adafactor": adafactor,
+        "attention": attention,
+        "products": products,
         "memory": memory,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
