@@ -228,7 +228,7 @@ class Checkpoints:
             aside = self.folder / f"corrupt-{self.path(step).name}"
             shutil.rmtree(aside, ignore_errors=True)
             self.path(step).rename(aside)
-            say(f"{problem}; set aside as {aside.name}, falling back to an older checkpoint")
+            say(f"{problem}; set aside as {aside.name}, looking for an older checkpoint")
         return None
 
 

@@ -323,6 +323,11 @@ def _next_commands(status: Mapping[str, Any], folder: Path) -> Rows:
             ("curves", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
             ("merge", f"python -m train.merge {place} MERGED_MODEL"),
         )
+    if status["reason"] == "non_finite":
+        return (
+            ("read", f"{folder / 'report.md'} (which rows and steps)"),
+            ("then", "mend the rows, or start anew with a lower optimizer.learning_rate"),
+        )
     return (
         ("go on", f"python -m train.run --resume {place}"),
         ("report", f"python -m train.report {place}"),

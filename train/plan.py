@@ -22,6 +22,9 @@ from files.errors import UserError
 from train.schedule import learning_rate_factor, warmup_step_count
 from train.settings import RunConfig
 
+# A plan lists its steps; a billion-token epoch in steps of a thousand tokens has a million.
+MAX_STEPS = 10_000_000
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -130,7 +133,7 @@ def plan_run(
         num_valid: Examples to evaluate; 0 plans no evaluation, None leaves it open.
 
     Raises:
-        UserError: There is no example to train on.
+        UserError: There is no example to train on, or the steps are too many to be listed.
     """
     if num_examples < 1:
         raise UserError("data.train holds no example to train on; look at the data's own counts")
@@ -140,6 +143,11 @@ def plan_run(
     total_steps = config.train.max_steps or max(
         1, math.ceil(config.train.num_train_epochs * steps_per_epoch)
     )
+    if total_steps > MAX_STEPS:
+        raise UserError(
+            f"{total_steps:,} steps are more than a run can have ({MAX_STEPS:,}); lower "
+            "train.max_steps or train.num_train_epochs, or take more examples a step"
+        )
     log = _interval(config.log.steps, config.log.per_epoch, steps_per_epoch)
     evaluate = _interval(config.eval.steps, config.eval.per_epoch, steps_per_epoch)
     save = _interval(config.checkpoint.steps, config.checkpoint.per_epoch, steps_per_epoch)

@@ -198,6 +198,8 @@ def events(record: Record) -> Iterable[str]:
     """Yield what does not happen in every run: resumes, updates left out, memory, spikes."""
     if resumed := record.status.get("resumed_from"):
         yield f"Resumed from {_steps(resumed)}."
+    if damaged := sorted(path.name for path in record.folder.glob("checkpoints/corrupt-*")):
+        yield f"Damaged, and set aside: {', '.join(damaged)}."
     skipped = [row for row in record.train if row.get("skipped")]
     for reason in sorted({row["skipped"] for row in skipped}):
         rows = [row for row in skipped if row["skipped"] == reason]
@@ -261,10 +263,12 @@ def _places(rows: Sequence[Row], what: Callable[[Row], str], most: int = 8) -> s
 def _notes_on_the_end(record: Record) -> Iterable[str]:
     state, reason = record.status.get("state"), record.status.get("reason")
     if state != "finished":
-        yield (
-            f"The run is not finished: {_outcome(record)}. "
-            f"`python -m train.run --resume {record.folder}` goes on."
+        remedy = (
+            "Mend the rows named below, or start anew with a lower optimizer.learning_rate."
+            if reason == "non_finite"
+            else f"`python -m train.run --resume {record.folder}` goes on."
         )
+        yield f"The run is not finished: {_outcome(record)}. {remedy}"
     if reason == "early_stopping" and record.best:
         yield (
             f"Stopped early at step {record.step}: no evaluation after step {record.best['step']} "

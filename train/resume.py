@@ -77,7 +77,9 @@ def _what_is_left(
         return config, Resume(folder, place, *read_state(place))
     checkpoint = Checkpoints(folder / "checkpoints", None).newest_verified(print)
     if checkpoint is None:
-        print(f"{folder}: no checkpoint yet; starting from the first step")
+        damaged = any((folder / "checkpoints").glob("corrupt-*"))
+        which = "no whole checkpoint is left" if damaged else "no checkpoint yet"
+        print(f"{folder}: {which}; starting from the first step")
         return config, Resume(folder, None, None, None)
     if not changed and _is_finished(folder):
         # A kill may have come after the status and before the report.

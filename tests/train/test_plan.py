@@ -629,3 +629,9 @@ def test_an_architecture_is_read_from_a_folder(tmp_path: Path) -> None:
 )
 def test_sizes_in_decimal_units(size: float, text: str) -> None:
     assert size_text(size) == text
+
+
+def test_more_steps_than_can_be_listed_are_refused() -> None:
+    config = load_config(overrides={"train.max_steps": 10**9})
+    with pytest.raises(UserError, match="1,000,000,000 steps are more than a run can have"):
+        plan_run(config, 100)

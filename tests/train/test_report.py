@@ -452,3 +452,20 @@ def test_a_folder_that_is_no_run_is_refused(
     (tmp_path / "config.toml").write_text("a = = b")
     with pytest.raises(UserError, match=r"config\.toml: not TOML"):
         write_report(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_listed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "checkpoints" / "corrupt-step-00000040").mkdir(parents=True)
+    write_report(folder)
+    assert "Damaged, and set aside: corrupt-step-00000040." in (folder / "report.md").read_text()
+
+
+def test_a_run_that_ended_in_losses_that_are_not_finite_is_not_told_to_resume(
+    tmp_path: Path,
+) -> None:
+    folder = make_run(tmp_path / "run", state="failed", reason="non_finite")
+    write_report(folder)
+    text = (folder / "report.md").read_text()
+    assert "lower optimizer.learning_rate" in text
+    assert "--resume" not in text
