@@ -382,10 +382,16 @@ def hashed_weights(files: Sequence[Path]) -> dict[str, str]:
     noticed here, without a network.
 
     Raises:
-        UserError: A file of the cache is no longer what its name says.
+        UserError: A file cannot be read, or one of the cache is no longer what its name says.
     """
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        hashes = list(pool.map(sha256_file, files))
+    try:
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            hashes = list(pool.map(sha256_file, files))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: the base model's weights cannot be read any more "
+            f"({error.strerror}); put them back and continue with --resume"
+        ) from None
     for path, digest in zip(files, hashes, strict=True):
         blob = path.resolve()
         if blob.parent.name == "blobs" and len(blob.name) == 64 and blob.name != digest:

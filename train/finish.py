@@ -8,13 +8,14 @@ from pathlib import Path
 
 from files.errors import UserError
 from files.faults import faultpoint
-from files.folders import MANIFEST, replace_folder
+from files.folders import MANIFEST
 from lora import adapter_config
 from train.console import closing_summary, format_count
 from train.generate import find_stop_ids, generate
 from train.report import write_report
 from train.samples import MOST_NEW_TOKENS, choose_samples
 from train.session import Session, whole_best
+from train.signals import Signals
 
 
 def opening_panel(session: Session) -> None:
@@ -112,19 +113,24 @@ def complete_samples(session: Session, when: str) -> None:
         setattr(sample, when, tokenizer.decode(ids))
 
 
-def finish(session: Session, reason: str) -> None:
+def finish(session: Session, reason: str, signals: Signals) -> str:
     """Write `final/`, evaluate the test set on it, and leave status, report and summary.
 
     A run that was stopped keeps its checkpoint and says how to go on.
+
+    Returns:
+        `reason`, or the name of a signal that came after the last step.
     """
     session.writer.wait()
     faultpoint("run.ends")
+    if signals.stop is not None:
+        reason = signals.stop.name.lower()
     if reason not in ("completed", "early_stopping"):
         condition = "failed" if reason == "non_finite" else "preempted"
         status = session.write_status(condition, reason)
         write_report(session.folder)
         session.console.summary(*closing_summary(status, session.folder))
-        return
+        return reason
     best, best_step = session.folder / "best", session.state.stopping.best_step
     if session.config.checkpoint.load_best_at_end and best_step is not None:
         if not whole_best(best, best_step):
@@ -134,11 +140,9 @@ def finish(session: Session, reason: str) -> None:
                 "checkpoint at or before its best step"
             )
         session.load_trained(best)
-        replace_folder(
-            session.folder / "final", lambda folder: _copy_files(best, folder), step=best_step
-        )
+        session.write_final(lambda folder: _copy_files(best, folder), best_step)
     else:
-        replace_folder(session.folder / "final", session.export, step=session.state.step)
+        session.write_final(session.export, session.state.step)
     faultpoint("run.final")
     if session.data.test is not None:
         session.record_evaluation("test", session.evaluate(session.data.test))
@@ -147,6 +151,7 @@ def finish(session: Session, reason: str) -> None:
     status = session.write_status("finished", reason)
     write_report(session.folder)
     session.console.summary(*closing_summary(status, session.folder))
+    return reason
 
 
 def _copy_files(source: Path, target: Path) -> dict[str, str]:

@@ -81,21 +81,27 @@ def _what_is_left(
         which = "no whole checkpoint is left" if damaged else "no checkpoint yet"
         print(f"{folder}: {which}; starting from the first step")
         return config, Resume(folder, None, None, None)
-    if not changed and _is_finished(folder):
+    state, identity = read_state(checkpoint)
+    if not changed and _is_finished(folder, state.step):
         # A kill may have come after the status and before the report.
         sweep(folder)
         if not (folder / REPORT_FILE).is_file():
             write_report(folder)
         print(f"{folder}: finished; {checkpoint.name} verified, nothing is left to do")
         return config, None
-    return config, Resume(folder, checkpoint, *read_state(checkpoint))
+    return config, Resume(folder, checkpoint, state, identity)
 
 
-def _is_finished(folder: Path) -> bool:
+def _is_finished(folder: Path, step: int) -> bool:
+    """Return whether the run ended at `step`, that of its newest checkpoint.
+
+    A resume from an older one may have been killed before it wrote a status of its own.
+    """
     try:
-        return read_json_object(folder / "status.json").get("state") == "finished"
+        status = read_json_object(folder / "status.json")
     except UserError:
         return False
+    return status.get("state") == "finished" and status.get("step") == step
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -99,7 +99,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
             opening_panel(session)
             before_training(session)
             reason = train(session, plan, StepBatches.of(config, plan, data), signals)
-            finish(session, reason)
+            reason = finish(session, reason, signals)
     return Outcome(folder, reason)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -111,6 +112,9 @@ class Session:
             folder, tensorboard=config.log.tensorboard, resume_step=self.state.step
         )
         self._saved_at = time.monotonic()
+        if resume is not None and resume.state is not None:
+            # Not before: a resume that is refused changes nothing.
+            warnings += self._settle(resume)
         for warning in warnings:
             self.console.say(warning)
         # The base model's files are hashed as they are now, while the first steps are done.
@@ -301,6 +305,20 @@ class Session:
         tensors = trained_tensors(self.model, self.config)
         return export(self.model, tensors, self.config, self.source, self.data, folder)
 
+    def write_final(self, fill: Callable[[Path], Mapping[str, str]], step: int) -> None:
+        """Make `final/` anew: the state of `step`, which `fill` writes (`replace_folder`)."""
+        self._replace_folder(self.folder / "final", fill, step)
+
+    def _replace_folder(
+        self, target: Path, fill: Callable[[Path], Mapping[str, str]], step: int
+    ) -> None:
+        what, room = (
+            f"{target.name}/ of step {step}",
+            _num_bytes(trained_tensors(self.model, self.config)),
+        )
+        with room_on_disk(what, self.folder, room, "make room and continue with --resume"):
+            replace_folder(target, fill, step=step)
+
     def status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Return the content of status.json."""
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory(self.device))
@@ -371,16 +389,13 @@ class Session:
         """
         faultpoint("save.begun")
         if best:
-            remedy = "make room and continue with --resume"
-            what = f"best/ of step {state['step']}"
-            with room_on_disk(what, self.folder, _num_bytes(tensors), remedy):
-                replace_folder(
-                    self.folder / "best",
-                    lambda folder: export(
-                        self.model, tensors, self.config, self.source, self.data, folder
-                    ),
-                    step=state["step"],
-                )
+            self._replace_folder(
+                self.folder / "best",
+                lambda folder: export(
+                    self.model, tensors, self.config, self.source, self.data, folder
+                ),
+                state["step"],
+            )
         if moments is not None:
             self.metrics.sync()
             self.checkpoints.save(
@@ -405,34 +420,74 @@ class Session:
         assert resume.state is not None
         assert resume.identity is not None
         warnings = check_identity(resume.identity, self.identity)
-        self._mend_best(resume.state.stopping.best_step)
         self.load_trained(resume.checkpoint)
         with TensorFile(resume.checkpoint / "optimizer.safetensors") as file:
             self.optimizer.load_state({name: file.read(name) for name in file.names})
-        patience = self.state.stopping
-        self.checkpoints.set_newer_aside(resume.state.step)
-        # A kill may have come between a checkpoint and the deletion of those beyond the limit.
-        self.checkpoints.rotate(resume.state.stopping.best_step)
+        patience = self.state.stopping.patience
         self.state = resume.state
-        self.state.stopping.patience = patience.patience
+        self.state.stopping.patience = patience
         self.state.resumed_from.append(self.state.step)
         if self.scaler is not None and self.state.scaler is not None:
             self.scaler.load(self.state.scaler)
         return warnings
 
-    def _mend_best(self, best_step: int | None) -> None:
-        """Make `best/` again from the checkpoint of its step where it is not whole, or not its own.
+    def _settle(self, resume: Resume) -> list[str]:
+        """Put the run's folder into the state of the checkpoint that was taken up.
 
-        A kill may have come after a newer best was written and before its checkpoint. Without a
-        checkpoint of that step nothing can be done here; `final/` will not be taken from it.
+        Returns:
+            Warnings.
+
+        Raises:
+            UserError: `best/` is not that of the checkpoint's best step, cannot be made again, and
+                `checkpoint.load_best_at_end` promises it.
+        """
+        state, stopping = self.state, self.state.stopping
+        warnings = []
+        if stopping.best_step is not None and not self._mend_best(resume, stopping.best_step):
+            best = f"{self.folder / 'best'} is not that of step {stopping.best_step}"
+            if self.config.checkpoint.load_best_at_end:
+                raise UserError(
+                    f"--resume: {best}, which has no checkpoint to make it from again, but "
+                    "checkpoint.load_best_at_end=true promises it: resume from a checkpoint at or "
+                    "before that step"
+                )
+            warnings.append(f"{best}: it is deleted, and the next evaluation is the best")
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            stopping.best_step = stopping.best_loss = None
+        self.checkpoints.set_newer_aside(state.step)
+        # A kill may have come between a checkpoint and the deletion of those beyond the limit.
+        self.checkpoints.rotate(stopping.best_step)
+        final = self.folder / "final"
+        if state.step < self.plan.total_steps and final.is_dir():
+            aside = self.folder / "aside-final"
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+        return warnings
+
+    def _mend_best(self, resume: Resume, best_step: int) -> bool:
+        """Make `best/` whole, and that of `best_step`; return whether it is, or will be.
+
+        A kill may have come after a newer best was written and before its checkpoint: the same
+        steps and evaluations will write it again. Else it is made from the checkpoint of its step.
         """
         best = self.folder / "best"
-        if best_step is None or whole_best(best, best_step):
-            return
+        if whole_best(best, best_step):
+            return True
         checkpoint = self.checkpoints.path(best_step)
         if checkpoint.is_dir() and damage(checkpoint) is None:
+            assert resume.checkpoint is not None
             self.load_trained(checkpoint)
-            replace_folder(best, self.export, step=best_step)
+            self._replace_folder(best, self.export, best_step)
+            self.load_trained(resume.checkpoint)
+            return True
+        assert resume.identity is not None
+        decides = ("eval.", "train.max_steps", "train.num_train_epochs")
+        same = all(
+            resume.identity["config"].get(key) == value
+            for key, value in self.identity["config"].items()
+            if key.startswith(decides)
+        )
+        return same and damage(best) is None and (step_of(best) or 0) > self.state.step
 
 
 def whole_best(best: Path, step: int) -> bool:

@@ -547,7 +547,7 @@ def _prepare_status(folder: Path) -> None:
 
 
 def _use_status(folder: Path, _: Path) -> None:
-    _is_finished(folder)
+    _is_finished(folder, 3)
     for sample in samples_so_far(folder):
         assert isinstance(sample.prompt, str) and isinstance(sample.reference, str)
     read_record(folder)

@@ -163,7 +163,7 @@ def test_without_that_checkpoint_a_damaged_best_becomes_no_final(
     shutil.rmtree(run / "final")
     (run / "best" / "config.json").write_text("{}")
     assert main(["--resume", str(run)]) == 2
-    assert "promises it as final/" in capsys.readouterr().err
+    assert "load_best_at_end=true promises it" in capsys.readouterr().err
     assert not (run / "final").exists()
 
 

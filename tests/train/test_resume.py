@@ -404,4 +404,85 @@ def test_another_base_model_of_the_same_size_is_refused(
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"state": ["finished"]}', "3"])
 def test_a_status_that_is_none_does_not_say_finished(text: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(text)
-    assert not _is_finished(tmp_path)
+    assert not _is_finished(tmp_path, 3)
+
+
+def test_a_resume_refused_for_damaged_metrics_moves_nothing(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is the run taken for finished at an earlier step afterwards."""
+    with open(run_copy / "metrics.jsonl", "a") as file:
+        file.write("garbage\n")
+    before = sorted(path.name for path in (run_copy / "checkpoints").iterdir())
+    place = run_copy / "checkpoints" / "step-00000003"
+    assert "not a row of metrics" in refused(capsys, "--resume", str(place))
+    assert sorted(path.name for path in (run_copy / "checkpoints").iterdir()) == before
+
+
+def test_a_run_killed_before_its_resume_said_so_is_not_finished(
+    run_copy: Path, finished: Path
+) -> None:
+    """status.json is that of the last step, the newest checkpoint an earlier one."""
+    for path in (run_copy / "checkpoints").glob("step-*"):
+        if path.name > "step-00000003":
+            path.rename(path.with_name(f"aside-{path.name}"))
+    assert main(["--resume", str(run_copy)]) == 0
+    assert trained_bits(run_copy) == trained_bits(finished)
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_a_best_of_later_steps_is_not_carried_into_other_evaluations(
+    promised: bool,
+    model_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """best/ is that of step 8; the checkpoint of step 4 speaks of step 3, of which there is none."""
+    run = tmp_path / "run"
+    changes = {"eval.steps": 1, "checkpoint.steps": 4, "checkpoint.load_best_at_end": promised}
+    train(settings(model_folder, rows_file, run, **changes))
+    place = run / "checkpoints" / "step-00000004"
+    document = json.loads((place / "state.json").read_text())
+    document["state"]["stopping"].update(best_step=3, best_loss=1.0)
+    files = {path.name: path.read_bytes() for path in place.iterdir() if path.suffix != ".json"}
+    files["adapter_config.json"] = (place / "adapter_config.json").read_bytes()
+    files["state.json"] = json.dumps(document).encode()
+    replace_folder(place, lambda folder: write_all(folder, files), step=4)
+    if promised:
+        error = refused(capsys, "--resume", str(place), "eval.steps=4")
+        assert "best is not that of step 3" in error
+        assert (run / "checkpoints" / "step-00000008").is_dir()
+        return
+    assert main(["--resume", str(place), "eval.steps=4"]) == 0
+    assert "it is deleted, and the next evaluation is the best" in capsys.readouterr().out
+    assert json.loads((run / "status.json").read_text())["best"]["step"] == 8
+
+
+def test_the_result_of_fewer_steps_is_put_aside(run_copy: Path) -> None:
+    reached = []
+
+    def look(name: str) -> None:
+        if name == "step.recorded":
+            reached.append((run_copy / "final").exists())
+
+    with listening(look):
+        assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
+    assert reached == [False, False]
+    assert (run_copy / "final").is_dir()
+    assert (run_copy / "aside-final").is_dir()
+
+
+def test_a_signal_after_the_last_step_is_answered(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    def stop(name: str) -> None:
+        if name == "run.ends":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with listening(stop):
+        outcome = train(settings(model_folder, rows_file, tmp_path / "run"))
+    assert (outcome.reason, outcome.exit_code) == ("sigterm", 143)
+    assert not (tmp_path / "run" / "final").exists()
+    assert execute(*find_run(tmp_path / "run", {})).reason == "completed"
+    assert (tmp_path / "run" / "final").is_dir()
