@@ -438,7 +438,7 @@ def test_a_best_of_later_steps_is_not_carried_into_other_evaluations(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """best/ is that of step 8; the checkpoint of step 4 speaks of step 3, of which there is none."""
+    """best/ is that of step 8; the checkpoint of step 4 speaks of step 3, which has none."""
     run = tmp_path / "run"
     changes = {"eval.steps": 1, "checkpoint.steps": 4, "checkpoint.load_best_at_end": promised}
     train(settings(model_folder, rows_file, run, **changes))
