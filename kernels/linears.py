@@ -8,8 +8,9 @@ Legend: M token rows · K, N features in and out · r adapter rank · D the drop
 
 A frozen weight costs a product in either direction and no third one for its gradient: 4·M·K·N
 operations, not 6. The input is kept once for all layers that read it, beside M·r numbers for each
-adapter; the mask is drawn again in the backward pass. Adapters are cast to the type of the base's
-product, never activations to theirs.
+adapter. The mask is drawn again in the backward pass, but on a CPU, where drawing takes longer than
+reading, it is kept at one byte an element. Adapters are cast to the type of the base's product,
+never activations to theirs.
 
 Source: Hu et al. 2021 (LoRA).
 """
@@ -76,18 +77,19 @@ class _Linears(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
             for (scale, p, module), (weight, bias, a, b) in zip(
-                settings, _in_fours(tensors), strict=True
+                settings, _in_groups(tensors, 4), strict=True
             ):
                 assert weight is not None
                 weight = weight.to(dtype)
                 y = F.linear(x, weight, None if bias is None else bias.to(dtype))
-                low_rank = None
+                low_rank = mask = None
                 if a is not None and b is not None:
                     a, b = a.to(dtype), b.to(dtype)
-                    low_rank = torch.mm(_kept(x, rows, module, p), a.t())
+                    mask = _mask(x, rows, module, p)
+                    low_rank = torch.mm(x if mask is None else keep(x, mask), a.t())
                     y.addmm_(low_rank, b.t(), alpha=scale / (1 - p))
                 outputs.append(y)
-                saved += (weight, a, b, low_rank)
+                saved += (weight, a, b, low_rank, mask if x.device.type == "cpu" else None)
         ctx.save_for_backward(x, rows, *saved)
         ctx.settings = settings
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
@@ -103,8 +105,8 @@ class _Linears(torch.autograd.Function):
         needs_x, _, _, *needed = ctx.needs_input_grad
         found: list[Tensor | None] = []
         dx: Tensor | None = None
-        for dy, (scale, p, module), (weight, a, b, low_rank), needs in zip(
-            grads, ctx.settings, _in_fours(saved), _in_fours(needed), strict=True
+        for dy, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(
+            grads, ctx.settings, _in_groups(saved, 5), _in_groups(needed, 4), strict=True
         ):
             if dy is None:
                 found += [None] * 4
@@ -118,7 +120,8 @@ class _Linears(torch.autograd.Function):
                 found += [None] * 2
                 continue
             d_low_rank = torch.mm(dy, b).mul_(scale / (1 - p))
-            mask = None if p == 0 else keep_mask(rows, module, x.shape[1], p)
+            if mask is None:
+                mask = _mask(x, rows, module, p)
             kept = x if mask is None else keep(x, mask)
             found.append(torch.mm(d_low_rank.t(), kept) if needs_a else None)
             found.append(torch.mm(dy.t(), low_rank).mul_(scale / (1 - p)) if needs_b else None)
@@ -134,12 +137,10 @@ class _Linears(torch.autograd.Function):
         return (None if dx is None else dx.to(ctx.input_dtype), None, None, *cast)
 
 
-def _in_fours(values: Sequence[Any]) -> zip[Any]:
-    """Return weight, bias, A and B of one layer after another."""
-    return zip(*[iter(values)] * 4, strict=True)
+def _in_groups(values: Sequence[Any], size: int) -> zip[Any]:
+    """Return what belongs to one layer after another: its weight, bias, A and B, for instance."""
+    return zip(*[iter(values)] * size, strict=True)
 
 
-def _kept(x: Tensor, rows: Tensor | None, module: int, p: float) -> Tensor:
-    if p == 0 or rows is None:
-        return x
-    return keep(x, keep_mask(rows, module, x.shape[1], p))
+def _mask(x: Tensor, rows: Tensor | None, module: int, p: float) -> Tensor | None:
+    return None if p == 0 or rows is None else keep_mask(rows, module, x.shape[1], p)

@@ -270,7 +270,8 @@ def _saved_per_token(
     - MLP: Llama and Qwen2 keep gate and up, StarCoder2 the input of its GELU;
     - inputs of linear layers that need them for a gradient of their own: with adapters one for each
       of the four distinct inputs; else each its own copy where a cast makes one;
-    - one byte an element for the masks of residual dropout, and the adapters' low-rank outputs.
+    - one byte an element for the masks of residual dropout and, on a CPU, of the adapters' inputs;
+      and the adapters' low-rank outputs.
     """
     layers = decoder.num_hidden_layers
     hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
@@ -299,6 +300,8 @@ def _saved_per_token(
     else:
         inputs = (2 * hidden + query + intermediate) * compute
     masks = 2 * hidden if residual and decoder.model_type == "starcoder2" else 0
+    if device == "cpu" and config.train.method == "lora" and config.lora.lora_dropout:
+        masks += sizes.saved_linears / layers
     ranks = sizes.adapter_ranks / layers * compute
     return norms + attend + mlp + inputs + masks + ranks
 
