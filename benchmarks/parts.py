@@ -285,7 +285,11 @@ def products() -> None:
 def memory() -> None:
     """Peak memory of 16 bf16 LoRA steps over ever new lengths, with oneDNN's caches and bounded."""
     peaks = {}
-    for name, capacity in (("default caches", None), ("caches of 32", "32")):
+    for name, capacity in (
+        ("default caches", None),
+        ("caches of 32", "32"),
+        ("caches of 128", "128"),
+    ):
         environment = dict(os.environ)
         for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             environment.pop(variable, None)
