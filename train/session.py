@@ -415,11 +415,21 @@ class Session:
         faultpoint("save.done")
 
     def _take_up(self, resume: Resume) -> list[str]:
-        """Continue from a checkpoint: weights, optimizer, scaler, state. Returns warnings."""
+        """Continue from a checkpoint: weights, optimizer, scaler, state. Returns warnings.
+
+        Nothing is changed on the disk.
+        """
         assert resume.checkpoint is not None
         assert resume.state is not None
         assert resume.identity is not None
         warnings = check_identity(resume.identity, self.identity)
+        best_step = resume.state.stopping.best_step
+        if self.config.checkpoint.load_best_at_end and self._best_is_lost(resume, best_step):
+            raise UserError(
+                f"--resume: {self.folder / 'best'} is not that of step {best_step}, which has no "
+                "checkpoint to make it from again, but checkpoint.load_best_at_end=true promises "
+                "it: resume from a checkpoint at or before that step"
+            )
         self.load_trained(resume.checkpoint)
         with TensorFile(resume.checkpoint / "optimizer.safetensors") as file:
             self.optimizer.load_state({name: file.read(name) for name in file.names})
@@ -432,28 +442,18 @@ class Session:
         return warnings
 
     def _settle(self, resume: Resume) -> list[str]:
-        """Put the run's folder into the state of the checkpoint that was taken up.
-
-        Returns:
-            Warnings.
-
-        Raises:
-            UserError: `best/` is not that of the checkpoint's best step, cannot be made again, and
-                `checkpoint.load_best_at_end` promises it.
-        """
+        """Put the run's folder into the state of the checkpoint taken up; return warnings."""
         state, stopping = self.state, self.state.stopping
         warnings = []
-        if stopping.best_step is not None and not self._mend_best(resume, stopping.best_step):
-            best = f"{self.folder / 'best'} is not that of step {stopping.best_step}"
-            if self.config.checkpoint.load_best_at_end:
-                raise UserError(
-                    f"--resume: {best}, which has no checkpoint to make it from again, but "
-                    "checkpoint.load_best_at_end=true promises it: resume from a checkpoint at or "
-                    "before that step"
-                )
-            warnings.append(f"{best}: it is deleted, and the next evaluation is the best")
+        if self._best_is_lost(resume, stopping.best_step):
+            warnings.append(
+                f"{self.folder / 'best'} is not that of step {stopping.best_step}: it is deleted, "
+                "and the next evaluation is the best"
+            )
             shutil.rmtree(self.folder / "best", ignore_errors=True)
             stopping.best_step = stopping.best_loss = None
+        elif stopping.best_step is not None:
+            self._mend_best(resume, stopping.best_step)
         self.checkpoints.set_newer_aside(state.step)
         # A kill may have come between a checkpoint and the deletion of those beyond the limit.
         self.checkpoints.rotate(stopping.best_step)
@@ -464,30 +464,37 @@ class Session:
             final.rename(aside)
         return warnings
 
-    def _mend_best(self, resume: Resume, best_step: int) -> bool:
-        """Make `best/` whole, and that of `best_step`; return whether it is, or will be.
+    def _mend_best(self, resume: Resume, best_step: int) -> None:
+        """Make `best/` from the checkpoint of `best_step` where it is not that step's already."""
+        best, checkpoint = self.folder / "best", self.checkpoints.path(best_step)
+        if whole_best(best, best_step) or damage(checkpoint) is not None:
+            return
+        assert resume.checkpoint is not None
+        self.load_trained(checkpoint)
+        self._replace_folder(best, self.export, best_step)
+        self.load_trained(resume.checkpoint)
 
-        A kill may have come after a newer best was written and before its checkpoint: the same
-        steps and evaluations will write it again. Else it is made from the checkpoint of its step.
+    def _best_is_lost(self, resume: Resume, best_step: int | None) -> bool:
+        """Return whether `best/` is not that of `best_step` and nothing will make it so.
+
+        A checkpoint of that step does, and so do the same steps and evaluations where a kill came
+        after a newer best was written and before its checkpoint.
         """
         best = self.folder / "best"
-        if whole_best(best, best_step):
-            return True
-        checkpoint = self.checkpoints.path(best_step)
-        if checkpoint.is_dir() and damage(checkpoint) is None:
-            assert resume.checkpoint is not None
-            self.load_trained(checkpoint)
-            self._replace_folder(best, self.export, best_step)
-            self.load_trained(resume.checkpoint)
-            return True
+        if best_step is None or whole_best(best, best_step):
+            return False
+        if damage(self.checkpoints.path(best_step)) is None:
+            return False
         assert resume.identity is not None
+        assert resume.state is not None
         decides = ("eval.", "train.max_steps", "train.num_train_epochs")
         same = all(
             resume.identity["config"].get(key) == value
             for key, value in self.identity["config"].items()
             if key.startswith(decides)
         )
-        return same and damage(best) is None and (step_of(best) or 0) > self.state.step
+        comes_again = damage(best) is None and (step_of(best) or 0) > resume.state.step
+        return not (same and comes_again)
 
 
 def whole_best(best: Path, step: int) -> bool:

@@ -450,7 +450,9 @@ def test_a_best_of_later_steps_is_not_carried_into_other_evaluations(
     files["state.json"] = json.dumps(document).encode()
     replace_folder(place, lambda folder: write_all(folder, files), step=4)
     if promised:
+        rows = (run / "metrics.jsonl").read_bytes()
         error = refused(capsys, "--resume", str(place), "eval.steps=4")
+        assert (run / "metrics.jsonl").read_bytes() == rows
         assert "best is not that of step 3" in error
         assert (run / "checkpoints" / "step-00000008").is_dir()
         return
