@@ -12,9 +12,10 @@ element. Which one runs is a static rule of device, dropout and length.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dropout import attention_keep_mask, drop, fold
 from kernels.operands import compute_dtype
+from kernels.rounding import document_multiple
 from kernels.segments import Segments
 
 # Queries of one block on a CPU. The scores of a block stay in the caches, and keys behind its last
@@ -94,6 +96,9 @@ def attention(
         with torch.autocast("cpu", enabled=False):
             return _Blocks.apply(q, k, v, segments.rows, scale, window)  # pyright: ignore
 
+    if segments.tail:
+        q, k, v = (x[: -segments.tail] for x in (q, k, v))
+
     def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         if fused:
             return _fused(q, k, v, scale, window, dropout)
@@ -101,12 +106,15 @@ def attention(
 
     draws = fused and dropout > 0
     with _seeded(q.device, fold(segments.dropout_seed, module)) if draws else nullcontext():
-        return _by_document(q, k, v, segments, attend)
+        out = _by_document(q, k, v, segments, attend)
+    return F.pad(out, (0, 0, 0, segments.tail)) if segments.tail else out
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: _Attend) -> Tensor:
     """Apply `attend` to all documents in one batch where they are equally long, else one by one."""
     counts, rows = segments.rows, segments.dropout_rows
+    if rows is not None:
+        rows = rows[: len(rows) - segments.tail]
     if len(set(counts)) == 1:
         batch = (x.unflatten(0, (len(counts), -1)) for x in (q, k, v))
         return attend(*batch, rows)
@@ -120,12 +128,50 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: _A
     return torch.cat(outputs)
 
 
+class _Layout(NamedTuple):
+    """Where rows of (M · kv) lie when documents of equal length are gathered behind each other.
+
+    Inside, rows lie as (documents, kv, T, ...): a document's rows of one key head are neighbours,
+    and T is its length rounded up. Rounding repeats shapes, and with them what oneDNN prepares for
+    a shape, which takes as long as a small product.
+    """
+
+    groups: list[tuple[int, int, int]]  # first row, documents · kv, T
+    inside: Tensor  # (P,): the row of (M · kv) that each inner row is read from; pads: 0
+    outside: Tensor  # (M · kv,): the inner row that each row is read back from; tail rows: P
+    pads: Tensor  # inner rows that no token has
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(counts: tuple[int, ...], rows: int, kv: int, multiple: int) -> _Layout:
+    """Lay out documents of `counts` tokens for blocks; rows behind the last are nobody's."""
+    starts = [0, *itertools.accumulate(counts)]
+    by_length: dict[int, list[int]] = {}
+    for document, count in enumerate(counts):
+        by_length.setdefault(-(-count // multiple) * multiple, []).append(document)
+    groups, parts = [], []
+    size = 0
+    heads = torch.arange(kv)[:, None]
+    for length, members in by_length.items():
+        groups.append((size, len(members) * kv, length))
+        size += len(members) * kv * length
+        for document in members:
+            rows_of = torch.full((length,), -1)
+            rows_of[: counts[document]] = torch.arange(starts[document], starts[document + 1])
+            parts.append(torch.where(rows_of < 0, -1, rows_of * kv + heads).flatten())
+    inside = torch.cat(parts)
+    real = inside >= 0
+    outside = torch.full((rows * kv,), size)
+    outside[inside[real]] = torch.arange(size)[real]
+    return _Layout(groups, inside.clamp(min=0), outside, (~real).nonzero().squeeze(1))
+
+
 class _Blocks(torch.autograd.Function):
     """Attention over blocks of queries, all documents in one call.
 
     Scores and softmax are in fp32 whatever the input is in, as in the fused kernel, which takes up
-    to four times as long on a CPU (LOG.md). Inside, rows lie as (kv, M·g, d): the g queries that
-    share a key head stand beside each other, so that no key is repeated.
+    to four times as long on a CPU (LOG.md). The g queries that share a key head stand beside each
+    other, so that no key is repeated.
     """
 
     @staticmethod
@@ -134,69 +180,105 @@ class _Blocks(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        counts: Sequence[int],
+        counts: tuple[int, ...],
         scale: float,
         window: int | None,
     ) -> Tensor:
         (rows, heads, d), kv = q.shape, k.shape[1]
-        g = heads // kv
+        layout = _layout(counts, rows, kv, document_multiple(q.device, q.dtype))
         exact = _exact(q.dtype)
-        grouped = q.view(rows, kv, g, d).transpose(0, 1).reshape(kv, rows * g, d)
-        keys, values = (x.transpose(0, 1).contiguous() for x in (k, v))
-        scaled, exact_keys = grouped.to(exact) * scale, keys.to(exact)
-        out = torch.empty_like(grouped)
+        grouped = _gathered(q, kv, layout)
+        keys, values = _gathered(k, kv, layout), _gathered(v, kv, layout)
+        exact_grouped, exact_keys = grouped.to(exact), keys.to(exact)
+        out = _inner_rows(grouped)
         weights = []
-        for queries, seen in _blocks(counts, g, window):
-            scores = torch.bmm(scaled[:, queries], exact_keys[:, seen].transpose(1, 2))
-            number, total = scores.shape[1] // g, scores.shape[2]
-            scores.unflatten(1, (-1, g)).add_(_block_mask(number, total, window, exact))
-            weight = torch.softmax(scores, -1).to(q.dtype)
-            out[:, queries] = torch.bmm(weight, values[:, seen])
-            weights.append(weight)
-        ctx.save_for_backward(grouped, keys, values, *weights)
-        ctx.layout = counts, scale, window
-        return out.view(kv, rows, g, d).transpose(0, 1).reshape(rows, heads * d)
+        for group in layout.groups:
+            q_, k_, v_, out_ = (_of(x, group, d) for x in (exact_grouped, exact_keys, values, out))
+            for queries, seen in _blocks(group[2], heads // kv, window):
+                mask = _block_mask(queries, seen, heads // kv, window, exact)
+                seen_keys = k_[:, seen].transpose(1, 2)
+                scores = torch.baddbmm(mask, q_[:, queries], seen_keys, alpha=scale)
+                weight = torch.softmax(scores, -1).to(q.dtype)
+                out_[:, queries] = torch.bmm(weight, v_[:, seen])
+                weights.append(weight)
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.settings = counts, scale, window
+        return out.index_select(0, layout.outside).view(rows, heads * d)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
         ctx: Any, *grads: Tensor
     ) -> tuple[Any, ...]:
-        grouped, keys, values, *weights = ctx.saved_tensors
-        counts, scale, window = ctx.layout
-        kv, rows, d = keys.shape
-        g = grouped.shape[1] // rows
-        d_out = grads[0].view(rows, kv, g, d).transpose(0, 1).reshape(kv, rows * g, d)
-        d_grouped = torch.empty_like(grouped)
-        d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-        blocks = _blocks(counts, g, window)
-        for (queries, seen), weight in zip(blocks, weights, strict=True):
-            d_block = d_out[:, queries]
-            d_values[:, seen] += torch.bmm(weight.transpose(1, 2), d_block)
-            d_weight = torch.bmm(d_block, values[:, seen].transpose(1, 2))
-            d_scores = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
-            d_grouped[:, queries] = torch.bmm(d_scores, keys[:, seen])
-            d_keys[:, seen] += torch.bmm(d_scores.transpose(1, 2), grouped[:, queries])
-        d_q = d_grouped.mul_(scale).view(kv, rows, g, d).transpose(0, 1).reshape(rows, kv * g, d)
-        return d_q, d_keys.mul_(scale).transpose(0, 1), d_values.transpose(0, 1), None, None, None
+        q, k, v, *weights = ctx.saved_tensors
+        counts, scale, window = ctx.settings
+        (rows, heads, d), kv = q.shape, k.shape[1]
+        layout = _layout(counts, rows, kv, document_multiple(q.device, q.dtype))
+        grouped = _gathered(q, kv, layout)
+        keys, values = _gathered(k, kv, layout), _gathered(v, kv, layout)
+        d_out = _gathered(grads[0], kv, layout).index_fill_(0, layout.pads, 0)
+        d_grouped, d_keys, d_values = (_inner_rows(x) for x in (grouped, keys, values))
+        inputs = grouped, keys, values, d_out, d_grouped, d_keys, d_values
+        weight_of = iter(weights)
+        for group in layout.groups:
+            q_, k_, v_, d_out_, d_q_, d_k_, d_v_ = (_of(x, group, d) for x in inputs)
+            for queries, seen in _blocks(group[2], heads // kv, window):
+                weight = next(weight_of)
+                d_block = d_out_[:, queries]
+                d_v_[:, seen] += torch.bmm(weight.transpose(1, 2), d_block)
+                d_weight = torch.bmm(d_block, v_[:, seen].transpose(1, 2))
+                d_scores = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+                d_q_[:, queries] = torch.bmm(d_scores, k_[:, seen])
+                d_k_[:, seen] += torch.bmm(d_scores.transpose(1, 2), q_[:, queries])
+        d_q, d_k, d_v = (
+            x.index_select(0, layout.outside).view(rows, -1, d)
+            for x in (d_grouped, d_keys, d_values)
+        )
+        return d_q.mul_(scale), d_k.mul_(scale), d_v, None, None, None
 
 
-def _blocks(counts: Sequence[int], g: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _gathered(x: Tensor, kv: int, layout: _Layout) -> Tensor:
+    """Return the inner rows of (M, heads, d): (P, heads / kv · d)."""
+    return x.reshape(len(x) * kv, -1).index_select(0, layout.inside)
+
+
+def _inner_rows(like: Tensor) -> Tensor:
+    """Return zeros of the inner rows' shape, and one row more for rows of no document."""
+    return like.new_zeros(len(like) + 1, like.shape[1])
+
+
+def _of(x: Tensor, group: tuple[int, int, int], d: int) -> Tensor:
+    """Return the inner rows of a group of documents: (documents · kv, T · x's width / d, d)."""
+    start, batch, length = group
+    return x[start : start + batch * length].view(batch, -1, d)
+
+
+def _blocks(length: int, g: int, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Yield the rows of each block's queries, times g, and the rows of the keys they see."""
-    start = 0
-    for count in counts:
-        for low in range(start, start + count, BLOCK):
-            high = min(low + BLOCK, start + count)
-            first = start if window is None else max(start, low - window + 1)
-            yield slice(low * g, high * g), slice(first, high)
-        start += count
+    for low in range(0, length, BLOCK):
+        high = min(low + BLOCK, length)
+        first = 0 if window is None else max(0, low - window + 1)
+        yield slice(low * g, high * g), slice(first, high)
 
 
-@functools.lru_cache(maxsize=256)
-def _block_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Return 0 where a query sees a key and -inf elsewhere: (queries, 1, keys)."""
-    visible = _visible(queries, keys, window, torch.device("cpu"))
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+def _block_mask(
+    queries: slice, seen: slice, g: int, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Return 0 where a block's query sees a key and -inf elsewhere: (queries · g, keys)."""
+    rows, keys = queries.stop - queries.start, seen.stop - seen.start
+    first = BLOCKS_MAX_LENGTH - (keys - rows // g)
+    return _all_block_masks(g, window, dtype)[:rows, first : first + keys]
+
+
+@functools.lru_cache(maxsize=8)
+def _all_block_masks(g: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Return the mask of BLOCK queries behind BLOCKS_MAX_LENGTH keys, g rows a query.
+
+    What a query sees depends on how far away a key is, so those of other blocks are parts of it.
+    """
+    visible = _visible(BLOCK, BLOCKS_MAX_LENGTH + BLOCK, window, torch.device("cpu"))
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return mask.repeat_interleave(g, 0)
 
 
 @contextmanager

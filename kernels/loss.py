@@ -14,10 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.operands import compute_dtype
+from kernels.rounding import document_multiple
 
 IGNORE = -100  # the label of a token that is not trained
 _CHUNK_ROWS = 256  # the fastest of 64 … 1024 on two CPU cores; a full GEMM on a GPU too
@@ -75,9 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(hidden)
         rows = (targets != IGNORE).nonzero().squeeze(1)
+        spare = -len(rows) % document_multiple(hidden.device, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = _sum_over_chunks(
-                hidden.index_select(0, rows).to(dtype),
+                hidden.index_select(0, F.pad(rows, (0, spare))).to(dtype),
                 weight.to(dtype),
                 targets.index_select(0, rows),
                 gradient_scale,
@@ -116,7 +119,10 @@ def _sum_over_chunks(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (loss sum, scaled gradients by `hidden` (S, H) and by `weight` (V, H))."""
+    """Return (loss sum, scaled gradients by `hidden` (S, H) and by `weight` (V, H)).
+
+    Rows of `hidden` behind the S of `targets` are there to repeat a shape: they count for nothing.
+    """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(len(targets), dtype=exact)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -124,14 +130,18 @@ def _sum_over_chunks(
     for start in range(0, len(targets), chunk_rows):
         chunk = slice(start, start + chunk_rows)
         logits = (hidden[chunk] @ weight.t()).to(exact)
-        losses[chunk], grad_logits = _cross_entropy_(logits, targets[chunk], gradient_scale)
-        grad_logits = grad_logits.to(hidden.dtype)
+        wanted = len(targets[chunk])
+        losses[chunk], _ = _cross_entropy_(logits[:wanted], targets[chunk], gradient_scale)
+        grad_logits = logits.to(hidden.dtype)
+        grad_logits[wanted:] = 0
         if grad_hidden is not None:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
         if grad_weight is not None and grad_weight.dtype == hidden.dtype:
             grad_weight.addmm_(grad_logits.t(), hidden[chunk])
         elif grad_weight is not None:
             grad_weight += grad_logits.t() @ hidden[chunk]
+    if grad_hidden is not None:
+        grad_hidden = grad_hidden[: len(targets)]
     return losses.sum(), grad_hidden, grad_weight
 
 

@@ -138,9 +138,10 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    half = x.shape[-1] // 2
-    sin = sin[:, None, :half]
+    low, high = x.chunk(2, -1)
+    sin_low, sin_high = sin.chunk(2, -1)
+    signed = torch.cat((-sin_low, sin_high), -1)
     turned = x * cos[:, None]
-    turned[..., :half].addcmul_(x[..., half:], sin, value=-direction)
-    turned[..., half:].addcmul_(x[..., :half], sin, value=direction)
+    # Whole rows: operations on halves of a head are several times as slow on a CPU.
+    turned.addcmul_(torch.cat((high, low), -1), signed[:, None], value=direction)
     return turned.to(x.dtype)

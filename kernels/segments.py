@@ -4,6 +4,8 @@ Legend: M token rows of a micro-batch · D documents · T rows of one document.
 
 A micro-batch has no batch dimension: its documents lie one after another in M rows. Unpadded, each
 takes as many rows as it has tokens; padded, each takes `padded_length` rows, real tokens first.
+Behind the last document there may be `tail` rows that belong to none, so that M repeats: they see
+nothing, have no target and so no gradient.
 Attention, rotary embeddings and dropout ask this object where documents begin, and nothing else
 knows. Lengths stay on the host, so that no kernel launch waits for the device to tell them.
 """
@@ -33,6 +35,7 @@ class Segments:
     positions: Tensor  # (M,) int64
     dropout_rows: Tensor | None  # (M,) int32
     dropout_seed: int
+    tail: int = 0  # rows behind the last document
 
     @property
     def num_documents(self) -> int:
@@ -41,7 +44,7 @@ class Segments:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The rows that each document takes, pads included."""
+        """The rows that each document takes, pads included; those of the tail are no document's."""
         if self.padded_length is None:
             return self.lengths
         return (self.padded_length,) * len(self.lengths)
@@ -49,7 +52,7 @@ class Segments:
     @property
     def num_rows(self) -> int:
         """M, the number of token rows."""
-        return sum(self.rows)
+        return sum(self.rows) + self.tail
 
     @classmethod
     def build(
@@ -59,6 +62,7 @@ class Segments:
         device: torch.device | str,
         padded_length: int | None = None,
         offset: int = 0,
+        multiple: int = 1,
         examples: Sequence[int] | None = None,
         draw: tuple[int, int] | None = None,
     ) -> Segments:
@@ -69,6 +73,7 @@ class Segments:
             device: where the activations live.
             padded_length: rows of every document, or None where they lie end to end.
             offset: position of the first row, where a key-value cache holds what came before.
+            multiple: what the number of rows is rounded up to.
             examples: index of each document in the data set; needed with `draw`.
             draw: (seed, step) to drop elements by, or None to drop nothing.
 
@@ -82,12 +87,14 @@ class Segments:
         if padded_length is not None and max(lengths) > padded_length:
             raise ValueError(f"a document of {max(lengths)} tokens exceeds {padded_length} rows")
         rows = lengths if padded_length is None else (padded_length,) * len(lengths)
-        positions = _positions(rows)
+        tail = -sum(rows) % multiple
+        all_rows = (*rows[:-1], rows[-1] + tail)  # the tail counts on from the last document
+        positions = _positions(all_rows)
         dropout_rows, dropout_seed = None, 0
         if draw is not None:
             if examples is None or len(examples) != len(lengths):
                 raise ValueError("a draw needs the example index of every document")
-            dropout_rows, dropout_seed = _draw(draw, examples, rows, positions + offset)
+            dropout_rows, dropout_seed = _draw(draw, examples, all_rows, positions + offset)
         return cls(
             lengths=lengths,
             padded_length=padded_length,
@@ -96,6 +103,7 @@ class Segments:
             if dropout_rows is None
             else dropout_rows.to(device, non_blocking=True),
             dropout_seed=dropout_seed,
+            tail=tail,
         )
 
 

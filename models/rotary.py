@@ -46,7 +46,9 @@ def rotary_tables(
         frequencies = frequencies.to(device)
     else:
         each = torch.stack([rotary_frequencies(config, length)[0] for length in lengths])
-        frequencies = each.repeat_interleave(torch.tensor(segments.rows), 0).to(device)
+        rows = torch.tensor(segments.rows)
+        rows[-1] += segments.tail
+        frequencies = each.repeat_interleave(rows, 0).to(device)
         size = 1.0
     angles = segments.positions[:, None].float() * frequencies
     angles = torch.cat((angles, angles), -1)

@@ -290,7 +290,7 @@ def _check_tensors(
         faults.append(f"missing are {_listed(missing)}")
     if unexpected:
         faults.append(f"unexpected are {_listed(unexpected)}")
-    for name in expected.keys() & places.keys():
+    for name in sorted(expected.keys() & places.keys()):
         info = places[name][1]
         if info.shape != expected[name]:
             faults.append(

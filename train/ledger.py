@@ -177,7 +177,8 @@ def memory_ledger(
     """Estimate the bytes that a step holds at its peak, by category.
 
     c is the width of `precision` in bytes, w that of stored base weights (`model.dtype`, else c;
-    4 where every weight is trained), M the tokens of the largest micro-batch.
+    4 where every weight is trained), M the tokens of the largest micro-batch, rounded up where the
+    step rounds them (`kernels.rounding`).
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass.
@@ -199,12 +200,18 @@ def memory_ledger(
         world_size: Ranks that share a step.
     """
     from kernels.dispatch import operations
+    from kernels.rounding import document_multiple, row_multiple
+    from train.precision import COMPUTE_DTYPES
 
     sizes = sizes or model_sizes(decoder, config.train.method, config.lora)
     full = config.train.method == "full"
     compute = _WIDTHS[precision]
     stored = 4 if full else _WIDTHS[config.model.dtype or precision]
     tokens, longest = micro_batch_tokens(config, lengths, world_size)
+    if device is not None:
+        dtype = COMPUTE_DTYPES[precision]
+        tokens += -tokens % row_multiple(tokens, device, dtype)
+        longest += -longest % document_multiple(device, dtype)
     weights = sizes.base * stored + (sizes.matmul * compute if stored != compute else 0)
     adapters = 4 * (sizes.total - sizes.base)
     state = sizes.factored_state if config.optimizer.name == "adafactor" else sizes.trained_state

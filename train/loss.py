@@ -6,9 +6,13 @@ Shapes: M token rows of a micro-batch (pads included, where there are any).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import MicroBatch
+from kernels.loss import IGNORE
+from kernels.operands import compute_dtype
+from kernels.rounding import row_multiple
 from kernels.segments import Segments
 from models.layers import CausalLM
 
@@ -33,15 +37,19 @@ def loss_sum(
         gradient_scale: What the sum is multiplied by before its backward pass, where fp16 needs to
             know (`kernels.loss`).
     """
+    rows = len(micro_batch.input_ids)
     segments = Segments.build(
         micro_batch.lengths,
         device=device,
         padded_length=micro_batch.padded_length,
         examples=micro_batch.examples,
+        multiple=row_multiple(rows, device, compute_dtype(model.head_weight())),
         draw=draw,
     )
-    hidden = model.hidden_states(micro_batch.input_ids.to(device, non_blocking=True), segments)
-    targets = micro_batch.targets.to(device, non_blocking=True)
+    input_ids = F.pad(micro_batch.input_ids, (0, segments.tail))
+    targets = F.pad(micro_batch.targets, (0, segments.tail), value=IGNORE)
+    hidden = model.hidden_states(input_ids.to(device, non_blocking=True), segments)
+    targets = targets.to(device, non_blocking=True)
     return model.operations.linear_cross_entropy(
         hidden, model.head_weight(), targets, gradient_scale=gradient_scale
     )

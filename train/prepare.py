@@ -26,6 +26,7 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
+from train.memory import keep_freed_memory
 from train.precision import COMPUTE_DTYPES, resolve_precision
 from train.settings import DataSettings, RunConfig
 
@@ -193,12 +194,13 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
     """
     device = resolve_device(config.train.device)
     if device.type == "cpu":
+        keep_freed_memory()
         # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
-        # about 1 MB a shape, and unpadded micro-batches seldom repeat one. 128 hold those that the
+        # about 1 MB a shape, and unpadded micro-batches seldom repeat one. 256 hold those that the
         # layers of one micro-batch share (LOG.md, 2026-11-21). Both read their variable at first
         # use.
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "128")
+            os.environ.setdefault(cache, "256")
     precision = resolve_precision(config.train.precision, device)
     stored = config.model.dtype
     if config.train.method == "lora" and stored not in (None, "fp32", precision):

@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.dropout
 import kernels.linears
+import kernels.rounding
 from data.batch import MicroBatch, micro_batches
+from kernels.attention import attention
 from kernels.dropout import module_id
+from kernels.segments import Segments
 from lora import LoraConfig, inject
 from lora.linear import LoraLinear
 from models.layers import CausalLM, Dropout
@@ -126,6 +129,49 @@ def test_every_cut_and_every_padding_gives_one_loss_and_one_gradient(
     batch = cut(size, batching)
     assert len(batch) == windows
     assert_same(one_step(model, cut(8)), one_step(model, batch))
+
+
+@pytest.mark.parametrize("rope", [None, "dynamic"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_and_lengths_that_are_rounded_up_change_nothing(
+    family: str, batching: str, attention: str, rope: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {} if rope is None else {"rope_scaling": {"rope_type": rope, "factor": 2.0}}
+    model = adapted(0.1, family, max_position_embeddings=16, **changes)
+    for layer in model.model.layers:
+        layer.self_attn.implementation = attention
+    expected = one_step(model, cut(3, batching))
+    monkeypatch.setattr(kernels.rounding, "rounds", lambda device, dtype: True)
+    assert_same(expected, one_step(model, cut(3, batching)))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_rounded_blocks_is_that_without(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3, 200, 64, 65, 130, 200]
+    upstream = torch.randn(sum(lengths), 6 * 4, dtype=torch.float64, generator=generator)
+
+    def attend(multiple: int) -> list[torch.Tensor]:
+        segments = Segments.build(lengths, device="cpu", multiple=multiple)
+        inputs = []
+        for seed, heads in enumerate((6, 2, 2)):
+            seeded = torch.Generator().manual_seed(seed)
+            x = torch.randn(segments.num_rows, heads, 4, dtype=torch.float64, generator=seeded)
+            inputs.append(x.requires_grad_())
+        out = attention(*inputs, segments, scale=0.5, window=window)
+        real = out[: sum(lengths)]
+        gradients = torch.autograd.grad(real, inputs, upstream)
+        assert all(not gradient[sum(lengths) :].any() for gradient in gradients)
+        return [real, *(gradient[: sum(lengths)] for gradient in gradients)]
+
+    expected = attend(1)
+    monkeypatch.setattr(kernels.rounding, "rounds", lambda device, dtype: True)
+    for one, other in zip(expected, attend(128), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
