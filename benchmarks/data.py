@@ -1,7 +1,6 @@
 """Start-up and data: imports, tokenisation, the cache, the plan, and the time to the first step.
 
     python -m benchmarks.data [imports] [tokenise] [plan] [first-step] [--rows 4000] [--rounds 3]
-    python -m benchmarks.data --table
 
 Sides take turns, each in a process of its own, and must have made the same tokens. `datasets.map`
 runs with as many processes as there are cores where `datasets` is installed; what it calls, the
@@ -410,16 +409,16 @@ def _first_metrics(folder: Path, run: str, number: int) -> tuple[float, float, f
     return seconds, whole, first["loss"]
 
 
-def print_table() -> None:
-    """Print the newest records as README quotes them."""
-    newest = {(row["part"], row["side"]): row for row in record.read("data")}
-    print("| what | side | median (spread) |")
-    print("|---|---|---:|")
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the newest record of each part and side as README's lines."""
+    newest = {(row["part"], row["side"]): row for row in records}
+    lines = ["| what | side | median (spread) |", "|---|---|---:|"]
     for (part, side), row in newest.items():
         figures = [row["median"], *row["spread"]]
         digits = 0 if row["unit"] == "rows/s" else 3
         middle, low, high = (f"{figure:,.{digits}f}" for figure in figures)
-        print(f"| {part} | {side} | {middle} {row['unit']} ({low} to {high}) |")
+        lines.append(f"| {part} | {side} | {middle} {row['unit']} ({low} to {high}) |")
+    return lines
 
 
 def main() -> None:
@@ -429,15 +428,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--rows", type=int, default=4000, help="rows to tokenise")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="print the records as a table")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         side, folder, number = options.worker
         work(side, Path(folder), number)
-        return
-    if options.table:
-        print_table()
         return
     for part in options.parts or parts:
         if part == "imports":

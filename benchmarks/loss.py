@@ -1,7 +1,6 @@
 """The loss without logits beside the ways that torch has: milliseconds and peak memory.
 
     python -m benchmarks.loss [--rows small medium …] [--rounds 2]
-    python -m benchmarks.loss --table
 
 Forward and backward of summed cross-entropy over a linear head: `kernels.loss`, logits and
 `F.cross_entropy`, and `F.linear_cross_entropy` (chunked, at its own settings) where the installed
@@ -196,18 +195,21 @@ def compare(name: str, rounds: int) -> None:
         sys.exit(f"{case.text}: a peak of {ours / GIB:.2f} GiB, and 1.5 GiB is the bound")
 
 
-def print_table() -> None:
-    """Print the newest record of each row and side as README quotes it."""
-    newest = {(row["row"], row["side"]): row for row in record.read("loss")}
-    print("| loss and gradients | side | ms (spread) | peak memory | loss differs by |")
-    print("|---|---|---:|---:|---:|")
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the newest record of each row and side as README's lines."""
+    newest = {(row["row"], row["side"]): row for row in records}
+    lines = [
+        "| loss and gradients | side | ms (spread) | peak memory | loss differs by |",
+        "|---|---|---:|---:|---:|",
+    ]
     for row in newest.values():
         low, high = row["spread"]
-        print(
+        lines.append(
             f"| {row['case']} | {row['side']} | {row['milliseconds']:,.1f} "
             f"({low:,.1f} to {high:,.1f}) | {row['loss_bytes'] / 2**20:,.0f} MiB "
             f"| {row['loss_difference']:.0e} |"
         )
+    return lines
 
 
 def main() -> None:
@@ -215,14 +217,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="print the records as a table")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         case, side, repeats = options.worker
         work(Case(**json.loads(case)), side, int(repeats))
-    elif options.table:
-        print_table()
     else:
         for name in options.rows:
             compare(name, options.rounds)

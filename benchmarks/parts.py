@@ -1,6 +1,6 @@
 """The parts that LOG.md quotes: dropout alone and in whole steps, the optimizer, changing shapes.
 
-    python -m benchmarks.parts [dropout] [steps] [adamw] [adafactor] [memory]
+    python -m benchmarks.parts [dropout steps adamw adafactor attention products memory]
 
 Both sides of each comparison take turns in one process (memory: a process each, since peaks do not
 come down). Every line printed is also a record in benchmarks/results/parts.jsonl.
@@ -283,54 +283,69 @@ def products() -> None:
 
 
 def memory() -> None:
-    """Peak memory of 16 bf16 LoRA steps over ever new lengths, with oneDNN's caches and bounded."""
-    peaks = {}
-    for name, capacity in (
-        ("default caches", None),
-        ("caches of 32", "32"),
-        ("caches of 128", "128"),
-    ):
-        environment = dict(os.environ)
-        for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            environment.pop(variable, None)
-            if capacity is not None:
-                environment[variable] = capacity
-        command = [sys.executable, "-m", "benchmarks.parts", "--changing-shapes"]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        )
-        figures = json.loads(done.stdout)
-        peaks[name] = figures["peak_mib"]
-        peaks[f"{name}, tok/s"] = figures["tokens_per_second"]
-    report("memory", "3.8 M parameters, r 16, bf16, ragged", peaks, "")
+    """Peak memory and speed of bf16 LoRA steps over ever new lengths, by what is done about them.
+
+    Rounding of sizes, the capacity of oneDNN's caches, and whether freed memory is kept.
+    """
+    cases = [
+        ("oneDNN's own caches", {"rounded": False, "kept": False, "capacity": None}),
+        ("256 shapes", {"rounded": False, "kept": False, "capacity": "256"}),
+        ("256 shapes, memory kept", {"rounded": False, "kept": True, "capacity": "256"}),
+        ("rounded, 128 shapes, memory kept", {"rounded": True, "kept": True, "capacity": "128"}),
+        ("rounded, 256 shapes, memory kept", {"rounded": True, "kept": True, "capacity": "256"}),
+        ("rounded, 1024 shapes, memory kept", {"rounded": True, "kept": True, "capacity": "1024"}),
+    ]
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name, _ in cases}
+    for _ in range(3):
+        for name, case in cases:
+            environment = dict(os.environ)
+            for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+                environment.pop(variable, None)
+                if case["capacity"] is not None:
+                    environment[variable] = str(case["capacity"])
+            command = [sys.executable, "-m", "benchmarks.parts", "--changing-shapes"]
+            command += [name for name in ("rounded", "kept") if case[name]]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+            )
+            taken[name].append(json.loads(done.stdout))
+    for name, rounds in taken.items():
+        figures = {key: median(each[key] for each in rounds) for key in rounds[0]}
+        report("memory", name, figures, "")
 
 
-def changing_shapes() -> None:
+def changing_shapes(rounded: bool, kept: bool) -> None:
     """Train on micro-batches whose lengths never repeat; print peak MiB and tokens a second."""
     import resource
 
-    from kernels.segments import Segments
+    import kernels.rounding
+    from data.batch import MicroBatch
     from lora import LoraConfig, inject
     from models import build
     from models.config import read_config
     from models.weights import initialise
+    from train.loss import loss_sum
+    from train.memory import keep_freed_memory
 
+    if kept:
+        keep_freed_memory()
+    if not rounded:
+        kernels.rounding.rounds = lambda device, dtype: False
     model = build(read_config(ROOT / "data" / "demo" / "base"), device="meta")
     initialise(model, 0, torch.bfloat16, "cpu", initializer_range=0.02)
     inject(model, LoraConfig(r=16, lora_alpha=32))
     random = np.random.default_rng(0)
     speeds = []
-    for _ in range(32):
-        lengths = random.integers(40, 400, 4).tolist()
-        started = time.perf_counter()
+    for step in range(64):
+        lengths = tuple(random.integers(40, 400, 8).tolist())
         ids = torch.from_numpy(random.integers(0, 4096, sum(lengths)))
-        segments = Segments.build(lengths, device="cpu")
+        batch = MicroBatch(ids, ids, lengths, None, tuple(range(8)), sum(lengths), sum(lengths))
+        started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.hidden_states(ids, segments)
-            model.operations.linear_cross_entropy(hidden, model.head_weight(), ids).backward()
+            loss_sum(model, batch, torch.device("cpu"), (42, step)).backward()
         speeds.append(sum(lengths) / (time.perf_counter() - started))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"peak_mib": round(peak), "tokens_per_second": round(median(speeds))}))
+    print(json.dumps({"peak MiB": round(peak), "tok/s": round(median(speeds[32:]))}))
 
 
 def main() -> None:
@@ -346,10 +361,10 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
-    parser.add_argument("--changing-shapes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--changing-shapes", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.changing_shapes:
-        changing_shapes()
+    if options.changing_shapes is not None:
+        changing_shapes("rounded" in options.changing_shapes, "kept" in options.changing_shapes)
         return
     for name in options.parts or parts:
         parts[name]()

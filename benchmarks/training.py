@@ -2,7 +2,6 @@
 
     python -m benchmarks.training [--models small] [--rounds 1] [--steps 4]
     python -m benchmarks.training --profile [--models tiny small medium …] [--steps 4]
-    python -m benchmarks.training --table
 
 The ladder runs each row in a process of its own, in turns, over the same rows in the same order,
 and compares the losses first: fp32 rows within 1e-4 of the first one, bf16 within
@@ -322,25 +321,32 @@ def print_profile(model: str, steps: int) -> None:
     record.append("profile", row)
 
 
-def print_table() -> None:
-    """Print the newest records as README quotes them."""
-    newest = {(row["model"], row["row"]): row for row in record.read("training")}
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the newest record of each rung of the ladder as README's lines."""
+    newest = {(row["model"], row["row"]): row for row in records}
     first: dict[str, float] = {}
-    print("| model | switches | real tokens/s (spread) | | peak memory |")
-    print("|---|---|---:|---:|---:|")
+    lines = [
+        "| model | switches | real tokens/s (spread) | | peak memory |",
+        "|---|---|---:|---:|---:|",
+    ]
     for (model, name), row in newest.items():
         start = first.setdefault(model, row["tokens_per_second"])
         low, high = row["spread"]
-        print(
+        lines.append(
             f"| {model} | {name} | {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) "
             f"| {row['tokens_per_second'] / start:.2f} × | {row['peak_bytes'] / 2**20:,.0f} MiB |"
         )
-    profiles = {row["model"]: row for row in record.read("profile")}
-    print("\n| model | share of GEMM peak | where the time goes |")
-    print("|---|---:|---|")
+    return lines
+
+
+def profile_table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the newest profile of each model as README's lines."""
+    profiles = {row["model"]: row for row in records}
+    lines = ["| model | share of GEMM peak | where the time goes |", "|---|---:|---|"]
     for model, row in profiles.items():
         parts = [f"{group} {share:.0%}" for group, share in row["shares"].items() if share >= 0.01]
-        print(f"| {model} | {row['share_of_gemm_peak']:.0%} | {', '.join(parts)} |")
+        lines.append(f"| {model} | {row['share_of_gemm_peak']:.0%} | {', '.join(parts)} |")
+    return lines
 
 
 def work(task: dict[str, Any], folder: Path) -> None:
@@ -356,7 +362,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    parser.add_argument("--table", action="store_true", help="print the records as a table")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--worker-profile", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -365,8 +370,6 @@ def main() -> None:
     elif options.worker_profile:
         model, folder = options.worker_profile
         answer(profiled(model, Path(folder), options.steps))
-    elif options.table:
-        print_table()
     else:
         for model in options.models:
             if options.profile:

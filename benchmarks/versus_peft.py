@@ -2,7 +2,6 @@
 
     python -m benchmarks.versus_peft [--models tiny small …] [--rounds N] [--steps N]
     python -m benchmarks.versus_peft --pilot      once a machine: the peer's best settings
-    python -m benchmarks.versus_peft --table      the records as README's table, and the ratios
 
 Each measurement is a process of its own, so that peak memory (of the whole process) is its own too;
 the sides take turns. Real functions of ragged length, at most 512 tokens, 4 × 2 examples a step,
@@ -403,32 +402,33 @@ def ratios(model: str, sides: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def print_table() -> None:
-    """Print the newest summary of each model and side as README quotes it, and the ratios."""
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the newest summary of each model and side as README's lines, and the ratios."""
     newest: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in record.read("versus_peft"):
+    for row in records:
         if "settings" in row and row["model"] in MODELS:
             newest.setdefault(row["model"], {})[row["side"]] = row
-    print(
+    lines = [
         "| model | side | s a step | real tokens/s (spread) | first step | peak memory "
-        "| of it imports | loss within | settings |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|---|")
+        "| of it imports | loss within | settings |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
     for model, sides in newest.items():
         for name, row in sides.items():
             low, high = row["spread"]
-            print(
+            lines.append(
                 f"| {model} | {name} | {row['seconds_per_step']:.3f} "
                 f"| {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) "
                 f"| {row['first_step_seconds']:.2f} s | {row['peak_bytes'] / 2**20:,.0f} MiB "
                 f"| {row['imports_bytes'] / 2**20:,.0f} MiB | {row['loss_difference']:.0e} "
                 f"| {row['settings']} |"
             )
-    print("\n| model | lathe against | speed | target | | memory | target | |")
-    print("|---|---|---:|---:|---|---:|---:|---|")
+    lines += ["", "| model | lathe against | speed | target | | memory | target | |"]
+    lines.append("|---|---|---:|---:|---|---:|---:|---|")
     for model, sides in newest.items():
         if {SEEDS, BEST, LATHE} <= sides.keys():
-            print("\n".join(ratios(model, sides)))
+            lines += ratios(model, sides)
+    return lines
 
 
 def main() -> None:
@@ -438,14 +438,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 3 for tiny, else 2")
     parser.add_argument("--steps", type=int, help="steps that are timed; default: by model")
     parser.add_argument("--pilot", action="store_true", help="find the peer's best settings")
-    parser.add_argument("--table", action="store_true", help="print the records as a table")
     parser.add_argument("--worker", nargs=2, metavar=("TASK", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(json.loads(options.worker[0]), Path(options.worker[1]))
-        return
-    if options.table:
-        print_table()
         return
     for model in options.models:
         if options.pilot:

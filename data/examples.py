@@ -13,6 +13,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -461,13 +462,13 @@ class _Writer:
         self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
 
     def add(
-        self, where: str, ids: list[int], labels: np.ndarray, eos_due: bool, prompt: int
+        self, where: str, ids: np.ndarray, labels: np.ndarray, eos_due: bool, prompt: int
     ) -> None:
         """Make the examples of one row.
 
         Args:
             where: The row's file and line.
-            ids: Its tokens.
+            ids: Its tokens, int32.
             labels: (len(ids),) int32.
             eos_due: The last token is the EOS that ends the row.
             prompt: Tokens before the completion.
@@ -574,15 +575,28 @@ def _build(
     on_overflow: str,
     folder: Path,
 ) -> None:
-    """Tokenise `rows` into the files of `folder`."""
+    """Tokenise `rows` into the files of `folder`.
+
+    One thread reads, renders and encodes while this one labels and writes the rows before: the
+    tokenizer's own threads need nothing of Python's, and would wait for it otherwise.
+    """
     writer = _Writer(folder, max_length, on_overflow)
     eos_id = tokenizer.eos_id if prompt_format.append_eos else None
     iterator = iter(rows)
-    while batch := list(islice(iterator, _ROWS_AT_ONCE)):
+
+    def next_rows() -> list[tuple[str, Rendered, dict[str, list[int]]]]:
+        batch = list(islice(iterator, _ROWS_AT_ONCE))
         rendered = prompt_format.render_rows(batch, tokenizer)
         encoded = _encode(batch, rendered, tokenizer)
-        for row, item in zip(batch, rendered, strict=True):
-            writer.add(row.where, *_label(item, encoded[item.chat], eos_id))
+        pairs = zip(batch, rendered, strict=True)
+        return [(row.where, item, encoded[item.chat]) for row, item in pairs]
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next_rows)
+        while made := coming.result():
+            coming = thread.submit(next_rows)
+            for where, item, encoded in made:
+                writer.add(where, *_label(item, encoded, eos_id))
     writer.close(name)
 
 
@@ -626,22 +640,24 @@ def _name_the_row(rows: list[Row], rendered: list[Rendered], tokenizer: Tokenize
 
 def _label(
     item: Rendered, encoded: dict[str, list[int]], eos_id: int | None
-) -> tuple[list[int], np.ndarray, bool, int]:
+) -> tuple[np.ndarray, np.ndarray, bool, int]:
     """Return a row's ids, its labels, whether it ends in an EOS, and its prompt's tokens."""
     ids = encoded[item.text]
+    array = np.empty(len(ids) + 1, dtype=np.int32)
+    array[:-1] = ids
     prompt = common_prefix(encoded[item.prompt], ids) if item.prompt else 0
     labels = np.full(len(ids) + 1, IGNORED, dtype=np.int32)
     start = 0
     for before, after in item.trained:
         start = common_prefix(encoded[before], ids) if before else 0
         stop = len(ids) if after is None else common_prefix(encoded[after], ids)
-        labels[start:stop] = ids[start:stop]
+        labels[start:stop] = array[start:stop]
     ends = bool(item.trained) and item.trained[-1][1] is None
     if eos_id is None or not ends:
-        return ids, labels[:-1], False, prompt
+        return array[:-1], labels[:-1], False, prompt
     # A chat template ends a turn in its own way, perhaps with a line break after the EOS.
     ended = eos_id in ids[start:] if item.chat else ids[-1:] == [eos_id]
     if ended:
-        return ids, labels[:-1], True, prompt
-    labels[-1] = eos_id
-    return [*ids, eos_id], labels, True, prompt
+        return array[:-1], labels[:-1], True, prompt
+    array[-1] = labels[-1] = eos_id
+    return array, labels, True, prompt

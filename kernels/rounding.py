@@ -1,8 +1,8 @@
-"""Sizes that are rounded up on a CPU, so that the shapes of products repeat.
+"""Which library multiplies, and the sizes that are rounded up for it so that shapes repeat.
 
 oneDNN prepares a product for its shape and keeps what it prepared. For a shape that it has not seen
-that takes about 0.2 ms, as long as the product of a small model; steps of documents of ever new
-lengths would pay it hundreds of times each. Its products are those in bf16; fp32 ones are MKL's,
+that takes 0.3 to 0.5 ms, as long as the product of a small model; steps of documents of ever new
+lengths would pay it again and again. On a CPU its products are those in bf16; fp32 ones are MKL's,
 which prepares nothing. The rule is one of device, type and size alone, so that a resumed run
 rounds as the first one did.
 """
@@ -31,4 +31,14 @@ def document_multiple(device: torch.device | str, dtype: torch.dtype) -> int:
 
 def rounds(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Return whether products of this type on this device are prepared shape by shape."""
-    return torch.device(device).type == "cpu" and dtype == torch.bfloat16
+    return library(device, dtype) == "oneDNN"
+
+
+def library(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Return the name of the library that torch multiplies matrices of this type with."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return {"cuda": "cuBLAS", "mps": "Metal"}.get(kind, kind)
+    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        return "oneDNN"
+    return "MKL" if dtype.itemsize >= 4 and torch.backends.mkl.is_available() else "torch"

@@ -6,12 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from files.errors import UserError
 from files.faults import faultpoint
 from files.folders import MANIFEST
+from kernels.rounding import library
 from lora import adapter_config
 from train.console import closing_summary, format_count
 from train.generate import find_stop_ids, generate
+from train.precision import COMPUTE_DTYPES
 from train.report import write_report
 from train.samples import MOST_NEW_TOKENS, choose_samples
 from train.session import Session, whole_best
@@ -36,6 +40,7 @@ def opening_panel(session: Session) -> None:
         for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test))
         if examples is not None
     )
+    products = library(session.device, COMPUTE_DTYPES[config.train.precision])
     evaluations = f"{len(plan.eval_steps)} evaluations, " if plan.eval_steps else ""
     session.console.panel(
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
@@ -65,7 +70,8 @@ def opening_panel(session: Session) -> None:
             ),
             (
                 "computes in",
-                f"{config.train.precision} on {session.device.type}, attention "
+                f"{config.train.precision} on {session.device.type} "
+                f"({torch.get_num_threads()} threads), products {products}, attention "
                 f"{session.model.attention_implementation}, kernels {session.model.operations.name}"
                 f"{', gradient checkpointing' if session.model.gradient_checkpointing else ''}",
             ),

@@ -23,6 +23,7 @@ from torch import Tensor
 from files.atomic import LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
 from files.hub import ModelSource
+from kernels.rounding import library
 from lora import adapter_tensors, save_adapter
 from models.config import DecoderConfig
 from models.layers import CausalLM
@@ -31,6 +32,7 @@ from train.checkpoint import TrainState
 from train.config import to_toml
 from train.ledger import available_memory
 from train.plan import RunPlan
+from train.precision import COMPUTE_DTYPES
 from train.prepare import Data
 from train.preview import plan_with_data
 from train.settings import RunConfig
@@ -154,6 +156,7 @@ def write_documents(
     decided = {
         "precision": config.train.precision,
         "gradient_checkpointing": config.model.gradient_checkpointing,
+        "products": library(device, COMPUTE_DTYPES[config.train.precision]),
     }
     write_json(folder / "environment.json", environment(device, **decided))
 

@@ -1,0 +1,76 @@
+"""README's measured tables, written from the records.
+
+    python -m benchmarks.readme
+
+Everything between `<!-- table: NAME -->` and `<!-- end -->` in README.md is replaced by the table
+of `benchmarks/results/NAME.jsonl`, and a line that says where, with what and when it was measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import data, loss, record, training, versus_peft
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "versus_peft": versus_peft.table,
+    "training": training.table,
+    "profile": training.profile_table,
+    "loss": loss.table,
+    "data": data.table,
+}
+_PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def circumstances(records: list[dict[str, Any]]) -> str:
+    """Return in one line where, with what and at which commits records were measured."""
+
+    def all_of(values: list[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    devices = all_of([f"{row['device']}, {row['threads']} threads" for row in records])
+    versions = all_of(
+        [
+            f"{package} {version}"
+            for row in records
+            for package, version in row["versions"].items()
+            if package in ("torch", "transformers", "peft")
+        ]
+    )
+    commits = all_of(
+        [row["commit"][:7] + (" with changes" if row["dirty"] else "") for row in records]
+    )
+    days = all_of([row["utc"][:10] for row in records])
+    commands = all_of([f"`{row['command']}`" for row in records])
+    return f"{devices}; {versions}; {days}; commit {commits}; {commands}"
+
+
+def with_tables(text: str) -> str:
+    """Return README's text with every table as the records have it.
+
+    Raises:
+        KeyError: A place asks for a table that there is none of.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        records = latest(record.read(name))
+        lines = [*TABLES[name](records), "", circumstances(records), ""]
+        return opening + "\n".join(lines) + closing
+
+    return _PLACE.sub(filled, text)
+
+
+def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records that no later one of the same subject replaces, in order."""
+    subjects = ("model", "side", "row", "part")
+    newest = {tuple(row.get(name) for name in subjects): row for row in records}
+    return list(newest.values())
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
