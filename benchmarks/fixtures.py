@@ -46,7 +46,7 @@ class Fixture:
 
     config: Mapping[str, Any]
     method: str = "lora"
-    warm_up: int = 2
+    warm_up: int = 4
     steps: int = 8
     rounds: int = 2
 
@@ -74,7 +74,10 @@ _SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
 MODELS = {
     # 0.2 M, 3.8 M and 27 M parameters in the style of StarCoder2, with 4,096 tokens
     "tiny": Fixture(
-        {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}, steps=16, rounds=3
+        {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2},
+        warm_up=8,
+        steps=16,
+        rounds=3,
     ),
     "small": Fixture(_SMALL),
     "medium": Fixture(
