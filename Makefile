@@ -43,3 +43,4 @@ bench: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.training --profile
 > $(PYTHON) -m benchmarks.loss --rows small small-trainable small-bf16 must
 > $(PYTHON) -m benchmarks.data --rounds 1
+> $(PYTHON) -m benchmarks.readme

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -285,26 +285,28 @@ def products() -> None:
 def memory() -> None:
     """Peak memory and speed of bf16 LoRA steps over ever new lengths, by what is done about them.
 
-    Rounding of sizes, the capacity of oneDNN's caches, and whether freed memory is kept.
+    Rounding of sizes, the capacity of oneDNN's caches (its own is 1,024 shapes), whether freed
+    memory is kept; and fp32, through MKL and through oneDNN.
     """
-    cases = [
-        ("oneDNN's own caches", {"rounded": False, "kept": False, "capacity": None}),
-        ("256 shapes", {"rounded": False, "kept": False, "capacity": "256"}),
-        ("256 shapes, memory kept", {"rounded": False, "kept": True, "capacity": "256"}),
-        ("rounded, 128 shapes, memory kept", {"rounded": True, "kept": True, "capacity": "128"}),
-        ("rounded, 256 shapes, memory kept", {"rounded": True, "kept": True, "capacity": "256"}),
-        ("rounded, 1024 shapes, memory kept", {"rounded": True, "kept": True, "capacity": "1024"}),
+    cases: list[tuple[str, int | None, list[str]]] = [
+        ("bf16, oneDNN's own caches", None, []),
+        ("bf16, 256 shapes", 256, []),
+        ("bf16, 256 shapes, memory kept", 256, ["kept"]),
+        ("bf16, 128 shapes, memory kept, rounded", 128, ["kept", "rounded"]),
+        ("bf16, 256 shapes, memory kept, rounded", 256, ["kept", "rounded"]),
+        ("bf16, 1024 shapes, memory kept, rounded", 1024, ["kept", "rounded"]),
+        ("fp32, MKL, memory kept", 256, ["fp32", "kept"]),
+        ("fp32, oneDNN, memory kept, rounded", 256, ["fp32", "onednn", "kept", "rounded"]),
     ]
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name, _ in cases}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name, _, _ in cases}
     for _ in range(3):
-        for name, case in cases:
+        for name, capacity, switches in cases:
             environment = dict(os.environ)
             for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
                 environment.pop(variable, None)
-                if case["capacity"] is not None:
-                    environment[variable] = str(case["capacity"])
-            command = [sys.executable, "-m", "benchmarks.parts", "--changing-shapes"]
-            command += [name for name in ("rounded", "kept") if case[name]]
+                if capacity is not None:
+                    environment[variable] = str(capacity)
+            command = [sys.executable, "-m", "benchmarks.parts", "--changing-shapes", *switches]
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
             )
@@ -314,7 +316,7 @@ def memory() -> None:
         report("memory", name, figures, "")
 
 
-def changing_shapes(rounded: bool, kept: bool) -> None:
+def changing_shapes(switches: Sequence[str]) -> None:
     """Train on micro-batches whose lengths never repeat; print peak MiB and tokens a second."""
     import resource
 
@@ -327,12 +329,15 @@ def changing_shapes(rounded: bool, kept: bool) -> None:
     from train.loss import loss_sum
     from train.memory import keep_freed_memory
 
-    if kept:
+    if "kept" in switches:
         keep_freed_memory()
-    if not rounded:
-        kernels.rounding.rounds = lambda device, dtype: False
+    if "onednn" in switches:
+        settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+        settings.fp32_precision = "bf16"
+    kernels.rounding.rounds = lambda device, dtype: "rounded" in switches
+    dtype = torch.float32 if "fp32" in switches else torch.bfloat16
     model = build(read_config(ROOT / "data" / "demo" / "base"), device="meta")
-    initialise(model, 0, torch.bfloat16, "cpu", initializer_range=0.02)
+    initialise(model, 0, dtype, "cpu", initializer_range=0.02)
     inject(model, LoraConfig(r=16, lora_alpha=32))
     random = np.random.default_rng(0)
     speeds = []
@@ -341,7 +346,7 @@ def changing_shapes(rounded: bool, kept: bool) -> None:
         ids = torch.from_numpy(random.integers(0, 4096, sum(lengths)))
         batch = MicroBatch(ids, ids, lengths, None, tuple(range(8)), sum(lengths), sum(lengths))
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled="fp32" not in switches):
             loss_sum(model, batch, torch.device("cpu"), (42, step)).backward()
         speeds.append(sum(lengths) / (time.perf_counter() - started))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -364,7 +369,7 @@ def main() -> None:
     parser.add_argument("--changing-shapes", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.changing_shapes is not None:
-        changing_shapes("rounded" in options.changing_shapes, "kept" in options.changing_shapes)
+        changing_shapes(options.changing_shapes)
         return
     for name in options.parts or parts:
         parts[name]()

@@ -240,6 +240,32 @@ def test_error_names_the_row(tokenizer):
         make([{"text": SHORT}, {"text": LONG}], tokenizer, max_length=5, on_overflow="error")
 
 
+def test_of_two_faults_the_first_row_s_is_told_though_rows_are_read_ahead(tokenizer, tmp_path):
+    lines = [json.dumps({"text": SHORT})] * (3 * module._ROWS_AT_ONCE)
+    lines[2 * module._ROWS_AT_ONCE + 5] = "{"
+
+    def refused(on_overflow: str) -> str:
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+        with pytest.raises(UserError) as caught:
+            load_examples(
+                str(tmp_path / "rows.jsonl"),
+                split_column=None,
+                split=None,
+                tokenizer=tokenizer,
+                prompt_format=PromptFormat(),
+                max_length=5,
+                on_overflow=on_overflow,
+                cache_root=None,
+            )
+        return str(caught.value)
+
+    assert f"rows.jsonl:{2 * module._ROWS_AT_ONCE + 6}: not JSON" in refused("error")
+    lines[module._ROWS_AT_ONCE + 7] = json.dumps({"text": LONG})
+    assert f"rows.jsonl:{module._ROWS_AT_ONCE + 8}: {length_of(LONG, tokenizer)} tokens" in (
+        refused("error")
+    )
+
+
 @pytest.mark.parametrize("max_length", range(3, 20))
 def test_split_loses_no_token(tokenizer, max_length):
     examples = make(

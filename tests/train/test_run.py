@@ -82,6 +82,11 @@ def test_the_folder_holds_what_the_contract_says(folder: Path) -> None:
             assert (folder / name / file).is_file()
 
 
+def test_the_environment_says_which_library_multiplied(folder: Path) -> None:
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["products"] == {"bf16": "oneDNN", "fp32": "MKL"}[environment["precision"]]
+
+
 def test_every_step_has_a_row_with_the_contract_s_fields(folder: Path) -> None:
     train = [row for row in rows_of(folder) if row["kind"] == "train"]
     assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
