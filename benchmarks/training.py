@@ -342,10 +342,17 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def profile_table(records: list[dict[str, Any]]) -> list[str]:
     """Return the newest profile of each model as README's lines."""
     profiles = {row["model"]: row for row in records}
-    lines = ["| model | share of GEMM peak | where the time goes |", "|---|---:|---|"]
+    lines = [
+        "| model | real tokens/s | at the GEMM peak | share | where the time goes |",
+        "|---|---:|---:|---:|---|",
+    ]
     for model, row in profiles.items():
         parts = [f"{group} {share:.0%}" for group, share in row["shares"].items() if share >= 0.01]
-        lines.append(f"| {model} | {row['share_of_gemm_peak']:.0%} | {', '.join(parts)} |")
+        speed, share = row["tokens_per_second"], row["share_of_gemm_peak"]
+        lines.append(
+            f"| {model}, {row['precision']} | {speed:,.0f} | {speed / share:,.0f} | {share:.0%} "
+            f"| {', '.join(parts)} |"
+        )
     return lines
 
 
