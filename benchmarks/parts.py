@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
+from train.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 30
@@ -327,7 +328,6 @@ def changing_shapes(switches: Sequence[str]) -> None:
     from models.config import read_config
     from models.weights import initialise
     from train.loss import loss_sum
-    from train.memory import keep_freed_memory
 
     if "kept" in switches:
         keep_freed_memory()
@@ -371,6 +371,7 @@ def main() -> None:
     if options.changing_shapes is not None:
         changing_shapes(options.changing_shapes)
         return
+    keep_freed_memory()  # as a run on a CPU does
     for name in options.parts or parts:
         parts[name]()
 
