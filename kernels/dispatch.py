@@ -6,6 +6,8 @@ ran is a matter of record and never of what happened to be importable at the tim
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +28,8 @@ class Operations:
     linears: Callable[..., list[Tensor]]
     rms_norm: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[..., Tensor]
     gelu_tanh: Callable[..., Tensor]
@@ -38,6 +42,8 @@ _REFERENCE = Operations(
     linears=linears.linears,
     rms_norm=reference.rms_norm,
     layer_norm=reference.layer_norm,
+    add_rms_norm=reference.add_rms_norm,
+    add_layer_norm=reference.add_layer_norm,
     rotary=reference.rotary,
     swiglu=reference.swiglu,
     gelu_tanh=reference.gelu_tanh,
@@ -47,19 +53,49 @@ _REFERENCE = Operations(
 
 
 def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Operations:
-    """Return the operations of `backend` for `device`; `auto` is `reference` on every device.
+    """Return the operations of `backend` for `device`.
+
+    `auto` is `reference` on every device: it takes a kernel only where a committed record shows
+    that the kernel gains on that class of device, and there is no such record yet.
 
     Raises:
-        UserError: the backend is unknown, or is `triton`, which this version does not have.
+        UserError: the backend is unknown, or is `triton`, which cannot run here.
     """
     if backend not in BACKENDS:
         raise UserError(
             f"train.kernels is '{backend}', but must be one of {', '.join(BACKENDS)}"
             f"{did_you_mean(backend, BACKENDS)}"
         )
-    if backend == "triton":
+    return _triton(torch.device(device)) if backend == "triton" else _REFERENCE
+
+
+def _triton(device: torch.device) -> Operations:
+    """Return the Triton kernels; attention is torch's own, as in the reference."""
+    other = "use train.kernels=auto or train.kernels=reference"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests, on any device
+    if device.type != "cuda" and not interpreted:
         raise UserError(
-            f"train.kernels is 'triton', but this version has no Triton kernels for "
-            f"{torch.device(device).type}; use train.kernels=auto or train.kernels=reference"
+            f"train.kernels is 'triton', but its kernels run on CUDA, not on {device.type}; {other}"
         )
-    return _REFERENCE
+    try:
+        from kernels import triton_elementwise, triton_linears, triton_loss, triton_norms
+    except ImportError as error:
+        raise UserError(
+            f"train.kernels is 'triton', but triton cannot be imported ({error}); install it with "
+            f"pip install triton, or {other}"
+        ) from None
+    return Operations(
+        name="triton",
+        linears=triton_linears.linears,
+        rms_norm=triton_norms.rms_norm,
+        layer_norm=triton_norms.layer_norm,
+        add_rms_norm=triton_norms.add_rms_norm,
+        add_layer_norm=triton_norms.add_layer_norm,
+        rotary=triton_elementwise.rotary,
+        swiglu=triton_elementwise.swiglu,
+        gelu_tanh=triton_elementwise.gelu_tanh,
+        attention=attention.attention,
+        linear_cross_entropy=functools.partial(
+            loss.linear_cross_entropy, cross_entropy=triton_loss.cross_entropy_
+        ),
+    )

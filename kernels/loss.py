@@ -11,6 +11,7 @@ each logit is computed once, and the peak is one (C, V) buffer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.operands import compute_dtype
 from kernels.rounding import document_multiple
+
+# (logits of a chunk (C, V), targets (S ≤ C,), scale) → (S,) losses and the scaled gradient (C, V).
+CrossEntropy = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 IGNORE = -100  # the label of a token that is not trained
 _CHUNK_ROWS = 256  # the fastest of 64 … 1024 on two CPU cores; a full GEMM on a GPU too
@@ -32,6 +36,7 @@ def linear_cross_entropy(
     *,
     gradient_scale: float = 1.0,
     chunk_rows: int = _CHUNK_ROWS,
+    cross_entropy: CrossEntropy | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of `hidden @ weight.T` against `targets`.
 
@@ -47,6 +52,7 @@ def linear_cross_entropy(
             nothing but the size at which half-precision gradients are rounded: fp16 ones have to be
             made at the size that the loss scaler watches over.
         chunk_rows: C, how many rows' logits exist at once.
+        cross_entropy: what makes loss and gradient of a chunk; plain PyTorch where None.
 
     Returns:
         Scalar sum over the targets; 0 where there are none, still connected to the graph.
@@ -58,6 +64,7 @@ def linear_cross_entropy(
         targets,
         gradient_scale,
         chunk_rows,
+        cross_entropy or _cross_entropy_,
         differentiable and hidden.requires_grad,
         differentiable and weight.requires_grad,
     )
@@ -72,6 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         gradient_scale: float,
         chunk_rows: int,
+        cross_entropy: CrossEntropy,
         needs_hidden: bool,
         needs_weight: bool,
     ) -> Tensor:
@@ -85,6 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 targets.index_select(0, rows),
                 gradient_scale,
                 chunk_rows,
+                cross_entropy,
                 needs_hidden,
                 needs_weight,
             )
@@ -107,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * left).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _sum_over_chunks(
@@ -116,6 +125,7 @@ def _sum_over_chunks(
     targets: Tensor,
     gradient_scale: float,
     chunk_rows: int,
+    cross_entropy: CrossEntropy,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -129,11 +139,8 @@ def _sum_over_chunks(
     grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
     for start in range(0, len(targets), chunk_rows):
         chunk = slice(start, start + chunk_rows)
-        logits = (hidden[chunk] @ weight.t()).to(exact)
-        wanted = len(targets[chunk])
-        losses[chunk], _ = _cross_entropy_(logits[:wanted], targets[chunk], gradient_scale)
-        grad_logits = logits.to(hidden.dtype)
-        grad_logits[wanted:] = 0
+        logits = hidden[chunk] @ weight.t()
+        losses[chunk], grad_logits = cross_entropy(logits, targets[chunk], gradient_scale)
         if grad_hidden is not None:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
         if grad_weight is not None and grad_weight.dtype == hidden.dtype:
@@ -145,16 +152,19 @@ def _sum_over_chunks(
     return losses.sum(), grad_hidden, grad_weight
 
 
-def _cross_entropy_(
-    logits: Tensor, targets: Tensor, gradient_scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return each row's loss, and in place of `logits` the scaled gradient of the loss by them."""
-    index = targets[:, None]
-    target_logits = logits.gather(1, index)
-    largest = logits.amax(1, keepdim=True)
-    logits.sub_(largest).exp_()
-    total = logits.sum(1, keepdim=True)
+def _cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return each row's loss, and the scaled gradient of the loss by the logits, in their type.
+
+    `logits` are overwritten; rows behind those of `targets` get a gradient of 0.
+    """
+    gradient = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted, index = gradient[: len(targets)], targets[:, None]
+    target_logits = wanted.gather(1, index)
+    largest = wanted.amax(1, keepdim=True)
+    wanted.sub_(largest).exp_()
+    total = wanted.sum(1, keepdim=True)
     losses = total.log() + largest - target_logits
-    logits.div_(total / gradient_scale)
-    logits.scatter_add_(1, index, torch.full_like(target_logits, -gradient_scale))
-    return losses.squeeze(1), logits
+    wanted.div_(total / scale)
+    wanted.scatter_add_(1, index, torch.full_like(target_logits, -scale))
+    gradient[len(targets) :] = 0
+    return losses.squeeze(1), gradient.to(logits.dtype)

@@ -80,6 +80,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight.to(bias.dtype), bias, eps)
 
 
+def add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (x + change, its RMSNorm), (M, H) each."""
+    total = x + change
+    return total, rms_norm(total, weight, eps)
+
+
+def add_layer_norm(
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (x + change, its LayerNorm), (M, H) each."""
+    total = x + change
+    return total, layer_norm(total, weight, bias, eps)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up, element by element."""
     return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]  # apply is untyped

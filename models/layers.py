@@ -51,6 +51,10 @@ class RMSNorm(nn.Module):
         """Normalise each row."""
         return self.operations.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + change, and it normalised."""
+        return self.operations.add_rms_norm(x, change, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """Layer norm with weight and bias: (M, H) → (M, H)."""
@@ -65,6 +69,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each row."""
         return self.operations.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + change, and it normalised."""
+        return self.operations.add_layer_norm(x, change, self.weight, self.bias, self.eps)
 
 
 class Dropout(nn.Module):
@@ -210,8 +218,8 @@ class DecoderLayer(nn.Module):
         self,
         self_attn: Attention,
         mlp: nn.Module,
-        input_layernorm: nn.Module,
-        post_attention_layernorm: nn.Module,
+        input_layernorm: RMSNorm | LayerNorm,
+        post_attention_layernorm: RMSNorm | LayerNorm,
         residual_dropouts: tuple[Dropout, Dropout] | None = None,
     ):
         super().__init__()
@@ -232,8 +240,8 @@ class DecoderLayer(nn.Module):
         change = self.self_attn(self.input_layernorm(x), tables, segments, cache)
         if self.attention_residual is not None:
             change = self.attention_residual(change, segments)
-        x = x + change
-        change = self.mlp(self.post_attention_layernorm(x), segments)
+        x, normed = self.post_attention_layernorm.add(x, change)
+        change = self.mlp(normed, segments)
         if self.mlp_residual is not None:
             change = self.mlp_residual(change, segments)
         return x + change
@@ -291,7 +299,7 @@ class CausalLM(nn.Module, ABC):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @abstractmethod
-    def norm(self) -> nn.Module:
+    def norm(self) -> RMSNorm | LayerNorm:
         """Make one of the family's norms, (M, H) → (M, H)."""
 
     @abstractmethod

@@ -5,15 +5,13 @@ Legend: see `models.layers`.
 
 from __future__ import annotations
 
-from torch import nn
-
 from models.layers import Attention, CausalLM, DecoderLayer, GatedMLP, RMSNorm
 
 
 class Llama(CausalLM):
     """A Llama decoder with its head."""
 
-    def norm(self) -> nn.Module:
+    def norm(self) -> RMSNorm:
         """Make a root-mean-square norm."""
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, self.operations)
 

@@ -5,15 +5,13 @@ Legend: see `models.layers`. The window of a layer is `config.window(layer)`.
 
 from __future__ import annotations
 
-from torch import nn
-
 from models.layers import Attention, CausalLM, DecoderLayer, GatedMLP, RMSNorm
 
 
 class Qwen2(CausalLM):
     """A Qwen2 decoder with its head."""
 
-    def norm(self) -> nn.Module:
+    def norm(self) -> RMSNorm:
         """Make a root-mean-square norm."""
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, self.operations)
 

@@ -44,7 +44,7 @@ class Starcoder2(CausalLM):
         super().__init__(config, operations=operations, attention=attention)
         self.embedding_dropout = Dropout("model.embedding_dropout", config.embedding_dropout)
 
-    def norm(self) -> nn.Module:
+    def norm(self) -> LayerNorm:
         """Make a layer norm."""
         return LayerNorm(self.config.hidden_size, self.config.norm_epsilon, self.operations)
 

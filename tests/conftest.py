@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import interpreted  # noqa: F401  # before anything that may import triton
 import numpy as np
 import pytest
 import torch

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data.examples import Counts, Example
+from kernels.dispatch import Operations
 from models import build
 from models.config import DecoderConfig, parse_config
 from models.layers import CausalLM
@@ -77,11 +78,15 @@ def small_config(family: str, **changes: Any) -> DecoderConfig:
 
 
 def small_model(
-    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    operations: Operations | None = None,
+    **changes: Any,
 ) -> CausalLM:
     """Return a two-layer network whose biases and norms are away from their initial values."""
     config = small_config(family, **changes)
-    model = build(config, device="meta")
+    model = build(config, device="meta", operations=operations)
     initialise(model, seed, dtype, "cpu", initializer_range=0.2)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -1,11 +1,15 @@
 """The choice of a backend."""
 
 import dataclasses
+import sys
 
 import pytest
+from interpreted import TRITON
 
+import kernels
 from files.errors import UserError
-from kernels import attention, linears, loss, reference
+from kernels import attention, linears, loss
+from kernels import reference as plain
 from kernels.dispatch import operations
 
 
@@ -16,13 +20,28 @@ def test_reference_is_what_there_is(backend):
     for field in dataclasses.fields(chosen):
         if field.name != "name":
             homes = {"attention": attention, "linear_cross_entropy": loss, "linears": linears}
-            home = homes.get(field.name, reference)
+            home = homes.get(field.name, plain)
             assert getattr(chosen, field.name) is getattr(home, field.name)
 
 
-def test_triton_says_what_to_use_instead():
-    with pytest.raises(UserError, match=r"no Triton kernels for cuda; use train\.kernels=auto"):
+def test_triton_says_what_to_use_instead(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"run on CUDA, not on cpu; use train\.kernels=auto"):
+        operations("triton", "cpu")
+    monkeypatch.setitem(sys.modules, "kernels.triton_norms", None)
+    monkeypatch.delattr(kernels, "triton_norms", raising=False)
+    with pytest.raises(UserError, match=r"cannot be imported .* or use train\.kernels=auto"):
         operations("triton", "cuda")
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_triton_has_every_operation():
+    chosen = operations("triton", "cuda")
+    assert chosen.name == "triton"
+    reference = operations("reference")
+    names = [field.name for field in dataclasses.fields(chosen)]
+    same = {name for name in names if getattr(chosen, name) is getattr(reference, name)}
+    assert same == {"attention"}
 
 
 def test_an_unknown_backend_names_the_nearest():

@@ -374,7 +374,9 @@ def test_bad_input_ends_in_one_sentence(
     rows_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     change, expected = BAD_INPUT[case]
     model = Path(shutil.copytree(model_folder, tmp_path / "model"))
     rows = Path(shutil.copytree(rows_file, tmp_path / "rows"))

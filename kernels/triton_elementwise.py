@@ -1,0 +1,198 @@
+"""Rotary embeddings, SwiGLU and GELU in Triton: one pass over memory each way.
+
+Legend: M token rows · I intermediate size · heads · d head size
+
+Everything is computed in fp32 and rounded once, when it is written.
+
+    rotary     y₁ = x₁·cos - x₂·sin, y₂ = x₂·cos + x₁·sin; backward the same with -sin
+    SwiGLU     y = silu(g)·u;  dg = dy·u·σ·(1 + g·(1 - σ)),  du = dy·silu(g),  σ = sigmoid(g)
+    GELU       y = x·σ with σ = sigmoid(2·√(2/π)·(x + 0.044715·x³)), which is its tanh form;
+               dx = dy·(σ + x·σ·(1 - σ)·2·√(2/π)·(1 + 3·0.044715·x²))
+
+Bytes an element, with c bytes each: rotary 2c a way (the tables are read once a token), SwiGLU 3c
+forward and 5c backward, GELU 2c and 3c. What is kept for the backward pass are the inputs alone.
+"""
+
+# Triton types a launch as a call of the kernel itself, which it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _rotary(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    row_stride,
+    heads,
+    half,
+    direction,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (column < half)
+    table = row * 2 * half + column
+    cos = tl.load(cos_ptr + table, mask=column < half, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=column < half, other=0.0).to(tl.float32) * direction
+    low = head * 2 * half + column
+    first = tl.load(x_ptr + row * row_stride + low, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + row * row_stride + low + half, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + row * heads * 2 * half + low
+    kind = out_ptr.dtype.element_ty
+    tl.store(out, (first * cos - second * sin).to(kind), mask=inside)
+    tl.store(out + half, (second * cos + first * sin).to(kind), mask=inside)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    rows, heads, d = x.shape
+    if x.stride(2) != 1 or x.stride(1) != d:
+        x = x.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tile = triton.next_power_of_2(heads), triton.next_power_of_2(d // 2)
+    _rotary[(rows,)](
+        x,
+        cos.contiguous(),
+        sin.contiguous(),
+        out,
+        x.stride(0),
+        heads,
+        d // 2,
+        direction,
+        HEADS=tile[0],
+        HALF=tile[1],
+        num_warps=min(8, max(1, tile[0] * tile[1] // 256)),
+    )
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, -1.0), None, None
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate (M, heads, d) queries and (M, kv, d) keys by (M, d) tables of equal halves."""
+    return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # pyright: ignore
+
+
+@triton.jit
+def _swiglu_forward(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_ptr, up_ptr, d_out_ptr, d_gate_ptr, d_up_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    d_gate = d_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    d_up = d_out * gate * sigmoid
+    tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_up_ptr + at, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        grid = (triton.cdiv(gate.numel(), _BLOCK),)
+        _swiglu_forward[grid](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        grid = (triton.cdiv(gate.numel(), _BLOCK),)
+        d_out = grads[0].contiguous()
+        _swiglu_backward[grid](gate, up, d_out, d_gate, d_up, gate.numel(), BLOCK=_BLOCK)
+        return d_gate, d_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) · up, element by element: two (M, I) → (M, I)."""
+    return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]  # apply is untyped
+
+
+@triton.jit
+def _gelu_forward(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    out = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu_backward(x_ptr, d_out_ptr, d_x_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
+    slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
+    d_x = d_out * (sigmoid + x * sigmoid * (1.0 - sigmoid) * slope)
+    tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        _gelu_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor
+    ) -> Tensor:
+        (x,) = ctx.saved_tensors
+        d_x, d_out = torch.empty_like(x), grads[0].contiguous()
+        _gelu_backward[(triton.cdiv(x.numel(), _BLOCK),)](x, d_out, d_x, x.numel(), BLOCK=_BLOCK)
+        return d_x
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return GELU in its tanh form, (M, I) → (M, I)."""
+    return _GELU.apply(x)  # pyright: ignore[reportReturnType]  # apply is untyped

@@ -1,0 +1,231 @@
+"""RMSNorm and LayerNorm in Triton, with the residual addition before them where there is one.
+
+Legend: M token rows · H hidden size · P programs of the backward pass
+
+    forward    t = x + change                      n = (t - mean) · r          y = n · w + b
+    backward   g = dy · w                          dt = r · (g - mean(g) - n · mean(g · n)) + dt'
+               dw = Σ over the rows of dy · n      db = Σ over the rows of dy
+
+with r = 1/√(variance + ε); RMSNorm has neither mean nor b, and its variance is the mean of t². dt'
+is the gradient that arrives by way of the residual stream.
+
+A program holds whole rows in registers, so that each tensor is read once: forward x, change → t, y;
+backward t, dy, dt' → dt. Mean and r, two fp32 numbers a row, are kept. The gradients of w and b are
+sums over rows: each program of the backward pass adds up a contiguous range of rows in order and
+writes one (H,) partial sum; torch adds the P of them. No atomics: the same bits every time.
+"""
+
+# Triton types a launch as a call of the kernel itself, which it is not.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.triton_launch import backward_programs, block_of, warps_of
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    change_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    out_ptr,
+    mean_ptr,
+    inverse_ptr,
+    width,
+    eps,
+    HAS_CHANGE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    at = row * width + columns
+    total = tl.load(x_ptr + at, mask=inside, other=0.0)
+    if HAS_CHANGE:
+        change = tl.load(change_ptr + at, mask=inside, other=0.0)
+        total = (total.to(tl.float32) + change.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at, total, mask=inside)
+    exact = total.to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(exact, axis=0) / width
+        tl.store(mean_ptr + row, mean)
+        exact = tl.where(inside, exact - mean, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(exact * exact, axis=0) / width + eps)
+    tl.store(inverse_ptr + row, inverse)
+    normed = exact * inverse
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        out = normed * weight + bias
+    else:
+        # SEMANTICS §6: the quotient is rounded to the input's type before the weight comes in.
+        out = normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    total_ptr,
+    weight_ptr,
+    mean_ptr,
+    inverse_ptr,
+    d_out_ptr,
+    d_total_ptr,
+    d_x_ptr,
+    d_weight_ptr,
+    d_bias_ptr,
+    rows,
+    width,
+    rows_each,
+    HAS_D_TOTAL: tl.constexpr,
+    CENTRED: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    d_bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = program * rows_each
+    for row in range(first, tl.minimum(first + rows_each, rows)):
+        at = row * width + columns
+        total = tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + row)
+        if CENTRED:
+            total = tl.where(inside, total - tl.load(mean_ptr + row), 0.0)
+        normed = total * inverse
+        if NEEDS_WEIGHT:
+            d_weight += d_out * normed
+            d_bias += d_out
+        gradient = d_out * weight
+        d_x = gradient - normed * (tl.sum(gradient * normed, axis=0) / width)
+        if CENTRED:
+            d_x -= tl.sum(gradient, axis=0) / width
+        d_x *= inverse
+        if HAS_D_TOTAL:
+            d_x += tl.load(d_total_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+    if NEEDS_WEIGHT:
+        tl.store(d_weight_ptr + program * width + columns, d_weight, mask=inside)
+        if CENTRED:
+            tl.store(d_bias_ptr + program * width + columns, d_bias, mask=inside)
+
+
+class _Norm(torch.autograd.Function):
+    """Both norms: x → y, or (x, change) → (y, t)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, change: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        rows, width = x.shape
+        x = x.contiguous()
+        total = x if change is None else torch.empty_like(x)
+        out = torch.empty_like(x)
+        inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+        mean = torch.empty_like(inverse) if bias is not None else None
+        block = block_of(width)
+        _forward[(rows,)](
+            x,
+            None if change is None else change.contiguous(),
+            weight,
+            bias,
+            total,
+            out,
+            mean,
+            inverse,
+            width,
+            eps,
+            HAS_CHANGE=change is not None,
+            CENTRED=bias is not None,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+        ctx.save_for_backward(total, weight, mean, inverse)
+        ctx.has_change = change is not None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        return out if change is None else (out, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        total, weight, mean, inverse = ctx.saved_tensors
+        d_out, d_total = grads if ctx.has_change else (grads[0], None)
+        if d_out is None:  # only the residual stream was used
+            return d_total, d_total if ctx.has_change else None, None, None, None
+        rows, width = total.shape
+        centred = mean is not None
+        needs_weight = ctx.needs_input_grad[2] or (centred and ctx.needs_input_grad[3])
+        programs = backward_programs(total.device, rows)
+        d_x = torch.empty_like(total)
+        partial = (programs, width)
+        d_weight = total.new_empty(partial, dtype=torch.float32) if needs_weight else None
+        d_bias = torch.empty_like(d_weight) if needs_weight and centred else None
+        block = block_of(width)
+        _backward[(programs,)](
+            total,
+            weight,
+            mean,
+            inverse,
+            d_out.contiguous(),
+            None if d_total is None else d_total.contiguous(),
+            d_x,
+            d_weight,
+            d_bias,
+            rows,
+            width,
+            triton.cdiv(rows, programs),
+            HAS_D_TOTAL=d_total is not None,
+            CENTRED=centred,
+            NEEDS_WEIGHT=needs_weight,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+        return (
+            d_x,
+            d_x if ctx.has_change else None,
+            None if d_weight is None else d_weight.sum(0).to(weight.dtype),
+            None if d_bias is None else d_bias.sum(0).to(ctx.bias_dtype),
+            None,
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / √(mean(x²) + eps) · weight over the last axis: (M, H) → (M, H)."""
+    return _Norm.apply(x, None, weight, None, eps)  # pyright: ignore
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return (x - mean) / √(variance + eps) · weight + bias over the last axis: (M, H) → (M, H)."""
+    return _Norm.apply(x, None, weight, bias, eps)  # pyright: ignore
+
+
+def add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (x + change, its RMSNorm), (M, H) each."""
+    out, total = _Norm.apply(x, change, weight, None, eps)  # pyright: ignore
+    return total, out
+
+
+def add_layer_norm(
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (x + change, its LayerNorm), (M, H) each."""
+    out, total = _Norm.apply(x, change, weight, bias, eps)  # pyright: ignore
+    return total, out

@@ -1,0 +1,321 @@
+"""Triton kernels against fp64: interpreted on a CPU in fp32 and fp16, on a GPU in bf16 too.
+
+Bounds. An operation that computes in fp32 and rounds its result once to a type of unit roundoff u
+is within u of the exact value, relative to the largest term of its formula, and fp32's own error
+over n terms is below n · 2⁻²⁴ of their sum of magnitudes: `bound` adds the two, with a factor of 4
+for formulas of several steps. Outputs are filled with NaN before a kernel writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import DEVICE
+from torch import Tensor
+
+from kernels import linears as plain
+from kernels import reference
+from kernels.dropout import module_id
+from kernels.loss import IGNORE, linear_cross_entropy
+from kernels.operands import Operands
+from kernels.segments import Segments
+
+pytest.importorskip("triton")
+
+from kernels import triton_elementwise, triton_linears, triton_loss, triton_norms
+
+ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
+DTYPES = [
+    pytest.param(torch.float32, id="fp32", marks=ON_GPU),
+    pytest.param(torch.float16, id="fp16", marks=ON_GPU),
+    # The interpreter's bf16 products are wrong.
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
+]
+SHAPES = [(1, 2), (3, 7), (16, 64), (37, 130), (5, 1025)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Let torch.empty fill what it returns with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def bound(dtype: torch.dtype, terms: int) -> float:
+    return 4 * (torch.finfo(dtype).eps / 2 + terms * 2**-24)
+
+
+def compare(
+    ours: Callable[..., Tensor | tuple[Tensor, ...]],
+    exact: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    terms: int,
+    weights: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Compare outputs, and gradients of every input, relative to the largest value of each."""
+    dtype = inputs[0].dtype
+    sides = []
+    for run, kind in ((ours, None), (exact, torch.float64)):
+        leaves = [x.detach().to(kind or x.dtype).requires_grad_() for x in inputs]
+        outputs = run(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [
+            draw(*out.shape, dtype=dtype, seed=99 + i).to(out.dtype)
+            for i, out in enumerate(outputs)
+        ]
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+        sides.append([*outputs, *gradients])
+    for number, (one, other) in enumerate(zip(*sides, strict=True)):
+        assert one.isfinite().all(), number
+        difference = (one.double() - other).abs().max().item()
+        largest = max(other.abs().max().item(), 1e-3)
+        assert difference <= bound(dtype, terms) * largest, (number, difference / largest)
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+def exact_rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = [draw(*shape, dtype=dtype), draw(shape[1], dtype=dtype, seed=1)]
+    compare(lambda x, w: triton_norms.rms_norm(x, w, 1e-5), exact_rms, inputs, sum(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = draw(*shape, dtype=dtype) + 3  # a mean away from 0
+    inputs = [x, *(draw(shape[1], dtype=dtype, seed=i) for i in (1, 2))]
+    compare(
+        lambda x, w, b: triton_norms.layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: F.layer_norm(x, (shape[1],), w, b, 1e-5),
+        inputs,
+        4 * sum(shape),  # the mean, of size 3, is taken out in fp32
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("centred", [False, True])
+def test_norms_with_an_addition(shape: tuple[int, int], dtype: torch.dtype, centred: bool) -> None:
+    inputs = [draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)]
+    inputs += [draw(shape[1], dtype=dtype, seed=i) for i in ((2, 3) if centred else (2,))]
+
+    def exact(x: Tensor, change: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        # The sum is part of the residual stream, in the stream's type: rounded here too.
+        total = x + change + ((x + change).to(dtype).double() - (x + change)).detach()
+        if centred:
+            return total, F.layer_norm(total, (shape[1],), weight, *bias, 1e-5)
+        return total, exact_rms(total, weight)
+
+    ours = triton_norms.add_layer_norm if centred else triton_norms.add_rms_norm
+    compare(lambda *tensors: ours(*tensors, 1e-5), exact, inputs, 4 * sum(shape))
+
+
+def test_a_frozen_weight_s_gradient_is_not_made() -> None:
+    x = draw(5, 8, dtype=torch.float32).requires_grad_()
+    weight = draw(8, dtype=torch.float32, seed=1)
+    triton_norms.rms_norm(x, weight, 1e-5).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is None
+
+
+# --- rotary and activations ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv", "d"), [(1, 1, 2), (6, 2, 8), (3, 3, 20), (12, 4, 64)])
+def test_rotary(heads: int, kv: int, d: int, dtype: torch.dtype) -> None:
+    angles = torch.arange(11)[:, None] * torch.rand(d // 2, generator=torch.manual_seed(3))
+    angles = torch.cat((angles, angles), -1).to(DEVICE)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def exact(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.rotary(q, k, cos.double(), sin.double())
+
+    inputs = [draw(11, heads, d, dtype=dtype), draw(11, kv, d, dtype=dtype, seed=1)]
+    compare(lambda q, k: triton_elementwise.rotary(q, k, cos, sin), exact, inputs, 2)
+
+
+def test_rotary_takes_slices_of_wider_rows() -> None:
+    wide = draw(7, 6 * 8, dtype=torch.float32)
+    q = wide[:, : 4 * 8].unflatten(-1, (4, 8))
+    k = wide[:, 4 * 8 :].unflatten(-1, (2, 8))
+    cos, sin = draw(7, 4, dtype=torch.float32).repeat(1, 2), draw(7, 8, dtype=torch.float32)
+    sin = sin[:, :4].repeat(1, 2)
+    for one, other in zip(
+        triton_elementwise.rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 2000)])
+def test_activations(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate, up = draw(*shape, dtype=dtype, scale=3.0), draw(*shape, dtype=dtype, seed=1)
+    # In the derivatives terms of the size of the input, up to 12 here, cancel.
+    compare(triton_elementwise.swiglu, lambda g, u: F.silu(g) * u, [gate, up], 48)
+    compare(triton_elementwise.gelu_tanh, lambda x: F.gelu(x, approximate="tanh"), [gate], 48)
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [2, 41, 1024, 9001])
+def test_the_loss_of_a_chunk(vocabulary: int, dtype: torch.dtype) -> None:
+    logits = draw(6, vocabulary, dtype=dtype, scale=4.0)
+    targets = torch.tensor([0, vocabulary - 1, 1, 0, vocabulary // 2], device=DEVICE)
+    exact = logits[:5].double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().mul(0.25).backward()
+    losses, gradient = triton_loss.cross_entropy_(logits, targets, 0.25)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert not gradient[5].any()
+    assert exact.grad is not None
+    terms = bound(torch.float32, vocabulary)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=terms, atol=16 * terms)
+    assert (gradient[:5].double() - exact.grad).abs().max() <= 0.25 * bound(dtype, vocabulary)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+def test_the_maximum_is_carried_from_block_to_block(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_loss, "_MOST_COLUMNS", 16)
+    logits = torch.stack([torch.arange(100.0), -torch.arange(100.0)]).to(dtype).to(DEVICE) / 4
+    targets = torch.tensor([3, 99], device=DEVICE)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    losses, gradient = triton_loss.cross_entropy_(logits.clone(), targets, 1.0)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    exact = logits.double().softmax(-1) - F.one_hot(targets, 100)
+    assert (gradient.double() - exact).abs().max() <= bound(dtype, 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+def test_the_loss_through_its_head(dtype: torch.dtype) -> None:
+    hidden = draw(23, 8, dtype=dtype)
+    weight = draw(41, 8, dtype=dtype, seed=1)
+    targets = torch.arange(23, device=DEVICE)
+    targets[::5] = IGNORE
+    compare(
+        lambda h, w: linear_cross_entropy(
+            h, w, targets, chunk_rows=7, cross_entropy=triton_loss.cross_entropy_
+        ),
+        lambda h, w: F.cross_entropy(h @ w.T, targets, ignore_index=IGNORE, reduction="sum"),
+        [hidden, weight],
+        41,
+    )
+
+
+# --- linear layers -------------------------------------------------------------------------------
+
+
+def layers_of(
+    rows: int, width: int, outputs: list[tuple[int, int, bool]], p: float, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], Callable[..., list[Operands]]]:
+    """Return x, the layers' tensors in a flat list, and what puts such a list into operands."""
+    x = draw(rows, width, dtype=dtype)
+    tensors: list[Tensor] = []
+    for i, (features, rank, bias) in enumerate(outputs):
+        tensors.append(draw(features, width, dtype=dtype, seed=10 * i + 1, scale=width**-0.5))
+        if bias:
+            tensors.append(draw(features, dtype=dtype, seed=10 * i + 2))
+        if rank:
+            tensors.append(draw(rank, width, dtype=dtype, seed=10 * i + 3, scale=width**-0.5))
+            tensors.append(draw(features, rank, dtype=dtype, seed=10 * i + 4, scale=rank**-0.5))
+
+    def operands(flat: list[Tensor]) -> list[Operands]:
+        flat = list(flat)
+        made = []
+        for i, (_, rank, bias) in enumerate(outputs):
+            weight = flat.pop(0)
+            bias_tensor = flat.pop(0) if bias else None
+            a, b = (flat.pop(0), flat.pop(0)) if rank else (None, None)
+            made.append(Operands(weight, bias_tensor, a, b, 2.0, p, module_id(f"layer {i}")))
+        return made
+
+    return x, tensors, operands
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        pytest.param([(24, 4, False)], id="one"),
+        pytest.param([(24, 4, True), (8, 4, True), (8, 4, True)], id="q, k and v"),
+        pytest.param([(40, 16, False), (40, 16, False)], id="gate and up"),
+        pytest.param([(24, 0, True), (8, 3, True), (8, 5, False)], id="ranks apart, q plain"),
+        pytest.param([(24, 4, False), (8, 0, False), (8, 17, False)], id="k plain"),
+    ],
+)
+@pytest.mark.parametrize(("rows", "width"), [(9, 20), (130, 96)])
+def test_linears(
+    rows: int, width: int, outputs: list[tuple[int, int, bool]], p: float, dtype: torch.dtype
+) -> None:
+    x, tensors, operands = layers_of(rows, width, outputs, p, dtype)
+    lengths = [rows - rows // 3, rows // 3]
+    segments = Segments.build(lengths, device=DEVICE, examples=[4, 9], draw=(42, 3))
+    # Two products one after another, each of them rounded, and the sum over the layers.
+    compare(
+        lambda x, *flat: tuple(triton_linears.linears(x, operands(flat), segments)),
+        lambda x, *flat: tuple(plain.linears(x, operands(flat), segments)),
+        [x, *tensors],
+        rows + width + (0 if dtype == torch.float32 else round(2**24 * torch.finfo(dtype).eps)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+def test_rows_that_several_programs_share(dtype: torch.dtype) -> None:
+    rows = 1100  # two ranges of 550, which is no multiple of a tile
+    x, tensors, operands = layers_of(rows, 8, [(8, 4, False)], 0.1, dtype)
+    segments = Segments.build([rows], device=DEVICE, examples=[4], draw=(42, 3))
+    compare(
+        lambda x, *flat: tuple(triton_linears.linears(x, operands(flat), segments)),
+        lambda x, *flat: tuple(plain.linears(x, operands(flat), segments)),
+        [x, *tensors],
+        rows,
+    )
+
+
+def test_frozen_tensors_get_no_gradient_and_dropout_needs_segments() -> None:
+    x, tensors, operands = layers_of(9, 20, [(24, 4, True)], 0.5, torch.float32)
+    weight, bias, a, b = tensors
+    x.requires_grad_()
+    a.requires_grad_()
+    b.requires_grad_()
+    (y,) = triton_linears.linears(x, operands(tensors))
+    exact = x @ weight.T + bias + 2.0 * (x @ a.T) @ b.T
+    torch.testing.assert_close(y, exact)
+    y.sum().backward()
+    assert weight.grad is None
+    assert bias.grad is None
+    assert a.grad is not None
+    assert b.grad is not None
+
+
+def test_the_kernels_give_the_same_bits_again() -> None:
+    x, tensors, operands = layers_of(130, 96, [(24, 4, True), (8, 4, True)], 0.1, torch.float32)
+    segments = Segments.build([130], device=DEVICE, examples=[4], draw=(42, 3))
+    runs = []
+    for _ in range(2):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *tensors)]
+        outputs = triton_linears.linears(leaves[0], operands(leaves[1:]), segments)
+        gradients = torch.autograd.grad(sum(y.sum() for y in outputs), leaves)
+        runs.append([*outputs, *gradients])
+    assert all(one.equal(other) for one, other in zip(*runs, strict=True))
