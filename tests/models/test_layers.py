@@ -217,9 +217,14 @@ def test_dropouts_stand_where_the_architecture_has_them():
     model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.update(embedded=args[0]))
     layer.register_forward_pre_hook(lambda _, args: seen.update(before=args[0]))
     layer.self_attn.register_forward_hook(lambda _, args, out: seen.update(attended=out))
-    layer.post_attention_layernorm.register_forward_pre_hook(
-        lambda _, args: seen.update(between=args[0])
-    )
+    add = layer.post_attention_layernorm.add
+
+    def watched(x: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total, normed = add(x, change)
+        seen.update(between=total)
+        return total, normed
+
+    layer.post_attention_layernorm.add = watched
     layer.mlp.register_forward_hook(lambda _, args, out: seen.update(transformed=out))
     layer.register_forward_hook(lambda _, args, out: seen.update(after=out))
     ids, layout = flat()
