@@ -39,7 +39,7 @@ fix: $(ENVIRONMENT)
 > $(PYTHON) -m ruff format .
 
 bench: $(ENVIRONMENT)
-> $(PYTHON) -m benchmarks.versus_peft
+> $(PYTHON) -m benchmarks.versus_peft --rounds 1
 > $(PYTHON) -m benchmarks.training --profile
 > $(PYTHON) -m benchmarks.loss --rows small small-trainable small-bf16 must
 > $(PYTHON) -m benchmarks.data --rounds 1
