@@ -15,9 +15,10 @@ _SMALLEST = 64
 
 
 def row_multiple(rows: int, device: torch.device | str, dtype: torch.dtype) -> int:
-    """Return what a number of rows is rounded up to a multiple of: at most an eighth of it.
+    """Return what a number of rows is rounded up to a multiple of.
 
-    Between two powers of two there are eight sizes, of which the mean row count wastes 4 %.
+    From 512 rows on that is at most an eighth of them: between two powers of two there are eight
+    sizes, of which the mean row count wastes 4 %. Fewer rows are rounded up to 64.
     """
     if not rounds(device, dtype):
         return 1

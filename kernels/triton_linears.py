@@ -56,7 +56,8 @@ def _kept(rows, columns, module_key, limit):
     column_keys = _mixed(columns.to(tl.uint32) ^ module_key.to(tl.uint32, bitcast=True))
     column_keys = column_keys ^ (column_keys >> 16)
     word = _mixed(rows[:, None] ^ column_keys[None, :])
-    return word.to(tl.int32, bitcast=True) < limit
+    word = word.to(tl.int32, bitcast=True)
+    return (word < limit) | (limit == 0x7FFFFFFF)  # p = 0 keeps every word
 
 
 @triton.jit

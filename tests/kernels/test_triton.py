@@ -8,6 +8,7 @@ for formulas of several steps. Outputs are filled with NaN before a kernel write
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kernels import linears as plain
 from kernels import reference
-from kernels.dropout import module_id
+from kernels.dropout import keep_mask, mix, module_id, signed
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.operands import Operands
 from kernels.segments import Segments
@@ -278,6 +279,30 @@ def test_linears(
         [x, *tensors],
         rows + width + (0 if dtype == torch.float32 else round(2**24 * torch.finfo(dtype).eps)),
     )
+
+
+def test_an_adapter_without_dropout_keeps_every_word_beside_one_with() -> None:
+    x, tensors, operands = layers_of(1, 2, [(2, 1, False), (2, 1, False)], 0.1, torch.float32)
+    first, second = operands(tensors)
+    first = first._replace(dropout=0.0)
+    # The row key for which the first module's word of column 0 is the largest of all.
+    word = 0x7FFFFFFF
+    for multiplier, bits in ((0x846CA68B, 15), (0x7FEB352D, 16)):
+        word = word * pow(multiplier, -1, 2**32) % 2**32
+        word ^= word >> bits
+        word ^= (word >> 2 * bits) if 2 * bits < 32 else 0
+    row_key = word ^ mix(mix(first.module))
+    segments = dataclasses.replace(
+        Segments.build([1], device=DEVICE, examples=[0], draw=(1, 1)),
+        dropout_rows=torch.tensor([signed(row_key)], dtype=torch.int32, device=DEVICE),
+    )
+    assert not keep_mask(segments.dropout_rows, first.module, 1, 2.0**-40).any()  # pyright: ignore
+    for one, other in zip(
+        triton_linears.linears(x, [first, second], segments),
+        plain.linears(x, [first, second], segments),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:1])
