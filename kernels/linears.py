@@ -45,13 +45,17 @@ def linears(
     """
     if all(layer.lora_a is None for layer in operands):
         return [_plain(x, layer) for layer in operands]
+    return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def flattened(operands: Sequence[Operands], segments: Segments | None) -> tuple[Any, ...]:
+    """Return what an autograd function takes: row keys, (scale, p, module) a layer, all tensors."""
     rows = None if segments is None else segments.dropout_rows
-    tensors = [part for layer in operands for part in layer[:4]]
     settings = [
         (layer.scale, layer.dropout if rows is not None else 0.0, layer.module)
         for layer in operands
     ]
-    return list(_Linears.apply(x, rows, settings, *tensors))  # pyright: ignore[reportGeneralTypeIssues]
+    return rows, settings, *(part for layer in operands for part in layer[:4])
 
 
 def _plain(x: Tensor, layer: Operands) -> Tensor:
@@ -124,7 +128,7 @@ class _Linears(torch.autograd.Function):
                 mask = _mask(x, rows, module, p)
             kept = x if mask is None else keep(x, mask)
             found.append(torch.mm(d_low_rank.t(), kept) if needs_a else None)
-            # As (r, N) and turned: a third faster on a CPU than as (N, r).
+            # As (r, N) and turned: on a CPU faster than as (N, r).
             d_b = torch.mm(low_rank.t(), dy).mul_(scale / (1 - p)).t() if needs_b else None
             found.append(d_b)
             if dx is not None:

@@ -37,6 +37,7 @@ def linear_cross_entropy(
     gradient_scale: float = 1.0,
     chunk_rows: int = _CHUNK_ROWS,
     cross_entropy: CrossEntropy | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of `hidden @ weight.T` against `targets`.
 
@@ -53,6 +54,8 @@ def linear_cross_entropy(
             made at the size that the loss scaler watches over.
         chunk_rows: C, how many rows' logits exist at once.
         cross_entropy: what makes loss and gradient of a chunk; plain PyTorch where None.
+        rows: (S,) int64, the rows that have a target, on the device of `hidden`. The host knows
+            them before anything is computed; without them the device is asked, and waited for.
 
     Returns:
         Scalar sum over the targets; 0 where there are none, still connected to the graph.
@@ -62,6 +65,7 @@ def linear_cross_entropy(
         hidden,
         weight,
         targets,
+        (targets != IGNORE).nonzero().squeeze(1) if rows is None else rows,
         gradient_scale,
         chunk_rows,
         cross_entropy or _cross_entropy_,
@@ -77,6 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        rows: Tensor,
         gradient_scale: float,
         chunk_rows: int,
         cross_entropy: CrossEntropy,
@@ -84,7 +89,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_weight: bool,
     ) -> Tensor:
         dtype = compute_dtype(hidden)
-        rows = (targets != IGNORE).nonzero().squeeze(1)
         spare = -len(rows) % document_multiple(hidden.device, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = _sum_over_chunks(
@@ -116,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * left).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 def _sum_over_chunks(

@@ -1,7 +1,7 @@
 """Which library multiplies, and the sizes that are rounded up for it so that shapes repeat.
 
 oneDNN prepares a product for its shape and keeps what it prepared. For a shape that it has not seen
-that takes 0.3 to 0.5 ms, as long as the product of a small model; steps of documents of ever new
+that takes as long as the product of a small model; steps of documents of ever new
 lengths would pay it again and again. On a CPU its products are those in bf16; fp32 ones are MKL's,
 which prepares nothing. The rule is one of device, type and size alone, so that a resumed run
 rounds as the first one did.

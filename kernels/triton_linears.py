@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import keep_limit, mix, signed
+from kernels.linears import flattened
 from kernels.linears import linears as plain_linears
 from kernels.operands import Operands, compute_dtype
 from kernels.segments import Segments
@@ -206,13 +207,7 @@ def linears(
     adapted = sum(layer.lora_a is not None for layer in operands)
     if not 1 <= adapted <= MOST_ADAPTERS:
         return plain_linears(x, operands, segments)
-    rows = None if segments is None else segments.dropout_rows
-    tensors = [part for layer in operands for part in layer[:4]]
-    settings = [
-        (layer.scale, layer.dropout if rows is not None else 0.0, layer.module)
-        for layer in operands
-    ]
-    return list(_Linears.apply(x, rows, settings, *tensors))  # pyright: ignore[reportGeneralTypeIssues]
+    return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _Draws:

@@ -49,9 +49,13 @@ def loss_sum(
     input_ids = F.pad(micro_batch.input_ids, (0, segments.tail))
     targets = F.pad(micro_batch.targets, (0, segments.tail), value=IGNORE)
     hidden = model.hidden_states(input_ids.to(device, non_blocking=True), segments)
-    targets = targets.to(device, non_blocking=True)
+    rows = (targets != IGNORE).nonzero().squeeze(1)  # on the host: the device is not waited for
     return model.operations.linear_cross_entropy(
-        hidden, model.head_weight(), targets, gradient_scale=gradient_scale
+        hidden,
+        model.head_weight(),
+        targets.to(device, non_blocking=True),
+        gradient_scale=gradient_scale,
+        rows=rows.to(device, non_blocking=True),
     )
 
 

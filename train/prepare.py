@@ -196,9 +196,8 @@ def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
     if device.type == "cpu":
         keep_freed_memory()
         # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
-        # about 1 MB a shape, and unpadded micro-batches seldom repeat one. 256 hold those that the
-        # layers of one micro-batch share (LOG.md, 2026-11-21). Both read their variable at first
-        # use.
+        # and would grow by hundreds of MB. Sizes are rounded (`kernels.rounding`), so that 256 hold
+        # those that come back (LOG.md, 2026-11-21). Both read their variable at first use.
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "256")
     precision = resolve_precision(config.train.precision, device)

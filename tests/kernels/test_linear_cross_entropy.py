@@ -196,6 +196,27 @@ def test_logits_of_all_rows_never_exist_at_once():
     assert shapes.largest() == 64 * 500  # the measure does see what it should
 
 
+class Asked(TorchDispatchMode):
+    """Fails where an operation has to know values before it knows its result's shape."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        assert func not in waits, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_with_the_rows_given_no_value_is_asked_for():
+    hidden, weight, targets = problem()
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    rows = (targets != -100).nonzero().squeeze(1)
+    with Asked():
+        loss = linear_cross_entropy(hidden, weight, targets, rows=rows)
+        found = torch.autograd.grad(loss, (hidden, weight))
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(AssertionError), Asked():
+        linear_cross_entropy(hidden, weight, targets)
+
+
 def test_the_gradient_of_a_frozen_weight_is_never_computed():
     hidden, weight, targets = problem()
     for head in (weight, weight.detach()):
