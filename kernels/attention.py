@@ -4,9 +4,10 @@ Legend: M token rows (queries) · D documents · T rows of one document · S key
         d head size · heads query heads · kv key/value heads
         g = heads / kv queries that share a key head
 
-Three ways compute the same: torch's fused kernel (`_fused`), products over blocks of queries on a
-CPU (`_Blocks`), and products over whole documents (`_written_out`), which draws dropout element by
-element. Which one runs is a static rule of device, dropout and length.
+Four ways compute the same: torch's fused kernel over documents of one length (`_fused`) and over
+all others (`kernels.varlen`), products over blocks of queries on a CPU (`_Blocks`), and products
+over whole documents (`_written_out`), which draws dropout element by element. Which one runs is a
+static rule of device, type, dropout and length.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import varlen
 from kernels.dropout import attention_keep_mask, drop, fold
 from kernels.operands import compute_dtype
 from kernels.rounding import document_multiple
@@ -59,7 +61,8 @@ def attention(
     """Attend causally inside each document.
 
     Documents of equal row counts, padded ones above all, go through one batched call; pads lie
-    behind the real tokens, so causality alone hides them. Others go one by one.
+    behind the real tokens, so causality alone hides them. Others go through one call too where
+    `kernels.varlen` serves, else one by one.
 
     `eager` writes attention out and draws its dropout element by element, so that no draw depends
     on how a step is cut. `sdpa` calls the fused kernel, whose dropout has a generator of its own:
@@ -90,23 +93,27 @@ def attention(
         k, v = (x[max(0, cache_length - window + 1) :] for x in (k, v))
     fused = implementation == "sdpa" and (dropout == 0 or q.device.type == "cuda")
     longest = max(segments.rows)
+    dtype = compute_dtype(q)
     if fused and q.device.type == "cpu" and not cache_length and longest <= BLOCKS_MAX_LENGTH:
-        dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast("cpu", enabled=False):
             return _Blocks.apply(q, k, v, segments.rows, scale, window)  # pyright: ignore
 
     if segments.tail:
         q, k, v = (x[: -segments.tail] for x in (q, k, v))
+    unequal = len(set(segments.rows)) > 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         if fused:
             return _fused(q, k, v, scale, window, dropout)
         return _written_out(q, k, v, scale, window, dropout, rows, module)
 
-    draws = fused and dropout > 0
-    with _seeded(q.device, fold(segments.dropout_seed, module)) if draws else nullcontext():
-        out = _by_document(q, k, v, segments, attend)
+    if fused and dropout == 0 and unequal and varlen.serves(q, segments, dtype):
+        out = varlen.attend(q.to(dtype), k.to(dtype), v.to(dtype), segments, scale, window)
+    else:
+        draws = fused and dropout > 0
+        with _seeded(q.device, fold(segments.dropout_seed, module)) if draws else nullcontext():
+            out = _by_document(q, k, v, segments, attend)
     return F.pad(out, (0, 0, 0, segments.tail)) if segments.tail else out
 
 

@@ -26,7 +26,22 @@ from kernels.rounding import document_multiple
 CrossEntropy = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 IGNORE = -100  # the label of a token that is not trained
-_CHUNK_ROWS = 256  # the fastest of 64 … 1024 on two CPU cores; a full GEMM on a GPU too
+_MOST_ROWS_CPU = 256  # the fastest of 64 … 1024 on two cores: a chunk stays near the caches
+_MOST_ROWS = 4096
+# What the logits of a chunk may take. The head is read once a chunk, so on a GPU a chunk of few
+# rows would spend more time on reading it than on the product.
+_LOGITS_BYTES = 256 * 2**20
+
+
+def chunk_rows_of(vocabulary: int, dtype: torch.dtype, device: torch.device | str) -> int:
+    """Return C, how many rows' logits exist at once: by the memory they take, a multiple of 64.
+
+    A function of sizes, type and device alone, never of what is free: a resumed run adds up in the
+    same order.
+    """
+    most = _MOST_ROWS_CPU if torch.device(device).type == "cpu" else _MOST_ROWS
+    rows = _LOGITS_BYTES // (vocabulary * dtype.itemsize)
+    return max(64, min(most, rows // 64 * 64))
 
 
 def linear_cross_entropy(
@@ -35,7 +50,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     gradient_scale: float = 1.0,
-    chunk_rows: int = _CHUNK_ROWS,
+    chunk_rows: int | None = None,
     cross_entropy: CrossEntropy | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
@@ -52,7 +67,7 @@ def linear_cross_entropy(
         gradient_scale: what the caller multiplies the loss by before its backward pass. It decides
             nothing but the size at which half-precision gradients are rounded: fp16 ones have to be
             made at the size that the loss scaler watches over.
-        chunk_rows: C, how many rows' logits exist at once.
+        chunk_rows: C, how many rows' logits exist at once; None takes `chunk_rows_of`.
         cross_entropy: what makes loss and gradient of a chunk; plain PyTorch where None.
         rows: (S,) int64, the rows that have a target, on the device of `hidden`. The host knows
             them before anything is computed; without them the device is asked, and waited for.
@@ -83,12 +98,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         rows: Tensor,
         gradient_scale: float,
-        chunk_rows: int,
+        chunk_rows: int | None,
         cross_entropy: CrossEntropy,
         needs_hidden: bool,
         needs_weight: bool,
     ) -> Tensor:
         dtype = compute_dtype(hidden)
+        chunk_rows = chunk_rows or chunk_rows_of(len(weight), dtype, hidden.device)
         spare = -len(rows) % document_multiple(hidden.device, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = _sum_over_chunks(

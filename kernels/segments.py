@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Segments:
     lengths: tuple[int, ...]  # real tokens of each document
     padded_length: int | None  # None: end to end; else the rows that each document takes
     positions: Tensor  # (M,) int64
+    boundaries: Tensor  # (D + 1,) int32: the row each document begins at, and where the last ends
     dropout_rows: Tensor | None  # (M,) int32
     dropout_seed: int
     tail: int = 0  # rows behind the last document
@@ -99,6 +101,9 @@ class Segments:
             lengths=lengths,
             padded_length=padded_length,
             positions=(positions + offset).to(device, non_blocking=True),
+            boundaries=torch.tensor([0, *accumulate(rows)], dtype=torch.int32).to(
+                device, non_blocking=True
+            ),
             dropout_rows=None
             if dropout_rows is None
             else dropout_rows.to(device, non_blocking=True),

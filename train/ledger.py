@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +198,7 @@ def memory_ledger(
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
     """
-    from kernels.dispatch import operations
+    from kernels.loss import chunk_rows_of
     from kernels.rounding import document_multiple, row_multiple
     from train.precision import COMPUTE_DTYPES
 
@@ -208,8 +207,8 @@ def memory_ledger(
     compute = _WIDTHS[precision]
     stored = 4 if full else _WIDTHS[config.model.dtype or precision]
     tokens, longest = micro_batch_tokens(config, lengths, world_size)
+    dtype = COMPUTE_DTYPES[precision]
     if device is not None:
-        dtype = COMPUTE_DTYPES[precision]
         tokens += -tokens % row_multiple(tokens, device, dtype)
         longest += -longest % document_multiple(device, dtype)
     weights = sizes.base * stored + (sizes.matmul * compute if stored != compute else 0)
@@ -223,7 +222,8 @@ def memory_ledger(
         saved = layers * layer
     saved += _saved_by_norm(decoder, stored)
     head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
-    chunk_rows = _chunk_rows(operations().linear_cross_entropy)
+    # A plan without a device may be one for a GPU.
+    chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
     logits = min(chunk_rows, tokens) * decoder.vocab_size * (4 + compute)
     ledger = {
         "weights": weights,
@@ -234,11 +234,6 @@ def memory_ledger(
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
     }
     return {**ledger, "total": sum(ledger.values())}
-
-
-def _chunk_rows(linear_cross_entropy: Callable[..., Any]) -> int:
-    """Return how many rows' logits the loss holds at once, as its own signature says."""
-    return inspect.signature(linear_cross_entropy).parameters["chunk_rows"].default
 
 
 def micro_batch_tokens(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.loss import IGNORE, linear_cross_entropy
+from kernels.loss import IGNORE, chunk_rows_of, linear_cross_entropy
 
 # fp64, sums of at most 200 terms of order one: hundreds of roundings of 1.1e-16.
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -230,3 +230,18 @@ def test_no_gradient_is_computed_where_none_is_recorded():
     with torch.no_grad(), Shapes() as shapes:
         linear_cross_entropy(hidden, weight, targets)
     assert weight.shape not in shapes.seen
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "device", "rows"),
+    [
+        (49_152, torch.bfloat16, "cuda", 2688),  # 2730.67 down to a multiple of 64
+        (151_936, torch.bfloat16, "cuda", 832),
+        (32_000, torch.bfloat16, "cuda", 4096),  # 4194 would fit
+        (49_152, torch.bfloat16, "cpu", 256),
+        (10**7, torch.float32, "cuda", 64),
+    ],
+)
+def test_a_chunk_is_as_long_as_its_memory_allows(vocabulary, dtype, device, rows):
+    assert chunk_rows_of(vocabulary, dtype, device) == rows
+    assert rows == 64 or rows * vocabulary * dtype.itemsize <= 256 * 2**20
