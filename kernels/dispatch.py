@@ -22,7 +22,7 @@ BACKENDS = ("auto", "reference", "triton")
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of one backend; their signatures are those of `kernels.reference`."""
+    """The operations of one backend; their signatures are those of the reference's functions."""
 
     name: str
     linears: Callable[..., list[Tensor]]
@@ -32,9 +32,12 @@ class Operations:
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[..., Tensor]
-    gelu_tanh: Callable[..., Tensor]
+    linear_gelu: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    # Updates of fp32 masters in place; None where the optimizers' own PyTorch does it.
+    adamw_: Callable[..., None] | None = None
+    adafactor_: Callable[..., None] | None = None
 
 
 _REFERENCE = Operations(
@@ -46,7 +49,7 @@ _REFERENCE = Operations(
     add_layer_norm=reference.add_layer_norm,
     rotary=reference.rotary,
     swiglu=reference.swiglu,
-    gelu_tanh=reference.gelu_tanh,
+    linear_gelu=linears.linear_gelu,
     attention=attention.attention,
     linear_cross_entropy=loss.linear_cross_entropy,
 )
@@ -78,7 +81,13 @@ def _triton(device: torch.device) -> Operations:
             f"train.kernels is 'triton', but its kernels run on CUDA, not on {device.type}; {other}"
         )
     try:
-        from kernels import triton_elementwise, triton_linears, triton_loss, triton_norms
+        from kernels import (
+            triton_elementwise,
+            triton_linears,
+            triton_loss,
+            triton_norms,
+            triton_updates,
+        )
     except ImportError as error:
         raise UserError(
             f"train.kernels is 'triton', but triton cannot be imported ({error}); install it with "
@@ -93,9 +102,11 @@ def _triton(device: torch.device) -> Operations:
         add_layer_norm=triton_norms.add_layer_norm,
         rotary=triton_elementwise.rotary,
         swiglu=triton_elementwise.swiglu,
-        gelu_tanh=triton_elementwise.gelu_tanh,
+        linear_gelu=triton_elementwise.linear_gelu,
         attention=attention.attention,
         linear_cross_entropy=functools.partial(
             loss.linear_cross_entropy, cross_entropy=triton_loss.cross_entropy_
         ),
+        adamw_=triton_updates.adamw_,
+        adafactor_=triton_updates.adafactor_,
     )

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dropout import keep, keep_mask
 from kernels.operands import Operands, compute_dtype
+from kernels.reference import gelu_tanh
 from kernels.segments import Segments
 
 
@@ -46,6 +47,12 @@ def linears(
     if all(layer.lora_a is None for layer in operands):
         return [_plain(x, layer) for layer in operands]
     return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def linear_gelu(x: Tensor, layer: Operands, segments: Segments | None = None) -> Tensor:
+    """Return GELU, in its tanh form, of one layer's output: (M, K) → (M, N)."""
+    (widened,) = linears(x, [layer], segments)
+    return gelu_tanh(widened)
 
 
 def flattened(operands: Sequence[Operands], segments: Segments | None) -> tuple[Any, ...]:

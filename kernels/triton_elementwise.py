@@ -6,7 +6,8 @@ Everything is computed in fp32 and rounded once, when it is written.
 
     rotary     y₁ = x₁·cos - x₂·sin, y₂ = x₂·cos + x₁·sin; backward the same with -sin
     SwiGLU     y = silu(g)·u;  dg = dy·u·σ·(1 + g·(1 - σ)),  du = dy·silu(g),  σ = sigmoid(g)
-    GELU       y = x·σ with σ = sigmoid(2·√(2/π)·(x + 0.044715·x³)), which is its tanh form;
+    GELU       y = x·σ with σ = sigmoid(2·√(2/π)·(x + 0.044715·x³)), which is its tanh form, and
+               where a bias comes in with it x + b in the place of x;
                dx = dy·(σ + x·σ·(1 - σ)·2·√(2/π)·(1 + 3·0.044715·x²))
 
 Bytes an element, with c bytes each: rotary 2c a way (the tables are read once a token), SwiGLU 3c
@@ -26,7 +27,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1024
+from kernels.operands import Operands
+from kernels.segments import Segments
+from kernels.triton_launch import launch
+from kernels.triton_linears import linears
 
 
 @triton.jit
@@ -130,8 +134,9 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
-        grid = (triton.cdiv(gate.numel(), _BLOCK),)
-        _swiglu_forward[grid](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+        settings = launch("elementwise", gate.device)
+        grid = (triton.cdiv(gate.numel(), settings["BLOCK"]),)
+        _swiglu_forward[grid](gate, up, out, gate.numel(), **settings)
         return out
 
     @staticmethod
@@ -141,9 +146,10 @@ class _SwiGLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        grid = (triton.cdiv(gate.numel(), _BLOCK),)
+        settings = launch("elementwise", gate.device)
+        grid = (triton.cdiv(gate.numel(), settings["BLOCK"]),)
         d_out = grads[0].contiguous()
-        _swiglu_backward[grid](gate, up, d_out, d_gate, d_up, gate.numel(), BLOCK=_BLOCK)
+        _swiglu_backward[grid](gate, up, d_out, d_gate, d_up, gate.numel(), **settings)
         return d_gate, d_up
 
 
@@ -153,19 +159,31 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _gelu_forward(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+def _biased(x_ptr, bias_ptr, at, column, inside, HAS_BIAS: tl.constexpr):
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _gelu_forward(x_ptr, bias_ptr, out_ptr, width, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = tl.program_id(0).to(tl.int64) * width + column
+    x = _biased(x_ptr, bias_ptr, at, column, inside, HAS_BIAS)
     out = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gelu_backward(x_ptr, d_out_ptr, d_x_ptr, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+def _gelu_backward(
+    x_ptr, bias_ptr, d_out_ptr, d_x_ptr, width, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = tl.program_id(0).to(tl.int64) * width + column
+    x = _biased(x_ptr, bias_ptr, at, column, inside, HAS_BIAS)
     d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
     slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
@@ -175,24 +193,45 @@ def _gelu_backward(x_ptr, d_out_ptr, d_x_ptr, count, BLOCK: tl.constexpr):
 
 class _GELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, bias)
         out = torch.empty_like(x)
-        _gelu_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK)
+        grid, settings = _by_row(x)
+        _gelu_forward[grid](x, bias, out, x.shape[1], HAS_BIAS=bias is not None, **settings)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
         ctx: Any, *grads: Tensor
-    ) -> Tensor:
-        (x,) = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor | None]:
+        x, bias = ctx.saved_tensors
         d_x, d_out = torch.empty_like(x), grads[0].contiguous()
-        _gelu_backward[(triton.cdiv(x.numel(), _BLOCK),)](x, d_out, d_x, x.numel(), BLOCK=_BLOCK)
-        return d_x
+        grid, settings = _by_row(x)
+        arguments = x, bias, d_out, d_x, x.shape[1]
+        _gelu_backward[grid](*arguments, HAS_BIAS=bias is not None, **settings)
+        d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_bias = d_x.sum(0, dtype=torch.float32).to(bias.dtype)
+        return d_x, d_bias
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """Return GELU in its tanh form, (M, I) → (M, I)."""
-    return _GELU.apply(x)  # pyright: ignore[reportReturnType]  # apply is untyped
+def _by_row(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Return grid and parameters of a launch whose programs stay inside a row of (M, I)."""
+    settings = launch("elementwise", x.device)
+    return (len(x), triton.cdiv(x.shape[1], settings["BLOCK"])), settings
+
+
+def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return GELU of x + bias in its tanh form: (M, I) and (I,) → (M, I)."""
+    return _GELU.apply(x, bias)  # pyright: ignore[reportReturnType]  # apply is untyped
+
+
+def linear_gelu(x: Tensor, layer: Operands, segments: Segments | None = None) -> Tensor:
+    """Return GELU of one layer's output, as `kernels.linears.linear_gelu`: (M, K) → (M, I).
+
+    The bias comes in with the activation, which reads the output anyway.
+    """
+    (widened,) = linears(x, [layer._replace(bias=None)], segments)
+    return gelu_tanh(widened, layer.bias)

@@ -1,9 +1,58 @@
-"""Launch parameters of the Triton kernels, from sizes and the device alone."""
+"""Launch parameters of the Triton kernels: by kernel and class of device, never by trial at a step.
+
+`triton_launch.json` holds what `python -m benchmarks.tune` found fastest on a device of a compute
+capability; where it has nothing, `DEFAULTS` serve. Parameters decide in which order sums are made,
+so they are a matter of record like the code: a resumed run computes the same bits.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
+
 import torch
 import triton
+
+TUNED = Path(__file__).with_suffix(".json")
+
+# Tiles of adapted layers: what fits registers with 64 columns of sums.
+_TILE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4, "num_stages": 3}
+
+DEFAULTS: dict[str, dict[str, int]] = {
+    "adamw": {"BLOCK": 1024, "num_warps": 4},
+    "adafactor": {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256, "num_warps": 4},
+    "elementwise": {"BLOCK": 1024, "num_warps": 4},
+    "cross_entropy": {"BLOCK": 8192, "num_warps": 16},
+    "low_rank": _TILE,
+    "input_gradient": _TILE,
+    "adapter_gradient": _TILE,
+    # Not arguments of the launch: elements of a row a warp, backward programs a multiprocessor.
+    "norms": {"warp_elements": 256, "programs": 4},
+}
+
+
+def launch(kernel: str, device: torch.device) -> dict[str, int]:
+    """Return the tile, warps and stages of a kernel on a device: keyword arguments of its launch.
+
+    Args:
+        kernel: A name of `DEFAULTS`.
+        device: Where it runs.
+    """
+    return DEFAULTS[kernel] | tuned().get(capability(device), {}).get(kernel, {})
+
+
+def capability(device: torch.device) -> str:
+    """Return the class of a device that parameters are kept for: `sm_80`, `sm_90`, or its type."""
+    if device.type != "cuda":
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def tuned() -> dict[str, dict[str, dict[str, int]]]:
+    """Return what `triton_launch.json` holds: parameters by capability and kernel."""
+    return json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else {}
 
 
 def block_of(width: int) -> int:
@@ -11,13 +60,14 @@ def block_of(width: int) -> int:
     return triton.next_power_of_2(width)
 
 
-def warps_of(block: int) -> int:
-    """Return the warps that share a row: 8 elements a thread at least, 16 warps at most."""
-    return min(16, max(1, block // 256))
+def norm_warps(block: int, device: torch.device) -> int:
+    """Return how many warps share a row of a norm, 16 at most."""
+    return min(16, max(1, block // launch("norms", device)["warp_elements"]))
 
 
-def backward_programs(device: torch.device, rows: int) -> int:
-    """Return how many programs share the rows of a backward pass: four for each multiprocessor."""
-    if device.type != "cuda":
-        return min(rows, 4)
-    return min(rows, 4 * torch.cuda.get_device_properties(device).multi_processor_count)
+def norm_programs(rows: int, device: torch.device) -> int:
+    """Return how many programs share the rows of a norm's backward pass."""
+    programs = launch("norms", device)["programs"]
+    if device.type == "cuda":
+        programs *= torch.cuda.get_device_properties(device).multi_processor_count
+    return min(rows, programs)

@@ -34,6 +34,7 @@ from kernels.linears import flattened
 from kernels.linears import linears as plain_linears
 from kernels.operands import Operands, compute_dtype
 from kernels.segments import Segments
+from kernels.triton_launch import launch
 
 MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a tensor to be copied
 _SMALLEST_DOT = 16
@@ -228,9 +229,12 @@ class _Draws:
         self.arguments = (*keys, *limits)
 
 
-def _tiles(rank: int) -> dict[str, int]:
-    """Return the tile of a launch: what fits registers with `rank` columns of sums."""
-    return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64 if rank <= 64 else 32}
+def _tiles(kernel: str, device: torch.device, rank: int) -> dict[str, int]:
+    """Return the parameters of a launch: above rank 64 half the tile, to fit the registers."""
+    settings = launch(kernel, device)
+    if rank > 64:
+        settings["BLOCK_COLUMNS"] = max(_SMALLEST_DOT, settings["BLOCK_COLUMNS"] // 2)
+    return settings
 
 
 class _Linears(torch.autograd.Function):
@@ -267,10 +271,12 @@ class _Linears(torch.autograd.Function):
                 b = b.to(dtype)
                 factors.append(b)
                 s = low_rank[:, adapted.index(i), : b.shape[1]]
+                alpha = scale / (1 - p)  # the product's own factor: no pass over y for it
                 if bias is None:
-                    y = torch.mm(s, b.t()).mul_(scale / (1 - p))
+                    y = x.new_empty(len(x), len(weight))
+                    y.addmm_(s, b.t(), beta=0, alpha=alpha)
                 else:
-                    y = torch.addmm(bias.to(dtype), s, b.t(), alpha=scale / (1 - p))
+                    y = torch.addmm(bias.to(dtype), s, b.t(), alpha=alpha)
                 outputs.append(y.addmm_(x, weight.t()))
         ctx.save_for_backward(x, rows, a, low_rank, *weights, *factors)
         ctx.settings, ctx.adapted = settings, adapted
@@ -337,7 +343,7 @@ def _stacked(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
 def _run_low_rank(x: Tensor, a: Tensor, draws: _Draws) -> Tensor:
     """Return (x ⊙ D_j) A_jᵀ for each adapter: (M, J, R)."""
     (rows, width), (count, rank, _) = x.shape, a.shape
-    tiles = _tiles(rank)
+    tiles = _tiles("low_rank", x.device, rank)
     out = x.new_empty(rows, count, rank)
     _low_rank[(count, triton.cdiv(rows, tiles["BLOCK_ROWS"]))](
         x,
@@ -358,7 +364,7 @@ def _run_low_rank(x: Tensor, a: Tensor, draws: _Draws) -> Tensor:
 def _run_add_input_gradient(dx: Tensor, d_low_rank: Tensor, a: Tensor, draws: _Draws) -> None:
     """Add Σ_j (ds_j A_j) ⊙ D_j to (M, K) `dx`, in place."""
     (rows, width), (count, rank, _) = dx.shape, a.shape
-    tiles = _tiles(rank)
+    tiles = _tiles("input_gradient", dx.device, rank)
     grid = triton.cdiv(rows, tiles["BLOCK_ROWS"]), triton.cdiv(width, tiles["BLOCK_COLUMNS"])
     _add_input_gradient[grid](
         dx,
@@ -378,7 +384,7 @@ def _run_add_input_gradient(dx: Tensor, d_low_rank: Tensor, a: Tensor, draws: _D
 def _run_adapter_gradient(x: Tensor, d_low_rank: Tensor, draws: _Draws) -> Tensor:
     """Return ds_jᵀ (x ⊙ D_j) for each adapter: (J, R, K) fp32."""
     (rows, width), (_, count, rank) = x.shape, d_low_rank.shape
-    tiles = _tiles(rank)
+    tiles = _tiles("adapter_gradient", x.device, rank)
     parts = max(1, min(16, rows // 512))
     out = x.new_empty(parts, count, rank, width, dtype=torch.float32)
     _adapter_gradient[(count, triton.cdiv(width, tiles["BLOCK_COLUMNS"]), parts)](

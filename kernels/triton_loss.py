@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_COLUMNS = 8192  # of a block
+from kernels.triton_launch import block_of, launch
 
 
 @triton.jit
@@ -66,7 +66,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tenso
     """
     rows, vocabulary = logits.shape
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    block = min(_MOST_COLUMNS, triton.next_power_of_2(vocabulary))
+    settings = launch("cross_entropy", logits.device)
+    block = min(settings["BLOCK"], block_of(vocabulary))
     _cross_entropy[(rows,)](
         logits,
         targets,
@@ -75,6 +76,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tenso
         vocabulary,
         scale,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(settings["num_warps"], max(1, block // 512)),
     )
     return losses, logits

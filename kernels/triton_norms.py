@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.triton_launch import backward_programs, block_of, warps_of
+from kernels.triton_launch import block_of, norm_programs, norm_warps
 
 
 @triton.jit
@@ -153,7 +153,7 @@ class _Norm(torch.autograd.Function):
             HAS_CHANGE=change is not None,
             CENTRED=bias is not None,
             BLOCK=block,
-            num_warps=warps_of(block),
+            num_warps=norm_warps(block, x.device),
         )
         ctx.save_for_backward(total, weight, mean, inverse)
         ctx.has_change = change is not None
@@ -173,7 +173,7 @@ class _Norm(torch.autograd.Function):
         rows, width = total.shape
         centred = mean is not None
         needs_weight = ctx.needs_input_grad[2] or (centred and ctx.needs_input_grad[3])
-        programs = backward_programs(total.device, rows)
+        programs = norm_programs(rows, total.device)
         d_x = torch.empty_like(total)
         partial = (programs, width)
         d_weight = total.new_empty(partial, dtype=torch.float32) if needs_weight else None
@@ -196,7 +196,7 @@ class _Norm(torch.autograd.Function):
             CENTRED=centred,
             NEEDS_WEIGHT=needs_weight,
             BLOCK=block,
-            num_warps=warps_of(block),
+            num_warps=norm_warps(block, total.device),
         )
         return (
             d_x,

@@ -27,8 +27,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """Transform each row."""
         run = self.operations
-        (widened,) = run.linears(x, [self.c_fc.operands()], segments)
-        return run.linears(run.gelu_tanh(widened), [self.c_proj.operands()], segments)[0]
+        widened = run.linear_gelu(x, self.c_fc.operands(), segments)
+        return run.linears(widened, [self.c_proj.operands()], segments)[0]
 
 
 class Starcoder2(CausalLM):

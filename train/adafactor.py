@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +65,14 @@ class Adafactor(Optimizer):
         *,
         weight_decay: float = 0.0,
         decayed: Collection[str] | None = None,
+        kernel: Callable[..., None] | None = None,
     ) -> None:
-        """Allocate the second moments, as zeros beside the parameters; arguments as `Optimizer`."""
+        """Allocate the second moments, as zeros beside the parameters; arguments as `Optimizer`.
+
+        `kernel` updates fp32 matrices in the place of `_update_matrices`: a backend's `adafactor_`.
+        """
         super().__init__(named_parameters, weight_decay, decayed)
+        self._kernel = kernel if self.weights.dtype == torch.float32 else None
         on_cpu = self.weights.device.type == "cpu"
         self._block = _BLOCK_ELEMENTS_CPU if on_cpu else _BLOCK_ELEMENTS
         self._stacks = [*self._stacks_of_the_buffer()]
@@ -148,6 +153,19 @@ class Adafactor(Optimizer):
         so there are three passes over the rows. The update takes the gradient's place.
         """
         row, column = stack.state["exp_avg_sq_row"], stack.state["exp_avg_sq_col"]
+        if self._kernel and gradient.ndim == 3:
+            self._kernel(
+                stack.weight,
+                gradient,
+                row,
+                column,
+                learning_rate=learning_rate,
+                beta2=beta2,
+                epsilon=self.epsilon,
+                gradient_scale=gradient_scale,
+                decay=1.0 - decay,
+            )
+            return
         rows = gradient.shape[-2]
         at_a_time = max(1, self._block * rows // max(1, gradient.numel()))
         blocks = [slice(first, first + at_a_time) for first in range(0, rows, at_a_time)]

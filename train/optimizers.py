@@ -9,13 +9,15 @@ file.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from files.errors import UserError, did_you_mean
+from kernels.dispatch import Operations
 from train.adafactor import Adafactor
 from train.flat import Optimizer, decays
 
@@ -64,6 +66,7 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decayed: Collection[str] | None = None,
+        kernel: Callable[..., None] | None = None,
     ) -> None:
         """Allocate the moments, as zeros beside the parameters.
 
@@ -73,11 +76,13 @@ class AdamW(Optimizer):
             eps: Added to the root of the second moment.
             weight_decay: Share of a weight that a learning rate of 1 would remove in a step.
             decayed: Names that weight decay applies to; None takes those for which `decays` holds.
+            kernel: What updates fp32 parameters in the place of `_update`: a backend's `adamw_`.
 
         Raises:
             ValueError: As `Optimizer`.
         """
         super().__init__(named_parameters, weight_decay, decayed)
+        self._kernel = kernel if self.weights.dtype == torch.float32 else None
         self.betas = betas
         self.eps = eps
         self._exp_avg = torch.zeros_like(self.weights)
@@ -87,7 +92,7 @@ class AdamW(Optimizer):
         }
         on_cpu = self.weights.device.type == "cpu"
         self._block = _BLOCK_ELEMENTS_CPU if on_cpu else _BLOCK_ELEMENTS
-        self._scratch = self.weights.new_empty(self._block)
+        self._scratch = self.weights.new_empty(0 if self._kernel else self._block)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
@@ -118,6 +123,17 @@ class AdamW(Optimizer):
         The bias corrections are scalars, and with numerator and denominator multiplied by √(1-β₂ᵗ)
         they need no pass over memory: m̂/(√v̂ + ε) is m/(√v + ε√(1-β₂ᵗ)) times √(1-β₂ᵗ)/(1-β₁ᵗ).
         """
+        if self._kernel:
+            self._kernel(
+                *flat,
+                learning_rate=learning_rate,
+                betas=self.betas,
+                eps=self.eps,
+                steps=self.steps,
+                gradient_scale=gradient_scale,
+                decay=decay,
+            )
+            return
         beta1, beta2 = self.betas
         correction = math.sqrt(1.0 - beta2**self.steps)
         size = -learning_rate * correction / (1.0 - beta1**self.steps)
@@ -148,12 +164,13 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    operations: Operations | None = None,
 ) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
     `paged_adamw` is `adamw`: paging keeps the moments in host memory under pressure and changes no
     number, and the moments of an adapter (8 bytes a trained parameter) fit beside the model.
-    Adafactor takes neither betas nor eps.
+    Adafactor takes neither betas nor eps. The updates are those of `operations` where it has them.
 
     Raises:
         UserError: `name` is no optimizer, or nothing in the model is trainable.
@@ -170,10 +187,10 @@ def build_optimizer(
         raise UserError(
             f"{type(model).__name__} has no trainable parameter: inject an adapter or unfreeze it"
         )
-    decayed = decayed_parameters(model)
+    decay: dict[str, Any] = {"weight_decay": weight_decay, "decayed": decayed_parameters(model)}
     if name == "adafactor":
-        return Adafactor(trainable, weight_decay=weight_decay, decayed=decayed)
-    return AdamW(trainable, betas=betas, eps=eps, weight_decay=weight_decay, decayed=decayed)
+        return Adafactor(trainable, **decay, kernel=operations and operations.adafactor_)
+    return AdamW(trainable, betas=betas, eps=eps, **decay, kernel=operations and operations.adamw_)
 
 
 def _zeros(parameter: Parameter) -> Tensor:

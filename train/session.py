@@ -90,6 +90,7 @@ class Session:
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
+            operations=model.operations,
         )
         self.scaler = LossScaler() if precision.needs_loss_scaler else None
         self.state = TrainState(

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from kernels import linears as plain
 from kernels import reference
+from kernels.dispatch import operations
 from kernels.dropout import keep_mask, mix, module_id, signed
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.operands import Operands
 from kernels.segments import Segments
+from train.optimizers import build_optimizer
 
 pytest.importorskip("triton")
 
-from kernels import triton_elementwise, triton_linears, triton_loss, triton_norms
+from kernels import triton_elementwise, triton_launch, triton_linears, triton_loss, triton_norms
 
 ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = [
@@ -173,6 +175,31 @@ def test_activations(shape: tuple[int, int], dtype: torch.dtype) -> None:
     compare(triton_elementwise.gelu_tanh, lambda x: F.gelu(x, approximate="tanh"), [gate], 48)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 2000)])
+def test_gelu_with_a_bias(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = [draw(*shape, dtype=dtype, scale=3.0), draw(shape[1], dtype=dtype, seed=1)]
+    compare(
+        triton_elementwise.gelu_tanh,
+        lambda x, b: F.gelu(x + b, approximate="tanh"),
+        inputs,
+        48 + shape[0],
+    )
+
+
+def test_gelu_takes_the_bias_of_the_layer_before_it() -> None:
+    x, tensors, operands = layers_of(37, 24, [(40, 4, True)], 0.0, torch.float32)
+    leaves = [x, *tensors]
+
+    def plain_one(x: Tensor, *rest: Tensor) -> Tensor:
+        return plain.linear_gelu(x, operands(rest)[0])
+
+    def fused(x: Tensor, *rest: Tensor) -> Tensor:
+        return triton_elementwise.linear_gelu(x, operands(rest)[0])
+
+    compare(fused, plain_one, leaves, 400)
+
+
 # --- loss ----------------------------------------------------------------------------------------
 
 
@@ -197,7 +224,7 @@ def test_the_loss_of_a_chunk(vocabulary: int, dtype: torch.dtype) -> None:
 def test_the_maximum_is_carried_from_block_to_block(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_loss, "_MOST_COLUMNS", 16)
+    monkeypatch.setitem(triton_launch.DEFAULTS["cross_entropy"], "BLOCK", 16)
     logits = torch.stack([torch.arange(100.0), -torch.arange(100.0)]).to(dtype).to(DEVICE) / 4
     targets = torch.tensor([3, 99], device=DEVICE)
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
@@ -344,3 +371,66 @@ def test_the_kernels_give_the_same_bits_again() -> None:
         gradients = torch.autograd.grad(sum(y.sum() for y in outputs), leaves)
         runs.append([*outputs, *gradients])
     assert all(one.equal(other) for one, other in zip(*runs, strict=True))
+
+
+# --- optimizers ----------------------------------------------------------------------------------
+
+# A buffer of several blocks, cut inside one; equal and lone matrices; a vector.
+PARAMETERS = {"a": (3, 700), "b": (3, 700), "m": (37, 130), "big": (1030, 1030), "v_bias": (9,)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("scale", [pytest.param(scale, marks=ON_GPU) for scale in (1.0, 0.3)])
+def test_updates(name: str, scale: float) -> None:
+    """Three steps with masters in fp32 and in fp64."""
+    sides = []
+    for kind, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        model = torch.nn.ParameterDict(
+            {
+                key: torch.nn.Parameter(draw(*shape, dtype=torch.float32, seed=i).to(kind))
+                for i, (key, shape) in enumerate(PARAMETERS.items())
+            }
+        )
+        optimizer = build_optimizer(
+            name, model, weight_decay=0.1, operations=operations(backend, DEVICE)
+        )
+        assert (optimizer._kernel is not None) == (backend == "triton")  # type: ignore
+        assert "big" in optimizer.lone
+        for step in range(3):
+            for i, parameter in enumerate(model.values()):
+                gradient = draw(*parameter.shape, dtype=torch.float32, seed=100 * step + i)
+                gradient[..., 0] = 0  # a column whose mean square is epsilon alone, and a row
+                gradient[0] = 0
+                parameter.grad = gradient.to(kind)
+            optimizer.step(0.1, scale)
+            optimizer.clear_gradients()
+        sides.append({**dict(model.items()), **optimizer.state_tensors()})
+    ours, exact = sides
+    assert ours.keys() == exact.keys()
+    # Every number comes of three steps of some ten operations, and of a mean over 1,030 or a norm
+    # over a million, whose parts torch adds pairwise.
+    for key, value in ours.items():
+        largest = exact[key].abs().max().item()
+        difference = (value.double() - exact[key]).abs().max().item()
+        assert difference <= bound(torch.float32, 64) * largest, (key, difference / largest)
+
+
+def test_launch_parameters_of_a_device_come_before_the_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device(DEVICE)
+    before = triton_launch.launch("low_rank", device)
+    assert before == triton_launch.DEFAULTS["low_rank"] or DEVICE == "cuda"
+    found = {triton_launch.capability(device): {"low_rank": {"BLOCK_ROWS": 32}}}
+    monkeypatch.setattr(triton_launch, "tuned", lambda: found)
+    assert triton_launch.launch("low_rank", device) == {
+        **triton_launch.DEFAULTS["low_rank"],
+        "BLOCK_ROWS": 32,
+    }
+    assert triton_launch.launch("adamw", device) == triton_launch.DEFAULTS["adamw"]
+
+
+def test_committed_launch_parameters_name_kernels_and_their_parameters() -> None:
+    for kernels in triton_launch.tuned().values():
+        for kernel, settings in kernels.items():
+            assert settings.keys() == triton_launch.DEFAULTS[kernel].keys()
