@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.installed,)
 
-.PHONY: setup demo test test-slow test-gpu reliability lint fix bench
+.PHONY: setup demo test test-slow test-gpu reliability lint fix bench bench-kernels
 
 setup: $(ENVIRONMENT)
 
@@ -43,4 +43,8 @@ bench: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.training --profile
 > $(PYTHON) -m benchmarks.loss --rows small small-trainable small-bf16
 > $(PYTHON) -m benchmarks.data tokenise plan first-step --rounds 1
+> $(PYTHON) -m benchmarks.readme
+
+bench-kernels: $(ENVIRONMENT)
+> $(PYTHON) -m benchmarks.kernels --minutes 8
 > $(PYTHON) -m benchmarks.readme

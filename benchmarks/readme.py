@@ -1,8 +1,8 @@
-"""README's measured tables, written from the records.
+"""The measured tables of README.md and kernels/README.md, written from the records.
 
     python -m benchmarks.readme
 
-Everything between `<!-- table: NAME -->` and `<!-- end -->` in README.md is replaced by the table
+Everything between `<!-- table: NAME -->` and `<!-- end -->` in both is replaced by the table
 of `benchmarks/results/NAME.jsonl`, and a line that says where, with what and when it was measured.
 """
 
@@ -13,15 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, loss, record, training, versus_peft
+from benchmarks import data, kernels, loss, record, training, versus_peft
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md")
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "versus_peft": versus_peft.table,
     "training": training.table,
     "profile": training.profile_table,
     "loss": loss.table,
     "data": data.table,
+    "kernels": kernels.table,
 }
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -50,7 +52,7 @@ def circumstances(records: list[dict[str, Any]]) -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return README's text with every table as the records have it.
+    """Return a document's text with every table as the records have it.
 
     Raises:
         KeyError: A place asks for a table that there is none of.
@@ -59,7 +61,9 @@ def with_tables(text: str) -> str:
     def filled(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         records = latest(record.read(name))
-        lines = [*TABLES[name](records), "", circumstances(records), ""]
+        lines = [*TABLES[name](records), ""]
+        if records:
+            lines += [circumstances(records), ""]
         return opening + "\n".join(lines) + closing
 
     return _PLACE.sub(filled, text)
@@ -67,10 +71,11 @@ def with_tables(text: str) -> str:
 
 def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records that no later one of the same subject replaces, in order."""
-    subjects = ("model", "side", "row", "part")
+    subjects = ("capability", "model", "part", "row", "case", "side")
     newest = {tuple(row.get(name) for name in subjects): row for row in records}
     return list(newest.values())
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,7 +15,7 @@ import torch
 from train.folder import device_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton", "numpy")
 
 
 def _git(*arguments: str) -> str:

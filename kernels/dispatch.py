@@ -7,15 +7,16 @@ ran is a matter of record and never of what happened to be importable at the tim
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from files.errors import UserError, did_you_mean
-from kernels import attention, linears, loss, reference
+from kernels import attention, linears, loss, reference, triton_launch
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -58,8 +59,8 @@ _REFERENCE = Operations(
 def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Operations:
     """Return the operations of `backend` for `device`.
 
-    `auto` is `reference` on every device: it takes a kernel only where a committed record shows
-    that the kernel gains on that class of device, and there is no such record yet.
+    `auto` is `reference`, but for the operations that a committed record shows Triton to gain on
+    that class of device (`kernels.triton_launch`).
 
     Raises:
         UserError: the backend is unknown, or is `triton`, which cannot run here.
@@ -69,7 +70,21 @@ def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Ope
             f"train.kernels is '{backend}', but must be one of {', '.join(BACKENDS)}"
             f"{did_you_mean(backend, BACKENDS)}"
         )
-    return _triton(torch.device(device)) if backend == "triton" else _REFERENCE
+    device = torch.device(device)
+    if backend == "triton":
+        return _triton(device)
+    return _automatic(device) if backend == "auto" else _REFERENCE
+
+
+def _automatic(device: torch.device) -> Operations:
+    gains = triton_launch.measured(device).get("gains", [])
+    if not gains or importlib.util.find_spec("triton") is None:
+        return _REFERENCE
+    kernels = _triton(device)
+    taken = {name: getattr(kernels, name) for name in gains}
+    if "linear_gelu" in taken and "linears" not in taken:
+        taken["linear_gelu"] = functools.partial(taken["linear_gelu"], linears=_REFERENCE.linears)
+    return replace(_REFERENCE, name=f"reference, triton's {', '.join(gains)}", **taken)
 
 
 def _triton(device: torch.device) -> Operations:

@@ -19,6 +19,7 @@ forward and 5c backward, GELU 2c and 3c. What is kept for the backward pass are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,10 +229,17 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return _GELU.apply(x, bias)  # pyright: ignore[reportReturnType]  # apply is untyped
 
 
-def linear_gelu(x: Tensor, layer: Operands, segments: Segments | None = None) -> Tensor:
+def linear_gelu(
+    x: Tensor,
+    layer: Operands,
+    segments: Segments | None = None,
+    *,
+    linears: Callable[..., list[Tensor]] = linears,
+) -> Tensor:
     """Return GELU of one layer's output, as `kernels.linears.linear_gelu`: (M, K) → (M, I).
 
-    The bias comes in with the activation, which reads the output anyway.
+    The bias comes in with the activation, which reads the output anyway. `linears` is the operation
+    that the layer itself goes through.
     """
     (widened,) = linears(x, [layer._replace(bias=None)], segments)
     return gelu_tanh(widened, layer.bias)

@@ -1,8 +1,10 @@
-"""Launch parameters of the Triton kernels: by kernel and class of device, never by trial at a step.
+"""What was measured of the Triton kernels: launch parameters, and which are worth taking.
 
-`triton_launch.json` holds what `python -m benchmarks.tune` found fastest on a device of a compute
-capability; where it has nothing, `DEFAULTS` serve. Parameters decide in which order sums are made,
-so they are a matter of record like the code: a resumed run computes the same bits.
+`triton_launch.json` has an entry for each class of device. Its `launch` holds what
+`python -m benchmarks.tune` found fastest; where it has nothing, `DEFAULTS` serve. Its `gains` are
+the operations that `python -m benchmarks.kernels --decide` found faster than the reference in the
+records. Nothing is tried out at a user's step, and since parameters decide in which order sums are
+made they are a matter of record, like the code: a resumed run computes the same bits.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 
 TUNED = Path(__file__).with_suffix(".json")
 
@@ -39,7 +41,7 @@ def launch(kernel: str, device: torch.device) -> dict[str, int]:
         kernel: A name of `DEFAULTS`.
         device: Where it runs.
     """
-    return DEFAULTS[kernel] | tuned().get(capability(device), {}).get(kernel, {})
+    return DEFAULTS[kernel] | measured(device).get("launch", {}).get(kernel, {})
 
 
 def capability(device: torch.device) -> str:
@@ -49,15 +51,25 @@ def capability(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+def measured(device: torch.device) -> dict[str, Any]:
+    """Return the entry of a device's class: `launch` and `gains`, either of which may be absent."""
+    return entries().get(capability(device), {})
+
+
 @functools.cache
-def tuned() -> dict[str, dict[str, dict[str, int]]]:
-    """Return what `triton_launch.json` holds: parameters by capability and kernel."""
+def entries() -> dict[str, dict[str, Any]]:
+    """Return what `triton_launch.json` holds, by capability."""
     return json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else {}
+
+
+def write_entries() -> None:
+    """Write what `entries` holds now, for a benchmark that has changed it."""
+    TUNED.write_text(json.dumps(entries(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def block_of(width: int) -> int:
     """Return the power of two that holds a row of `width` elements."""
-    return triton.next_power_of_2(width)
+    return 1 << (width - 1).bit_length()
 
 
 def norm_warps(block: int, device: torch.device) -> int:

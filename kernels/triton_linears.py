@@ -211,7 +211,7 @@ def linears(
     return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-class _Draws:
+class Draws:
     """What the kernels need to draw the masks of the adapters of one input.
 
     Args:
@@ -252,9 +252,9 @@ class _Linears(torch.autograd.Function):
         adapted = [i for i, layer in enumerate(layers) if layer[2] is not None]
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype).contiguous()
-            a = _stacked([layers[i][2] for i in adapted], dtype)
-            draws = _Draws([settings[i][1:] for i in adapted], rows)
-            low_rank = _run_low_rank(x, a, draws)
+            a = stacked_factors([layers[i][2] for i in adapted], dtype)
+            draws = Draws([settings[i][1:] for i in adapted], rows)
+            low_rank = low_rank_product(x, a, draws)
             outputs, weights, factors = [], [], []
             for i, (weight, bias, _, b) in enumerate(layers):
                 assert weight is not None
@@ -294,7 +294,7 @@ class _Linears(torch.autograd.Function):
         count = len(ctx.settings)
         weights, factors = rest[:count], rest[count:]
         needs_x, _, _, *needed = ctx.needs_input_grad
-        draws = _Draws([ctx.settings[i][1:] for i in ctx.adapted], rows)
+        draws = Draws([ctx.settings[i][1:] for i in ctx.adapted], rows)
         found: list[Tensor | None] = [None] * (4 * count)
         d_low_rank = torch.zeros_like(low_rank)
         dx: Tensor | None = None
@@ -318,11 +318,11 @@ class _Linears(torch.autograd.Function):
                 d_b = torch.mm(dy.t(), low_rank[:, j, :rank]).mul_(scale / (1 - p))
                 found[4 * i + 3] = d_b
         if any(needed[4 * i + 2] for i in ctx.adapted):
-            d_a = _run_adapter_gradient(x, d_low_rank, draws)
+            d_a = adapter_gradient(x, d_low_rank, draws)
             for j, i in enumerate(ctx.adapted):
                 found[4 * i + 2] = d_a[j, : ctx.ranks[j]]
         if dx is not None:
-            _run_add_input_gradient(dx, d_low_rank, a, draws)
+            add_input_gradient(dx, d_low_rank, a, draws)
         cast = [
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
@@ -330,7 +330,7 @@ class _Linears(torch.autograd.Function):
         return (None if dx is None else dx.to(ctx.input_dtype), None, None, *cast)
 
 
-def _stacked(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+def stacked_factors(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """Return the A's above each other, (J, R, K), each with zero rows up to what a dot takes."""
     there = [a for a in factors if a is not None]
     rank = triton.next_power_of_2(max(_SMALLEST_DOT, *(len(a) for a in there)))
@@ -340,7 +340,7 @@ def _stacked(factors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     return stacked
 
 
-def _run_low_rank(x: Tensor, a: Tensor, draws: _Draws) -> Tensor:
+def low_rank_product(x: Tensor, a: Tensor, draws: Draws) -> Tensor:
     """Return (x ⊙ D_j) A_jᵀ for each adapter: (M, J, R)."""
     (rows, width), (count, rank, _) = x.shape, a.shape
     tiles = _tiles("low_rank", x.device, rank)
@@ -361,7 +361,7 @@ def _run_low_rank(x: Tensor, a: Tensor, draws: _Draws) -> Tensor:
     return out
 
 
-def _run_add_input_gradient(dx: Tensor, d_low_rank: Tensor, a: Tensor, draws: _Draws) -> None:
+def add_input_gradient(dx: Tensor, d_low_rank: Tensor, a: Tensor, draws: Draws) -> None:
     """Add Σ_j (ds_j A_j) ⊙ D_j to (M, K) `dx`, in place."""
     (rows, width), (count, rank, _) = dx.shape, a.shape
     tiles = _tiles("input_gradient", dx.device, rank)
@@ -381,7 +381,7 @@ def _run_add_input_gradient(dx: Tensor, d_low_rank: Tensor, a: Tensor, draws: _D
     )
 
 
-def _run_adapter_gradient(x: Tensor, d_low_rank: Tensor, draws: _Draws) -> Tensor:
+def adapter_gradient(x: Tensor, d_low_rank: Tensor, draws: Draws) -> Tensor:
     """Return ds_jᵀ (x ⊙ D_j) for each adapter: (J, R, K) fp32."""
     (rows, width), (_, count, rank) = x.shape, d_low_rank.shape
     tiles = _tiles("adapter_gradient", x.device, rank)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import linears as plain
 from kernels import reference
-from kernels.dispatch import operations
+from kernels.dispatch import Operations, operations
 from kernels.dropout import keep_mask, mix, module_id, signed
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.operands import Operands
@@ -421,8 +421,8 @@ def test_launch_parameters_of_a_device_come_before_the_defaults(
     device = torch.device(DEVICE)
     before = triton_launch.launch("low_rank", device)
     assert before == triton_launch.DEFAULTS["low_rank"] or DEVICE == "cuda"
-    found = {triton_launch.capability(device): {"low_rank": {"BLOCK_ROWS": 32}}}
-    monkeypatch.setattr(triton_launch, "tuned", lambda: found)
+    found = {triton_launch.capability(device): {"launch": {"low_rank": {"BLOCK_ROWS": 32}}}}
+    monkeypatch.setattr(triton_launch, "entries", lambda: found)
     assert triton_launch.launch("low_rank", device) == {
         **triton_launch.DEFAULTS["low_rank"],
         "BLOCK_ROWS": 32,
@@ -430,7 +430,21 @@ def test_launch_parameters_of_a_device_come_before_the_defaults(
     assert triton_launch.launch("adamw", device) == triton_launch.DEFAULTS["adamw"]
 
 
-def test_committed_launch_parameters_name_kernels_and_their_parameters() -> None:
-    for kernels in triton_launch.tuned().values():
-        for kernel, settings in kernels.items():
+def test_what_was_measured_names_kernels_parameters_and_operations() -> None:
+    for entry in triton_launch.entries().values():
+        for kernel, settings in entry.get("launch", {}).items():
             assert settings.keys() == triton_launch.DEFAULTS[kernel].keys()
+        assert set(entry.get("gains", [])) <= {f.name for f in dataclasses.fields(Operations)}
+
+
+def test_auto_takes_what_gains_on_a_class_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    found = {triton_launch.capability(device): {"gains": ["swiglu", "adamw_"]}}
+    monkeypatch.setattr(triton_launch, "entries", lambda: found)
+    chosen = operations("auto", device)
+    assert chosen.name == "reference, triton's swiglu, adamw_"
+    assert chosen.swiglu is triton_elementwise.swiglu
+    assert chosen.adamw_ is not None
+    assert chosen.rotary is reference.rotary
+    monkeypatch.setattr(triton_launch, "entries", dict)
+    assert operations("auto", device).name == "reference"

@@ -1,0 +1,146 @@
+"""The kernel benchmarks without a GPU: every case compared, and what is made of the records."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DEVICE, TRITON
+
+from benchmarks import kernels, tune
+from benchmarks.kernel_cases import LATHE, PARTS, Case, Room, Side, cases
+from benchmarks.kernel_cases import TRITON as TRITON_SIDE
+from kernels import triton_launch
+from kernels.dispatch import Operations
+
+interpreted = pytest.mark.skipif(
+    not TRITON or DEVICE == "cuda", reason="needs Triton's interpreter: triton, and no GPU"
+)
+
+
+@interpreted
+def test_every_side_of_every_case_agrees_with_fp64(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.dry_run(PARTS) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(TRITON_SIDE) == len([part for part, _ in cases() if part != "attention"])
+    assert set(PARTS) == {part for part, _ in cases()}
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", triton_launch.DEFAULTS)
+def test_every_candidate_computes_what_the_defaults_do(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = list(tune.candidates(kernel))
+    assert few[0] == triton_launch.DEFAULTS[kernel]
+    entries: dict[str, Any] = {}
+    monkeypatch.setattr(triton_launch, "entries", lambda: entries)
+    monkeypatch.setattr(tune, "candidates", lambda _: iter([few[0], few[-1]]))
+    room = Room(torch.device("cpu"), torch.float32, dry=True)
+    best, tried = tune.tune(kernel, room, None)
+    assert best == few[0]
+    assert [set(row) for row in tried] == [{*few[0], "ms"}] * 2  # type: ignore[arg-type]
+    assert entries == {"cpu": {"launch": {}}}
+
+
+def case_of(result: torch.Tensor) -> Case:
+    return Case(
+        part="double",
+        fields=("swiglu",),
+        text="two numbers",
+        sides={
+            LATHE: lambda p: Side(lambda: {"y": result}, None),
+            "right": lambda p: Side(lambda: {"y": torch.tensor([2.0, 4.0])}, None),
+            "absent": lambda p: Side(lambda: {"z": result}, None),
+        },
+        exact=lambda p: {"y": torch.tensor([2.0, 4.0], dtype=torch.float64)},
+        passes=("forward",),
+        floor="right",
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "fault"),
+    [
+        (torch.tensor([2.0, 4.0]), None),
+        (torch.tensor([2.0, 4.1]), "y is 2.2e-02 from fp64, 1.0e-05 is allowed"),
+        (torch.tensor([2.0, torch.nan]), "y is inf from fp64, 1.0e-05 is allowed"),
+    ],
+)
+def test_a_side_whose_check_is_red_is_not_timed(
+    result: torch.Tensor,
+    fault: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case, room = case_of(result), Room(torch.device("cpu"), torch.float32, dry=True)
+    timed, rows = [], []
+
+    def measure(case: Case, names: list[str], flush: torch.Tensor) -> dict[str, Any]:
+        timed.extend(names)
+        figures = {"ms": 1.0, "p20": 0.9, "p80": 1.1}
+        return {name: {"forward": dict(figures)} for name in names}
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels.record, "append", lambda name, row: rows.append(row))
+    rates = {"copy_gb_s": 1.0, "gemm_tflops": 1.0}
+    assert kernels.compare(case, room, rates, result) == (fault is None)
+    assert timed == ([LATHE] if fault is None else []) + ["right"]
+    by_side = {row["side"]: row for row in rows}
+    assert by_side[LATHE].get("error") == fault
+    assert "nothing in common" in by_side["absent"]["error"]
+    assert by_side["right"]["forward"]["to_floor"] == 1.0
+    printed = capsys.readouterr().out
+    assert fault is None or f"not timed: {fault}" in printed
+
+
+def row_of(case: str, side: str, full: float | None, **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "capability": "sm_90",
+        "device": "a card",
+        "part": "SwiGLU",
+        "case": case,
+        "side": side,
+        "fields": ["swiglu"],
+        "copy_gb_s": 1000.0,
+        "gemm_tflops": 100.0,
+    }
+    if full is not None:
+        row["full"] = {"ms": full, "gb_s": 500.0, "tflops": 0.0, "to_floor": 1.5}
+    return row | more
+
+
+@pytest.mark.parametrize(
+    ("rows", "gains"),
+    [
+        ([(1.0, 0.5), (1.0, 0.9)], ["swiglu"]),
+        ([(1.0, 0.5), (1.0, 0.99)], []),  # within the noise in one case
+        ([(1.0, 0.5), (1.0, None)], []),  # not timed in one case
+    ],
+)
+def test_auto_takes_what_is_faster_in_every_case(
+    rows: list[tuple[float, float | None]], gains: list[str]
+) -> None:
+    records = [row_of("first", TRITON_SIDE, 9.0)]  # an older record does not count
+    for name, (reference, ours) in zip(("first", "second"), rows, strict=True):
+        records += [row_of(name, LATHE, reference), row_of(name, TRITON_SIDE, ours)]
+    assert kernels.gains(records) == {"sm_90": gains}
+
+
+def test_the_table_names_card_and_shares_and_says_what_was_not_timed() -> None:
+    lines = kernels.table(
+        [row_of("first", LATHE, 1.0), row_of("first", TRITON_SIDE, None, error="y differs")]
+    )
+    assert lines[0].startswith("a card (sm_90): a copy 1,000 GB/s")
+    assert lines[-2] == "| SwiGLU | first | lathe, reference |  | 1.0000 | 1.500 | 500 (50%) |  |"
+    assert lines[-1] == "| SwiGLU | first | lathe, triton | y differs | | | | |"
+
+
+@interpreted
+def test_every_operation_of_a_case_is_one_that_can_be_chosen() -> None:
+    room = Room(torch.device("cpu"), torch.float32, dry=True)
+    names = {field.name for field in dataclasses.fields(Operations)}
+    for make in dict(cases()).values():
+        assert set(make(room).fields) <= names
