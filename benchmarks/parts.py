@@ -344,7 +344,8 @@ def changing_shapes(switches: Sequence[str]) -> None:
     for step in range(64):
         lengths = tuple(random.integers(40, 400, 8).tolist())
         ids = torch.from_numpy(random.integers(0, 4096, sum(lengths)))
-        batch = MicroBatch(ids, ids, lengths, None, tuple(range(8)), sum(lengths), sum(lengths))
+        every = torch.arange(len(ids))
+        batch = MicroBatch(ids, ids, lengths, None, tuple(range(8)), every, len(ids))
         started = time.perf_counter()
         with torch.autocast("cpu", dtype, enabled="fp32" not in switches):
             loss_sum(model, batch, torch.device("cpu"), (42, step)).backward()

@@ -29,7 +29,7 @@ class MicroBatch:
         lengths: Real tokens of each document.
         padded_length: Rows that each document occupies, or None where they lie end to end.
         examples: Index of each document's example; it keys dropout.
-        num_targets: Rows with a target.
+        target_rows: (S,) int64: the rows that have a target.
         num_tokens: Real tokens, padding left out.
     """
 
@@ -38,8 +38,13 @@ class MicroBatch:
     lengths: tuple[int, ...]
     padded_length: int | None
     examples: tuple[int, ...]
-    num_targets: int
+    target_rows: Tensor
     num_tokens: int
+
+    @property
+    def num_targets(self) -> int:
+        """S, the number of rows with a target."""
+        return len(self.target_rows)
 
 
 def micro_batches(
@@ -124,6 +129,6 @@ def _assemble(documents: list[Example], padded_length: int | None, pad_id: int) 
         lengths=lengths,
         padded_length=padded_length,
         examples=tuple(document.index for document in documents),
-        num_targets=int(np.count_nonzero(targets != IGNORED)),
+        target_rows=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
         num_tokens=sum(lengths),
     )

@@ -100,16 +100,22 @@ class Segments:
         return cls(
             lengths=lengths,
             padded_length=padded_length,
-            positions=(positions + offset).to(device, non_blocking=True),
-            boundaries=torch.tensor([0, *accumulate(rows)], dtype=torch.int32).to(
-                device, non_blocking=True
-            ),
-            dropout_rows=None
-            if dropout_rows is None
-            else dropout_rows.to(device, non_blocking=True),
+            positions=uploaded(positions + offset, device),
+            boundaries=uploaded(torch.tensor([0, *accumulate(rows)], dtype=torch.int32), device),
+            dropout_rows=None if dropout_rows is None else uploaded(dropout_rows, device),
             dropout_seed=dropout_seed,
             tail=tail,
         )
+
+
+def uploaded(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a host's tensor on a device, without waiting for what the device is doing.
+
+    A copy to CUDA goes on by itself only from memory that the system cannot move.
+    """
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _positions(rows: tuple[int, ...]) -> Tensor:

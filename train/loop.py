@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,7 @@ class StepBatches:
     max_length: int
     pad_id: int
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
+    _ahead: tuple[tuple[int, ...], list[MicroBatch]] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, config: RunConfig, plan: RunPlan, data: Data) -> StepBatches:
@@ -84,6 +86,10 @@ class StepBatches:
             stop: Position after the last.
             divisor: What the configured size of a micro-batch is divided by.
         """
+        asked = epoch, start, stop, divisor
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == asked:
+            return ahead[1]
         tokens = self.micro_batch_tokens
         return micro_batches(
             self.examples,
@@ -95,6 +101,10 @@ class StepBatches:
             pad_id=self.pad_id,
         )
 
+    def cut_ahead(self, epoch: int, start: int, stop: int, divisor: int = 1) -> None:
+        """Do now what the next call of `cut` will ask for."""
+        self._ahead = (epoch, start, stop, divisor), self.cut(epoch, start, stop, divisor)
+
 
 def step_that_fits(session: Session, plan: RunPlan, batches: StepBatches, step: int) -> StepResult:
     """Do one step; where memory does not suffice, redo it in halved micro-batches, which stay.
@@ -104,8 +114,12 @@ def step_that_fits(session: Session, plan: RunPlan, batches: StepBatches, step: 
     """
     state = session.state
     while True:
-        batch = batches.cut(*plan.batch(step), divisor=state.micro_batch_divisor)
-        result = session.step(step, batch, plan.learning_rate(step))
+        divisor = state.micro_batch_divisor
+        batch = batches.cut(*plan.batch(step), divisor)
+        ahead = None
+        if step < plan.total_steps:
+            ahead = partial(batches.cut_ahead, *plan.batch(step + 1), divisor)
+        result = session.step(step, batch, plan.learning_rate(step), ahead)
         if result.skipped != "out of memory":
             return result
         if all(len(micro_batch.examples) == 1 for micro_batch in batch):

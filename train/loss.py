@@ -13,7 +13,7 @@ from data.batch import MicroBatch
 from kernels.loss import IGNORE
 from kernels.operands import compute_dtype
 from kernels.rounding import row_multiple
-from kernels.segments import Segments
+from kernels.segments import Segments, uploaded
 from models.layers import CausalLM
 
 
@@ -48,14 +48,13 @@ def loss_sum(
     )
     input_ids = F.pad(micro_batch.input_ids, (0, segments.tail))
     targets = F.pad(micro_batch.targets, (0, segments.tail), value=IGNORE)
-    hidden = model.hidden_states(input_ids.to(device, non_blocking=True), segments)
-    rows = (targets != IGNORE).nonzero().squeeze(1)  # on the host: the device is not waited for
+    hidden = model.hidden_states(uploaded(input_ids, device), segments)
     return model.operations.linear_cross_entropy(
         hidden,
         model.head_weight(),
-        targets.to(device, non_blocking=True),
+        uploaded(targets, device),
         gradient_scale=gradient_scale,
-        rows=rows.to(device, non_blocking=True),
+        rows=uploaded(micro_batch.target_rows, device),
     )
 
 

@@ -139,8 +139,14 @@ class Session:
 
     # -- what the loop asks for -------------------------------------------------------------------
 
-    def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
-        """Do one optimizer step on the trainable parameters.
+    def step(
+        self,
+        step: int,
+        batch: list[MicroBatch],
+        learning_rate: float,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> StepResult:
+        """Do one optimizer step on the trainable parameters; `meanwhile` as in `train_step`.
 
         Raises:
             UserError: Memory ran out while weights were being updated: they are now neither the old
@@ -157,6 +163,7 @@ class Session:
                 scaler=self.scaler,
                 device=self.device,
                 draw=(self.config.train.seed, step),
+                meanwhile=meanwhile,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

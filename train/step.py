@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,7 @@ def train_step(
     scaler: LossScaler | None,
     device: torch.device,
     draw: tuple[int, int],
+    meanwhile: Callable[[], object] | None = None,
 ) -> StepResult:
     """Update the model's trainable parameters once, with the gradient of the whole batch.
 
@@ -78,6 +79,8 @@ def train_step(
         scaler: The loss scaler under fp16, else None.
         device: Where the model is.
         draw: (seed, step) of the dropout draws.
+        meanwhile: What the host does once the device has the gradient to compute: the one moment of
+            a step at which it would wait is the norm of the gradient.
     """
     started = time.perf_counter()
     targets = sum(micro_batch.num_targets for micro_batch in batch)
@@ -104,6 +107,7 @@ def train_step(
             scaler=scaler,
             device=device,
             draw=draw,
+            meanwhile=meanwhile,
         ),
         device,
     )
@@ -132,6 +136,7 @@ def _gradient(
     scaler: LossScaler | None,
     device: torch.device,
     draw: tuple[int, int],
+    meanwhile: Callable[[], object] | None,
 ) -> tuple[list[Tensor], float, float]:
     """Leave the gradient of the batch's token mean in the parameters, which have none.
 
@@ -154,6 +159,8 @@ def _gradient(
                 loss = loss_sum(model, micro_batch, device, draw, gradient_scale)
             (loss * (scale / targets)).backward()
             losses.append(loss.detach())
+        if meanwhile is not None:
+            meanwhile()
         norm = optimizer.gradient_norm() / scale
         if scaler is None:
             return losses, norm, scale

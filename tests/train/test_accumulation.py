@@ -335,7 +335,7 @@ def test_a_batch_without_targets_is_skipped() -> None:
     batch = cut(8)
     for micro_batch in batch:
         micro_batch.targets.fill_(-100)
-        object.__setattr__(micro_batch, "num_targets", 0)
+        object.__setattr__(micro_batch, "target_rows", torch.empty(0, dtype=torch.int64))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     result = train_step(
@@ -381,6 +381,50 @@ def test_the_device_needs_no_fp64() -> None:
             pad_id=0,
         )
     assert result.targets == evaluated.targets
+
+
+class Waits(TorchDispatchMode):
+    """Writes down what a host would have to wait for a device for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_waits_for_the_device_when_its_gradient_is_there_and_for_nothing_else(
+    family: str, checkpointing: bool
+) -> None:
+    model = small_model(family)
+    inject(model, LoraConfig(r=4, lora_dropout=0.1))
+    model.gradient_checkpointing = checkpointing
+    at: list[int] = []
+    one_step(model, cut(2))  # what a CPU's attention lays out for these lengths is kept
+    with Waits() as waits:
+        optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+        result = train_step(
+            model,
+            optimizer,
+            cut(2),
+            learning_rate=1e-2,
+            max_grad_norm=1.0,
+            precision=Precision("fp32", CPU),
+            scaler=None,
+            device=CPU,
+            draw=(0, 1),
+            meanwhile=lambda: at.append(len(waits.seen)),
+        )
+    assert len(cut(2)) == 4
+    assert result.skipped is None
+    assert waits.seen == ["_local_scalar_dense"] * 2  # the norm, then the loss
+    assert at == [0]
 
 
 def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, AdamW]:

@@ -10,6 +10,7 @@ from small import RaggedExamples
 
 from data.batch import MicroBatch
 from data.order import epoch_order
+from train import loop
 from train.checkpoint import TrainState
 from train.config import load_config
 from train.early_stopping import EarlyStopping
@@ -74,7 +75,15 @@ class Recorder:
         self.spikes: list[float | None] = []
         self.writer = self.console = Silent()
 
-    def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
+    def step(
+        self,
+        step: int,
+        batch: list[MicroBatch],
+        learning_rate: float,
+        meanwhile: Callable[[], object] | None,
+    ) -> StepResult:
+        if meanwhile is not None:
+            meanwhile()
         assert step == self.state.step + 1
         self.events.append(("step", step))
         self.examples.append([index for part in batch for index in part.examples])
@@ -186,6 +195,39 @@ def test_the_train_loss_since_the_last_evaluation_is_a_token_mean() -> None:
     assert (state.step, state.skipped, state.non_finite_in_a_row) == (3, 1, 1)
     advance(state, StepResult(0.0, 0.0, 0, 6, 1.0, "no targets"))
     assert (state.skipped, state.non_finite_in_a_row) == (2, 0)
+
+
+def test_the_next_step_is_cut_ahead_and_handed_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan, batches = configured()
+    expected = [part.input_ids for part in batches.cut(*plan.batch(2), 2)]
+    made = []
+    cutter = loop.micro_batches
+    monkeypatch.setattr(
+        loop, "micro_batches", lambda *given, **named: made.append(1) or cutter(*given, **named)
+    )
+    batches.cut_ahead(*plan.batch(2), 2)
+    batches.cut_ahead(*plan.batch(2), 2)  # as where an overflow has a step computed again
+    ahead = batches.cut(*plan.batch(2), 2)
+    assert len(made) == 1
+    assert all(one.input_ids.equal(ids) for one, ids in zip(ahead, expected, strict=True))
+    batches.cut(*plan.batch(2), 2)
+    assert len(made) == 2
+    batches.cut_ahead(*plan.batch(2), 2)
+    smaller = batches.cut(*plan.batch(2), 4)  # memory ran out: what lies ready does not fit
+    assert len(smaller) == 4
+    assert len(made) == 4
+
+
+def test_a_run_cuts_each_step_once_and_nothing_behind_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    cutter = loop.micro_batches
+    monkeypatch.setattr(
+        loop, "micro_batches", lambda *given, **named: made.append(1) or cutter(*given, **named)
+    )
+    assert run(Recorder(losses=[3.0] * 6)) == "completed"
+    assert len(made) == 6
 
 
 def test_batches_are_cut_and_ordered_as_configured() -> None:

@@ -196,7 +196,10 @@ class OneStep:
         self.console = SimpleNamespace(say=self.said.append)
         self.sizes: list[list[int]] = []
 
-    def step(self, step: int, batch: list[MicroBatch], learning_rate: float) -> StepResult:
+    def step(
+        self, step: int, batch: list[MicroBatch], learning_rate: float, meanwhile: Any
+    ) -> StepResult:
+        meanwhile()
         self.sizes.append([len(part.examples) for part in batch])
         return one_step(self.model, self.optimizer, batch, number=step)
 
