@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.installed,)
 
-.PHONY: setup demo test test-slow test-gpu reliability lint fix bench bench-kernels
+.PHONY: setup demo test test-slow test-gpu reliability lint fix bench bench-kernels bench-gpu
 
 setup: $(ENVIRONMENT)
 
@@ -47,4 +47,9 @@ bench: $(ENVIRONMENT)
 
 bench-kernels: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.kernels --minutes 8
+> $(PYTHON) -m benchmarks.readme
+
+bench-gpu: $(ENVIRONMENT)
+> $(PYTHON) -m benchmarks.versus_peft --device cuda --minutes 8
+> $(PYTHON) -m benchmarks.training --device cuda --minutes 8
 > $(PYTHON) -m benchmarks.readme

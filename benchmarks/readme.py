@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, kernels, loss, record, training, versus_peft
+from benchmarks import data, gpu, kernels, loss, record, training, versus_peft
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md")
@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "loss": loss.table,
     "data": data.table,
     "kernels": kernels.table,
+    "gpu": gpu.table,
 }
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -64,6 +64,7 @@ _BESIDE: list[tuple[str, dict[str, Any]]] = [
     ("micro_batch_tokens=512", {"train.micro_batch_tokens": 512}),
     ("gradient_checkpointing=true", {"model.gradient_checkpointing": True}),
 ]
+GPU_ROWS = ("E7", "E8")  # of benchmarks.gpu
 FP32_BOUND = 1e-4  # absolute, on losses of about 8; rounding alone
 
 
@@ -369,9 +370,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", nargs="+", choices=GPU_ROWS, help="with --device cuda")
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --device cuda")
+    parser.add_argument("--dry-run", action="store_true", help="with --device cuda: small, no GPU")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--worker-profile", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda":
+        from benchmarks import gpu
+
+        gpu.main(GPU_ROWS, options, "benchmarks.training")
+        return
     if options.worker:
         work(json.loads(options.worker[0]), Path(options.worker[1]))
     elif options.worker_profile:

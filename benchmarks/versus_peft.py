@@ -60,6 +60,9 @@ class PeftSide:
             frozen base that is stored in bf16).
         optimizer: Trainer's `optim`.
         compiled: Trainer's `torch_compile`.
+        checkpointing: Trainer's `gradient_checkpointing`.
+        half_adapters: Adapters in bf16 as well, where PEFT keeps them in fp32 by itself.
+        liger: Trainer's `use_liger_kernel`.
     """
 
     batching: str
@@ -67,6 +70,9 @@ class PeftSide:
     precision: str = "fp32"
     optimizer: str = "adamw_torch"
     compiled: bool = False
+    checkpointing: bool = False
+    half_adapters: bool = False
+    liger: bool = False
 
     @property
     def order(self) -> str:
@@ -78,6 +84,8 @@ class PeftSide:
         """The settings in one line."""
         parts = [self.batching, "grouped by length" if self.grouped else "", self.precision]
         parts += [self.optimizer, "torch.compile" if self.compiled else ""]
+        parts += ["gradient checkpointing" if self.checkpointing else ""]
+        parts += ["adapters in bf16" if self.half_adapters else "", "Liger" if self.liger else ""]
         return ", ".join(part for part in parts if part)
 
 
@@ -93,6 +101,7 @@ TARGETS = {
     "large-vocabulary": (8, 0.4, 3, 0.6),
     "small-full": (4, None, 2, None),
 }
+GPU_ROWS = ("E1", "E2", "E3", "E4", "E5", "E6")  # of benchmarks.gpu
 CANDIDATE_SECONDS = 240  # a candidate that takes longer in the pilot is not the best
 
 
@@ -120,7 +129,7 @@ def run_peft(fixture: Fixture, side: PeftSide, folder: Path, steps: int) -> dict
     """Train with transformers Trainer and PEFT and return loss, seconds and tokens of each step."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401  # counted as an import
 
     imports = record.resident_bytes()
 
@@ -138,75 +147,129 @@ def run_peft(fixture: Fixture, side: PeftSide, folder: Path, steps: int) -> dict
         on_overflow="truncate",
         cache_root=None,
     )
-    rows = [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+    dtype = torch.bfloat16 if side.precision == "bf16 weights" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if fixture.method == "lora":
+        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+    figures = train_with_trainer(
+        model,
+        [e.input_ids.tolist() for e in examples],
+        side,
+        steps=steps,
+        batch=BATCH,
+        accumulation=ACCUMULATION,
+        max_length=MAX_LENGTH,
+        folder=folder,
+        use_cpu=True,
+    )
+    return {**figures, "imports_bytes": imports}
+
+
+def train_with_trainer(
+    model: Any,
+    rows: list[list[int]],
+    side: PeftSide,
+    *,
+    steps: int,
+    batch: int,
+    accumulation: int,
+    max_length: int,
+    folder: Path,
+    use_cpu: bool,
+    **more: Any,
+) -> dict[str, Any]:
+    """Train a model of transformers, all tokens being targets.
+
+    Returns loss, gradient norm before clipping, seconds and real tokens of each step.
+
+    Args:
+        model: The model, wrapped by PEFT where adapters are trained.
+        rows: Token ids of each example, in the order of training.
+        side: The settings.
+        steps: Optimizer steps.
+        batch: Examples in a micro-batch.
+        accumulation: Micro-batches in a step.
+        max_length: What `max_length` pads to.
+        folder: Where Trainer may write.
+        use_cpu: As in TrainingArguments.
+        more: Further arguments of it.
+    """
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
     tokens: list[int] = []
 
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        lengths = [len(row["input_ids"]) for row in batch]
+    def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        documents = [row["input_ids"] for row in examples]
+        lengths = [len(document) for document in documents]
         tokens.append(sum(lengths))
         if side.batching == "flattened":
             # The first label of a document would be predicted from the document before it.
-            labels = [label for row in batch for label in (-100, *row["labels"][1:])]
+            labels = [label for document in documents for label in (-100, *document[1:])]
             return {
-                "input_ids": torch.tensor([[i for row in batch for i in row["input_ids"]]]),
+                "input_ids": torch.tensor([[i for document in documents for i in document]]),
                 "labels": torch.tensor([labels]),
                 "position_ids": torch.tensor([[i for n in lengths for i in range(n)]]),
             }
-        width = MAX_LENGTH if side.batching == "max_length" else max(lengths)
+        width = max_length if side.batching == "max_length" else max(lengths)
 
-        def padded(name: str, filler: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in batch])
+        def padded(filler: int) -> torch.Tensor:
+            return torch.tensor([ids + [filler] * (width - len(ids)) for ids in documents])
 
         mask = [[1] * length + [0] * (width - length) for length in lengths]
         return {
-            "input_ids": padded("input_ids", 0),
-            "labels": padded("labels", -100),
+            "input_ids": padded(0),
+            "labels": padded(-100),
             "attention_mask": torch.tensor(mask),
         }
 
     seconds: list[float] = []
 
+    def now() -> float:
+        if not use_cpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seconds.append(-time.perf_counter())
+            seconds.append(-now())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds[-1] += time.perf_counter()
+            seconds[-1] += now()
 
-    dtype = torch.bfloat16 if side.precision == "bf16 weights" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    if fixture.method == "lora":
-        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder / "peft"),
-            per_device_train_batch_size=BATCH,
-            gradient_accumulation_steps=ACCUMULATION,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
             max_steps=steps,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
             optim=side.optimizer,
             bf16=side.precision != "fp32",
             torch_compile=side.compiled,
+            gradient_checkpointing=side.checkpointing,
+            use_liger_kernel=side.liger,
             train_sampling_strategy="sequential",
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
+            use_cpu=use_cpu,
             seed=42,
             disable_tqdm=True,
             remove_unused_columns=False,
+            **more,
         ),
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": row} for row in rows],  # type: ignore[arg-type]
         data_collator=collate,  # type: ignore[arg-type]
         callbacks=[Clock()],
     )
     trainer.train()
-    logged = [float(row["loss"]) for row in trainer.state.log_history if "grad_norm" in row]
-    real = [sum(tokens[i : i + ACCUMULATION]) for i in range(0, len(tokens), ACCUMULATION)]
-    figures = {"loss": logged, "seconds": seconds, "tokens": real[:steps]}
-    return {**figures, "imports_bytes": imports}
+    logged = [row for row in trainer.state.log_history if "grad_norm" in row]
+    loss, norm = ([float(row[name]) for row in logged] for name in ("loss", "grad_norm"))
+    real = [sum(tokens[i : i + accumulation]) for i in range(0, len(tokens), accumulation)]
+    return {"loss": loss, "norm": norm, "seconds": seconds, "tokens": real[:steps]}
 
 
 class Comparison:
@@ -438,8 +501,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 3 for tiny, else 2")
     parser.add_argument("--steps", type=int, help="steps that are timed; default: by model")
     parser.add_argument("--pilot", action="store_true", help="find the peer's best settings")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", nargs="+", choices=GPU_ROWS, help="with --device cuda")
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --device cuda")
+    parser.add_argument("--dry-run", action="store_true", help="with --device cuda: small, no GPU")
     parser.add_argument("--worker", nargs=2, metavar=("TASK", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda":
+        from benchmarks import gpu
+
+        gpu.main(GPU_ROWS, options, "benchmarks.versus_peft")
+        return
     if options.worker:
         work(json.loads(options.worker[0]), Path(options.worker[1]))
         return

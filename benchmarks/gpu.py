@@ -1,0 +1,735 @@
+"""The training step on a GPU: Lathe beside Trainer + PEFT, rows E1 to E8.
+
+    python -m benchmarks.versus_peft --device cuda [--rows E1 E3 …] [--minutes 9]
+    python -m benchmarks.training --device cuda [--minutes 9]         the ladder E7 and E8
+    python -m benchmarks.versus_peft --device cuda --dry-run          on a CPU, small, nothing timed
+
+Each row is a process of its own that builds its model on the card, with random weights that are a
+function of their names, so that all rows train the same model and nothing is written to disk. Rows
+of data are real functions of ragged length (`ragged`), or such functions end to end in rows of full
+length (`full`). Five steps warm up and fifteen are timed.
+
+Before a row is timed the gate of its model must be green: on two layers of the real widths, in
+fp32, the gradients of all adapters are those of PEFT's. Afterwards the losses of its steps are
+compared with those of Lathe's reference row: same tokens, and a loss within `bf16_bound`. What
+differs is recorded as wrong. Records are appended row by row; after `--minutes` nothing new begins.
+
+Tokens are real ones, padding left out. TFLOP/s count 4 N operations a token for a frozen weight
+(6 N for a trained one), causal attention and the head, whatever a side computes beyond them; the
+share is of this card's bf16 product rate, measured in the same command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import record
+from benchmarks.fixtures import DEMO, FP32_BOUND, ChildError, answer, child, ragged_rows
+from benchmarks.training import operations_of_step
+from benchmarks.versus_peft import PeftSide, train_with_trainer
+from data.batch import micro_batches
+from data.examples import Example
+from data.tokenizer import Tokenizer
+from files.strict_json import read_json_object
+from kernels.dispatch import operations
+from lora import LoraConfig, inject
+from models import build
+from models.config import DecoderConfig, parse_config
+from models.configs import shipped_config
+from models.layers import CausalLM
+from train.loss import loss_sum
+from train.memory import within_memory
+from train.optimizers import build_optimizer
+from train.precision import Precision
+from train.step import StepResult, train_step
+
+WARM_UP, TIMED = 5, 15
+EXAMPLES, LENGTH = 24, 1024
+PEER_BATCH = 8  # of the peer's micro-batches: with logits in fp32, 24 would not fit everywhere
+GATE_BOUND = 1e-5  # ‖ours - PEFT's‖ / ‖PEFT's‖ of fp32 gradients: sums in another order
+ROW_SECONDS = 300
+DRY_VOCABULARY, DRY_EXAMPLES, DRY_LENGTH = 256, 4, 12
+# Relative, of a gradient's norm in bf16: products rounded to 8 bits, some 12 in a layer, as
+# independent ones over 32 layers √384 · 2⁻⁹; a norm is of millions of them, and far inside.
+NORM_BOUND = 384**0.5 * 2**-9
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained.
+
+    Attributes:
+        model: Name on the hub; its architecture is one of models/configs.
+        rank: Of the adapters on all linear layers; 0 trains every weight, with Adafactor.
+        dropout: On the adapters' input; the model's own dropouts are off.
+        rows: `ragged` or `full`.
+    """
+
+    model: str
+    rank: int
+    dropout: float = 0.0
+    rows: str = "ragged"
+
+    @property
+    def text(self) -> str:
+        """The work in words."""
+        how = f"LoRA r = {self.rank}" if self.rank else "full, Adafactor"
+        name, size = self.model.split("/")[1], f"{EXAMPLES} × {LENGTH} {self.rows}"
+        return f"{name}, {how}, p = {self.dropout}, {size}"
+
+
+@dataclass(frozen=True)
+class OurSide:
+    """How Lathe trains: as the configuration keys of these names say."""
+
+    batching: str = "unpadded"
+    kernels: str = "auto"
+    micro_batch_tokens: int = EXAMPLES * LENGTH
+    checkpointing: bool = False
+
+    @property
+    def text(self) -> str:
+        """The settings in one line."""
+        parts = [self.batching, f"kernels={self.kernels}"]
+        parts.append(f"micro-batches of {self.micro_batch_tokens:,} tokens")
+        return ", ".join(parts + ["gradient checkpointing"] * self.checkpointing)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: E1 to E8 and a letter.
+        work: What is trained.
+        side: How, and by whom.
+        most: Measure how many tokens fit into a micro-batch, not the speed.
+    """
+
+    name: str
+    work: Work
+    side: OurSide | PeftSide
+    most: bool = False
+
+    @property
+    def who(self) -> str:
+        """Who trains."""
+        return "lathe" if isinstance(self.side, OurSide) else "Trainer + PEFT"
+
+
+_FUSED: dict[str, Any] = {"precision": "bf16 weights", "optimizer": "adamw_torch_fused"}
+SEEDS = PeftSide("max_length", checkpointing=True, **_FUSED)
+FLAT = PeftSide("flattened", half_adapters=True, **_FUSED)
+
+
+def rows() -> list[Row]:
+    """Return all rows in the order that they are measured in."""
+    starcoder = Work("bigcode/starcoder2-3b", 16)
+    dropped = Work("bigcode/starcoder2-3b", 16, 0.05)
+    qwen = Work("Qwen/Qwen2.5-Coder-1.5B-Instruct", 32, 0.1)
+    llama = Work("meta-llama/Llama-2-7b-hf", 16)
+    full = Work("bigcode/starcoder2-3b", 0)
+    whole = dataclasses.replace(starcoder, rows="full")
+    ours, triton = OurSide(), OurSide(kernels="triton")
+    trained = PeftSide("flattened", precision="bf16", optimizer="adafactor")
+    found = [
+        Row("E1 ours", starcoder, ours),
+        Row("E1 seeds", starcoder, SEEDS),
+        Row("E1 flattened", starcoder, FLAT),
+        Row("E1 triton", starcoder, triton),
+        Row("E1 grouped", starcoder, PeftSide("longest", True, half_adapters=True, **_FUSED)),
+        Row("E1 padded", starcoder, PeftSide("max_length", **_FUSED)),
+        Row("E1 ours padded", starcoder, OurSide("max_length")),
+        Row("E1 compiled", starcoder, dataclasses.replace(FLAT, compiled=True)),
+        Row("E1 full rows", whole, ours),
+        Row("E1 full rows, triton", whole, triton),
+        Row("E2 ours", dropped, ours),
+        Row("E2 triton", dropped, triton),
+        Row("E2 flattened", dropped, FLAT),
+        Row("E3 ours", qwen, ours),
+        Row("E3 triton", qwen, triton),
+        Row("E3 seeds", qwen, SEEDS),
+        Row("E3 flattened", qwen, FLAT),
+        Row("E3 Liger", qwen, dataclasses.replace(FLAT, liger=True)),
+        Row("E3 full rows, triton", dataclasses.replace(qwen, rows="full"), triton),
+        Row("E4 ours", llama, ours),
+        Row("E4 triton", llama, triton),
+        Row("E4 seeds", llama, SEEDS),
+        Row("E4 flattened", llama, FLAT),
+        Row("E4 full rows, triton", dataclasses.replace(llama, rows="full"), triton),
+        Row("E5 ours", full, ours),
+        Row("E5 triton", full, triton),
+        Row("E5 flattened", full, trained),
+        Row("E5 full rows, triton", dataclasses.replace(full, rows="full"), triton),
+        Row("E6 ours", starcoder, OurSide(checkpointing=True)),
+        Row("E6 flattened", starcoder, dataclasses.replace(FLAT, checkpointing=True)),
+    ]
+    ladder = [
+        OurSide("max_length", "reference", 8 * LENGTH),
+        OurSide("longest", "reference", 8 * LENGTH),
+        OurSide("unpadded", "reference", 8 * LENGTH),
+        OurSide("unpadded", "reference"),
+        OurSide("unpadded", "auto"),
+        OurSide("unpadded", "triton"),
+        OurSide("unpadded", "triton", 4 * LENGTH),
+        OurSide("unpadded", "triton", checkpointing=True),
+    ]
+    found += [Row(f"E7 {i}", starcoder, side) for i, side in enumerate(ladder, start=1)]
+    found += [
+        Row("E8 ours", whole, ours, most=True),
+        Row("E8 triton", whole, triton, most=True),
+        Row("E8 flattened", whole, FLAT, most=True),
+    ]
+    return found
+
+
+# --- what both sides are made of -----------------------------------------------------------------
+
+
+def decoder_of(work: Work, dry: bool, layers: int | None = None) -> DecoderConfig:
+    """Return a model's architecture without its own dropouts, for a dry run a small one."""
+    file = shipped_config(work.model)
+    assert file is not None
+    raw = read_json_object(file)
+    changed: dict[str, Any] = {name: 0.0 for name in raw if name.endswith("_dropout")}
+    if layers is not None:
+        changed["num_hidden_layers"] = layers
+    if dry:
+        changed |= {"hidden_size": 16, "intermediate_size": 24, "vocab_size": DRY_VOCABULARY}
+        changed |= {"num_attention_heads": 4, "num_hidden_layers": 2}
+        shared = raw.get("num_key_value_heads", 0) < raw["num_attention_heads"]
+        changed["num_key_value_heads"] = 2 if shared else 4
+    return parse_config({**raw, **changed}, work.model)
+
+
+def plain_name(name: str) -> str:
+    """Return our name of a parameter of a model that PEFT has wrapped."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removesuffix(".default.weight")
+
+
+def fill(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Give every parameter a value that is a function of its name, the same on both sides.
+
+    Names are those that `plain_name` gives.
+    """
+    for name, parameter in parameters:
+        plain = plain_name(name)
+        if parameter.ndim == 1:
+            parameter.data.fill_(0.0 if plain.endswith(".bias") else 1.0)
+            continue
+        seed = int.from_bytes(hashlib.sha256(plain.encode()).digest()[:7], "little")
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        parameter.data.copy_(drawn.mul_(0.02))
+
+
+def our_model(work: Work, side: OurSide, device: torch.device, config: DecoderConfig) -> CausalLM:
+    """Return Lathe's model, adapters injected and everything filled; fp32 where all is trained."""
+    with torch.device(device):
+        model = build(config, operations=operations(side.kernels, device), device="meta")
+    model.to_empty(device=device)
+    model.to(torch.bfloat16 if work.rank and device.type == "cuda" else torch.float32)
+    if work.rank:
+        inject(model, LoraConfig(r=work.rank, lora_alpha=2 * work.rank, lora_dropout=work.dropout))
+    fill(model.named_parameters())
+    model.gradient_checkpointing = side.checkpointing
+    return model
+
+
+def their_model(work: Work, side: PeftSide, device: torch.device, config: DecoderConfig) -> Any:
+    """Return the same model of transformers, wrapped by PEFT."""
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = {key: value for key, value in config.raw.items() if key != "torch_dtype"}
+    theirs = AutoConfig.for_model(**source)
+    theirs.use_cache = False
+    half = side.precision == "bf16 weights" and device.type == "cuda"
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            theirs, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa"
+        )
+    if work.rank:
+        lora = peft.LoraConfig(
+            r=work.rank,
+            lora_alpha=2 * work.rank,
+            lora_dropout=work.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        adapters_in_fp32 = not (side.half_adapters and device.type == "cuda")
+        model = peft.get_peft_model(model, lora, autocast_adapter_dtype=adapters_in_fp32)
+        if side.checkpointing:
+            model.enable_input_require_grads()
+    fill(model.named_parameters())
+    return model
+
+
+class Documents:
+    """Token ids as a set of examples: every token but the first is a target."""
+
+    def __init__(self, ids: Sequence[Sequence[int]]):
+        import numpy as np
+
+        self.ids = [np.asarray(row, dtype=np.int32) for row in ids]
+        self.lengths = np.asarray([len(row) for row in ids], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(index=index, input_ids=self.ids[index], labels=self.ids[index])
+
+
+def token_rows(work: Work, steps: int, dry: bool) -> list[list[int]]:
+    """Return the token ids of every example of a run, cut at `LENGTH`."""
+    length, examples = (DRY_LENGTH, DRY_EXAMPLES) if dry else (LENGTH, EXAMPLES)
+    count = steps * examples
+    documents = [list(row) for row in _functions(40 if dry else 480)]
+    if dry:
+        documents = [[token % DRY_VOCABULARY for token in row] for row in documents]
+    if work.rows == "full":
+        flat = [token for document in documents for token in document]
+        flat *= -(-count * length // len(flat))
+        return [flat[i * length : (i + 1) * length] for i in range(count)]
+    documents = [row[: length - i % 7] if dry else row[:length] for i, row in enumerate(documents)]
+    return (documents * -(-count // len(documents)))[:count]
+
+
+@functools.cache
+def _functions(count: int) -> list[tuple[int, ...]]:
+    tokenizer = Tokenizer.load(DEMO / "base")
+    return [tuple(map(int, tokenizer.encode(text))) for text, _ in ragged_rows(count)]
+
+
+# --- one row in its process ----------------------------------------------------------------------
+
+
+class Ours:
+    """Lathe's model, optimizer and step."""
+
+    def __init__(self, row: Row, dry: bool):
+        assert isinstance(row.side, OurSide)
+        self.side, self.device = row.side, torch.device("cpu" if dry else "cuda")
+        self.precision = Precision("fp32" if dry else "bf16", self.device)
+        self.max_length = DRY_LENGTH if dry else LENGTH
+        self.model = our_model(row.work, row.side, self.device, decoder_of(row.work, dry))
+        name = "adamw" if row.work.rank else "adafactor"
+        self.optimizer = build_optimizer(name, self.model, operations=self.model.operations)
+
+    def step(self, number: int, ids: list[list[int]], tokens: int) -> StepResult:
+        """Do one step on some documents, in micro-batches of at most `tokens` tokens."""
+        examples: Any = Documents(ids)
+        batch = micro_batches(
+            examples,
+            range(len(ids)),
+            micro_batch_size=len(ids),
+            micro_batch_tokens=tokens,
+            batching=self.side.batching,
+            max_length=self.max_length,
+            pad_id=0,
+        )
+        return train_step(
+            self.model,
+            self.optimizer,
+            batch,
+            learning_rate=2e-4,
+            max_grad_norm=1.0,
+            precision=self.precision,
+            scaler=None,
+            device=self.device,
+            draw=(42, number),
+        )
+
+
+def run_ours(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[str, Any]:
+    """Train with Lathe's step; return loss, seconds and tokens of each step."""
+    ours = Ours(row, dry)
+    each = len(ids) // steps
+    found: dict[str, list[Any]] = {"loss": [], "norm": [], "seconds": [], "tokens": []}
+    for step in range(1, steps + 1):
+        started = time.perf_counter()
+        documents = ids[(step - 1) * each : step * each]
+        result = ours.step(step, documents, ours.side.micro_batch_tokens)
+        if not dry:
+            torch.cuda.synchronize()  # the update, which the step itself does not wait for
+        found["seconds"].append(time.perf_counter() - started)
+        found["loss"].append(result.loss)
+        found["norm"].append(result.grad_norm)
+        found["tokens"].append(result.tokens)
+    return found
+
+
+def run_theirs(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[str, Any]:
+    """Train with Trainer + PEFT; return loss, seconds and tokens of each step."""
+    assert isinstance(row.side, PeftSide)
+    side, device = row.side, torch.device("cpu" if dry else "cuda")
+    model = their_model(row.work, side, device, decoder_of(row.work, dry))
+    each, batch = len(ids) // steps, 2 if dry else PEER_BATCH
+    more: dict[str, Any] = {}
+    if dry:
+        side = dataclasses.replace(side, precision="fp32", liger=False)
+        more = {"torch_compile_backend": "eager"} if side.compiled else {}
+    if side.grouped:  # the steps that warm up keep their order: their losses can be compared
+        first = (1 if dry else WARM_UP) * each
+        ids = ids[:first] + sorted(ids[first:], key=len, reverse=True)
+    with tempfile.TemporaryDirectory() as folder:
+        return train_with_trainer(
+            model,
+            ids,
+            side,
+            steps=steps,
+            batch=batch,
+            accumulation=each // batch,
+            max_length=DRY_LENGTH if dry else LENGTH,
+            folder=Path(folder),
+            use_cpu=dry,
+            **more,
+        )
+
+
+def most_tokens(row: Row, dry: bool) -> dict[str, Any]:
+    """Return how many tokens fit into one micro-batch, in documents of full length."""
+    document = token_rows(row.work, 1, dry)[0]
+    if isinstance(row.side, OurSide):
+        ours = Ours(row, dry)
+
+        def fits(count: int) -> bool:
+            return ours.step(count, [document] * count, count * LENGTH).skipped is None
+    else:
+        device = torch.device("cpu" if dry else "cuda")
+        theirs = their_model(row.work, row.side, device, decoder_of(row.work, dry)).train()
+
+        def fits(count: int) -> bool:
+            return bool(
+                within_memory(functools.partial(_backward, theirs, document, count), device)
+            )
+
+    most = 0
+    for count in (1, 2) if dry else (8, 12, 16, 24, 32, 48, 64, 96, 128, 192):
+        if not fits(count):
+            break
+        most = count * len(document)
+    return {"most_tokens": most}
+
+
+def _backward(model: Any, document: list[int], count: int) -> bool:
+    """Do a peer's forward and backward pass over `count` copies of a document in one row."""
+    one = torch.tensor(document, device=model.device)
+    positions = torch.arange(len(document), device=model.device)
+    ids = one.repeat(count)[None]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        loss = model(input_ids=ids, labels=ids, position_ids=positions.repeat(count)[None]).loss
+    loss.backward()
+    model.zero_grad()
+    return True
+
+
+def gate(work: Work, dry: bool) -> dict[str, Any]:
+    """Return how far fp32 gradients are from PEFT's on two layers of the real widths.
+
+    Dropout is off: the two draw theirs differently. Documents of unequal length lie end to end on
+    our side and are padded on PEFT's.
+    """
+    device = torch.device("cpu" if dry else "cuda")
+    config = decoder_of(work, dry, layers=2)
+    work = dataclasses.replace(work, dropout=0.0)
+    ids = [row[: DRY_LENGTH if dry else 256] for row in token_rows(work, 1, dry)[:4]]
+    ids = [row[: len(row) - i] for i, row in enumerate(ids)]
+    targets = sum(len(row) - 1 for row in ids)
+    width = max(map(len, ids))
+
+    theirs: Any = their_model(work, PeftSide("longest"), device, config)
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+    logits = theirs(input_ids=padded, attention_mask=mask).logits[:, :-1].float()
+    labels = padded[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    (total / targets).backward()
+    expected = {
+        plain_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None
+    }
+    worst: dict[str, float] = {}
+    backends = ["reference", "triton"] if device.type == "cuda" else ["reference"]
+    for backend in backends:
+        ours = our_model(work, OurSide(kernels=backend), device, config).float()
+        examples: Any = Documents(ids)
+        (batch,) = micro_batches(
+            examples,
+            range(len(ids)),
+            micro_batch_size=len(ids),
+            micro_batch_tokens=None,
+            batching="unpadded",
+            max_length=LENGTH,
+            pad_id=0,
+        )
+        (loss_sum(ours, batch, device, (42, 1)) / targets).backward()
+        found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+        if found.keys() != expected.keys():
+            raise ChildError(f"other parameters are trained: {found.keys() ^ expected.keys()}")
+        worst[backend] = max(
+            ((gradient - expected[name]).norm() / expected[name].norm()).item()  # type: ignore
+            for name, gradient in found.items()
+        )
+    return {"gate": worst}
+
+
+def work_on(row: Row, steps: int, dry: bool) -> dict[str, Any]:
+    """Be one row: train, and return what was measured."""
+    if not dry:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    if row.most:
+        return most_tokens(row, dry)
+    started = time.perf_counter()
+    ids = token_rows(row.work, steps, dry)
+    run = run_ours if isinstance(row.side, OurSide) else run_theirs
+    figures = run(row, ids, steps, dry)
+    whole = time.perf_counter() - started
+    peak = 0 if dry else torch.cuda.max_memory_allocated()
+    return {**figures, "peak_allocated": peak, "start_up": whole - sum(figures["seconds"])}
+
+
+# --- the comparison ------------------------------------------------------------------------------
+
+
+def arithmetic(work: Work, ids: list[list[int]], dry: bool) -> float:
+    """Return the operations of a step of the real tokens in `ids`."""
+    model = build(decoder_of(work, dry), device="meta")
+    if work.rank:
+        inject(model, LoraConfig(r=work.rank, lora_alpha=2 * work.rank))
+    lengths = [len(row) for row in ids]
+    targets = sum(lengths) - len(lengths)
+    return sum(operations_of_step(model, lengths, targets, full=not work.rank).values())
+
+
+def bf16_bound(config: DecoderConfig) -> float:
+    """Return how far a step's loss may be from another side's in bf16; see `Fixture.bf16_bound`."""
+    roundings = 12 * config.num_hidden_layers
+    return 2 * 0.02 * config.hidden_size**0.5 * roundings**0.5 * 2**-9
+
+
+def wrong(row: Row, figures: dict[str, Any], reference: dict[str, Any], dry: bool) -> str | None:
+    """Return in words how a row computed something else than the reference row of its work."""
+    compared = slice(None)
+    if isinstance(row.side, PeftSide) and row.side.grouped:
+        compared = slice(0, 1 if dry else WARM_UP)
+    if sum(figures["tokens"]) != sum(reference["tokens"]):
+        return f"{sum(figures['tokens']):,} tokens, not {sum(reference['tokens']):,}"
+    other_masks = row.work.dropout > 0 and isinstance(row.side, PeftSide)
+    bound = FP32_BOUND if dry else bf16_bound(decoder_of(row.work, dry))
+    bounds = {"loss": (bound, 0.0), "norm": (0.0, FP32_BOUND if dry else NORM_BOUND)}
+    for name, (absolute, relative) in bounds.items():
+        if other_masks and name == "norm":
+            continue  # it scatters with them; the gate has compared gradients without
+        for step, (one, other) in enumerate(
+            zip(figures[name][compared], reference[name][compared], strict=True), start=1
+        ):
+            allowed = (absolute + relative * other) * (4 if other_masks else 1)
+            if not abs(one - other) <= allowed:
+                return f"{name} {one:.4f} at step {step}, not {other:.4f} within {allowed:.1e}"
+    return None
+
+
+def figures_of(
+    row: Row, figures: dict[str, Any], reference: dict[str, Any], operations: float
+) -> dict[str, Any]:
+    """Return what a timed row is recorded with."""
+    seconds = figures["seconds"][WARM_UP:]
+    tokens = figures["tokens"][WARM_UP:]
+    fifths = quantiles(seconds, n=5)
+    return {
+        "seconds_per_step": median(seconds),
+        "p20": fifths[0],
+        "p80": fifths[-1],
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "tflops": operations * len(seconds) / sum(seconds) / 1e12,
+        "peak_bytes": figures["peak_allocated"],
+        "first_step_seconds": figures["seconds"][0],
+        "start_up_seconds": figures["start_up"],
+        "loss_difference": max(
+            abs(a - b) for a, b in zip(figures["loss"], reference["loss"], strict=True)
+        ),
+        "steps": len(seconds),
+        "warm_up": WARM_UP,
+    }
+
+
+def run(names: Sequence[str], minutes: float, module: str) -> int:
+    """Measure the rows whose names begin with one of `names`; return the exit code."""
+    if not torch.cuda.is_available():
+        print("--device cuda needs a CUDA device; --dry-run checks every row without one")
+        return 2
+    deadline = time.monotonic() + 60 * minutes
+    folder = Path("unused")
+
+    def ask(*task: str) -> dict[str, Any]:
+        return child(module, ["--device", "cuda", "--worker", *task], folder, ROW_SECONDS)
+
+    rates = ask("rates", "")
+    gates: dict[Work, str | None] = {}
+    references: dict[Work, dict[str, Any]] = {}
+    faults = left = 0
+    for number, row in enumerate(rows()):
+        if not any(row.name.split()[0] == name for name in names):
+            continue
+        if time.monotonic() > deadline:
+            left += 1
+            continue
+        about = {"row": row.name, "work": row.work.text, "who": row.who, "side": row.side.text}
+        about |= {"device": rates["device"]}
+        try:
+            gated = dataclasses.replace(row.work, dropout=0.0, rows="ragged")
+            if gated.rank and gated not in gates:
+                gates[gated] = _gate_fault(ask("gate", str(number)))
+            if gates.get(gated):
+                raise ChildError(f"gate: {gates[gated]}")
+            if row.work not in references and not row.most:
+                # The first of Lathe's rows of this work, whatever is asked for.
+                first = next(
+                    i
+                    for i, other in enumerate(rows())
+                    if other.work == row.work and isinstance(other.side, OurSide)
+                )
+                references[row.work] = ask("row", str(first))
+                references[row.work]["number"] = first
+            reference = references.get(row.work, {})
+            figures = reference if reference.get("number") == number else ask("row", str(number))
+            if row.most:
+                found = figures
+            else:
+                fault = wrong(row, figures, reference, dry=False)
+                if fault is not None:
+                    raise ChildError(fault)
+                counted = arithmetic(row.work, token_rows(row.work, 20, False), False) / 20
+                found = figures_of(row, figures, reference, counted)
+        except (ChildError, subprocess.TimeoutExpired) as error:
+            found = {"error": (str(error).strip().splitlines() or [""])[-1][:300]}
+            faults += row.who == "lathe"
+        record.append("gpu", {**about, **rates, **found})
+        print(line(row, found, rates), flush=True)
+    if left:
+        print(f"{left} rows left out after {minutes:g} minutes; --rows measures those missing")
+    return 1 if faults else 0
+
+
+def _gate_fault(answered: dict[str, Any]) -> str | None:
+    for backend, apart in answered["gate"].items():
+        if not apart <= GATE_BOUND:
+            return f"kernels={backend}: gradients {apart:.1e} from PEFT's, {GATE_BOUND} is allowed"
+    return None
+
+
+def line(row: Row, found: dict[str, Any], rates: dict[str, Any]) -> str:
+    """Return one printed line."""
+    start = f"{row.name:<24}"
+    if "error" in found:
+        return f"{start} {found['error']}  ({row.who}: {row.side.text})"
+    if row.most:
+        return f"{start} {found['most_tokens']:,} tokens fit  ({row.who}: {row.side.text})"
+    share = found["tflops"] / rates["gemm_tflops"]
+    return (
+        f"{start} {found['tokens_per_second']:9,.0f} tok/s  {found['tflops']:6,.0f} TFLOP/s "
+        f"({share:.0%})  {found['peak_bytes'] / 2**30:6.1f} GiB  first step "
+        f"{found['first_step_seconds']:.1f} s  ({row.who}: {row.side.text})"
+    )
+
+
+def dry_run(names: Sequence[str]) -> int:
+    """Compare every row's losses and every gate at small shapes; return the exit code."""
+    references: dict[Work, dict[str, Any]] = {}
+    gates: dict[str, str | None] = {}
+    faults = 0
+    for row in rows():
+        if not any(row.name.split()[0] == name for name in names):
+            continue
+        try:
+            if row.most:
+                figures = work_on(row, 2, True)
+                fault = None if figures["most_tokens"] else "no token fits"
+            else:
+                model = row.work.model
+                if row.work.rank and model not in gates:
+                    gates[model] = _gate_fault(gate(row.work, True))
+                if row.work not in references:
+                    reference = Row("reference", row.work, OurSide(kernels="reference"))
+                    references[row.work] = work_on(reference, 2, True)
+                figures = work_on(row, 2, True)
+                fault = gates.get(model) or wrong(row, figures, references[row.work], dry=True)
+        except Exception as error:  # whatever another library raises is the row's result
+            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        faults += fault is not None
+        print(f"{row.name:<24} {fault or 'agrees'}  ({row.who}: {row.side.text})", flush=True)
+    return 1 if faults else 0
+
+
+def work(task: str, number: str) -> None:
+    """Be the process of one row, of a gate, or of the card's rates."""
+    if task == "rates":
+        from benchmarks.kernels import FLUSHED, ceilings
+
+        flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+        answer({**ceilings(flush), "device": torch.cuda.get_device_name()})
+        return
+    row = rows()[int(number)]
+    answer(gate(row.work, False) if task == "gate" else work_on(row, WARM_UP + TIMED, False))
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the newest record of each row as lines of README."""
+    if not records:
+        return ["Nothing has been measured yet: `make bench-gpu`, on a machine with a GPU."]
+    lines: list[str] = []
+    device = None
+    for row in sorted(records, key=lambda row: row["device"]):
+        if row["device"] != device:
+            device = row["device"]
+            lines += [
+                "",
+                f"{device}: bf16 products {row['gemm_tflops']:,.0f} TFLOP/s; shares are of it.",
+                "",
+                "| row | work | side | real tokens/s | TFLOP/s | peak memory | first step |",
+                "|---|---|---|---:|---:|---:|---:|",
+            ]
+        cells = [row["row"], row["work"], f"{row['who']}: {row['side']}"]
+        if "error" in row:
+            cells += [row["error"], "", "", ""]
+        elif "most_tokens" in row:
+            cells += [f"{row['most_tokens']:,} tokens fit", "", "", ""]
+        else:
+            share = row["tflops"] / row["gemm_tflops"]
+            cells += [f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:,.0f} ({share:.0%})"]
+            cells += [f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['first_step_seconds']:.1f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines[1:]
+
+
+def main(names: Sequence[str], options: Any, module: str) -> None:
+    """Answer the command line of `module` behind `--device cuda`.
+
+    Args:
+        names: Rows that the command is for.
+        options: `worker`, `dry_run`, `rows` and `minutes`.
+        module: The module that is run, for the rows' own processes.
+    """
+    if options.worker:
+        work(*options.worker)
+        return
+    chosen = [name for name in names if not options.rows or name in options.rows]
+    sys.exit(dry_run(chosen) if options.dry_run else run(chosen, options.minutes, module))

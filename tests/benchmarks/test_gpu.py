@@ -1,0 +1,123 @@
+"""The GPU benchmark without a GPU: every row at small shapes, and what is made of its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DEVICE, TRITON
+
+from benchmarks import gpu, training, versus_peft
+from benchmarks.gpu import OurSide, Row, Work
+
+WORK = Work("bigcode/starcoder2-3b", 16)
+ROW = Row("E1 ours", WORK, OurSide())
+needs_interpreter = pytest.mark.skipif(
+    not TRITON or DEVICE == "cuda", reason="needs Triton's interpreter: triton, and no GPU"
+)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", [*versus_peft.GPU_ROWS, *training.GPU_ROWS])
+def test_every_row_computes_what_the_reference_does(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.dry_run([name]) == 0, capsys.readouterr().out
+
+
+def test_every_row_belongs_to_a_command() -> None:
+    names = [row.name for row in gpu.rows()]
+    assert len(set(names)) == len(names)
+    asked = {*versus_peft.GPU_ROWS, *training.GPU_ROWS}
+    assert {name.split()[0] for name in names} == asked
+
+
+def test_the_gate_sees_other_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu._gate_fault(gpu.gate(WORK, dry=True)) is None
+    inject = gpu.inject
+
+    def scaled(model: Any, config: Any) -> Any:
+        return inject(model, dataclasses.replace(config, lora_alpha=1.01 * config.lora_alpha))
+
+    monkeypatch.setattr(gpu, "inject", scaled)
+    fault = gpu._gate_fault(gpu.gate(WORK, dry=True))
+    assert fault is not None
+    assert "kernels=reference: gradients" in fault
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, None),
+        ({"tokens": [10, 12]}, "22 tokens, not 21"),
+        ({"loss": [2.0, 2.2]}, "loss 2.2000 at step 2, not 2.1000 within"),
+        ({"loss": [2.0, float("nan")]}, "loss nan at step 2"),
+        ({"norm": [1.0, 1.2]}, "norm 1.2000 at step 2, not 1.1000 within"),
+    ],
+)
+def test_a_row_that_computed_something_else_is_named(
+    changed: dict[str, Any], told: str | None
+) -> None:
+    reference = {"tokens": [10, 11], "loss": [2.0, 2.1], "norm": [1.0, 1.1]}
+    fault = gpu.wrong(ROW, {**reference, **changed}, reference, dry=False)
+    assert (fault is None) if told is None else told in (fault or "")
+
+
+def test_figures_leave_out_what_warms_up() -> None:
+    steps = gpu.WARM_UP + gpu.TIMED
+    figures = {
+        "seconds": [9.0] * gpu.WARM_UP + [0.5] * gpu.TIMED,
+        "tokens": [1] * gpu.WARM_UP + [1000] * gpu.TIMED,
+        "loss": [2.0] * steps,
+        "peak_allocated": 7,
+        "start_up": 3.0,
+    }
+    found = gpu.figures_of(ROW, figures, figures, 2e12)
+    assert (found["tokens_per_second"], found["seconds_per_step"]) == (2000.0, 0.5)
+    assert found["tflops"] == 4.0
+    assert (found["first_step_seconds"], found["loss_difference"]) == (9.0, 0.0)
+
+
+def test_arithmetic_counts_four_a_frozen_weight_and_six_a_trained_one() -> None:
+    lengths = [[1] * 5, [1] * 7]
+    model = gpu.build(gpu.decoder_of(WORK, True), device="meta")
+    linear = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.ndim == 2)
+    head = model.config.hidden_size * model.config.vocab_size
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    attention = 6 * (25 + 49) * width * layers
+    full = gpu.arithmetic(Work(WORK.model, 0), lengths, dry=True)
+    assert full == 6 * linear * 12 + 6 * head * 10 + attention
+    adapted = gpu.arithmetic(WORK, lengths, dry=True)
+    factors = 16 * sum(
+        sum(p.shape) for n, p in model.model.layers.named_parameters() if p.ndim == 2
+    )
+    assert adapted == 4 * linear * 12 + 6 * factors * 12 + 4 * head * 10 + attention
+
+
+def test_without_a_gpu_the_command_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.run(["E1"], 1.0, "benchmarks.versus_peft") == 2
+    assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_the_table_names_the_card() -> None:
+    row = {
+        "device": "a card",
+        "row": "E1 ours",
+        "work": WORK.text,
+        "who": "lathe",
+        "side": "unpadded",
+        "gemm_tflops": 800.0,
+        "tokens_per_second": 36_000.0,
+        "tflops": 480.0,
+        "peak_bytes": 2**35,
+        "first_step_seconds": 4.0,
+    }
+    lines = gpu.table([row, {**row, "row": "E1 seeds", "error": "out of memory"}])
+    assert lines[0] == "a card: bf16 products 800 TFLOP/s; shares are of it."
+    assert lines[-2].endswith("| lathe: unpadded | 36,000 | 480 (60%) | 32.0 GiB | 4.0 s |")
+    assert "out of memory" in lines[-1]
