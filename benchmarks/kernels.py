@@ -1,15 +1,15 @@
 """The kernels beside everything else that computes the same, on one GPU.
 
-    python -m benchmarks.kernels [--parts linear loss norm …] [--minutes 9]
+    python -m benchmarks.kernels [--parts linear loss rotary …] [--minutes 9]
     python -m benchmarks.kernels --dry-run
     python -m benchmarks.kernels --decide
 
 Each case (`benchmarks.kernel_cases`) is one operation at one shape of the seeds' models in bf16. A
-side is first compared with fp64, its outputs and all gradients; one that differs is not timed, is
-recorded as wrong, and the command ends with exit code 1. Then the sides take turns, each captured
-as a CUDA graph, so that the host's part in a launch does not count, with the L2 cache overwritten
-before each replay. Every line is recorded as soon as it is measured. After `--minutes` nothing new
-is begun.
+side is first compared with fp64, its outputs and all gradients; one that differs is not timed and
+is recorded as wrong. Where that is one of ours, or one of ours fails, the exit code is 1. Then the
+sides take turns, each captured as a CUDA graph, so that the host's part in a launch does not count,
+with the L2 cache overwritten before each replay. Every line is recorded as soon as it is measured.
+After `--minutes` nothing new is begun.
 
 `--dry-run` compares every case at small shapes, on a CPU under Triton's interpreter, and times
 nothing. `--decide` reads the records and writes into kernels/triton_launch.json which operations
@@ -24,6 +24,7 @@ import gc
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 from typing import Any
@@ -34,7 +35,7 @@ if "--dry-run" in sys.argv:  # Triton reads it when it is imported.
 import torch
 
 from benchmarks import record
-from benchmarks.kernel_cases import LATHE, PARTS, TRITON, Case, Results, Room, cases
+from benchmarks.kernel_cases import FIELDS, LATHE, PARTS, TRITON, Case, Results, Room, cases
 from kernels import triton_launch
 
 # ‖ours - exact‖ / ‖exact‖ of a chain of up to five roundings to a type, sums being in fp32.
@@ -80,13 +81,30 @@ def check(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str
         return None  # a floor computes less
     apart, where = difference(found, exact[p])
     bound = TOLERANCE[room.dtype]
-    if case.fields[0] in ("adamw_", "adafactor_"):
+    if case.part in ("adamw", "adafactor"):
         bound = TOLERANCE[torch.float32]
     return None if apart <= bound else f"{where} is {apart:.1e} from fp64, {bound:.1e} is allowed"
 
 
+def waits(call: Callable[[], Any]) -> bool:
+    """Return whether a call asks the device for a value, which a graph cannot hold."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
 def on_device(call: Callable[[], Any], flush: torch.Tensor, graph: bool = True) -> list[float]:
-    """Return the milliseconds of each of `REPLAYS` calls, captured as a graph or not."""
+    """Return the milliseconds of each of `REPLAYS` calls, captured as a graph where it can be.
+
+    A capture that fails leaves torch 2.11's allocator unusable, so it is not tried on a call that
+    waits for the device.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -95,7 +113,7 @@ def on_device(call: Callable[[], Any], flush: torch.Tensor, graph: bool = True) 
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     kept = None
-    if graph:
+    if graph and not waits(call):
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
             kept = call()
@@ -140,8 +158,8 @@ def measure(case: Case, names: Sequence[str], flush: torch.Tensor) -> dict[str, 
                     call()
                     found[name][f"{label}_peak"] = torch.cuda.max_memory_allocated() - before
                     times.setdefault((name, label), []).extend(on_device(call, flush, case.graph))
-            except RuntimeError as error:  # a refused capture, no memory: that side's result
-                found[name]["error"] = str(error).splitlines()[0]
+            except Exception as error:  # no memory, or what a library raises: that side's result
+                found[name]["error"] = told(error)
             gc.collect()
             torch.cuda.empty_cache()
     for (name, label), all_of in times.items():
@@ -169,7 +187,7 @@ def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor
     floor = figures.get(case.floor, {})
     for name in case.sides:
         row: dict[str, Any] = {"part": case.part, "case": case.text, "side": name}
-        row |= {"p": case.p, "fields": case.fields, "capability": _capability(room), **rates}
+        row |= {"p": case.p, "capability": _capability(room), **rates}
         if name in wrong:
             record.append("kernels", {**row, "error": wrong[name]})
             continue
@@ -186,7 +204,8 @@ def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor
         if "error" in row:
             print(f"  {name:<32} failed: {row['error']}", flush=True)
         record.append("kernels", row)
-    return not any(name in (TRITON, LATHE) for name in wrong)
+    failed = {name for name, row in figures.items() if "error" in row} | wrong.keys()
+    return not failed & {TRITON, LATHE}
 
 
 def attempt(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str | None:
@@ -196,7 +215,12 @@ def attempt(case: Case, name: str, room: Room, exact: dict[float, Results]) -> s
     except ImportError as error:
         return f"not importable: {error}"
     except Exception as error:  # whatever another library raises is its result here
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return told(error)
+
+
+def told(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def line(name: str, label: str, taken: dict[str, float], rates: dict[str, float]) -> str:
@@ -261,24 +285,36 @@ def run(parts: Sequence[str], minutes: float) -> int:
 
 
 def gains(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return by capability the operations that Triton is faster at in every case measured.
+    """Return by capability the operations that Triton is faster at in every case of theirs.
 
-    Only the newest record of a side of a case counts. A wrong or missing side is no gain.
+    Every case of `cases` must have been measured, by both sides; the newest record counts. A wrong
+    or missing side is no gain. Where several cards of one capability were measured, it gains on
+    all of them.
     """
-    newest = {(r["capability"], r["part"], r["case"], r["side"]): r for r in records}
-    verdicts: dict[tuple[str, tuple[str, ...]], list[bool]] = {}
-    for (capability, part, case, side), row in newest.items():
-        reference = newest.get((capability, part, case, LATHE))
-        if side != TRITON or reference is None:
+    places = ("capability", "device", "part", "case", "side")
+    newest = {tuple(row[name] for name in places): row for row in records}
+    wanted = Counter(FIELDS[part] for part, _ in cases() if part in FIELDS)
+    verdicts: dict[tuple[str, str], dict[tuple[str, ...], list[bool]]] = {}
+    for (capability, device, part, case, side), row in newest.items():
+        if side != TRITON or part not in FIELDS:
             continue
-        label = "full" if "full" in row else "forward"
-        faster = label in row and label in reference
-        faster = faster and row[label]["ms"] <= GAIN * reference[label]["ms"]
-        verdicts.setdefault((capability, tuple(row["fields"])), []).append(faster)
-    found: dict[str, list[str]] = {}
-    for (capability, fields), all_of in verdicts.items():
-        found.setdefault(capability, []).extend(fields if all(all_of) else ())
-    return {capability: sorted(fields) for capability, fields in found.items()}
+        reference = newest.get((capability, device, part, case, LATHE), {"error": "not measured"})
+        faster = "error" not in row and "error" not in reference
+        if faster:
+            label = "full" if "full" in reference else "forward"
+            faster = label in row and row[label]["ms"] <= GAIN * reference[label]["ms"]
+        of_card = verdicts.setdefault((capability, device), {})
+        of_card.setdefault(FIELDS[part], []).append(faster)
+    found: dict[str, set[str]] = {}
+    for (capability, _), of_card in verdicts.items():
+        gaining = {
+            name
+            for fields, faster in of_card.items()
+            if all(faster) and len(faster) >= wanted[fields]
+            for name in fields
+        }
+        found[capability] = found.get(capability, gaining) & gaining
+    return {capability: sorted(names) for capability, names in found.items()}
 
 
 def decide() -> int:
@@ -295,13 +331,13 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     if not records:
         return ["Nothing has been measured yet: `make bench-kernels`, on a machine with a GPU."]
     lines: list[str] = []
-    capability = None
-    for row in sorted(records, key=lambda row: row["capability"]):
-        if row["capability"] != capability:
-            capability = row["capability"]
+    card = None
+    for row in sorted(records, key=lambda row: (row["capability"], row["device"])):
+        if (row["capability"], row["device"]) != card:
+            card = row["capability"], row["device"]
             lines += [
                 "",
-                f"{row['device']} ({capability}): a copy {row['copy_gb_s']:,.0f} GB/s, "
+                f"{row['device']} ({row['capability']}): a copy {row['copy_gb_s']:,.0f} GB/s, "
                 f"bf16 products {row['gemm_tflops']:,.0f} TFLOP/s. Shares below are of these.",
                 "",
                 "| operation | shape | side | forward, ms | both, ms | to floor | GB/s | TFLOP/s |",
@@ -324,7 +360,9 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--dry-run", action="store_true")

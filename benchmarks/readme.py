@@ -73,7 +73,11 @@ def with_tables(text: str) -> str:
 def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records that no later one of the same subject replaces, in order."""
     subjects = ("capability", "model", "part", "row", "case", "side")
-    newest = {tuple(row.get(name) for name in subjects): row for row in records}
+    newest = {
+        # Records of different cards stand beside each other; those of a CPU replace each other.
+        (*(row.get(name) for name in subjects), row["device"] if "gemm_tflops" in row else ""): row
+        for row in records
+    }
     return list(newest.values())
 
 

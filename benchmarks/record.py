@@ -15,13 +15,18 @@ import torch
 from train.folder import device_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton", "numpy")
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """Return what git prints, or None where there is no git, or no repository."""
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip()
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def peak_bytes() -> int:
@@ -58,10 +63,8 @@ def circumstances() -> dict[str, Any]:
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-        ),
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "dirty": _git(*_CHANGES) != "",  # where nobody can say, too
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(
             ["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -78,13 +78,21 @@ def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Ope
 
 def _automatic(device: torch.device) -> Operations:
     gains = triton_launch.measured(device).get("gains", [])
+    known = {field.name for field in fields(Operations)} - {"name"}
+    if unknown := set(gains) - known:
+        raise UserError(
+            f"{triton_launch.TUNED}: gains name {', '.join(sorted(unknown))}, which is no "
+            "operation; write the file anew with python -m benchmarks.kernels --decide"
+        )
     if not gains or importlib.util.find_spec("triton") is None:
         return _REFERENCE
     kernels = _triton(device)
     taken = {name: getattr(kernels, name) for name in gains}
-    if "linear_gelu" in taken and "linears" not in taken:
-        taken["linear_gelu"] = functools.partial(taken["linear_gelu"], linears=_REFERENCE.linears)
-    return replace(_REFERENCE, name=f"reference, triton's {', '.join(gains)}", **taken)
+    chosen = replace(_REFERENCE, name=f"reference, triton's {', '.join(gains)}", **taken)
+    if ("linears" in taken) != ("linear_gelu" in taken):
+        mixed = functools.partial(chosen.linear_gelu, linears=chosen.linears)
+        chosen = replace(chosen, linear_gelu=mixed)
+    return chosen
 
 
 def _triton(device: torch.device) -> Operations:

@@ -17,7 +17,7 @@ Source: Hu et al. 2021 (LoRA).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +49,17 @@ def linears(
     return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def linear_gelu(x: Tensor, layer: Operands, segments: Segments | None = None) -> Tensor:
-    """Return GELU, in its tanh form, of one layer's output: (M, K) → (M, N)."""
+def linear_gelu(
+    x: Tensor,
+    layer: Operands,
+    segments: Segments | None = None,
+    *,
+    linears: Callable[..., list[Tensor]] = linears,
+) -> Tensor:
+    """Return GELU, in its tanh form, of one layer's output: (M, K) → (M, N).
+
+    `linears` is the operation that the layer goes through.
+    """
     (widened,) = linears(x, [layer], segments)
     return gelu_tanh(widened)
 

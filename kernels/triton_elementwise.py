@@ -195,7 +195,7 @@ def _gelu_backward(
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         ctx.save_for_backward(x, bias)
         out = torch.empty_like(x)
         grid, settings = _by_row(x)

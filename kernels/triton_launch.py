@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from files.errors import UserError
+from files.strict_json import read_json_object
+
 TUNED = Path(__file__).with_suffix(".json")
 
 # Tiles of adapted layers: what fits registers with 64 columns of sums.
@@ -53,13 +56,48 @@ def capability(device: torch.device) -> str:
 
 def measured(device: torch.device) -> dict[str, Any]:
     """Return the entry of a device's class: `launch` and `gains`, either of which may be absent."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {}
     return entries().get(capability(device), {})
 
 
 @functools.cache
 def entries() -> dict[str, dict[str, Any]]:
-    """Return what `triton_launch.json` holds, by capability."""
-    return json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else {}
+    """Return what `triton_launch.json` holds, by capability.
+
+    Raises:
+        UserError: It is not what `benchmarks.tune` and `benchmarks.kernels --decide` write.
+    """
+    if not TUNED.exists():
+        return {}
+    found = read_json_object(TUNED)
+    for capability, entry in found.items():
+        fault = _fault(entry)
+        if fault is not None:
+            raise UserError(
+                f"{TUNED}: {capability}: {fault}; write the file anew with python -m "
+                "benchmarks.tune and python -m benchmarks.kernels --decide, or delete it"
+            )
+    return found
+
+
+def _fault(entry: Any) -> str | None:
+    """Return what is wrong with the entry of a class of device, or None."""
+    if not isinstance(entry, dict) or entry.keys() - {"launch", "gains"}:
+        return f"{entry!r} must be an object with `launch` and `gains`"
+    gains, kernels = entry.get("gains", []), entry.get("launch", {})
+    if not isinstance(gains, list) or not all(isinstance(name, str) for name in gains):
+        return f"gains {gains!r} must be a list of operations"
+    if not isinstance(kernels, dict) or kernels.keys() - DEFAULTS.keys():
+        return f"launch must be an object with kernels among {', '.join(DEFAULTS)}"
+    for kernel, settings in kernels.items():
+        if not isinstance(settings, dict) or settings.keys() != DEFAULTS[kernel].keys():
+            return f"{kernel} must have {', '.join(DEFAULTS[kernel])}"
+        for name, value in settings.items():
+            power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
+            if not power and not (name == "num_stages" and value in (1, 2, 3, 4, 5)):
+                return f"{kernel}.{name} is {value!r}, but must be a power of two"
+    return None
 
 
 def write_entries() -> None:

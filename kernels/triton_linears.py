@@ -38,6 +38,8 @@ from kernels.triton_launch import launch
 
 MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a tensor to be copied
 _SMALLEST_DOT = 16
+# A tile of fp32 factors of a larger rank does not fit the shared memory of every card.
+_LARGEST_RANK = 128
 
 
 @triton.jit
@@ -205,8 +207,8 @@ def linears(
     x: Tensor, operands: Sequence[Operands], segments: Segments | None = None
 ) -> list[Tensor]:
     """Apply several linear layers, adapted or not, to one input; see `kernels.linears.linears`."""
-    adapted = sum(layer.lora_a is not None for layer in operands)
-    if not 1 <= adapted <= MOST_ADAPTERS:
+    ranks = [len(layer.lora_a) for layer in operands if layer.lora_a is not None]
+    if not 1 <= len(ranks) <= MOST_ADAPTERS or max(ranks) > _LARGEST_RANK:
         return plain_linears(x, operands, segments)
     return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 

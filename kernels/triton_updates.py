@@ -123,12 +123,12 @@ def _squares(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    matrix = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    matrix = tl.program_id(1).to(tl.int64)
     row = part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = row < rows
     base = gradient_ptr + matrix * gradient_stride + row.to(tl.int64)[:, None] * columns
-    sums = sums_ptr + (matrix * tl.num_programs(1) + part) * columns
+    sums = sums_ptr + (matrix * tl.num_programs(0) + part) * columns
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
@@ -161,8 +161,8 @@ def _norm(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    matrix = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    matrix = tl.program_id(1).to(tl.int64)
     row = part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     there = row < rows
     base = gradient_ptr + matrix * gradient_stride + row.to(tl.int64)[:, None] * columns
@@ -178,7 +178,7 @@ def _norm(
         )
         update = _update_of(gradient, gradient_scale, row_factor, column_factor)
         total += tl.sum(update * update, axis=1)
-    tl.store(out_ptr + matrix * tl.num_programs(1) + part, tl.sum(total, axis=0))
+    tl.store(out_ptr + matrix * tl.num_programs(0) + part, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -197,8 +197,8 @@ def _apply(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    matrix = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    matrix = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     there, inside = row < rows, column < columns
     both = there[:, None] & inside[None, :]
@@ -246,7 +246,7 @@ def adafactor_(
     slices = triton.cdiv(columns, settings["BLOCK_COLUMNS"])
     sums = gradient.new_empty(count, parts, columns)
     of_gradient = gradient, gradient.stride(0)
-    _squares[(count, parts)](
+    _squares[(parts, count)](
         *of_gradient,
         row,
         sums,
@@ -262,12 +262,12 @@ def adafactor_(
     column_factor = column.rsqrt()
     factors = row_factor, column_factor
     squared = gradient.new_empty(count, parts)
-    _norm[(count, parts)](
+    _norm[(parts, count)](
         *of_gradient, *factors, squared, rows, columns, gradient_scale, **settings
     )
     mean_square = squared.sum(1).div_(rows * columns)
     rate = learning_rate / mean_square.sqrt_().clamp_(min=1.0)
-    _apply[(count, parts, slices)](
+    _apply[(parts, count, slices)](
         weight,
         weight.stride(0),
         *of_gradient,

@@ -153,7 +153,7 @@ class Adafactor(Optimizer):
         so there are three passes over the rows. The update takes the gradient's place.
         """
         row, column = stack.state["exp_avg_sq_row"], stack.state["exp_avg_sq_col"]
-        if self._kernel and gradient.ndim == 3:
+        if self._kernel and gradient.ndim == 3 and stack.weight[0].is_contiguous():
             self._kernel(
                 stack.weight,
                 gradient,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from interpreted import DEVICE, TRITON
 
 from benchmarks import kernels, tune
-from benchmarks.kernel_cases import LATHE, PARTS, Case, Room, Side, cases
+from benchmarks.kernel_cases import FIELDS, LATHE, PARTS, Case, Room, Side, cases
 from benchmarks.kernel_cases import TRITON as TRITON_SIDE
 from kernels import triton_launch
 from kernels.dispatch import Operations
@@ -48,7 +49,6 @@ def test_every_candidate_computes_what_the_defaults_do(
 def case_of(result: torch.Tensor) -> Case:
     return Case(
         part="double",
-        fields=("swiglu",),
         text="two numbers",
         sides={
             LATHE: lambda p: Side(lambda: {"y": result}, None),
@@ -100,33 +100,70 @@ def row_of(case: str, side: str, full: float | None, **more: Any) -> dict[str, A
     row: dict[str, Any] = {
         "capability": "sm_90",
         "device": "a card",
-        "part": "SwiGLU",
+        "part": "swiglu",
         "case": case,
         "side": side,
-        "fields": ["swiglu"],
         "copy_gb_s": 1000.0,
         "gemm_tflops": 100.0,
     }
     if full is not None:
         row["full"] = {"ms": full, "gb_s": 500.0, "tflops": 0.0, "to_floor": 1.5}
+        row["forward"] = {**row["full"], "ms": 0.1 * full}
     return row | more
 
 
+Times = list[tuple[float | None, float | None]]
+
+
 @pytest.mark.parametrize(
-    ("rows", "gains"),
+    ("rows", "changed", "gains"),
     [
-        ([(1.0, 0.5), (1.0, 0.9)], ["swiglu"]),
-        ([(1.0, 0.5), (1.0, 0.99)], []),  # within the noise in one case
-        ([(1.0, 0.5), (1.0, None)], []),  # not timed in one case
+        ([(1.0, 0.5), (1.0, 0.9)], {}, ["swiglu"]),
+        ([(1.0, 0.5), (1.0, 0.99)], {}, []),  # within the noise in one case
+        ([(1.0, 0.5), (1.0, None)], {}, []),  # not timed in one case
+        ([(1.0, 0.5), (None, 0.5)], {}, []),  # nothing to compare with in one case
+        ([(1.0, 0.5), (1.0, 0.5)], {"error": "misaligned address"}, []),  # failed after a round
+        ([(1.0, 0.5), (1.0, 0.5)], {"full": None}, []),  # the backward pass alone failed
+        ([(1.0, 0.5)], {}, []),  # cut off after the first case
     ],
 )
 def test_auto_takes_what_is_faster_in_every_case(
-    rows: list[tuple[float, float | None]], gains: list[str]
+    rows: Times, changed: dict[str, Any], gains: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "cases", lambda: [("swiglu", None)] * 2)
     records = [row_of("first", TRITON_SIDE, 9.0)]  # an older record does not count
-    for name, (reference, ours) in zip(("first", "second"), rows, strict=True):
+    for name, (reference, ours) in zip(("first", "second"), rows, strict=False):
         records += [row_of(name, LATHE, reference), row_of(name, TRITON_SIDE, ours)]
+    records[-1] = {k: v for k, v in {**records[-1], **changed}.items() if v is not None}
+    if "error" not in changed:
+        for row in records:
+            if "full" not in row and row["side"] == LATHE:
+                row["error"] = "wrong"
     assert kernels.gains(records) == {"sm_90": gains}
+
+
+def test_a_kernel_gains_on_all_cards_of_a_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "cases", lambda: [("swiglu", None)])
+    one = [row_of("first", LATHE, 1.0), row_of("first", TRITON_SIDE, 0.5)]
+    assert kernels.gains(one) == {"sm_90": ["swiglu"]}
+    other = [{**one[0], "device": "another"}, {**one[0], "device": "another", "side": TRITON_SIDE}]
+    assert kernels.gains([*one, *other]) == {"sm_90": []}
+
+
+@pytest.mark.parametrize("side", [LATHE, "right"])
+def test_a_failure_of_ours_while_it_is_timed_shows_in_the_exit_code(
+    side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of(torch.tensor([2.0, 4.0]))
+
+    def measure(case: Case, names: list[str], flush: torch.Tensor) -> dict[str, Any]:
+        return {name: {"error": "misaligned address"} if name == side else {} for name in names}
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels.record, "append", lambda name, row: None)
+    room = Room(torch.device("cpu"), torch.float32, dry=True)
+    rates = {"copy_gb_s": 1.0, "gemm_tflops": 1.0}
+    assert kernels.compare(case, room, rates, torch.zeros(1)) == (side != LATHE)
 
 
 def test_the_table_names_card_and_shares_and_says_what_was_not_timed() -> None:
@@ -134,13 +171,46 @@ def test_the_table_names_card_and_shares_and_says_what_was_not_timed() -> None:
         [row_of("first", LATHE, 1.0), row_of("first", TRITON_SIDE, None, error="y differs")]
     )
     assert lines[0].startswith("a card (sm_90): a copy 1,000 GB/s")
-    assert lines[-2] == "| SwiGLU | first | lathe, reference |  | 1.0000 | 1.500 | 500 (50%) |  |"
-    assert lines[-1] == "| SwiGLU | first | lathe, triton | y differs | | | | |"
+    assert (
+        lines[-2]
+        == "| swiglu | first | lathe, reference | 0.1000 | 1.0000 | 1.500 | 500 (50%) |  |"
+    )
+    assert lines[-1] == "| swiglu | first | lathe, triton | y differs | | | | |"
+
+
+def test_every_part_decides_on_operations_that_there_are() -> None:
+    names = {field.name for field in dataclasses.fields(Operations)}
+    assert set().union(*FIELDS.values()) <= names
+    assert set(PARTS) - set(FIELDS) == {"gelu", "attention"}
 
 
 @interpreted
-def test_every_operation_of_a_case_is_one_that_can_be_chosen() -> None:
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("adamw", {"betas": (0.1, 0.2)}),
+        ("adamw", {"steps": 1}),
+        ("adamw", {"eps": 1.0}),
+        ("adamw", {"learning_rate": 1.004e-2}),
+        ("adamw", {"gradient_scale": 1.0}),
+        ("adafactor", {"beta2": 0.0}),
+        ("adafactor", {"epsilon": 1.0}),
+        ("adafactor", {"gradient_scale": 1.0}),
+        ("adafactor", {"decay": 1.0}),
+    ],
+)
+def test_a_wrong_update_is_seen(
+    name: str, broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels import triton_updates
+
+    update = getattr(triton_updates, f"{name}_")
+    wrong = functools.partial(update)
+    monkeypatch.setattr(
+        triton_updates, f"{name}_", lambda *given, **named: wrong(*given, **{**named, **broken})
+    )
     room = Room(torch.device("cpu"), torch.float32, dry=True)
-    names = {field.name for field in dataclasses.fields(Operations)}
-    for make in dict(cases()).values():
-        assert set(make(room).fields) <= names
+    case = next(make for part, make in cases() if part == name)(room)
+    fault = kernels.check(case, TRITON_SIDE, room, {})
+    assert fault is not None
+    assert "from fp64" in fault

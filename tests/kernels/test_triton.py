@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from interpreted import DEVICE
 from torch import Tensor
 
+from files.errors import UserError
 from kernels import linears as plain
 from kernels import reference
-from kernels.dispatch import Operations, operations
+from kernels.dispatch import operations
 from kernels.dropout import keep_mask, mix, module_id, signed
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.operands import Operands
@@ -179,6 +181,10 @@ def test_activations(shape: tuple[int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 2000)])
 def test_gelu_with_a_bias(shape: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = [draw(*shape, dtype=dtype, scale=3.0), draw(shape[1], dtype=dtype, seed=1)]
+    spread = torch.stack([inputs[1], inputs[1]], 1)[:, 0]  # not contiguous
+    assert triton_elementwise.gelu_tanh(inputs[0], spread).equal(
+        triton_elementwise.gelu_tanh(*inputs)
+    )
     compare(
         triton_elementwise.gelu_tanh,
         lambda x, b: F.gelu(x + b, approximate="tanh"),
@@ -415,6 +421,21 @@ def test_updates(name: str, scale: float) -> None:
         assert difference <= bound(torch.float32, 64) * largest, (key, difference / largest)
 
 
+@pytest.mark.parametrize("name", [pytest.param("adafactor", marks=ON_GPU)])
+def test_a_turned_matrix_is_updated_as_one_that_lies_straight(name: str) -> None:
+    sides = []
+    for turned in (False, True):
+        weight = draw(1030, 1031, dtype=torch.float32)
+        if turned:
+            weight = weight.t().contiguous().t()
+        model = torch.nn.ParameterDict({"w": torch.nn.Parameter(weight)})
+        optimizer = build_optimizer(name, model, operations=operations("triton", DEVICE))
+        model["w"].grad = draw(1030, 1031, dtype=torch.float32, seed=7)
+        optimizer.step(0.1)
+        sides.append(model["w"].detach())
+    torch.testing.assert_close(*sides, rtol=1e-5, atol=1e-6)
+
+
 def test_launch_parameters_of_a_device_come_before_the_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -430,11 +451,78 @@ def test_launch_parameters_of_a_device_come_before_the_defaults(
     assert triton_launch.launch("adamw", device) == triton_launch.DEFAULTS["adamw"]
 
 
-def test_what_was_measured_names_kernels_parameters_and_operations() -> None:
-    for entry in triton_launch.entries().values():
-        for kernel, settings in entry.get("launch", {}).items():
-            assert settings.keys() == triton_launch.DEFAULTS[kernel].keys()
-        assert set(entry.get("gains", [])) <= {f.name for f in dataclasses.fields(Operations)}
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "triton_launch.json"),
+        ("[]", "triton_launch.json"),
+        ('{"sm_90": []}', "must be an object with `launch` and `gains`"),
+        ('{"sm_90": {"gain": []}}', "must be an object with `launch` and `gains`"),
+        ('{"sm_90": {"gains": "linears"}}', "gains 'linears' must be a list of operations"),
+        ('{"sm_90": {"launch": {"adam": {}}}}', "kernels among adamw, adafactor"),
+        ('{"sm_90": {"launch": {"adamw": {"BLOCK": 512}}}}', "adamw must have BLOCK, num_warps"),
+        (
+            '{"sm_90": {"launch": {"adamw": {"BLOCK": 33, "num_warps": 4}}}}',
+            "adamw.BLOCK is 33, but must be a power of two",
+        ),
+    ],
+)
+def test_a_damaged_file_of_what_was_measured_is_refused(
+    content: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "triton_launch.json"
+    path.write_text(content)
+    monkeypatch.setattr(triton_launch, "TUNED", path)
+    with pytest.raises(UserError) as caught:
+        triton_launch.entries.__wrapped__()
+    assert told in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_what_was_measured_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"sm_90": {"gains": ["swiglu"], "launch": dict(triton_launch.DEFAULTS)}}
+    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton_launch.json")
+    assert triton_launch.entries.__wrapped__() == {}
+    monkeypatch.setattr(triton_launch, "entries", lambda: found)
+    triton_launch.write_entries()
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton_launch.json")
+    assert triton_launch.entries.__wrapped__() == found
+
+
+def test_an_unknown_operation_among_the_gains_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    for name in ("swiglue", "name"):
+        found = {triton_launch.capability(device): {"gains": [name]}}
+        monkeypatch.setattr(triton_launch, "entries", lambda found=found: found)
+        with pytest.raises(UserError, match=f"gains name {name}, which is no operation"):
+            operations("auto", device)
+
+
+@pytest.mark.parametrize("gains", [["linears"], ["linear_gelu"], ["linear_gelu", "linears"]])
+def test_a_layer_before_gelu_goes_through_the_linears_that_were_chosen(
+    gains: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {triton_launch.capability(torch.device(DEVICE)): {"gains": gains}}
+    monkeypatch.setattr(triton_launch, "entries", lambda: found)
+    calls = []
+    product = triton_linears.low_rank_product
+    monkeypatch.setattr(
+        triton_linears, "low_rank_product", lambda *given: calls.append(1) or product(*given)
+    )
+    x, tensors, operands = layers_of(9, 24, [(40, 4, True)], 0.0, torch.float32)
+    operations("auto", DEVICE).linear_gelu(x, operands(tensors)[0])
+    assert bool(calls) == ("linears" in gains)
+
+
+def test_ranks_that_no_tile_holds_go_through_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(triton_linears, "low_rank_product")
+    x, tensors, operands = layers_of(9, 24, [(40, 129, False)], 0.0, torch.float32)
+    exact = plain.linears(x.double(), operands([t.double() for t in tensors]))[0]
+    ours = triton_linears.linears(x, operands(tensors))[0]
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_auto_takes_what_gains_on_a_class_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
