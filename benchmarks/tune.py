@@ -44,7 +44,7 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
         "BLOCK": [1024, 2048, 4096, 8192, 16384] if rows_of_logits else [512, 1024, 2048],
         "BLOCK_ROWS": [8, 16, 32] if kernel == "adafactor" else [32, 64, 128],
         "BLOCK_COLUMNS": [128, 256, 512] if kernel == "adafactor" else [32, 64, 128],
-        "num_warps": [4, 8, 16] if rows_of_logits else [4, 8],
+        "num_warps": [2, 4, 8, 16] if rows_of_logits else [4, 8],
         "num_stages": [2, 3, 4],
         "warp_elements": [128, 256, 512, 1024],
         "programs": [1, 2, 4, 8],
@@ -52,7 +52,9 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
     yield default
     for choice in itertools.product(*(values[name] for name in default)):
         settings = dict(zip(default, choice, strict=True))
-        if settings != default:
+        # The loss gives a warp 512 columns at least.
+        clamped = rows_of_logits and 512 * settings["num_warps"] > settings["BLOCK"]
+        if settings != default and not clamped:
             yield settings
 
 
@@ -153,16 +155,20 @@ def differs(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bo
     )
 
 
-def tune(kernel: str, room: Room, flush: Tensor | None) -> tuple[dict[str, int], list[object]]:
+def tune(
+    kernel: str, room: Room, flush: Tensor | None, deadline: float = math.inf
+) -> tuple[dict[str, int] | None, list[object]]:
     """Try a kernel's candidates.
 
     Args:
         kernel: A name of `triton_launch.DEFAULTS`.
         room: Where the workloads are built.
         flush: What the L2 cache is overwritten with; None times nothing.
+        deadline: `time.monotonic()` after which no candidate is begun.
 
     Returns:
-        The fastest parameters, and what each candidate took or why it has no time.
+        The fastest parameters, None where not all could be tried; and what each candidate took, or
+        why it has no time.
     """
     entry = triton_launch.entries().setdefault(triton_launch.capability(room.device), {})
     launch = entry.setdefault("launch", {})
@@ -171,9 +177,13 @@ def tune(kernel: str, room: Room, flush: Tensor | None) -> tuple[dict[str, int],
     tolerance = TOLERANCE[torch.float32 if exact else room.dtype]
     expected: list[list[Tensor]] = []
     tried: list[object] = []
-    best, best_score, default_score = triton_launch.DEFAULTS[kernel], math.inf, math.inf
+    best: dict[str, int] | None = triton_launch.DEFAULTS[kernel]
+    best_score = default_score = math.inf
     before = launch.get(kernel)
     for settings in candidates(kernel):
+        if time.monotonic() > deadline:
+            best = None
+            break
         launch[kernel] = settings
         score = 0.0
         fault = None
@@ -202,7 +212,9 @@ def tune(kernel: str, room: Room, flush: Tensor | None) -> tuple[dict[str, int],
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     names = list(triton_launch.DEFAULTS)
     parser.add_argument("--kernels", nargs="+", choices=names, default=names)
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -223,17 +235,21 @@ def main() -> None:
             print(f"{kernel}: left out after {options.minutes:g} minutes")
             continue
         print(kernel)
-        best, tried = tune(kernel, room, flush)
+        best, tried = tune(kernel, room, flush, deadline)
         faults += sum("differ" in str(row) for row in tried)
         if options.dry_run:
             continue
-        entry = triton_launch.entries()[triton_launch.capability(room.device)]
-        entry["launch"][kernel] = best
-        triton_launch.write_entries()
         capability = triton_launch.capability(room.device)
-        record.append(
-            "tune", {"part": kernel, "capability": capability, "best": best, "tried": tried}
-        )
+        row = {"part": kernel, "capability": capability, "best": best, "tried": tried}
+        record.append("tune", row)
+        if best is None:
+            print(f"{kernel}: not all candidates were tried in {options.minutes:g} minutes")
+            continue
+        launch = triton_launch.entries()[capability]["launch"]
+        launch.pop(kernel, None)
+        if best != triton_launch.DEFAULTS[kernel]:
+            launch[kernel] = best
+        triton_launch.write_entries()
     sys.exit(1 if faults else 0)
 
 

@@ -46,6 +46,18 @@ def test_every_candidate_computes_what_the_defaults_do(
     assert entries == {"cpu": {"launch": {}}}
 
 
+@interpreted
+def test_a_tuning_that_runs_out_of_time_decides_nothing() -> None:
+    room = Room(torch.device("cpu"), torch.float32, dry=True)
+    assert tune.tune("adamw", room, None, deadline=0.0) == (None, [])
+
+
+def test_the_loss_is_tried_with_the_warps_that_it_will_run_with() -> None:
+    tried = list(tune.candidates("cross_entropy"))
+    assert all(512 * settings["num_warps"] <= settings["BLOCK"] for settings in tried)
+    assert len({tuple(settings.values()) for settings in tried}) == len(tried)
+
+
 def case_of(result: torch.Tensor) -> Case:
     return Case(
         part="double",
