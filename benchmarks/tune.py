@@ -204,7 +204,7 @@ def tune(
             if score < best_score and (len(tried) == 1 or score < GAIN * default_score):
                 best, best_score = settings, score
     if before is None:
-        del launch[kernel]
+        launch.pop(kernel, None)
     else:
         launch[kernel] = before
     return best, tried
