@@ -50,6 +50,9 @@ bench-kernels: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.readme
 
 bench-gpu: $(ENVIRONMENT)
-> $(PYTHON) -m benchmarks.versus_peft --device cuda --minutes 8
-> $(PYTHON) -m benchmarks.training --device cuda --minutes 8
+> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E1
+> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E2 E3
+> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E4
+> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E5 E6
+> $(PYTHON) -m benchmarks.training --device cuda
 > $(PYTHON) -m benchmarks.readme

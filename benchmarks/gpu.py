@@ -1,7 +1,7 @@
 """The training step on a GPU: Lathe beside Trainer + PEFT, rows E1 to E8.
 
-    python -m benchmarks.versus_peft --device cuda [--rows E1 E3 …] [--minutes 9]
-    python -m benchmarks.training --device cuda [--minutes 9]         the ladder E7 and E8
+    python -m benchmarks.versus_peft --device cuda [--rows E1 E3 …] [--minutes 7]
+    python -m benchmarks.training --device cuda [--minutes 7]         the ladder E7 and E8
     python -m benchmarks.versus_peft --device cuda --dry-run          on a CPU, small, nothing timed
 
 Each row is a process of its own that builds its model on the card, with random weights that are a
@@ -38,9 +38,16 @@ import torch
 from torch import nn
 
 from benchmarks import record
-from benchmarks.fixtures import DEMO, FP32_BOUND, ChildError, answer, child, ragged_rows
-from benchmarks.training import operations_of_step
-from benchmarks.versus_peft import PeftSide, train_with_trainer
+from benchmarks.fixtures import (
+    DEMO,
+    FP32_BOUND,
+    ChildError,
+    answer,
+    child,
+    operations_of_step,
+    ragged_rows,
+)
+from benchmarks.peer import PeftSide, train_with_trainer
 from data.batch import micro_batches
 from data.examples import Example
 from data.tokenizer import Tokenizer
@@ -61,7 +68,7 @@ WARM_UP, TIMED = 5, 15
 EXAMPLES, LENGTH = 24, 1024
 PEER_BATCH = 8  # of the peer's micro-batches: with logits in fp32, 24 would not fit everywhere
 GATE_BOUND = 1e-5  # ‖ours - PEFT's‖ / ‖PEFT's‖ of fp32 gradients: sums in another order
-ROW_SECONDS = 300
+ROW_SECONDS = 150  # so that a command of 7 minutes ends within ten
 DRY_VOCABULARY, DRY_EXAMPLES, DRY_LENGTH = 256, 4, 12
 # Relative, of a gradient's norm in bf16: products rounded to 8 bits, some 12 in a layer, as
 # independent ones over 32 layers √384 · 2⁻⁹; a norm is of millions of them, and far inside.

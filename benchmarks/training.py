@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ from benchmarks.fixtures import (
     child,
     disagreement,
     largest_difference,
+    operations_of_step,
     run_configuration,
     run_lathe,
     speed,
@@ -153,43 +154,6 @@ def group_of(operator: str) -> str:
         if re.search(pattern, operator):
             return group
     return "other"
-
-
-def operations_of_step(
-    model: Any, lengths: Sequence[int], targets: int, *, full: bool
-) -> dict[str, float]:
-    """Return the arithmetic of one step (additions and multiplications), by part.
-
-    Shapes: T tokens of a document, W query heads × head dimension, S rows with a target, N elements
-    of the layers' weights. Forward is 2 N a token; a backward pass takes 2 N for the input and, for
-    what is trained, 2 N for the weight. Causal attention is 2 T² W forward (two products, half of
-    each) and twice that backward.
-
-    Args:
-        model: The decoder with its adapters.
-        lengths: Tokens of each document.
-        targets: S.
-        full: Whether every weight is trained.
-    """
-    config = model.config
-    frozen = adapters = 0
-    for name, parameter in model.model.layers.named_parameters():
-        if parameter.dim() != 2:
-            continue
-        if "lora_" in name:
-            adapters += parameter.numel()
-        else:
-            frozen += parameter.numel()
-    tokens = sum(lengths)
-    width = config.num_attention_heads * config.head_dim
-    pairs = sum(length**2 for length in lengths)
-    head = config.hidden_size * config.vocab_size
-    return {
-        "linear layers": (6.0 if full else 4.0) * frozen * tokens,
-        "adapters": 6.0 * adapters * tokens,
-        "attention": 3 * 2.0 * pairs * width * config.num_hidden_layers,
-        "head": (6.0 if full else 4.0) * head * targets,
-    }
 
 
 def gemm_rates() -> dict[str, float]:
@@ -372,13 +336,13 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", nargs="+", choices=GPU_ROWS, help="with --device cuda")
-    parser.add_argument("--minutes", type=float, default=9.0, help="with --device cuda")
+    parser.add_argument("--minutes", type=float, default=7.0, help="with --device cuda")
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: small, no GPU")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--worker-profile", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda":
-        from benchmarks import gpu
+        from benchmarks import gpu  # not above: a peer's process imports nothing of ours
 
         gpu.main(GPU_ROWS, options, "benchmarks.training")
         return

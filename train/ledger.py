@@ -157,7 +157,20 @@ def find_decoder_config(config: RunConfig) -> tuple[DecoderConfig | None, str]:
     return read_config(folder), ""
 
 
-MEMORY_CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "loss")
+MEMORY_CATEGORIES = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss",
+    "overhead",
+)
+# Allowances on CUDA: what its context takes, what cuBLAS works in (torch's default on Hopper; less
+# elsewhere), and the share of a step's tensors that the allocator cannot fill its blocks with.
+_CUDA_CONTEXT = 600 * 2**20
+_CUBLAS_WORKSPACE = 32 * 2**20
+_UNFILLED = 0.05
 _WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 _SAVED_WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -187,6 +200,10 @@ def memory_ledger(
       with checkpointing M × the input of each layer and one layer in full; and the final norm.
     - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
       and where the head is trained its gradient in fp32.
+    - overhead, on CUDA and where no device is known: gradients that a layer's backward pass holds
+      at a time (two of its widest tensors and two of M × hidden), context and workspace, and 5 % of
+      activations and loss for blocks that are not filled. Allowances: no GPU has checked them yet
+      (`tests/train/test_on_cuda.py` does).
 
     Args:
         config: What is asked.
@@ -232,7 +249,12 @@ def memory_ledger(
         "optimizer": 4 * state,
         "activations": round(tokens * saved),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
+        "overhead": 0,
     }
+    if device in (None, "cuda"):
+        working = 2 * tokens * (decoder.intermediate_size + decoder.hidden_size) * compute
+        unfilled = round(_UNFILLED * (ledger["activations"] + ledger["loss"]))
+        ledger["overhead"] = working + unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
     return {**ledger, "total": sum(ledger.values())}
 
 

@@ -441,6 +441,7 @@ def test_document_has_the_contract_keys() -> None:
         "optimizer",
         "activations",
         "loss",
+        "overhead",
         "total",
     }
     assert (document["num_examples"], document["num_examples_from"]) == (4530, "the seed's claim")

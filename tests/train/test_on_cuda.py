@@ -1,0 +1,219 @@
+"""A run on CUDA: exact resume, one gradient whatever the cut, and the memory that was planned."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import FAMILIES, RaggedExamples, small_model
+from test_resume import settings, stop_after, train, trained_bits
+
+from data.batch import micro_batches
+from kernels.dispatch import operations
+from lora import LoraConfig, inject
+from models import build
+from models.config import parse_config
+from train.config import load_config
+from train.ledger import memory_ledger
+from train.optimizers import build_optimizer
+from train.precision import Precision
+from train.resume import find_run
+from train.run import execute
+from train.step import StepResult, train_step
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+LENGTHS = [70, 31, 120, 18, 64, 9, 200, 14]
+BACKENDS = ["reference", "triton"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.precision": "bf16"},
+        {"train.precision": "fp16"},
+        {"train.precision": "bf16", "train.kernels": "triton"},
+        {"train.precision": "bf16", "data.batching": "longest", "model.dropout": 0.0},
+        {"train.precision": "bf16", "train.method": "full", "optimizer.name": "adafactor"},
+    ],
+    ids=["bf16", "fp16", "triton", "padded", "full"],
+)
+def test_stopped_and_resumed_ends_in_the_same_bits(
+    changes: dict[str, Any],
+    model_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"train.device": "cuda", "train.deterministic": True, **changes}
+    whole = train(settings(model_folder, rows_file, tmp_path / "whole", **changes))
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(3, patch, signal.SIGTERM)
+        train(settings(model_folder, rows_file, run, **changes))
+    execute(*find_run(run, {}))
+    assert trained_bits(run) == trained_bits(whole.folder)
+
+
+def one_step(family: str, backend: str, precision: str, **cut: Any) -> tuple[StepResult, Any]:
+    model = small_model(family, torch.float32, operations=operations(backend, CUDA))
+    inject(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1), seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(0, 0.1, generator=generator)
+    model.to(CUDA)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer("adamw", model, operations=model.operations)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(learning_rate: float, gradient_scale: float = 1.0) -> None:
+        seen.update({n: p.grad.double() for n, p in trained.items() if p.grad is not None})
+
+    optimizer.step = keep  # type: ignore[method-assign]
+    examples: Any = RaggedExamples(LENGTHS)
+    options: dict[str, Any] = {"micro_batch_size": 8, "micro_batch_tokens": None, **cut}
+    batch = micro_batches(
+        examples,
+        range(len(LENGTHS)),
+        **{"batching": "unpadded", "max_length": 200, "pad_id": 0, **options},
+    )
+    result = train_step(
+        model,
+        optimizer,
+        batch,
+        learning_rate=1e-3,
+        max_grad_norm=1.0,
+        precision=Precision(precision, CUDA),
+        scaler=None,
+        device=CUDA,
+        draw=(42, 7),
+    )
+    return result, seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 3e-2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_cut_gives_one_loss_and_one_gradient(
+    family: str, precision: str, bound: float, backend: str
+) -> None:
+    """The bounds are on norms: fp32 products in another order; bf16 ones rounded to 8 bits."""
+    whole, gradients = one_step(family, backend, precision)
+    for cut in (
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 3},
+        {"micro_batch_tokens": 200},
+        {"batching": "longest", "micro_batch_size": 2},
+        {"batching": "max_length"},
+    ):
+        other, of_cut = one_step(family, backend, precision, **cut)
+        assert other.loss == pytest.approx(whole.loss, rel=bound)
+        for name, gradient in gradients.items():
+            assert (of_cut[name] - gradient).norm() <= bound * gradient.norm(), (cut, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_waits_for_the_device_only_at_its_end(backend: str) -> None:
+    """What torch itself sees: up to the norm nothing may wait."""
+    model = small_model("starcoder2", torch.bfloat16, operations=operations(backend, CUDA))
+    inject(model, LoraConfig(r=8, lora_dropout=0.1))
+    model.to(CUDA)
+    optimizer = build_optimizer("adamw", model, operations=model.operations)
+    examples: Any = RaggedExamples(LENGTHS)
+    batch = micro_batches(
+        examples,
+        range(len(LENGTHS)),
+        micro_batch_size=3,
+        micro_batch_tokens=None,
+        batching="unpadded",
+        max_length=200,
+        pad_id=0,
+    )
+    for number in (1, 2):  # the first may compile and load
+        torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
+        try:
+            train_step(
+                model,
+                optimizer,
+                batch,
+                learning_rate=1e-3,
+                max_grad_norm=1.0,
+                precision=Precision("bf16", CUDA),
+                scaler=None,
+                device=CUDA,
+                draw=(42, number),
+                meanwhile=lambda: torch.cuda.set_sync_debug_mode("default"),
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_ledger_is_near_what_a_step_takes(method: str, checkpointing: bool) -> None:
+    """Between what its named parts come to and the whole, which allows for blocks not filled.
+
+    The context of CUDA is outside torch's allocator and so outside of what is compared.
+    """
+    config = parse_config({**small_model("starcoder2").config.raw, **SIZES}, "test")
+    lengths = [512] * 16
+    keys = {"train.method": method, "data.max_length": 512, "lora.r": 16}
+    keys |= {"train.per_device_train_batch_size": 16, "model.dropout": 0.0}
+    ledger = memory_ledger(
+        load_config(overrides=keys),
+        config,
+        precision="bf16",
+        gradient_checkpointing=checkpointing,
+        device="cuda",
+        lengths=lengths,
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = build(config, device="meta").to_empty(device=CUDA)
+    model.to(torch.float32 if method == "full" else torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.02)
+    if method == "lora":
+        inject(model, LoraConfig(r=16, lora_dropout=0.05))
+    model.gradient_checkpointing = checkpointing
+    optimizer = build_optimizer("adamw", model, operations=model.operations)
+    examples: Any = RaggedExamples(lengths)
+    for number in (1, 2):
+        train_step(
+            model,
+            optimizer,
+            micro_batches(
+                examples,
+                range(16),
+                micro_batch_size=16,
+                micro_batch_tokens=None,
+                batching="unpadded",
+                max_length=512,
+                pad_id=0,
+            ),
+            learning_rate=1e-3,
+            max_grad_norm=1.0,
+            precision=Precision("bf16", CUDA),
+            scaler=None,
+            device=CUDA,
+            draw=(42, number),
+        )
+    taken = torch.cuda.max_memory_allocated() - before
+    named = ledger["total"] - ledger["overhead"]
+    assert 0.85 * named <= taken <= ledger["total"], (taken, ledger)
