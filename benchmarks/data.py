@@ -412,8 +412,9 @@ def _first_metrics(folder: Path, run: str, number: int) -> tuple[float, float, f
 def table(records: list[dict[str, Any]]) -> list[str]:
     """Return the newest record of each part and side as README's lines."""
     newest = {(row["part"], row["side"]): row for row in records}
+    parts = list(dict.fromkeys(part for part, _ in newest))
     lines = ["| what | side | median (spread) |", "|---|---|---:|"]
-    for (part, side), row in newest.items():
+    for (part, side), row in sorted(newest.items(), key=lambda item: parts.index(item[0][0])):
         figures = [row["median"], *row["spread"]]
         digits = 0 if row["unit"] == "rows/s" else 3
         middle, low, high = (f"{figure:,.{digits}f}" for figure in figures)
