@@ -24,7 +24,7 @@ test-slow: $(ENVIRONMENT)
 > $(PYTHON) -m pytest -q -m slow
 
 test-gpu: $(ENVIRONMENT)
-> $(PYTHON) -m pytest -q -m gpu
+> $(PYTHON) -m pytest -q -rs -m gpu
 
 reliability: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.reliability
@@ -49,10 +49,12 @@ bench-kernels: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.kernels --minutes 8
 > $(PYTHON) -m benchmarks.readme
 
+# A row that fails is a result too: the others are measured, and the table is written, all the same.
 bench-gpu: $(ENVIRONMENT)
-> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E1
-> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E2 E3
-> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E4
-> $(PYTHON) -m benchmarks.versus_peft --device cuda --rows E5 E6
-> $(PYTHON) -m benchmarks.training --device cuda
-> $(PYTHON) -m benchmarks.readme
+> @status=0; \
+> for rows in "E1" "E2 E3" "E4" "E5 E6"; do \
+>   $(PYTHON) -m benchmarks.versus_peft --device cuda --rows $$rows || status=$$?; \
+> done; \
+> $(PYTHON) -m benchmarks.training --device cuda || status=$$?; \
+> $(PYTHON) -m benchmarks.readme; \
+> exit $$status

@@ -319,7 +319,11 @@ def gains(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 def decide() -> int:
     """Write what the records show into the file that `train.kernels=auto` reads."""
-    for capability, fields in gains(record.read("kernels")).items():
+    records = record.read("kernels")
+    if not records:
+        print("there is no record of a kernel yet: make bench-kernels on a GPU makes them")
+        return 2
+    for capability, fields in gains(records).items():
         triton_launch.entries().setdefault(capability, {})["gains"] = fields
         print(f"{capability}: {', '.join(fields) or 'nothing'}")
     triton_launch.write_entries()

@@ -362,6 +362,8 @@ def main() -> None:
 
         gpu.main(GPU_ROWS, options, "benchmarks.versus_peft")
         return
+    if options.rows or options.dry_run:
+        parser.error("--rows and --dry-run go with --device cuda")
     if options.worker:
         work(json.loads(options.worker[0]), Path(options.worker[1]))
         return

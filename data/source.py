@@ -650,11 +650,28 @@ def _string(row: Row, field: str) -> str:
     return value
 
 
+_FIELDS_OF_FORMATS = {
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+
+
 def _missing_field(field: str, there: Sequence[str], where: str) -> UserError:
     return UserError(
         f'{where}: field "{field}" missing (fields: {_listed(there) or "none"})'
-        f"{did_you_mean(field, there)}"
+        f"{did_you_mean(field, there) or _format_that_fits(field, there)}"
     )
+
+
+def _format_that_fits(field: str, there: Sequence[str]) -> str:
+    """Return what would read rows with these fields, or nothing."""
+    if field == "split":
+        return "; data.split_column=none reads all rows of a file"
+    for format_, fields in _FIELDS_OF_FORMATS.items():
+        if field not in fields and set(fields) <= set(there):
+            return f"; data.format={format_} reads such rows"
+    return ""
 
 
 def _kind(value: Any) -> str:

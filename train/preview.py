@@ -344,9 +344,12 @@ def _room_warnings(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
         )
     total, available = document["memory"]["total"], document["available_memory"]
     if available is not None and total is not None and total > available:
+        remedy = "train.per_device_train_batch_size (results are the same) or data.max_length"
+        lasting = ("weights", "adapters", "gradients", "optimizer")
+        if sum(document["memory"][name] for name in lasting) > available:
+            remedy = "lora.r, or take a smaller model: batches are not what fills it"
         found.append(
-            f"memory: about {size_text(total)} needed, {size_text(available)} there; lower "
-            "train.per_device_train_batch_size (results are the same) or data.max_length"
+            f"memory: about {size_text(total)} needed, {size_text(available)} there; lower {remedy}"
         )
     free, needed = _free_disk(config), document["disk"]["total"]
     if needed is not None and free is not None and needed > free:
@@ -375,13 +378,14 @@ def _data_warnings(
     if data.format != "template" and (data.prompt_template or data.completion_template):
         found.append(f"data.prompt_template is not read under data.format={data.format}")
     rows = counts.get("rows")
-    for name, what in (("truncated", "cut at"), ("dropped", "dropped, being longer than")):
+    limit = f"data.max_length={data.max_length}"
+    for name, what in (
+        ("truncated", f"cut at {limit}"),
+        ("dropped", f"dropped: longer than {limit}, or without a token to train on"),
+    ):
         share = counts.get(name)
         if share and rows:
-            found.append(
-                f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what} "
-                f"data.max_length={data.max_length}"
-            )
+            found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
     valid = counts.get("valid_examples")
     if from_data and not valid and config.eval.early_stopping_patience is not None:
         found.append("early stopping needs a valid set: give data.valid or data.valid_fraction")

@@ -156,6 +156,23 @@ def test_a_required_field_must_be_a_string(tmp_path: Path, row: dict, words: str
     assert words in sentence
 
 
+@pytest.mark.parametrize(
+    ("row", "field", "remedy"),
+    [
+        ({"prompt": "p", "completion": "c"}, "text", "; data.format=completion reads such rows"),
+        ({"messages": "m"}, "text", "; data.format=messages reads such rows"),
+        ({"text": "t"}, "input", "; data.format=text reads such rows"),
+        ({"text": "t"}, "split", "; data.split_column=none reads all rows of a file"),
+        ({"a": "t"}, "text", "(fields: a)"),
+    ],
+)
+def test_a_missing_field_names_the_format_that_fits(
+    tmp_path: Path, row: dict, field: str, remedy: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(row) + "\n")
+    assert refusal(path, fields=[field]).endswith(remedy)
+
+
 def test_a_long_row_does_not_list_all_its_fields(tmp_path: Path) -> None:
     row = {f"column{i}": "x" for i in range(500)}
     sentence = refusal(write(tmp_path / "a.jsonl", json.dumps(row)), fields=["text"])
