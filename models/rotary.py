@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.segments import Segments
+from kernels.segments import Segments, uploaded
 from models.config import DecoderConfig, RopeConfig
 
 
@@ -43,12 +43,12 @@ def rotary_tables(
     device = segments.positions.device
     if config.rope.rope_type != "dynamic" or max(lengths) == limit:
         frequencies, size = rotary_frequencies(config, limit)
-        frequencies = frequencies.to(device)
+        frequencies = uploaded(frequencies, device)
     else:
         each = torch.stack([rotary_frequencies(config, length)[0] for length in lengths])
         rows = torch.tensor(segments.rows)
         rows[-1] += segments.tail
-        frequencies = each.repeat_interleave(rows, 0).to(device)
+        frequencies = uploaded(each.repeat_interleave(rows, 0), device)
         size = 1.0
     angles = segments.positions[:, None].float() * frequencies
     angles = torch.cat((angles, angles), -1)

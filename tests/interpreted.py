@@ -14,3 +14,6 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 if TRITON and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+# cuBLAS reads it at its first product; `train.deterministic`, which some tests ask for, needs it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -102,8 +103,9 @@ class StepBatches:
         )
 
     def cut_ahead(self, epoch: int, start: int, stop: int, divisor: int = 1) -> None:
-        """Do now what the next call of `cut` will ask for."""
-        self._ahead = (epoch, start, stop, divisor), self.cut(epoch, start, stop, divisor)
+        """Do now what the next call of `cut` will ask for; what fails then fails there."""
+        with suppress(Exception):
+            self._ahead = (epoch, start, stop, divisor), self.cut(epoch, start, stop, divisor)
 
 
 def step_that_fits(session: Session, plan: RunPlan, batches: StepBatches, step: int) -> StepResult:

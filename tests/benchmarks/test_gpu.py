@@ -51,7 +51,8 @@ def test_the_gate_sees_other_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changed", "told"),
     [
         ({}, None),
-        ({"tokens": [10, 12]}, "22 tokens, not 21"),
+        ({"tokens": [10, 12]}, "tokens [10, 12], not [10, 11]"),
+        ({"tokens": [11, 10]}, "tokens [11, 10], not [10, 11]"),
         ({"loss": [2.0, 2.2]}, "loss 2.2000 at step 2, not 2.1000 within"),
         ({"loss": [2.0, float("nan")]}, "loss nan at step 2"),
         ({"norm": [1.0, 1.2]}, "norm 1.2000 at step 2, not 1.1000 within"),
@@ -63,6 +64,44 @@ def test_a_row_that_computed_something_else_is_named(
     reference = {"tokens": [10, 11], "loss": [2.0, 2.1], "norm": [1.0, 1.1]}
     fault = gpu.wrong(ROW, {**reference, **changed}, reference, dry=False)
     assert (fault is None) if told is None else told in (fault or "")
+
+
+def test_a_gate_or_reference_that_fails_is_told_in_every_row_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peer = Row("E1 seeds", WORK, gpu.SEEDS)
+    every = [ROW, peer]
+    steps = gpu.WARM_UP + gpu.TIMED
+    right = {
+        "seconds": [1.0] * steps,
+        "tokens": [100] * steps,
+        "loss": [2.0] * steps,
+        "norm": [1.0] * steps,
+        "peak_allocated": 7,
+        "start_up": 3.0,
+    }
+    monkeypatch.setattr(gpu, "token_rows", lambda *_: [])
+    monkeypatch.setattr(gpu, "arithmetic", lambda *_: 1e12 * gpu.TIMED)
+    green = {"gate": {"reference": 1e-6}}
+
+    def told(gate: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -> list[Any]:
+        answers = {"gate": lambda _: gate, "row": lambda number: (ours, theirs)[int(number)]}
+        return [
+            gpu.measured(row, every, number, lambda task, n: answers[task](n))
+            for number, row in enumerate(every)
+        ]
+
+    assert all(found["tokens_per_second"] == 100.0 for found in told(green, right, right))
+    red = told({"gate": {"reference": 1e-6, "triton": 1e-2}}, right, right)
+    assert [found["error"].split(":")[0] for found in red] == ["gate", "gate"]
+    late = told({"error": "gate: more than 150 s"}, right, right)
+    assert late[0] == {"error": "gate: gate: more than 150 s"}
+    lost = told(green, {"error": "out of memory"}, right)
+    assert lost[0] == {"error": "out of memory"}
+    assert lost[1] == {"error": "nothing to compare with: E1 ours: out of memory"}
+    other = told(green, right, {**right, "norm": [2.0] * steps})
+    assert "tokens_per_second" in other[0]
+    assert other[1]["error"].startswith("norm 2.0000 at step 1, not 1.0000")
 
 
 def test_figures_leave_out_what_warms_up() -> None:

@@ -212,6 +212,15 @@ def test_the_next_step_is_cut_ahead_and_handed_out_once(monkeypatch: pytest.Monk
     assert all(one.input_ids.equal(ids) for one, ids in zip(ahead, expected, strict=True))
     batches.cut(*plan.batch(2), 2)
     assert len(made) == 2
+    with monkeypatch.context() as patch:
+
+        def broken(*_: Any, **__: Any) -> list[MicroBatch]:
+            raise OSError("disk")
+
+        patch.setattr(loop, "micro_batches", broken)
+        batches.cut_ahead(*plan.batch(2), 2)  # the step that is being computed goes on
+        with pytest.raises(OSError, match="disk"):
+            batches.cut(*plan.batch(2), 2)
     batches.cut_ahead(*plan.batch(2), 2)
     smaller = batches.cut(*plan.batch(2), 4)  # memory ran out: what lies ready does not fit
     assert len(smaller) == 4
