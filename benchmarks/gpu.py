@@ -487,7 +487,8 @@ def gate(work: Work, dry: bool) -> dict[str, Any]:
     width = max(map(len, ids))
 
     # Rounded as ours are, then exact again: both sides hold the same numbers.
-    theirs: Any = their_model(work, PeftSide("longest", precision="bf16 weights"), device, config)
+    precision = "bf16 weights" if work.rank else "fp32"
+    theirs: Any = their_model(work, PeftSide("longest", precision=precision), device, config)
     theirs.float()
     padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
