@@ -613,6 +613,10 @@ def figures_of(
     }
 
 
+class OutOfTime(Exception):
+    """A row was not measured for want of time: nothing is recorded of it."""
+
+
 def run(names: Sequence[str], minutes: float, module: str) -> int:
     """Measure the rows whose names begin with one of `names`; return the exit code."""
     if not torch.cuda.is_available():
@@ -623,16 +627,22 @@ def run(names: Sequence[str], minutes: float, module: str) -> int:
     answers: dict[tuple[str, str], dict[str, Any]] = {}
 
     def ask(task: str, number: str) -> dict[str, Any]:
-        """Ask a process once; what went wrong is its answer, under `error`."""
+        """Ask a process once; what went wrong is its answer, under `error`.
+
+        Raises:
+            OutOfTime: The command's minutes, not the process's, were too few.
+        """
         if (task, number) in answers:
             return answers[task, number]
-        left = deadline - time.monotonic() + ROW_SECONDS
+        limit = min(ROW_SECONDS, deadline - time.monotonic() + ROW_SECONDS)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 arguments = ["--device", "cuda", "--worker", task, number]
-                found = child(module, arguments, Path(folder), min(ROW_SECONDS, left))
+                found = child(module, arguments, Path(folder), limit)
         except subprocess.TimeoutExpired:
-            found = {"error": f"{task}: more than {min(ROW_SECONDS, left):.0f} s"}
+            if limit < ROW_SECONDS:
+                raise OutOfTime from None
+            found = {"error": f"{task}: more than {ROW_SECONDS} s"}
         except (ChildError, ValueError, IndexError, KeyError) as error:
             text = (str(error).strip().splitlines() or ["no answer"])[-1]
             found = {"error": text[:300].replace("|", "/")}
@@ -648,10 +658,13 @@ def run(names: Sequence[str], minutes: float, module: str) -> int:
     for number, row in enumerate(every):
         if row.name.split()[0] not in names:
             continue
-        if time.monotonic() > deadline:
+        try:
+            if time.monotonic() > deadline:
+                raise OutOfTime
+            found = measured(row, every, number, ask)
+        except OutOfTime:
             left += 1
             continue
-        found = measured(row, every, number, ask)
         faults += "error" in found
         about = {"row": row.name, "work": row.work.text, "who": row.who, "side": row.side.text}
         record.append("gpu", {**about, **rates, **found})

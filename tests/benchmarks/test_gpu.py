@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from typing import Any
 
 import pytest
@@ -141,6 +142,36 @@ def test_without_a_gpu_the_command_says_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.run(["E1"], 1.0, "benchmarks.versus_peft") == 2
     assert "needs a CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("minutes", "recorded"), [(7.0, True), (0.05, False)])
+def test_a_row_that_the_command_has_no_time_for_is_left_out_and_a_slow_one_recorded(
+    minutes: float,
+    recorded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = [0.0]
+
+    def child(module: str, arguments: list[str], folder: Any, limit: float) -> dict[str, Any]:
+        if arguments[3] == "rates":
+            return {"copy_gb_s": 1.0, "gemm_tflops": 1.0, "device": "a card"}
+        if arguments[3] == "gate":
+            now[0] += 10.0
+            return {"gate": {"reference": 0.0}}
+        now[0] += limit
+        raise subprocess.TimeoutExpired("row", limit)
+
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "child", child)
+    monkeypatch.setattr(gpu, "rows", lambda: [ROW])
+    monkeypatch.setattr(gpu.record, "append", lambda name, row: rows.append(row))
+    assert gpu.run(["E1"], minutes, "benchmarks.versus_peft") == (1 if recorded else 0)
+    assert [row["error"] for row in rows] == (["row: more than 150 s"] if recorded else [])
+    assert ("1 rows left out" in capsys.readouterr().out) != recorded
 
 
 def test_the_table_names_the_card() -> None:
