@@ -103,13 +103,14 @@ def prompt_format(settings: DataSettings) -> PromptFormat:
     return PromptFormat(**{name: getattr(settings, name) for name in names})
 
 
-def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
+def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) -> Data:
     """Tokenise the rows of all sets, or map those that were tokenised before.
 
     Args:
         config: The run's configuration.
         folder: The base model's folder, with the tokenizer.
-        decoder: The base model's architecture; no token may lie beyond its vocabulary.
+        decoder: The base model's architecture: no token may lie beyond its vocabulary, which None
+            leaves unchecked.
 
     Raises:
         UserError: No training data is named, or a file or row is not what it must be.
@@ -134,9 +135,10 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
             on_overflow=settings.on_overflow,
             cache_root=cache_root(),
         )
-        check_vocabulary(
-            examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"
-        )
+        if decoder is not None:
+            check_vocabulary(
+                examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"
+            )
         return examples
 
     def load_other(spec: str | None, split: str) -> Examples | None:
