@@ -1,8 +1,9 @@
-"""The one error class that a user ever sees, and the nearest-name hint that its messages carry."""
+"""The one error class that a user ever sees, the nearest-name hint in its messages, and notes."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -40,3 +41,8 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the candidate nearest to `name`, or an empty string."""
     nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def note(sentence: str) -> None:
+    """Tell the user, on standard error, what is no error but should be known."""
+    print(f"note: {_one_line(sentence)}", file=sys.stderr, flush=True)

@@ -89,13 +89,6 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
     """Return environment.json: where the run computes, with what, and what `auto` came to."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "HEAD"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "device": device.type,
         "device_name": device_name(device),
@@ -103,10 +96,22 @@ def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": package_versions(),
-        "commit": commit or None,
+        "commit": _commit(),
         "started": utc_now(),
         **decided,
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of this code; None outside a checkout, or where there is no git."""
+    # An installed copy may lie in the checkout of something else, whose commit is not ours.
+    if not (REPOSITORY / ".git").exists():
+        return None
+    with contextlib.suppress(OSError):
+        asked = ["git", "rev-parse", "--verify", "HEAD"]
+        done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
 
 
 def complete(
