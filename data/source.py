@@ -537,9 +537,7 @@ def _read_parquet(path: Path, name: str, columns: list[str] | None) -> Iterator[
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            f"{name}: Parquet files need pyarrow; run pip install 'lathe[parquet]'"
-        ) from None
+        raise UserError(f"{name}: Parquet files need pyarrow; run `pip install pyarrow`") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names

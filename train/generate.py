@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -32,7 +33,7 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
-from train.command import run_command
+from train.command import CommandParser, command, run_command
 from train.config import load_config
 from train.precision import COMPUTE_DTYPES, resolve_precision
 from train.prepare import find_model, load_base, prompt_format, resolve_device
@@ -299,7 +300,7 @@ def _trained_folder(run: Path) -> Path:
             return checkpoint
     raise UserError(
         f"{run}: nothing is trained yet (there is no final/, best/ or whole checkpoint): "
-        f"go on with `python -m train.run --resume {run}`"
+        f"go on with `{command()} --resume {shlex.quote(str(run))}`"
     )
 
 
@@ -331,9 +332,9 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> No
         raise UserError(f"top_p is {top_p}, but must be above 0 and at most 1")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.generate",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "generate",
         description="Complete a prompt with a run's final model, an adapter, or a model folder.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -426,8 +427,7 @@ def _complete(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Complete the prompt that the command line names; return the exit code."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _complete(options))
+    return run_command(lambda: _complete(_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ not at all.
 
 from __future__ import annotations
 
-import argparse
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -23,7 +23,7 @@ from files.tensors import read_header
 from lora import load_adapter, merge, read_adapter_config
 from models import load_model
 from models.weights import save_model
-from train.command import run_command
+from train.command import CommandParser, command, run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
 _TOKENIZER_FILES = (
@@ -107,8 +107,8 @@ def _adapter_folder(run_or_adapter: Path) -> Path:
                 "there is nothing to merge"
             )
     raise UserError(
-        f"{run_or_adapter}: this run has no final/ or best/ yet; finish it with `python -m "
-        f"train.run --resume {run_or_adapter}`, or give one of its checkpoints"
+        f"{run_or_adapter}: this run has no final/ or best/ yet; finish it with "
+        f"`{command()} --resume {shlex.quote(str(run_or_adapter))}`, or give one of its checkpoints"
     )
 
 
@@ -141,16 +141,18 @@ def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.merge",
-        description="Fold an adapter into its base model and write a Hugging Face model folder.",
-    )
-    parser.add_argument("run_or_adapter", type=Path, metavar="RUN_OR_ADAPTER")
-    parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
-    parser.add_argument("--base", metavar="FOLDER", help="the base model, if not the one it names")
-    options = parser.parse_args(arguments)
 
     def answer() -> int:
+        parser = CommandParser(
+            "merge",
+            description="Fold an adapter into its base, and write a Hugging Face model folder.",
+        )
+        parser.add_argument("run_or_adapter", type=Path, metavar="RUN_OR_ADAPTER")
+        parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
+        parser.add_argument(
+            "--base", metavar="FOLDER", help="the base model, if not the one it names"
+        )
+        options = parser.parse_args(arguments)
         print(merge_adapter(options.run_or_adapter, options.out, options.base))
         return 0
 

@@ -325,7 +325,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert "pip install 'lathe[parquet]'" in refusal(write(tmp_path / "a.parquet", "x"))
+    assert "pip install pyarrow" in refusal(write(tmp_path / "a.parquet", "x"))
 
 
 # --- folders -------------------------------------------------------------------------------------
