@@ -23,14 +23,13 @@ import csv
 import json
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, counted, did_you_mean, note
 from files.hub import resolve_dataset
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -134,7 +133,7 @@ def read_rows(
         split_column: column whose value chooses the rows of `split`; file names do not choose then.
         split: `train`, `valid` or `test`; None takes all rows.
         notice: is told how many files of a source tree were passed over, and why; by default a
-            warning says it.
+            note on standard error says it.
 
     Raises:
         UserError: as `open_source`; and, while iterating, for the first row that breaks a rule,
@@ -146,16 +145,12 @@ def read_rows(
         else open_source(spec, None if split_column is not None else split)
     )
     if source.tree is not None:
-        rows = _read_tree(source, notice or _warn)
+        rows = _read_tree(source, notice or note)
     else:
         rows = _read_files(source, fields, split_column)
     if split_column is not None and split is not None:
         rows = _of_split(rows, split_column, _canonical_split(split))
     return rows if fields is None else _checked(rows, tuple(fields))
-
-
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=2)
 
 
 def _missing(spec: str, path: Path) -> UserError:
@@ -580,7 +575,8 @@ def _read_tree(source: Source, notice: Callable[[str], None]) -> Iterator[Row]:
             for reason, number in passed_over.items()
         )
         notice(
-            f"{source.spec}: {passed_over.total()} of {len(source.files)} files passed over: "
+            f"{source.spec}: {passed_over.total()} of {counted(len(source.files), 'file')} "
+            "passed over: "
             f"{reasons}"
         )
 

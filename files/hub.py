@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from files.atomic import sha256_file
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, counted, did_you_mean
 from files.strict_json import read_json_object
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -189,8 +189,8 @@ def _choose_model_files(names: Sequence[str], where: str, weights: bool) -> list
         return [*small, _INDEX, *shards]
     if shards:
         raise UserError(
-            f"{where}: has {len(shards)} shards of weights but no {_INDEX} to say what each "
-            "holds; fetch the index too"
+            f"{where}: has {counted(len(shards), 'shard')} of weights but no {_INDEX} to say what "
+            "each holds; fetch the index too"
         )
     pickles = [name for name in top if _PICKLE.fullmatch(name)]
     if pickles:
@@ -216,8 +216,9 @@ def _check_index(folder: Path, names: Sequence[str], repository: str) -> None:
         return  # the reader of the weights says what is wrong with the index
     if missing:
         raise UserError(
-            f"model.path={repository!r}: {_INDEX} names {len(missing)} files that are not there "
-            f"({missing[0]}); if this is an unfinished download, run once more with network access"
+            f"model.path={repository!r}: {_INDEX} names {counted(len(missing), 'file')} that the "
+            f"folder lacks ({missing[0]}); if this is an unfinished download, run once more with "
+            "network access"
         )
 
 
@@ -284,8 +285,8 @@ def _fetch(
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(
-            f"{_where(repository, kind)}: {len(absent)} files did not arrive ({absent[0]}); "
-            "run once more with network access"
+            f"{_where(repository, kind)}: {counted(len(absent), 'file')} did not arrive "
+            f"({absent[0]}); run once more with network access"
         )
     if folder.name == listing.commit:
         for name in missing:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from files.errors import counted
 from train.command import command
 from train.metrics import read_metrics
 
@@ -139,7 +140,7 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     parts = [f"{row['split']} loss {format_loss(row['loss'])}", f"step {row['step']}/{total_steps}"]
     if row.get("train_loss") is not None:
         parts.append(f"train loss {format_loss(row['train_loss'])}")
-    parts.append(f"{row['targets']:,} targets")
+    parts.append(counted(row["targets"], "target"))
     if row.get("seconds") is not None:
         parts.append(format_duration(row["seconds"]))
     if row.get("reduced_batch_size"):
@@ -299,7 +300,7 @@ def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows,
         folder: The run's folder, whose metrics.jsonl tells the test losses.
     """
     step, total, best = status["step"], status["total_steps"], status.get("best")
-    title = f"{status['state']} ({status['reason']}) after {step} of {total} steps"
+    title = f"{status['state']} ({status['reason']}) after {step} of {counted(total, 'step')}"
     rows = []
     if best:
         rows.append(("best valid loss", f"{format_loss(best['loss'])} at step {best['step']}"))

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from files.atomic import LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
+from files.atomic import HOLDER_NAME, LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
+from files.folders import make_free_folder
 from files.hub import ModelSource
 from kernels.rounding import library
 from lora import adapter_tensors, save_adapter
@@ -31,6 +33,7 @@ from models.weights import save_model
 from train.checkpoint import TrainState
 from train.config import to_toml
 from train.ledger import available_memory
+from train.metrics import METRICS_FILE
 from train.plan import RunPlan
 from train.precision import COMPUTE_DTYPES
 from train.prepare import Data
@@ -38,7 +41,11 @@ from train.preview import plan_with_data
 from train.settings import RunConfig
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
-DOCUMENTS = ("config.toml", "plan.json", "environment.json")
+# What lies in a run's folder before the run has a status.
+_OF_A_START = (
+    *("config.toml", "plan.json", "environment.json", "tensorboard", "checkpoints"),
+    *(METRICS_FILE, HOLDER_NAME, LOCK_NAME),
+)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -48,25 +55,17 @@ def utc_now() -> str:
 
 
 def new_run_folder(config: RunConfig) -> Path:
-    """Return the folder of a new run, which is not there yet or empty.
+    """Return the folder of a new run, which holds nothing, or what an aborted start left.
 
     Raises:
         UserError: Something is in it: an existing run is never overwritten.
     """
     if config.train.output_dir is None:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{config.preset or 'run'}-{stamp}"
-    else:
-        folder = Path(os.path.expanduser(config.train.output_dir))
+        return make_free_folder(Path("runs"), config.preset or "run")
+    folder = Path(os.path.expanduser(config.train.output_dir))
     if folder.is_file():
         raise UserError(f"train.output_dir={folder}: is a file; choose another folder")
-    # A kill before config.toml was written leaves a lock that nobody holds, and half a file.
-    trace = (LOCK_NAME, TEMPORARY_PREFIX)
-    if folder.is_dir() and not all(path.name.startswith(trace) for path in folder.iterdir()):
-        raise UserError(
-            f"train.output_dir={folder}: it is not empty, and a run is never overwritten; choose "
-            "another folder, or continue the run there with --resume"
-        )
+    _require_vacant(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,6 +73,24 @@ def new_run_folder(config: RunConfig) -> Path:
             f"train.output_dir={folder}: cannot be made ({error.strerror}); choose another folder"
         ) from None
     return folder
+
+
+def _require_vacant(folder: Path) -> None:
+    """Refuse a folder that holds more than an aborted start leaves: one killed before its status.
+
+    It holds the lock, and no step was done in it, so that nothing is lost.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    left = {name for name in names if name.startswith(TEMPORARY_PREFIX)}
+    metrics = folder / METRICS_FILE
+    done = any(folder.glob("checkpoints/*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+    if LOCK_NAME in names and not done:
+        left |= names & {*_OF_A_START}
+    if names - left:
+        raise UserError(
+            f"train.output_dir={folder}: it is not empty, and a run is never overwritten; choose "
+            "another folder, or continue the run there with --resume"
+        )
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -140,13 +157,21 @@ def complete(
 
 @contextlib.contextmanager
 def beginning(folder: Path, *, new: bool) -> Iterator[None]:
-    """Free a new run's folder again where bad input ends the run in this block."""
+    """Free a new run's folder again where this block ends in an error: nothing is trained yet.
+
+    Raises:
+        UserError: Another run has begun and ended in the folder since it was chosen.
+    """
+    if new:
+        _require_vacant(folder)
     try:
         yield
-    except UserError:
+    except BaseException:
         if new:
-            for name in (*DOCUMENTS, LOCK_NAME):
-                (folder / name).unlink(missing_ok=True)
+            for name in _OF_A_START:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+                shutil.rmtree(folder / name, ignore_errors=True)
             with contextlib.suppress(OSError):  # something else is in it
                 folder.rmdir()
         raise

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.prompt import PromptFormat, parse_template
 from data.tokenizer import Tokenizer
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.folders import damage
 from files.hub import resolve_model
 from files.strict_json import read_json_object
@@ -133,8 +133,8 @@ def room(config: DecoderConfig, prompt_ids: Sequence[int]) -> int:
         raise UserError("the prompt is empty: give at least one token to continue")
     if len(prompt_ids) >= context:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and the model's context {context}: "
-            "shorten the prompt"
+            f"the prompt has {counted(len(prompt_ids), 'token')} and the model's context "
+            f"{context}: shorten the prompt"
         )
     return context - len(prompt_ids)
 
@@ -318,8 +318,8 @@ def _check_columns(form: PromptFormat, values: str | Mapping[str, Any]) -> None:
     if len(columns) != 1:
         needed = " ".join(f"--field {column}=…" for column in columns) or "--raw"
         raise UserError(
-            f"the prompt's template has {len(columns)} columns, which one text cannot fill: "
-            f"use {needed}"
+            f"the prompt's template has {len(columns) or 'no'} columns, which one text cannot "
+            f"fill: use {needed}"
         )
 
 
@@ -415,13 +415,14 @@ def _complete(options: argparse.Namespace) -> int:
     print(loaded.tokenizer.decode(ids), flush=True)
     left = room(loaded.model.config, prompt_ids)
     if len(ids) == left:
-        ended = f"stopped at the end of the model's context of {left + len(prompt_ids)} tokens"
+        context = counted(left + len(prompt_ids), "token")
+        ended = f"stopped at the end of the model's context of {context}"
     elif len(ids) == options.max_new_tokens:
         ended = f"stopped at --max-new-tokens {len(ids)}"
     else:
         ended = "ended by itself"
     speed = f"{len(ids) / seconds:.1f} tokens/s"
-    print(f"[{loaded.name}: {len(ids)} tokens, {ended}, {speed}]", file=sys.stderr)
+    print(f"[{loaded.name}: {counted(len(ids), 'token')}, {ended}, {speed}]", file=sys.stderr)
     return 0
 
 

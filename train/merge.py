@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.folders import replace_folder
 from files.hub import ModelSource, resolve_model
 from files.tensors import read_header
@@ -67,8 +67,8 @@ def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> s
 
     replace_folder(out, fill)
     return (
-        f"merged {len(names)} layers of {adapter} into {source.repository or source.folder} "
-        f"({str(dtype).removeprefix('torch.')}): {out}"
+        f"merged {counted(len(names), 'layer')} of {adapter} into "
+        f"{source.repository or source.folder} ({str(dtype).removeprefix('torch.')}): {out}"
     )
 
 

@@ -18,7 +18,6 @@ Evaluations stay as configured, since they decide what is best and when to stop 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import os
@@ -35,6 +34,7 @@ from files.atomic import sha256_file, write_text
 from files.child import python
 from files.errors import UserError
 from files.faults import listening
+from files.folders import make_free_folder
 from train.checkpoint import read_state
 from train.config import to_toml
 from train.metrics import METRICS_FILE, read_metrics
@@ -67,10 +67,8 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
     """
     directory = config.train.output_dir
     parent = Path("runs") if directory is None else Path(os.path.expanduser(directory)).parent
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    folder = parent / f"prove-resume-{stamp}"
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True)
+    made = [path for path in (parent, *parent.parents) if not path.exists()]
+    folder = make_free_folder(parent, "prove-resume")
     differing: list[str] = []
     try:
         text = to_toml(_cut(config, kill_step), comments=False)
@@ -83,7 +81,7 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
     finally:
         if not differing:
             shutil.rmtree(folder, ignore_errors=True)
-            for path in made[1:]:
+            for path in made:
                 with contextlib.suppress(OSError):  # another run has begun in it
                     path.rmdir()
     return 1 if differing else 0
@@ -224,9 +222,9 @@ def _verdict(differing: Sequence[str], compared: int, kill_step: int, folder: Pa
         else "what differs came after the resume"
     )
     return (
-        f"resume is not exact here: {len(differing)} results differ; {when}. The commonest reasons "
-        "are GPU kernels that add in no fixed order (train.deterministic=true forbids them) and "
-        f"another number of threads (OMP_NUM_THREADS). Both runs are kept in {folder}"
+        f"resume is not exact here: {len(differing)} of {compared} results differ; {when}. The "
+        "commonest reasons are GPU kernels that add in no fixed order (train.deterministic=true "
+        f"forbids them) and another number of threads (OMP_NUM_THREADS). Both runs are kept in {folder}"
     )
 
 

@@ -22,7 +22,7 @@ from data.examples import IGNORED, LabelledRow, NoRowsError, label_rows, num_tar
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
-from files.errors import UserError
+from files.errors import UserError, counted
 from train.arguments import parse
 from train.command import CommandParser, command, run_command
 from train.config import load_config
@@ -162,7 +162,7 @@ def _examples(
 ) -> Iterator[Shown]:
     """Yield the examples of a row, or the row itself where it leaves none."""
     length, limit = len(row.input_ids), settings.max_length
-    over = f"{length:,} tokens, data.max_length={limit}"
+    over = f"{counted(length, 'token')}, data.max_length={limit}"
     if length > limit and settings.on_overflow == "error":
         yield _shown(number, row, f"error: {over}", 0, length, tokenizer, dropped=True)
         return
@@ -217,7 +217,8 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
         marks: What stands before and after a trained part.
     """
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
-    head = f"row {shown.row}, {shown.source}: {shown.tokens:,} tokens, {shown.targets:,} targets"
+    counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
+    head = f"row {shown.row}, {shown.source}: {counts}"
     parts = segments(shown.input_ids, shown.labels, tokenizer)
     body = "".join(
         f"{marks[0]}{printable(text)}{marks[1]}" if trained else printable(text)

@@ -286,7 +286,7 @@ def test_a_repository_becomes_local_files_and_a_commit(online: dict) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("gap", "names 1 files that are not there (x.safetensors)"),
+        ("gap", "names 1 file that the folder lacks (x.safetensors)"),
         ("pickled", "only pickle weights found (pytorch_model.bin)"),
         ("pickled", "convert to safetensors first"),
         ("empty", "no weights found"),
