@@ -36,6 +36,8 @@ _INDEX = "model.safetensors.index.json"
 _PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt)")
 # Configuration, tokenizer and chat template; merges.txt and vocab.txt are old tokenizers' files.
 _SMALL = re.compile(r".+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
+# Chat templates with names of their own, where transformers 5 keeps them.
+_NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 # A repository id: `owner/name`, or the bare `name` of the Hub's oldest models.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -180,6 +182,7 @@ def _choose_model_files(names: Sequence[str], where: str, weights: bool) -> list
             "pass the folder or repository that holds config.json and *.safetensors"
         )
     small = [name for name in top if _SMALL.fullmatch(name) and not name.endswith(".index.json")]
+    small += sorted(name for name in names if _NAMED_TEMPLATE.fullmatch(name))
     if not weights:
         return small
     if _SINGLE_WEIGHTS in top:

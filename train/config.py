@@ -311,7 +311,8 @@ def _check_together(config: RunConfig) -> None:
     if data.completion_only and data.format == "text":
         raise UserError(
             "data.completion_only=true needs a prompt and a completion, and data.format=text has "
-            "neither; use data.format=template, completion or messages, or completion_only=none"
+            "neither; use data.format=template, instruction, completion or messages, or "
+            "completion_only=none"
         )
     if data.format == "template" and data.completion_template is None:
         raise UserError(

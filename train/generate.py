@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.prompt import PromptFormat, parse_template
+from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.folders import damage
@@ -241,7 +241,7 @@ def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
         model = build(read_config(source), attention=config.model.attention)
         fill(model, trained, dtype, device)
     form = _stored_format(trained) or prompt_format(config.data)
-    return _generator(model, source, trained, form, str(trained))
+    return _generator(model, source, trained, form, str(trained), config.data.chat_template)
 
 
 def load_from_adapter(
@@ -282,10 +282,21 @@ def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Gene
 
 
 def _generator(
-    model: CausalLM, source: Path, trained: Path, form: PromptFormat | None, name: str
+    model: CausalLM,
+    source: Path,
+    trained: Path,
+    form: PromptFormat | None,
+    name: str,
+    chat_template: str | None = None,
 ) -> Generator:
-    """Join a model with the tokenizer that lies beside what was trained, else beside its base."""
-    tokenizer = Tokenizer.load(trained if (trained / "tokenizer.json").is_file() else source)
+    """Join a model with the tokenizer that lies beside what was trained, else beside its base.
+
+    The one beside what was trained holds `chat_template` already.
+    """
+    if (trained / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(trained)
+    else:
+        tokenizer = Tokenizer.load(source, chat_template)
     stop_ids = find_stop_ids(model.config, tokenizer, source)
     return Generator(model, tokenizer, form, stop_ids, name)
 
@@ -312,8 +323,7 @@ def _check_columns(form: PromptFormat, values: str | Mapping[str, Any]) -> None:
     """Refuse one text for a template with several columns, or none."""
     if form.format != "template" or not isinstance(values, str):
         return
-    parts = parse_template(form.prompt_template or "", "data.prompt_template")
-    columns = dict.fromkeys(part for part, is_column in parts if is_column)
+    columns = form.prompt_columns()
     if len(columns) != 1:
         needed = " ".join(f"--field {column}=…" for column in columns) or "--raw"
         raise UserError(

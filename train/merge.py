@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from data.chat_templates import SETTINGS_FILE, TEMPLATE_FILE, in_one_folder, named_files
 from files.errors import UserError
 from files.folders import replace_folder
 from files.hub import ModelSource, resolve_model
@@ -137,6 +138,12 @@ def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
     for place in places:
         if place.is_file():
             shutil.copyfile(place, out / place.name)
+    if named := named_files(tokenizer):
+        names = [SETTINGS_FILE, TEMPLATE_FILE, *named]
+        there = [name for name in names if (tokenizer / name).is_file()]
+        files = {name: (tokenizer / name).read_bytes() for name in there}
+        (out / TEMPLATE_FILE).unlink(missing_ok=True)
+        (out / SETTINGS_FILE).write_bytes(in_one_folder(files, tokenizer)[SETTINGS_FILE])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -121,7 +121,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, or "
             "hub:owner/name"
         )
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, settings.chat_template)
     form = prompt_format(settings)
 
     def load(spec: str, split: str | None) -> Examples:
@@ -290,12 +290,16 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
             return spec
         return os.path.abspath(os.path.expanduser(spec))
 
+    template = config.data.chat_template
+    # It may be a name, which may be that of a folder here, too.
+    is_file = template is not None and os.path.isfile(os.path.expanduser(template))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=whole(config.model.path)),
         lora=dataclasses.replace(config.lora, init_from=whole(config.lora.init_from)),
         data=dataclasses.replace(
             config.data,
+            chat_template=whole(template) if is_file else template,
             train=whole(config.data.train),
             valid=whole(config.data.valid),
             test=whole(config.data.test),

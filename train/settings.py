@@ -168,14 +168,25 @@ class DataSettings:
     format: str = _key(
         "text",
         "text: one field; template: prompt and completion templates over columns; "
-        "completion: columns prompt and completion; messages: a chat",
-        words=("text", "template", "completion", "messages"),
+        "completion: columns prompt and completion; messages: a chat; "
+        "instruction: columns instruction, input and output in Alpaca's prompts",
+        words=("text", "template", "completion", "messages", "instruction"),
     )
     text_field: str = _key("text", "the column of data.format = text")
-    prompt_template: str | None = _key(None, "the prompt, with {column} placeholders")
+    prompt_template: str | None = _key(
+        None,
+        "the prompt, with {column} placeholders; {?column}…{/column} is a part that is left out "
+        "where that column is empty or absent, {{ and }} are braces",
+    )
     completion_template: str | None = _key(None, "the completion, with {column} placeholders")
     system_prompt: str | None = _key(
-        None, "stands first, with a blank line; in messages it is the system turn"
+        None,
+        "stands first, with a blank line; in messages it is the system turn of rows without one",
+    )
+    chat_template: str | None = _key(
+        None,
+        "in place of the tokenizer's own for messages: a file, or the name of one of several that "
+        "the tokenizer has; none: its own, tool_use where the row has tools",
     )
     completion_only: bool | None = _key(
         None, "labels on the completion alone; none: wherever there is a prompt and a completion"
