@@ -210,10 +210,8 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         calls = _calls(turn, where)
     if calls and role != "assistant":
         raise UserError(f"{where} calls tools in a {role} turn; only an assistant's turn may")
-    renamed = {role_key: "role", content_key: "content"}
-    message: dict[str, Any] = {
-        renamed.get(key, key): item for key, item in turn.items() if item is not None
-    }
+    renamed: dict[Any, Any] = {role_key: "role", content_key: "content"}
+    message = {renamed.get(key, key): item for key, item in turn.items() if item is not None}
     for key in ("from", "value", "tool_calls", "function_call"):
         message.pop(key, None)
     message["role"] = role

@@ -32,6 +32,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "tokenizer.json": b"{}",
         "model.safetensors": WEIGHTS,
         "pytorch_model.bin": b"pickle",
+        "additional_chat_templates/tool_use.jinja": b"tools",
         "README.md": b"words",
         "onnx/model.onnx": b"other",
     },
@@ -273,9 +274,10 @@ def online(hub: Hub) -> dict[str, object]:
 
 
 def test_a_repository_becomes_local_files_and_a_commit(online: dict) -> None:
-    assert online["config first"]["names"] == ["config.json", "tokenizer.json"]
+    small = ["additional_chat_templates/tool_use.jinja", "config.json", "tokenizer.json"]
+    assert online["config first"]["names"] == small
     good = online["good"]
-    assert good["names"] == ["config.json", "model.safetensors", "tokenizer.json"]  # no pickle
+    assert good["names"] == sorted([*small, "model.safetensors"])  # no pickle
     assert good["commit"] == commit_of("models/org/good")
     assert good["repository"] == "org/good"
     assert (Path(good["folder"]) / "model.safetensors").read_bytes() == WEIGHTS
