@@ -668,12 +668,13 @@ def _string(row: Row, field: str) -> str:
     return value
 
 
-_FIELDS_OF_FORMATS = {
-    "completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
+_FIELDS_OF_FORMATS = (
+    ("completion", ("prompt", "completion")),
+    ("instruction", ("instruction", "output")),
+    ("messages", ("messages",)),
+    ("messages", ("conversations",)),
+    ("text", ("text",)),
+)
 
 
 def _missing_field(field: str, there: Sequence[str], where: str) -> UserError:
@@ -687,7 +688,7 @@ def _format_that_fits(field: str, there: Sequence[str]) -> str:
     """Return what would read rows with these fields, or nothing."""
     if field == "split":
         return "; data.split_column=none reads all rows of a file"
-    for format_, fields in _FIELDS_OF_FORMATS.items():
+    for format_, fields in _FIELDS_OF_FORMATS:
         if field not in fields and set(fields) <= set(there):
             return f"; data.format={format_} reads such rows"
     return ""

@@ -178,7 +178,7 @@ class DataSettings:
         "the prompt, with {column} placeholders; {?column}…{/column} is a part that is left out "
         "where that column is empty or absent, {{ and }} are braces",
     )
-    completion_template: str | None = _key(None, "the completion, with {column} placeholders")
+    completion_template: str | None = _key(None, "the completion, in the same way")
     system_prompt: str | None = _key(
         None,
         "stands first, with a blank line; in messages it is the system turn of rows without one",

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from data.messages import read_messages
 from data.prompt import PromptFormat
+from data.source import Row
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 
@@ -294,6 +295,25 @@ def test_no_tools_are_no_tools(tmp_path, model, none):
     assert found["text"] == theirs(model, OPENAI)
 
 
+def test_what_is_not_there_is_none_for_the_template(tokenizer_folder):
+    """As transformers passes on OpenAI's own form: templates ask whether a content `is none`."""
+    template = "{{ tools is none }}{% for m in messages %} {{ m.content is none }}{% endfor %}"
+    tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="asks"))
+    form = PromptFormat(format="messages")
+    for turns in (SHAREGPT, OPENAI, changed(1, content="")):
+        row = Row({"conversations": turns, "tools": []}, "rows.jsonl:1")
+        assert form.render(row, tokenizer).text == "True False True False False"
+
+
+def test_a_prompt_to_be_answered_has_the_tools_of_its_row(model):
+    tokenizer = Tokenizer.load(model)
+    values = {"messages": text_of(OPENAI[:3]), "tools": text_of([TOOL])}
+    prompt = PromptFormat(format="messages").generation_prompt(values, tokenizer)
+    assert prompt == theirs(model, OPENAI[:3], [TOOL], add_generation_prompt=True)
+    completion = {"prompt": text_of(OPENAI[:3]), "tools": text_of([TOOL])}
+    assert PromptFormat(format="completion").generation_prompt(completion, tokenizer) == prompt
+
+
 def test_several_calls_of_one_turn_and_calls_without_arguments(tmp_path, model):
     functions = [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
     calls = [{"type": "function", "function": function} for function in functions]
@@ -382,14 +402,15 @@ def test_a_prompt_that_looks_like_json_stays_text(tmp_path, model):
         {"prompt": '[{"a": 1}]', "completion": '[{"b": 2}]'},
         {"prompt": text_of(OPENAI[:1]), "completion": "not a list"},
         {"prompt": "[INST] {", "completion": "]"},
+        {"prompt": '[{"role": "admin"}]', "completion": '[{"role": "user"}]'},
         {"prompt": text_of(OPENAI[:1]), "completion": text_of(OPENAI[3:])},
         {"prompt": OPENAI[:1], "completion": text_of(OPENAI[3:])},
         {"prompt": [SHAREGPT[0]], "completion": [SHAREGPT[3]]},
     ]
     found = shown(tmp_path, rows, "data.format=completion", model=model)
-    for row, one in zip(rows[:4], found, strict=False):
+    for row, one in zip(rows[:5], found, strict=False):
         assert one["text"] == row["prompt"] + row["completion"]
-    for one in found[4:]:
+    for one in found[5:]:
         assert one["text"] == theirs(model, [OPENAI[0], OPENAI[3]])
         assert one["trained"] == ["Yes.<|im_end|>\n"]
 
