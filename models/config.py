@@ -3,8 +3,9 @@
 Both dialects are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5
 (`rope_parameters`, `dtype`). A key that is absent or null takes the default of the family's own
 config class, apart from the few whose null that class reads as a value (`_NULL_IS_A_VALUE`); zero
-is a value, taken or refused, never "not given". Unknown architectures, activations and rotary types are refused by name; code in the folder
-(`auto_map`) is never run. Nothing here imports torch, so that planning stays instant.
+is a value, taken or refused, never "not given". Unknown architectures, activations and rotary types
+are refused by name; code in the folder (`auto_map`) is never run. Nothing here imports torch, so
+that planning stays instant.
 
 Source: transformers 5.23, `configuration_{llama,qwen2,starcoder2}.py` and `modeling_rope_utils.py`.
 """

@@ -18,16 +18,13 @@ from torch import Tensor, nn
 
 from files.atomic import write_json
 from files.errors import UserError
-from files.hub import resolve_model
-from files.strict_json import read_json_object
+from files.hub import INDEX_FILE, SINGLE_FILE, choose_weights, read_index, resolve_model
 from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
 from kernels.dispatch import Operations
 from models.config import DecoderConfig, parse_config, read_config
 from models.families import build
 from models.layers import CausalLM
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -36,8 +33,6 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
 }
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-_PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def load_model(
@@ -181,14 +176,14 @@ def weights_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, or the index is not one.
     """
-    return [folder / name for name in sorted({*_weight_map(folder).values()}) or [SINGLE_FILE]]
+    return [folder / name for name in _weights_names(folder)[0]]
 
 
 def _find_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Return name → (file, place in it) for every tensor of the folder's weights."""
     places: dict[str, tuple[Path, TensorInfo]] = {}
-    weight_map = _weight_map(folder)
-    for file_name in dict.fromkeys(weight_map.values()) or [SINGLE_FILE]:
+    file_names, weight_map = _weights_names(folder)
+    for file_name in file_names:
         path = _weights_file(folder, file_name)
         for name, info in read_header(path).tensors.items():
             if name in places:
@@ -212,32 +207,17 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     }
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Return tensor name → file name from the index; empty where one file holds everything."""
-    if (folder / SINGLE_FILE).exists():
-        return {}
-    path = folder / INDEX_FILE
-    if not path.exists():
-        raise _no_weights(folder)
-    weight_map = read_json_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: weight_map must map tensor names to file names")
-    for file_name in weight_map.values():
-        if not isinstance(file_name, str) or not _PLAIN_NAME.fullmatch(file_name):
-            raise UserError(
-                f"{path}: names {file_name!r:.80}; it must be a plain *.safetensors file name in "
-                f"the model folder"
-            )
-    return weight_map
+def _weights_names(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the weights' files, and the index's map where it was the index's word."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    index = read_index(folder) if INDEX_FILE in names else {}
+    chosen = choose_weights(names, str(folder), index)
+    return chosen, index if set(chosen) == set(index.values()) else {}
 
 
 def _weights_file(folder: Path, file_name: str) -> Path:
     """Return the file's path, which must lie in the folder or in the hub cache's own blobs."""
     path = folder / file_name
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: {file_name} is missing, though the index names it; complete the download"
-        )
     home = folder.resolve()
     allowed = {home}
     if home.parent.name == "snapshots":
@@ -248,31 +228,6 @@ def _weights_file(folder: Path, file_name: str) -> Path:
             f"there"
         )
     return path
-
-
-def _no_weights(folder: Path) -> UserError:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-    if any(name.startswith("consolidated.") for name in pickles):
-        return UserError(
-            f"{folder}: holds Meta's original release ({pickles[0]}), which is pickle and in "
-            f"another layout; use the repository's '-hf' version in safetensors"
-        )
-    if pickles:
-        return UserError(
-            f"{folder}: only pickle weights found ({', '.join(pickles)}), which can run code and "
-            f"are never read; convert to safetensors first: load it once with transformers and "
-            f"save_pretrained it to a new folder"
-        )
-    if "adapter_model.safetensors" in names:
-        return UserError(
-            f"{folder}: holds an adapter, not a model; give its base model as model.path and this "
-            f"folder as lora.init_from"
-        )
-    return UserError(
-        f"{folder}: holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; complete the "
-        f"download, or set model.random_init=true to start from random weights"
-    )
 
 
 def _check_tensors(

@@ -140,7 +140,7 @@ def test_the_null_of_one_token_is_no_token_and_changes_no_other(family: str) -> 
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, None, 0)
 
 
-# --- the rotary dictionary, the types, the rest -----------------------------------------------------
+# --- the rotary dictionary, the types, the rest ---------------------------------------------------
 
 LLAMA = {**SIZES, "model_type": "llama"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
