@@ -197,9 +197,7 @@ def _choose_small_files(names: Sequence[str], where: str) -> list[str]:
     return [name for name in top if _SMALL.fullmatch(name) and not name.endswith(".index.json")]
 
 
-def choose_weights(
-    names: Iterable[str], where: str, index: Mapping[str, str] | None
-) -> list[str]:
+def choose_weights(names: Iterable[str], where: str, index: Mapping[str, str] | None) -> list[str]:
     """Return which of a model's files hold its weights.
 
     An index decides, whatever the names of its files, and stray files beside them do not count.
