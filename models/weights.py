@@ -114,8 +114,8 @@ def fill(
 
     Raises:
         UserError: names (missing and unexpected ones, the latter with a remedy), shapes or types
-            differ from the model's; a tied model's stray lm_head differs from its embedding; a file is damaged or
-            missing; there are pickle files alone.
+            differ from the model's; a tied model's stray lm_head differs from its embedding; a file
+            is damaged or missing; there are pickle files alone.
     """
     folder = Path(folder)
     places = _find_tensors(folder)

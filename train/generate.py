@@ -284,9 +284,13 @@ def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Gene
 def _generator(
     model: CausalLM, source: Path, trained: Path, form: PromptFormat | None, name: str
 ) -> Generator:
-    """Join a model with the tokenizer that lies beside what was trained, else beside its base."""
-    tokenizer = Tokenizer.load(trained if (trained / "tokenizer.json").is_file() else source)
-    stop_ids = find_stop_ids(model.config, tokenizer, source)
+    """Join a model with what lies beside the trained weights, else beside their base."""
+
+    def holder(name: str) -> Path:
+        return trained if (trained / name).is_file() else source
+
+    tokenizer = Tokenizer.load(holder("tokenizer.json"))
+    stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     return Generator(model, tokenizer, form, stop_ids, name)
 
 
