@@ -8,6 +8,7 @@ device and dtype: the host never holds more than the model and the one shard tha
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -95,9 +96,12 @@ def load_model(
     Raises:
         UserError: the folder, its config.json or its weights are not what they must be.
     """
-    folder = resolve_model(path, revision).folder
+    source = resolve_model(path, revision)
+    folder = source.folder
     model = build(read_config(folder), operations=operations, attention=attention, device="meta")
     fill(model, folder, dtype, device)
+    model.name_or_path = source.repository or os.path.abspath(folder)
+    model.revision = source.commit
     return model
 
 

@@ -262,7 +262,8 @@ def load_from_adapter(
     base_path, revision = base or named.get("base_model_name_or_path"), named.get("revision")
     if not isinstance(base_path, str) or not base_path:
         raise UserError(f"{path}: base_model_name_or_path is not set: name the base with --base")
-    source = resolve_model(base_path, None if base else revision).folder
+    pinned = revision if isinstance(revision, str) and not base else None
+    source = resolve_model(base_path, pinned).folder
     model = load_model(source, dtype=dtype, device=device)
     load_adapter(model, adapter)
     return _generator(
