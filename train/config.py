@@ -208,7 +208,7 @@ def _checked(key: Key, entry: _Entry) -> Any:
         return tuple(float(item) if key.item is float else item for item in value)
     if isinstance(value, float) and float not in key.scalars:
         return int(value)
-    if float in key.scalars and isinstance(value, int) and not isinstance(value, bool):
+    if key.scalars & {int, float} == {float} and type(value) is int:
         return float(value)
     return value
 
