@@ -262,7 +262,8 @@ def load_from_adapter(
     base_path, revision = base or named.get("base_model_name_or_path"), named.get("revision")
     if not isinstance(base_path, str) or not base_path:
         raise UserError(f"{path}: base_model_name_or_path is not set: name the base with --base")
-    source = resolve_model(base_path, None if base else revision).folder
+    pinned = revision if isinstance(revision, str) and not base else None
+    source = resolve_model(base_path, pinned).folder
     model = load_model(source, dtype=dtype, device=device)
     load_adapter(model, adapter)
     return _generator(
@@ -284,9 +285,13 @@ def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Gene
 def _generator(
     model: CausalLM, source: Path, trained: Path, form: PromptFormat | None, name: str
 ) -> Generator:
-    """Join a model with the tokenizer that lies beside what was trained, else beside its base."""
-    tokenizer = Tokenizer.load(trained if (trained / "tokenizer.json").is_file() else source)
-    stop_ids = find_stop_ids(model.config, tokenizer, source)
+    """Join a model with what lies beside the trained weights, else beside their base."""
+
+    def holder(name: str) -> Path:
+        return trained if (trained / name).is_file() else source
+
+    tokenizer = Tokenizer.load(holder("tokenizer.json"))
+    stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     return Generator(model, tokenizer, form, stop_ids, name)
 
 
