@@ -46,15 +46,11 @@ _OTHER_PARTS = (
 )
 
 
-def read_conversation(values: Mapping[str, Any], system_prompt: str | None = None) -> Messages:
-    """Return the messages of a row of `data.format=messages`, its system turn included.
-
-    Args:
-        values: The row: `messages` or `conversations`, and perhaps `system`.
-        system_prompt: The system turn of rows that have none of their own.
+def read_conversation(values: Mapping[str, Any]) -> Messages:
+    """Return the messages of a row of `data.format=messages`, from whichever column has them.
 
     Raises:
-        UserError: As `read_messages`, or the row says two things at once.
+        UserError: As `read_messages`, or two columns hold different conversations.
     """
     there = {name: values[name] for name in _COLUMNS if name in values}
     # An empty one beside another is a column that this row does not use.
@@ -72,11 +68,11 @@ def read_conversation(values: Mapping[str, Any], system_prompt: str | None = Non
             raise UserError(
                 f"the columns '{first}' and '{other}' hold different conversations; keep one"
             )
-    return with_system_turn(conversations[first], values, system_prompt)
+    return conversations[first]
 
 
 def with_system_turn(
-    messages: Messages, values: Mapping[str, Any], system_prompt: str | None = None
+    messages: Messages, values: Mapping[str, Any], system_prompt: str | None
 ) -> Messages:
     """Return `messages` after the system turn that the row's column `system` holds.
 

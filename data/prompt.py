@@ -304,7 +304,10 @@ class PromptFormat:
             is_conversation(prompt) and is_conversation(completion)
         ):
             return None
-        return with_system_turn(read_messages(prompt, "prompt"), values, self.system_prompt)
+        return self._with_system_turn(read_messages(prompt, "prompt"), values)
+
+    def _with_system_turn(self, messages: Messages, values: Mapping[str, Any]) -> Messages:
+        return with_system_turn(messages, values, self.system_prompt)
 
     def _texts(self, values: Mapping[str, Any]) -> Rendered:
         """Return a row of texts."""
@@ -321,7 +324,10 @@ class PromptFormat:
             return _Chat(messages, (span,), before, read_tools(values))
         if self.format != "messages":
             return None
-        messages, tools = read_conversation(values, self.system_prompt), read_tools(values)
+        messages, tools = (
+            self._with_system_turn(read_conversation(values), values),
+            read_tools(values),
+        )
         if not self.trains_completion_only:
             return _Chat(messages, ((None, None),), tools=tools)
         last = len(messages) - 1
@@ -357,7 +363,7 @@ class PromptFormat:
             return self._prompt_messages(values)
         if self.format != "messages":
             return None
-        messages = read_conversation(values, self.system_prompt)
+        messages = self._with_system_turn(read_conversation(values), values)
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
             return messages[:-1]
         return messages

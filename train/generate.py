@@ -262,7 +262,8 @@ def load_from_adapter(
     base_path, revision = base or named.get("base_model_name_or_path"), named.get("revision")
     if not isinstance(base_path, str) or not base_path:
         raise UserError(f"{path}: base_model_name_or_path is not set: name the base with --base")
-    source = resolve_model(base_path, None if base else revision).folder
+    pinned = revision if isinstance(revision, str) and not base else None
+    source = resolve_model(base_path, pinned).folder
     model = load_model(source, dtype=dtype, device=device)
     load_adapter(model, adapter)
     return _generator(
@@ -289,15 +290,17 @@ def _generator(
     name: str,
     chat_template: str | None = None,
 ) -> Generator:
-    """Join a model with the tokenizer that lies beside what was trained, else beside its base.
+    """Join a model with what lies beside the trained weights, else beside their base.
 
-    The one beside what was trained holds `chat_template` already.
+    The tokenizer beside what was trained holds `chat_template` already.
     """
-    if (trained / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(trained)
-    else:
-        tokenizer = Tokenizer.load(source, chat_template)
-    stop_ids = find_stop_ids(model.config, tokenizer, source)
+
+    def holder(name: str) -> Path:
+        return trained if (trained / name).is_file() else source
+
+    place = holder("tokenizer.json")
+    tokenizer = Tokenizer.load(place, None if place == trained else chat_template)
+    stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     return Generator(model, tokenizer, form, stop_ids, name)
 
 

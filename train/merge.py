@@ -23,7 +23,7 @@ from files.hub import ModelSource, resolve_model
 from files.tensors import read_header
 from lora import load_adapter, merge, read_adapter_config
 from models import load_model
-from models.weights import save_model
+from models.weights import save_model, weights_files
 from train.command import run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
@@ -82,7 +82,7 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
         UserError: A file is damaged.
     """
     elements: Counter[torch.dtype] = Counter()
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in weights_files(folder):
         for info in read_header(path).tensors.values():
             if info.dtype.is_floating_point:
                 elements[info.dtype] += info.num_bytes // info.dtype.itemsize
