@@ -46,6 +46,7 @@ _OF_A_START = (
     *("config.toml", "plan.json", "environment.json", "tensorboard", "checkpoints"),
     *(METRICS_FILE, HOLDER_NAME, LOCK_NAME),
 )
+GENERATION_CONFIG = "generation_config.json"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -300,6 +301,8 @@ def export(
 ) -> dict[str, str]:
     """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format.
 
+    The base's generation_config.json goes with them, byte for byte: it says where a text ends.
+
     Returns:
         File name → sha256 (hex) of each weights file.
     """
@@ -307,5 +310,7 @@ def export(
     dtype = stored.get(model.config.torch_dtype or "", torch.float32)
     hashes = write_trained(model, tensors, config, source, folder, dtype)
     data.tokenizer.save(folder)
+    if (source.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     write_json(folder / "prompt_format.json", data.prompt_format.to_dict())
     return hashes

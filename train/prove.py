@@ -35,8 +35,10 @@ from files.child import python
 from files.errors import UserError
 from files.faults import listening
 from files.folders import make_free_folder
+from train.adapters import with_starting_adapter
 from train.checkpoint import read_state
 from train.config import to_toml
+from train.ledger import find_decoder_config
 from train.metrics import METRICS_FILE, read_metrics
 from train.settings import RunConfig
 
@@ -65,6 +67,8 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
     Raises:
         UserError: A run failed (with that run's own error), or there was no kill or no resume.
     """
+    # The runs read what is written below: all of it, as if a user had written it.
+    config = with_starting_adapter(config, find_decoder_config(config)[0])
     directory = config.train.output_dir
     parent = Path("runs") if directory is None else Path(os.path.expanduser(directory)).parent
     made = [path for path in (parent, *parent.parents) if not path.exists()]
@@ -224,7 +228,8 @@ def _verdict(differing: Sequence[str], compared: int, kill_step: int, folder: Pa
     return (
         f"resume is not exact here: {len(differing)} of {compared} results differ; {when}. The "
         "commonest reasons are GPU kernels that add in no fixed order (train.deterministic=true "
-        f"forbids them) and another number of threads (OMP_NUM_THREADS). Both runs are kept in {folder}"
+        "forbids them) and another number of threads (OMP_NUM_THREADS). Both runs are kept in "
+        f"{folder}"
     )
 
 
