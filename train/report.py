@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic import write_text
-from files.errors import UserError
+from files.errors import UserError, no_such_folder
 from files.strict_json import read_json_object
 from train.command import CommandParser, command, run_command
 from train.console import format_bytes, format_duration, format_list, format_loss
@@ -106,6 +106,8 @@ def read_record(folder: Path) -> Record:
     Raises:
         UserError: The folder is no run's, or a file in it is damaged.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {no_such_folder(folder)}")
     written = [
         name for name in ("plan.json", "status.json", METRICS_FILE) if (folder / name).is_file()
     ]

@@ -14,6 +14,7 @@ from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.atomic import write_json
 from files.errors import UserError
+from files.folders import replace_folder
 from lora import LoraConfig, inject, load_adapter, save_adapter
 from models import load_model
 from models.config import RopeConfig
@@ -309,6 +310,47 @@ def test_a_run_uses_what_it_trained_and_the_base_of_its_configuration(
     (tmp_path / "best").rename(tmp_path / "final")
     (tmp_path / "best").mkdir()
     assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
+
+
+@pytest.mark.parametrize("part", ["checkpoints/step-00000002", "best", "final"])
+def test_a_part_of_a_run_is_taken_as_it_is(
+    part: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the base and the prompt format of the run's configuration; from inside it too."""
+    overrides = {"model.path": str(base), "data.format": "text"}
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
+
+    def fill(folder: Path) -> dict[str, str]:
+        for file in adapter.glob("adapter_*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        return {}
+
+    replace_folder(tmp_path / part, fill)
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)  # newer, and not asked for
+    expected = adapted(base, adapter, "why")
+    assert completed(capsys, "--run", tmp_path / part, "--prompt", "why") == expected
+    monkeypatch.chdir(tmp_path / part)
+    assert completed(capsys, "--run", ".", "--prompt", "why") == expected
+
+
+def test_a_damaged_checkpoint_and_what_is_no_run_s_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides={"model.path": str(base)})))
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    assert "there is no manifest.json; take another one" in refused(
+        capsys, "--run", checkpoint, "--prompt", "x"
+    )
+    other = tmp_path / "elsewhere" / "final"
+    other.mkdir(parents=True)
+    for place in (other, tmp_path / "checkpoints"):
+        assert "and none of a run's" in refused(capsys, "--run", place, "--prompt", "x")
 
 
 def test_a_run_of_full_fine_tuning_needs_no_base(
