@@ -11,6 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -348,6 +349,40 @@ def test_the_norm_of_many_numbers_is_exact_to_a_few_roundings() -> None:
     for parameter in weights.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     assert optimizer.gradient_norm() == pytest.approx(doubled(weights), rel=1e-6)
+
+
+class NormLengths(TorchDispatchMode):
+    """Remembers how many numbers each norm adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.linalg_vector_norm.default:
+            x, _, dim = (*args, *(kwargs or {}).values(), None, None)[:3]
+            self.seen.append(x.numel() if dim is None else x.shape[dim[0]])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_adds_up_few_numbers_at_a_time() -> None:
+    """So that no digit is lost on any machine, however its processor adds.
+
+    The squares of the first 256 numbers are 2^24, to which fp32 adds nothing when it adds 1: as
+    soon as an accumulator has met one of them, the ones behind it are lost. They are as many as
+    the accumulators of any processor, so that over the whole buffer all are lost, and in pieces
+    only those of the first.
+    """
+    weights = {"a": Parameter(torch.zeros(1 << 20)), "b": Parameter(torch.zeros(1100, 1000))}
+    optimizer = AdamW(weights)
+    assert list(optimizer.lone) == ["b"]
+    weights["a"].grad = torch.ones(1 << 20)
+    weights["a"].grad[:256] = 4096.0
+    weights["b"].grad = torch.ones(1100, 1000)
+    with NormLengths() as lengths:
+        norm = optimizer.gradient_norm()
+    assert max(lengths.seen) <= 1 << 12
+    assert norm == pytest.approx(doubled(weights), rel=1e-6)
 
 
 @pytest.mark.parametrize("lone", LONE)
