@@ -41,6 +41,7 @@ def tensors_of_every_type() -> dict[str, torch.Tensor]:
         tensors[f"scalar.{dtype}"] = torch.ones((), dtype=dtype)
         tensors[f"empty.{dtype}"] = torch.zeros((4, 0, 2), dtype=dtype)
     tensors["ünïcode/../../name"] = torch.arange(7, dtype=torch.float32)
+    tensors["three bytes"] = torch.arange(3, dtype=torch.uint8)
     tensors["special"] = torch.tensor([float("nan"), float("inf"), -0.0])
     return tensors
 

@@ -26,6 +26,7 @@ from lora.linear import LoraLinear
 from models.layers import CausalLM, Dropout
 from train import step
 from train.evaluate import evaluate
+from train.loss import exact_sum
 from train.optimizers import AdamW
 from train.precision import LossScaler, Precision
 from train.step import StepResult, train_step
@@ -289,6 +290,13 @@ def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
     assert result.loss == pytest.approx(total / targets, rel=1e-12)
     means = [one_step(model, cut(1, indices=[i]))[0].loss for i in range(8)]
     assert abs(sum(means) / 8 - result.loss) > 1e-3
+
+
+def test_losses_are_added_up_in_fp64() -> None:
+    """fp32 adds nothing to 2^24 when it adds 1, in whichever order."""
+    losses = [torch.tensor(2.0**24), *(torch.tensor(1.0) for _ in range(100))]
+    assert exact_sum(losses) == 2.0**24 + 100
+    assert exact_sum(losses[::-1]) == 2.0**24 + 100
 
 
 def test_the_gradient_is_that_of_the_token_mean() -> None:

@@ -49,6 +49,14 @@ def test_the_newest_verified_one_is_found_and_a_damaged_one_set_aside(tmp_path: 
     assert checkpoints.steps() == [10]
 
 
+def test_a_damaged_checkpoint_of_the_same_step_is_written_anew(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    folder = save(checkpoints, 10)
+    (folder / "optimizer.safetensors").write_bytes(b"torn")
+    assert save(checkpoints, 10) == folder
+    assert damage(folder) is None
+
+
 def test_a_half_written_checkpoint_is_swept_and_never_seen(tmp_path: Path) -> None:
     save(Checkpoints(tmp_path, None), 10)
     (tmp_path / ".tmp-step-00000020").mkdir()

@@ -14,6 +14,7 @@ from files.faults import listening
 from files.folders import replace_folder
 from train import session as session_module
 from train.config import load_config
+from train.precision import LossScaler
 from train.resume import _is_finished, find_run
 from train.run import Outcome, execute, main
 
@@ -174,6 +175,35 @@ def test_one_checkpoint_can_be_resumed_from(run_copy: Path, finished: Path) -> N
     assert main(["--resume", str(run_copy / "checkpoints" / "step-00000003")]) == 0
     assert trained_bits(run_copy) == trained_bits(finished)
     assert rows_without_time(run_copy) == rows_without_time(finished)
+
+
+def test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken(run_copy: Path) -> None:
+    """Else a kill in the new third step would be answered with the old eighth."""
+    checkpoints = run_copy / "checkpoints"
+    seen: list[list[str]] = []
+
+    def first_step(name: str) -> None:
+        if name == "step.recorded" and not seen:
+            seen.append(sorted(path.name for path in checkpoints.glob("step-*")))
+
+    with listening(first_step):
+        assert main(["--resume", str(checkpoints / "step-00000003")]) == 0
+    assert all(name <= "step-00000003" for name in seen[0])
+    assert (checkpoints / f"aside-step-{STEPS:08d}").is_dir()
+
+
+def test_a_resume_goes_on_with_the_loss_scale(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that doubles every three good steps: after two and two it is twice the first."""
+    monkeypatch.setattr(LossScaler, "initial_scale", 8.0)
+    monkeypatch.setattr(LossScaler, "growth_interval", 3)
+    run = tmp_path / "run"
+    values = settings(model_folder, rows_file, run, **{"train.precision": "fp16"})
+    train(values | {"train.max_steps": 2})
+    assert last_state(run)["scaler"] == {"scale": 8.0, "good_steps": 2}
+    execute(*find_run(run, {"train.max_steps": 4}))
+    assert last_state(run)["scaler"] == {"scale": 16.0, "good_steps": 1}
 
 
 def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
