@@ -1,5 +1,6 @@
 """Resume is exact: stopped and taken up again, a run ends in the same bits."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from files.atomic import RunLock, sha256_file
 from files.errors import UserError
 from files.faults import listening
 from files.folders import replace_folder
+from files.tensors import TensorFile
+from lora import adapter_tensors
 from train import session as session_module
 from train.config import load_config
 from train.precision import LossScaler
@@ -406,6 +410,26 @@ def test_a_best_that_is_not_that_of_its_step_is_not_handed_out(
         train(values)
     assert not (run / "final").exists()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_the_test_set_is_evaluated_with_the_weights_of_final(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first evaluation is made the best of all, so that the last step's weights are others."""
+    evaluate = session_module.evaluate
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def first_is_best(model: Any, *given: Any, **named: Any) -> Any:
+        judged.append({name: t.clone() for name, t in adapter_tensors(model).items()})
+        result = evaluate(model, *given, **named)
+        return dataclasses.replace(result, loss=0.5) if len(judged) == 1 else result
+
+    monkeypatch.setattr(session_module, "evaluate", first_is_best)
+    values = {"data.test": str(rows_file / "test.jsonl"), "checkpoint.load_best_at_end": True}
+    run = train(settings(model_folder, rows_file, tmp_path / "run", **values)).folder
+    with TensorFile(run / "final" / "adapter_model.safetensors") as file:
+        assert all(file.read(name).equal(tensor) for name, tensor in judged[-1].items())
+        assert not all(file.read(name).equal(tensor) for name, tensor in judged[-2].items())
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> dict[str, str]:
