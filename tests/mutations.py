@@ -1461,7 +1461,7 @@ MUTATIONS = [
             "parameters in the buffer are not aligned",
             "stride = math.ceil(shape.numel() / _ALIGNMENT) * _ALIGNMENT",
             "stride = shape.numel()",
-            "tests/train/test_flat.py::test_all_adapters_and_their_gradients_lie_in_one_buffer",
+            "tests/train/test_flat.py::test_parameters_of_any_size_begin_where_matrix_products_want_them",
         ),
         (
             "a state of which tensors are missing is taken up",

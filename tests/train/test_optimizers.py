@@ -77,6 +77,7 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 # Nothing here is longer than the first, so that all lie in the buffer; with the last, none does.
 LONE = [1 << 20, 30, 0]
+ENDINGS = ("", "_row", "_col")
 
 
 @pytest.mark.parametrize("lone", LONE, ids="lone {}".format)
@@ -169,6 +170,12 @@ def test_adafactor_equals_the_stack(
         torch.testing.assert_close(
             parameter, theirs[name], rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
         )
+    state = optimizer.state_tensors()
+    for name, parameter in theirs.items():
+        for kind in oracle.state[parameter].keys() & {f"exp_avg_sq{end}" for end in ENDINGS}:
+            expected = oracle.state[parameter][kind]
+            torch.testing.assert_close(state.pop(f"{name}.{kind}"), expected, rtol=1e-5, atol=0)
+    assert state.keys() == {"steps"}
 
 
 def test_adafactor_by_hand() -> None:
