@@ -34,7 +34,7 @@ from files.errors import UserError, did_you_mean
 IGNORED = -100
 OVERFLOWS = ("truncate", "drop", "error", "split")
 # Raised whenever the same rows and settings come to other tokens, or the files to another layout.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
 # Bits of an example's flags.
@@ -88,6 +88,28 @@ class Counts:
     eos_lost: int
     longest: int
     longest_row: int
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """A row as tokens, before anything is cut.
+
+    Attributes:
+        where: The row's file and line.
+        text: What it was rendered as; BOS and EOS tokens that are added to its ids stand in it only
+            where a chat template wrote them.
+        input_ids: (T,) int32.
+        labels: (T,) int32, as `Example.labels`.
+        ends: The last token is the EOS that ends the row, or the template's end of the last turn.
+        prompt_length: Tokens before the completion, trained or not; 0 where there is no prompt.
+    """
+
+    where: str
+    text: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    ends: bool
+    prompt_length: int
 
 
 @dataclass(frozen=True)
@@ -257,6 +279,35 @@ def tokenise(
     return _cached(cache_folder, key, build)
 
 
+def label_rows(
+    rows: Sequence[Row], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[LabelledRow]:
+    """Return each row as the tokens that training makes of it, before anything is cut.
+
+    Raises:
+        UserError: A row cannot be rendered or encoded; the message names its file and line.
+    """
+    return _labelled(_encode_rows(rows, tokenizer, prompt_format), tokenizer, prompt_format)
+
+
+def pieces(length: int, max_length: int, on_overflow: str) -> list[tuple[int, int]]:
+    """Return where the examples of a row of `length` tokens start and stop.
+
+    Nothing where the row is dropped; as one piece that is shorter than the row where it is cut.
+    """
+    if length > max_length and on_overflow == "drop":
+        return []
+    starts = list(range(0, length, max_length)) if on_overflow == "split" else [0]
+    if len(starts) > 1 and starts[-1] == length - 1:
+        starts[-1] -= 1  # a token alone has nothing to be predicted from
+    return list(zip(starts, [*starts[1:], min(length, starts[-1] + max_length)], strict=True))
+
+
+def num_targets(labels: np.ndarray) -> int:
+    """Return how many tokens of an example are trained; nothing predicts the first one."""
+    return int(np.count_nonzero(labels[1:] != IGNORED))
+
+
 def check_vocabulary(
     examples: Examples, vocab_size: int, tokenizer: Tokenizer, *, padded: bool = True
 ) -> None:
@@ -421,6 +472,8 @@ def _digest(arrays: _Arrays) -> str:
     return digest.hexdigest()
 
 
+_EncodedRow = tuple[str, Rendered, dict[str, list[int]]]
+
 # --- rows to arrays ------------------------------------------------------------------------------
 
 
@@ -461,46 +514,32 @@ class _Writer:
         self.num_rows = self.longest_row = 0
         self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
 
-    def add(
-        self, where: str, ids: np.ndarray, labels: np.ndarray, eos_due: bool, prompt: int
-    ) -> None:
-        """Make the examples of one row.
-
-        Args:
-            where: The row's file and line.
-            ids: Its tokens, int32.
-            labels: (len(ids),) int32.
-            eos_due: The last token is the EOS that ends the row.
-            prompt: Tokens before the completion.
-        """
-        row, length, limit = self.num_rows, len(ids), self._max_length
+    def add(self, row: LabelledRow) -> None:
+        """Make the examples of one row."""
+        number, length, limit = self.num_rows, len(row.input_ids), self._max_length
         self.num_rows += 1
         self.longest_row = max(self.longest_row, length)
-        too_long = length > limit
-        if too_long and self._on_overflow == "error":
+        if length > limit and self._on_overflow == "error":
             raise UserError(
-                f"{where}: {length} tokens, more than data.max_length={limit}; raise it, or set "
-                "data.on_overflow to truncate, drop or split"
+                f"{row.where}: {length} tokens, more than data.max_length={limit}; raise it, or "
+                "set data.on_overflow to truncate, drop or split"
             )
-        if too_long and self._on_overflow == "drop":
+        parts = pieces(length, limit, self._on_overflow)
+        if not parts:
             self.dropped_too_long += 1
             return
-        starts = list(range(0, length, limit)) if self._on_overflow == "split" else [0]
-        if len(starts) > 1 and starts[-1] == length - 1:
-            starts[-1] -= 1  # a token alone has nothing to be predicted from
-        stops = [*starts[1:], min(length, starts[-1] + limit)]
-        truncated = stops[-1] < length
-        flags = _TRUNCATED * truncated | _EOS_LOST * (truncated and eos_due)
+        truncated = parts[-1][1] < length
+        flags = _TRUNCATED * truncated | _EOS_LOST * (truncated and row.ends)
         before = len(self._targets)
-        for start, stop in zip(starts, stops, strict=True):
-            targets = int(np.count_nonzero(labels[start + 1 : stop] != IGNORED))
+        for start, stop in parts:
+            targets = num_targets(row.labels[start:stop])
             if targets:
-                self._input_ids.append(ids[start:stop])
-                self._labels.append(labels[start:stop])
+                self._input_ids.append(row.input_ids[start:stop])
+                self._labels.append(row.labels[start:stop])
                 self._offsets.append(self._offsets[-1] + stop - start)
                 self._targets.append(targets)
-                self._rows.append(row)
-                self._prompts.append(min(max(prompt - start, 0), stop - start))
+                self._rows.append(number)
+                self._prompts.append(min(max(row.prompt_length - start, 0), stop - start))
                 self._flags.append(flags)
         if len(self._targets) == before:
             self.dropped_cut += truncated
@@ -581,27 +620,42 @@ def _build(
     tokenizer's own threads need nothing of Python's, and would wait for it otherwise.
     """
     writer = _Writer(folder, max_length, on_overflow)
-    eos_id = tokenizer.eos_id if prompt_format.append_eos else None
     iterator = iter(rows)
 
-    def next_rows() -> list[tuple[str, Rendered, dict[str, list[int]]]]:
-        batch = list(islice(iterator, _ROWS_AT_ONCE))
-        rendered = prompt_format.render_rows(batch, tokenizer)
-        encoded = _encode(batch, rendered, tokenizer)
-        pairs = zip(batch, rendered, strict=True)
-        return [(row.where, item, encoded[item.chat]) for row, item in pairs]
+    def next_rows() -> list[_EncodedRow]:
+        return _encode_rows(list(islice(iterator, _ROWS_AT_ONCE)), tokenizer, prompt_format)
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next_rows)
         while made := coming.result():
             coming = thread.submit(next_rows)
-            for where, item, encoded in made:
-                writer.add(where, *_label(item, encoded, eos_id))
+            for row in _labelled(made, tokenizer, prompt_format):
+                writer.add(row)
     writer.close(name)
 
 
+def _encode_rows(
+    rows: Sequence[Row], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[_EncodedRow]:
+    """Return each row's place, its text, and the ids of every text that it is labelled by."""
+    rendered = prompt_format.render_rows(rows, tokenizer)
+    encoded = _encode(rows, rendered, tokenizer)
+    pairs = zip(rows, rendered, strict=True)
+    return [(row.where, item, encoded[item.chat]) for row, item in pairs]
+
+
+def _labelled(
+    rows: Iterable[_EncodedRow], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[LabelledRow]:
+    eos_id = tokenizer.eos_id if prompt_format.append_eos else None
+    return [
+        LabelledRow(where, item.text, *_label(item, encoded, eos_id))
+        for where, item, encoded in rows
+    ]
+
+
 def _encode(
-    rows: list[Row], rendered: list[Rendered], tokenizer: Tokenizer
+    rows: Sequence[Row], rendered: list[Rendered], tokenizer: Tokenizer
 ) -> dict[bool, dict[str, list[int]]]:
     """Return the ids of every text of the rows, by whether a chat template made it."""
     encoded: dict[bool, dict[str, list[int]]] = {}
@@ -629,7 +683,7 @@ def _texts(item: Rendered) -> Iterator[str]:
             yield after
 
 
-def _name_the_row(rows: list[Row], rendered: list[Rendered], tokenizer: Tokenizer) -> None:
+def _name_the_row(rows: Sequence[Row], rendered: list[Rendered], tokenizer: Tokenizer) -> None:
     """Raise again the error of the first row that the tokenizer cannot encode, with its place."""
     for row, item in zip(rows, rendered, strict=True):
         try:

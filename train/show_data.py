@@ -1,0 +1,304 @@
+"""`python -m train.show_data`: the rows as they will be trained, before a weight is read.
+
+It takes the arguments of `train.run` and reads the same rows by the same functions; of the model it
+needs the tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data.examples import IGNORED, LabelledRow, NoRowsError, label_rows, num_targets, pieces
+from data.prompt import PromptFormat
+from data.source import Row, read_rows
+from data.tokenizer import Tokenizer
+from files.errors import UserError
+from train.arguments import parse
+from train.command import run_command
+from train.config import load_config
+from train.prepare import find_model, load_data, prompt_format
+from train.settings import DataSettings, RunConfig
+
+DESCRIPTION = """\
+Show the rows as they will be trained: special tokens and all, the trained parts marked (in colour
+on a terminal, in ⟦brackets⟧ elsewhere), with file and line, tokens and targets, and whether a row
+is cut, split or dropped. Everything else is given as to train.run; no weights are needed.
+"""
+ROWS = 3
+_SPLITS = ("train", "valid", "test")
+_COLOUR, _PLAIN = ("\x1b[32m", "\x1b[0m"), ("⟦", "⟧")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example, or a row that leaves none.
+
+    Attributes:
+        row: Number of the row in its split, from 0, as `rows` in metrics.jsonl.
+        source: `FILE:LINE`.
+        fate: `whole`, `cut`, `split` or `dropped`, with the reason in words.
+        text: The row as text, before anything is cut.
+        input_ids: Ids of the example; of the whole row where it is dropped.
+        labels: As `data.examples.Example.labels`; none is trained where the row is dropped.
+        trained: The trained strings: runs of tokens with a label.
+        tokens: Tokens of the example.
+        targets: Tokens that are trained: those with a label, but for the first of an example.
+    """
+
+    row: int
+    source: str
+    fate: str
+    text: str
+    input_ids: list[int]
+    labels: list[int]
+    trained: list[str]
+    tokens: int
+    targets: int
+
+
+def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, Tokenizer]]:
+    """Yield what becomes of the rows of a split, in the order of the data, and the tokenizer.
+
+    Raises:
+        NoRowsError: The split has no row.
+        UserError: There is no such data, or a row is not what it must be.
+    """
+    settings = config.data
+    tokenizer = Tokenizer.load(_tokenizer_folder(config), settings.chat_template)
+    form = prompt_format(settings)
+    numbered = _rows_of(config, split, form)
+    none = True
+    while batch := list(islice(numbered, ROWS)):
+        none = False
+        labelled = label_rows([row for _, row in batch], tokenizer, form)
+        for (number, _), row in zip(batch, labelled, strict=True):
+            for shown in _examples(number, row, settings, tokenizer):
+                yield shown, tokenizer
+    if none:
+        raise NoRowsError(f"data.{split}: no rows")
+
+
+def segments(
+    ids: Sequence[int], labels: Sequence[int], tokenizer: Tokenizer
+) -> list[tuple[str, bool]]:
+    """Return the text of `ids`, special tokens included, in runs that are trained or are not."""
+    trained = np.array([label != IGNORED for label in labels])
+    borders = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
+    found, before = [], ""
+    for start, stop in pairwise(borders):
+        # From the beginning each time: a decoder may treat the first token of a text in its own
+        # way, and a character may have tokens on both sides of a border.
+        text = tokenizer.decode(ids[:stop], skip_special_tokens=False)
+        known = len(before if text.startswith(before) else before.rstrip("\ufffd"))
+        found.append((text[known:], bool(trained[start])))
+        before = text
+    return found
+
+
+def _tokenizer_folder(config: RunConfig) -> Path:
+    """Return the folder of the tokenizer; a local one needs no config.json beside it."""
+    if config.model.path is not None:
+        folder = Path(config.model.path).expanduser()
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    return find_model(config, weights=False).folder
+
+
+def _rows_of(config: RunConfig, split: str, form: PromptFormat) -> Iterator[tuple[int, Row]]:
+    """Return the numbered rows of a split, as `train.prepare.load_data` chooses them."""
+    settings = config.data
+    source = _training_data(settings)
+    if split != "test" and (held := _held_out(config)) is not None:
+        rows = enumerate(_read(settings, source, "train", form))
+        return ((number, row) for number, row in rows if (number in held) == (split == "valid"))
+    spec = getattr(settings, split)
+    if spec is None and settings.split_column is not None:
+        spec = source
+    if spec is None:
+        raise UserError(
+            f"data.{split} is not set, and neither data.split_column nor data.valid_fraction makes "
+            f"a {split} set; show another split, or name its file as data.{split}=FILE"
+        )
+    return zip(count(), _read(settings, spec, split, form), strict=False)
+
+
+def _held_out(config: RunConfig) -> set[int] | None:
+    """Return the numbers of the rows that `data.valid_fraction` sets apart; None without it."""
+    settings = config.data
+    if settings.valid is not None or settings.valid_fraction == 0:
+        return None
+    if settings.split_column is not None:
+        rows = _read(settings, _training_data(settings), "valid", prompt_format(settings))
+        if next(rows, None) is not None:
+            return None  # the column names a valid set
+    # Which rows these are depends on all of them, which are tokenised here, or were before.
+    training = dataclasses.replace(config, data=dataclasses.replace(settings, test=None))
+    data = load_data(training, _tokenizer_folder(config), None)
+    return set() if data.valid is None else set(data.valid.rows.tolist())
+
+
+def _training_data(settings: DataSettings) -> str:
+    if settings.train is None:
+        raise UserError("data.train is not set: give the rows to show, as data.train=FILE")
+    return settings.train
+
+
+def _read(settings: DataSettings, spec: str, split: str, form: PromptFormat) -> Iterator[Row]:
+    return read_rows(spec, fields=form.columns(), split_column=settings.split_column, split=split)
+
+
+def _examples(
+    number: int, row: LabelledRow, settings: DataSettings, tokenizer: Tokenizer
+) -> Iterator[Shown]:
+    """Yield the examples of a row, or the row itself where it leaves none."""
+    length, limit = len(row.input_ids), settings.max_length
+    over = f"{length:,} tokens, data.max_length={limit}"
+    if length > limit and settings.on_overflow == "error":
+        yield _shown(number, row, f"error: {over}", 0, length, tokenizer, dropped=True)
+        return
+    parts = pieces(length, limit, settings.on_overflow)
+    kept = [part for part in parts if num_targets(row.labels[slice(*part)])]
+    if not kept:
+        reason = over if not parts else "no token to train on"
+        if parts and parts[-1][1] < length:
+            reason = f"cut before its trained part begins: {over}"
+        yield _shown(number, row, f"dropped: {reason}", 0, length, tokenizer, dropped=True)
+    for start, stop in kept:
+        fate = "whole"
+        if len(parts) > 1:
+            fate = f"split: part {parts.index((start, stop)) + 1} of {len(parts)} of {over}"
+        elif stop < length:
+            fate = f"cut: {over}"
+        yield _shown(number, row, fate, start, stop, tokenizer)
+
+
+def _shown(
+    number: int,
+    row: LabelledRow,
+    fate: str,
+    start: int,
+    stop: int,
+    tokenizer: Tokenizer,
+    *,
+    dropped: bool = False,
+) -> Shown:
+    ids = row.input_ids[start:stop].tolist()
+    labels = np.full(stop - start, IGNORED) if dropped else row.labels[start:stop]
+    parts = segments(ids, labels.tolist(), tokenizer)
+    return Shown(
+        row=number,
+        source=row.where,
+        fate=fate,
+        text=row.text,
+        input_ids=ids,
+        labels=labels.tolist(),
+        trained=[text for text, trained in parts if trained],
+        tokens=len(ids),
+        targets=num_targets(labels),
+    )
+
+
+def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLAIN) -> str:
+    """Return an example for a reader: a line about it, then its text with the trained parts marked.
+
+    Args:
+        shown: The example.
+        tokenizer: What made its ids.
+        marks: What stands before and after a trained part.
+    """
+    fate = "" if shown.fate == "whole" else f", {shown.fate}"
+    head = f"row {shown.row}, {shown.source}: {shown.tokens:,} tokens, {shown.targets:,} targets"
+    parts = segments(shown.input_ids, shown.labels, tokenizer)
+    body = "".join(
+        f"{marks[0]}{printable(text)}{marks[1]}" if trained else printable(text)
+        for text, trained in parts
+    )
+    return f"{head}{fate}\n{body}\n"
+
+
+def printable(text: str) -> str:
+    """Return `text` with its control characters spelled out: none may move a terminal's cursor."""
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1]
+        for letter in text
+    )
+
+
+def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.show_data",
+        usage="%(prog)s [arguments of train.run] [--rows N] [--split SPLIT] [--json]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--rows", metavar="N", help=f"rows to show (default {ROWS}; with --json all)"
+    )
+    parser.add_argument(
+        "--split", default="train", metavar="SPLIT", help=f"one of {', '.join(_SPLITS)}"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    try:
+        asked, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (--help shows what is possible)") from None
+    if asked.split not in _SPLITS:
+        raise UserError(f"--split {asked.split}: is none of {', '.join(_SPLITS)}")
+    if asked.rows is not None:
+        if not asked.rows.isdecimal() or int(asked.rows) < 1:
+            raise UserError(f"--rows {asked.rows}: a number of rows is at least 1")
+        asked.rows = int(asked.rows)
+    return asked, rest
+
+
+def _configuration(argv: Sequence[str]) -> RunConfig:
+    arguments = parse(argv)
+    for option in ("plan", "prove_resume", "list_presets", "show"):
+        if getattr(arguments, option):
+            raise UserError(
+                f"--{option.replace('_', '-')} is train.run's: show_data shows rows and does "
+                "nothing else"
+            )
+    if arguments.resume is None:
+        return load_config(arguments.preset, arguments.config_file, arguments.overrides)
+    file = Path(arguments.resume) / "config.toml"
+    if not file.is_file():
+        raise UserError(f"--resume {arguments.resume}: no run is there (it has no config.toml)")
+    return load_config(file=file, overrides=arguments.overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer the command line and return its exit code."""
+    return run_command(lambda: _answer(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _answer(argv: Sequence[str]) -> int:
+    asked, rest = _split_arguments(argv)
+    most = asked.rows or (None if asked.json else ROWS)
+    in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    rows: set[int] = set()
+    for shown, tokenizer in show_rows(_configuration(rest), asked.split):
+        rows.add(shown.row)
+        if most is not None and len(rows) > most:
+            break
+        if asked.json:
+            print(json.dumps(dataclasses.asdict(shown), ensure_ascii=False))
+        else:
+            print(shown_text(shown, tokenizer, _COLOUR if in_colour else _PLAIN))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
