@@ -306,15 +306,17 @@ MUTATIONS = [
             "test_a_damaged_file_is_gone_from_the_cache_and_fetched_again",
         ),
         (
-            "pickled weights are fetched beside the others",
-            "        return [*small, _SINGLE_WEIGHTS]\n",
-            "        return top\n",
-            "test_no_pickle_is_fetched",
+            "weights are read beside the index that leaves them out",
+            "    if indexed and not missing:\n        return indexed\n",
+            "    if indexed and not missing:\n"
+            "        return sorted({*indexed, *(n for n in top if _WEIGHTS.fullmatch(n))})\n",
+            "test_the_index_decides_what_is_fetched_whatever_the_names",
+            "tests/models/test_weights.py::test_the_files_of_an_index_may_have_any_name",
         ),
         (
-            "an unfinished download in the cache is taken for a model",
-            '        raise UserError(\n            f"model.path={repository!r}: {_INDEX} names',
-            '        UserError(\n            f"model.path={repository!r}: {_INDEX} names',
+            "a file that the index names is missing, and nobody says so",
+            "    missing = [name for name in indexed if name not in top]\n",
+            "    missing: list[str] = []\n",
             "test_a_refusal_is_one_sentence_with_its_remedy",
         ),
         (
@@ -816,7 +818,7 @@ MUTATIONS = [
         ),
         (
             "all-linear adapts the head",
-            "names = [name for name in linears if name not in heads]",
+            "names = [name for name in linears if not _is_head(model, name, linears[name])]",
             "names = list(linears)",
             "test_all_linear_leaves_the_head_out",
         ),
@@ -933,8 +935,8 @@ MUTATIONS = [
         ),
         (
             "PEFT's DoRA is taken for plain LoRA",
-            "if key not in known and value]",
-            'if key not in known and value and key != "use_dora"]',
+            "if key not in known and _is_given(document, key)]",
+            'if key not in {*known, "use_dora"} and _is_given(document, key)]',
             "test_what_is_not_supported_is_named",
         ),
     ),
