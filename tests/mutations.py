@@ -1086,6 +1086,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "models/config.py",
+        "tests/models/test_parity.py",
+        (
+            "every layer of a Qwen2 has the window of its later ones",
+            "return self.sliding_window if sliding else None",
+            "return self.sliding_window",
+            "test_window_shorter_than_the_sequence",
+        ),
+    ),
+    *_of(
         "models/weights.py",
         "tests/models/test_weights.py",
         (
@@ -1209,6 +1219,22 @@ MUTATIONS = [
             "index = int(self._positions[position])",
             "index = position",
             "tests/data/test_batch.py::test_a_subset_keeps_the_index_that_keys_dropout",
+        ),
+    ),
+    *_of(
+        "data/tokenizer_file.py",
+        "tests/data/test_tokenizer.py",
+        (
+            "a tokenizer's own truncation cuts rows in silence",
+            "        backend.no_truncation()\n",
+            "",
+            "test_truncation_and_padding_of_the_file_are_switched_off",
+        ),
+        (
+            "a tokenizer's own padding goes into rows",
+            "        backend.no_padding()\n",
+            "",
+            "test_truncation_and_padding_of_the_file_are_switched_off",
         ),
     ),
     *_of(
@@ -1852,6 +1878,16 @@ MUTATIONS = [
             "        problem = damage(place)\n",
             "        problem = None\n",
             "test_a_damaged_checkpoint_that_was_named_is_an_error",
+        ),
+    ),
+    *_of(
+        "train/config.py",
+        "tests/train/test_run_config.py",
+        (
+            "what decides results may change with a resume",
+            "        if not KEYS[path].rule.on_resume:\n",
+            "        if False:\n",
+            "test_only_length_cadence_and_logging_may_change_on_resume",
         ),
     ),
     *_of(
