@@ -1981,10 +1981,10 @@ MUTATIONS = [
             "test_a_number_that_is_not_finite_is_null",
         ),
         (
-            "the speed that is shown counts padding and old steps",
+            "the speed that is shown counts steps of before the last logged one",
             "        self._tokens, self._seconds = 0, 0.0\n",
             "",
-            "test_tensorboard_has_the_logged_steps_under_the_agreed_tags",
+            "test_the_speed_shown_is_that_since_the_last_logged_step",
         ),
         (
             "TensorBoard shows the steps before a kill a second time",
