@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from data.chat import ChatTemplate, Conversation
+from data.chat import ChatTemplate, Conversation, Rendering
 from data.tokenizer_file import library_errors, load_backend
 from files.errors import UserError
 from files.strict_json import parse_json_object
@@ -127,6 +127,15 @@ class Tokenizer:
             batch = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in batch]
         return batch
 
+    def encode_chats(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return the tokens of texts that a chat template made, each with its place in the text.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text.
+        """
+        with library_errors(f"{self._where}: the tokenizer failed on a text"):
+            return self._backend.encode_batch(list(texts), add_special_tokens=False)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`.
 
@@ -165,12 +174,12 @@ class Tokenizer:
                 long or too much memory.
         """
         prefix = (len(messages), add_generation_prompt)
-        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0]
+        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0].text
 
     def render_chats(
         self, conversations: Sequence[Conversation], *, date: datetime.datetime | None = None
-    ) -> list[list[str]]:
-        """Return the text of each prefix of each conversation, as `render_chat` would.
+    ) -> list[list[Rendering]]:
+        """Return the rendering of each prefix of each conversation, as `render_chat` would.
 
         Raises:
             UserError: As `render_chat`; the message begins with the conversation's place.
