@@ -38,7 +38,7 @@ OVERFLOWS = ("truncate", "drop", "error", "split")
 _CACHE_VERSION = 4
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
-_CHARACTERS_AT_ONCE = 2**21
+_CHARACTERS_AT_ONCE = 2**20
 # What is counted of turns.
 _TURNS = ("assistant_turns", "untrained_turns", "left_out_turns")
 # Bits of an example's flags.
@@ -307,7 +307,7 @@ def label_rows(
         UserError: A row cannot be rendered or encoded; the message names its file and line.
     """
     encoded = _encode_rows(rows, tokenizer, prompt_format)
-    return [_label(row, tokenizer, prompt_format.append_eos) for row in encoded]
+    return [_label(row, prompt_format.append_eos) for row in encoded]
 
 
 def pieces(length: int, max_length: int, on_overflow: str) -> list[tuple[int, int]]:
@@ -657,7 +657,7 @@ def _build(
             coming = thread.submit(next_rows)
             made.reverse()
             while made:  # what a row's tokens are made of is let go of at once
-                writer.add(_label(made.pop(), tokenizer, prompt_format.append_eos))
+                writer.add(_label(made.pop(), prompt_format.append_eos))
     writer.close(name)
 
 
@@ -691,6 +691,7 @@ class _EncodedRow:
     Attributes:
         where: Its file and line.
         rendered: Its text.
+        tokenizer: What made the tokens.
         ids: The text's tokens.
         prompt: In a row of texts, how many of them the prompt alone has too: a model that is given
             the prompt is given these, and has to say the others.
@@ -699,6 +700,7 @@ class _EncodedRow:
 
     where: str
     rendered: Rendered
+    tokenizer: Tokenizer
     ids: list[int]
     prompt: int = 0
     encoding: tokenizers.Encoding | None = None
@@ -706,17 +708,22 @@ class _EncodedRow:
     def before(self, place: int) -> int:
         """Return how many tokens end at or before a character of the text.
 
-        A token with characters on both sides does not; the tokens of one character all have its
-        place.
+        A token with characters on both sides does not, unless those behind are space that a special
+        token has taken in. The tokens of one character all have its place.
         """
         if self.encoding is None:
             return self.prompt if place else 0
-        if place == len(self.rendered.text):  # also what a normaliser has put behind it
-            return len(self.ids)
-        return bisect_right(range(len(self.ids)), place, key=lambda index: self.place(index)[1])
+        text, count = self.rendered.text, len(self.ids)
+        if place == len(text):  # also what a normaliser has put behind it
+            return count
+        before = bisect_right(range(count), place, key=lambda index: self._place(index)[1])
+        if before < count:
+            start, stop = self._place(before)
+            if start < place and text[place:stop].isspace():
+                before += self.tokenizer.token(self.ids[before]) == text[start:place]
+        return before
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Return where a token of a row of messages lies in the text: start and stop."""
+    def _place(self, index: int) -> tuple[int, int]:
         assert self.encoding is not None
         place = self.encoding.token_to_chars(index)
         assert place is not None, "every token that was encoded has a place"
@@ -741,11 +748,12 @@ def _encode_rows(
     for row, item in zip(rows, rendered, strict=True):
         if item.chat:
             encoding = next(encodings)
-            encoded.append(_EncodedRow(row.where, item, encoding.ids, encoding=encoding))
+            ids, prompt = encoding.ids, 0
         else:
             ids = next(ids_of_texts)
+            encoding = None
             prompt = common_prefix(next(ids_of_prompts), ids) if item.prompt else 0
-            encoded.append(_EncodedRow(row.where, item, ids, prompt))
+        encoded.append(_EncodedRow(row.where, item, tokenizer, ids, prompt, encoding))
     return encoded
 
 
@@ -758,9 +766,9 @@ def _name_the_row(rows: Sequence[Row], rendered: list[Rendered], tokenizer: Toke
             raise UserError(f"{row.where}: {error}") from None
 
 
-def _label(row: _EncodedRow, tokenizer: Tokenizer, append_eos: bool) -> LabelledRow:
+def _label(row: _EncodedRow, append_eos: bool) -> LabelledRow:
     """Return a row with its labels, and with the EOS that it is due."""
-    item, eos_id = row.rendered, tokenizer.eos_id
+    item, eos_id = row.rendered, row.tokenizer.eos_id
     ids = np.array(row.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     stop, ended = len(ids), False
@@ -794,9 +802,7 @@ def _tokens_of(span: Span, row: _EncodedRow, eos_id: int | None) -> tuple[int, i
     settled, stop = row.before(span.settled), row.before(span.stop)
     if span.marked and eos_id in ids[start:settled]:
         return start, settled, True
-    # An EOS may have taken in the space behind it, beyond the end of its turn.
-    last = stop + (stop < len(ids) and row.place(stop)[0] < span.stop)
-    candidates = range(settled, last) if span.marked else range(last - 1, settled - 1, -1)
+    candidates = range(settled, stop) if span.marked else range(stop - 1, settled - 1, -1)
     for index in candidates:
         if ids[index] == eos_id:
             return start, index + 1, True

@@ -254,9 +254,10 @@ class _Search:
     def _told(self, turn: int) -> _Place | None:
         """Return where the template says that it wrote a turn, if it did."""
         place = self.whole.turns[turn] if turn < len(self.whole.turns) else None
-        if place is None or not holds(self.whole.text[slice(*place)], self._chat.messages[turn]):
-            return None
-        return place
+        if place is None or place[0] == place[1]:
+            return None  # even an empty answer has an end; this one is written elsewhere
+        text = self.whole.text[slice(*place)]
+        return place if holds(text, self._chat.messages[turn]) else None
 
     def _defined(self, turn: int) -> _Place | None:
         """Return where a turn is by the renderings up to it, if it is there."""
