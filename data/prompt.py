@@ -247,10 +247,11 @@ class PromptFormat:
     def _generation_messages(self, values: Mapping[str, Any]) -> Messages | None:
         """Return the messages before the turn to generate; None for a format of texts."""
         if self.format == "completion" and isinstance(values.get("prompt"), list):
-            return self._with_system_turn(_check_messages(values["prompt"], "prompt"))
+            messages = _check_messages(values["prompt"], "prompt")
+            return self._with_system_turn(without_weights(messages, "prompt")[0])
         if self.format != "messages":
             return None
-        messages = self._with_system_turn(_read_messages(values))
+        messages = self._with_system_turn(without_weights(_read_messages(values), "messages")[0])
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
             return messages[:-1]
         return messages

@@ -216,6 +216,7 @@ class _Search:
         self._chat = chat
         self._renderings = renderings
         self._tokenizer = tokenizer
+        self._ends: dict[str, list[int]] = {}  # where the tokens of a header end
 
     def by_turns(self) -> dict[int, _Place] | None:
         """Return where each turn's answer is, by what the template tells; None: it does not."""
@@ -289,9 +290,10 @@ class _Search:
             stop = len(text)
         shared = common_characters(header, text[start:stop][: len(header)])
         if shared < len(header):  # some header tokens are there, others are not
-            (encoding,) = self._tokenizer.encode_chats([header])
-            ends = [place[1] for place in encoding.offsets]
-            shared = max((end for end in ends if end <= shared), default=0)
+            if header not in self._ends:
+                (encoding,) = self._tokenizer.encode_chats([header])
+                self._ends[header] = [stop for _, stop in encoding.offsets]
+            shared = max((end for end in self._ends[header] if end <= shared), default=0)
         return start + shared, stop
 
 
@@ -440,9 +442,10 @@ def holds(text: str, message: Mapping[str, Any]) -> bool:
         return True
     lines = [max(content.splitlines(), key=len)]
     if message.get("role") == "assistant":
-        if content.endswith("</think>"):
+        answer = content.rpartition("</think>")[2]
+        if not answer:
             return True
-        lines.append(_last_line(content))
+        lines.append(_last_line(answer))
     words = " ".join(text.split())
     for line in lines:
         line = " ".join(line.split())
