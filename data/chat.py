@@ -253,18 +253,17 @@ def _join(pieces: Iterator[str]) -> tuple[str, _Notes]:
 
 
 def _turns(notes: _Notes, length: int) -> list[tuple[int, int] | None]:
-    """Return where each message was written: by the loop over messages that wrote most."""
-    loops: dict[int, dict[int, tuple[int, int]]] = {}
+    """Return where each message was written: most of it, if several loops are over messages."""
+    places: dict[int, tuple[int, int]] = {}
     current: dict[int, tuple[int, int]] = {}
     for note, position in notes:
         if note.loop == _BLOCK:
             continue
         message, start = current.get(note.loop, (_NO_MESSAGE, 0))
         if message != _NO_MESSAGE:
-            loops.setdefault(note.loop, {})[message] = (start, position)
+            before = places.get(message, (0, 0))
+            places[message] = max(before, (start, position), key=lambda place: place[1] - place[0])
         current[note.loop] = (note.value, position)
-    written = [(sum(b - a for a, b in places.values()), places) for places in loops.values()]
-    places = max(written, key=lambda item: item[0], default=(0, {}))[1]
     return [places.get(message) for message in range(length)]
 
 

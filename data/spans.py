@@ -417,7 +417,7 @@ def _check_traces(chat: Chat, whole: Rendering) -> None:
     names = _names(chat.tools)
     missing = [name for name in names if name not in whole.text]
     if chat.tools and (missing or not whole.knows_tools):
-        name = f"the tool '{(missing or names or ['?'])[0]}'"
+        name = f"the tool '{(missing or names)[0]}'" if names else "the column 'tools'"
         raise UserError(
             f"{chat.where}: {name} leaves no trace in what the chat template makes of the row, and "
             "its answers would be trained without it; use a chat template that writes tools, or "
