@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.chat import Conversation, Prefix, Rendering, common_characters
+from data.messages import Messages
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 
@@ -28,7 +29,6 @@ from files.errors import UserError
 # data is the same tokens tomorrow. It is the day that Llama 3.2's own template falls back to.
 TRAINING_DATE = datetime.datetime(2024, 7, 26)
 
-Messages = list[dict[str, Any]]
 _Place = tuple[int, int]
 
 
@@ -88,7 +88,7 @@ class Chat:
             turn of the assistant is.
         everything: All of the text is trained (`data.completion_only=false`).
         tools: Descriptions of tools.
-        added: Turns at the beginning that the row does not have (`data.system_prompt`).
+        added: Turns at the beginning that stand in no list of messages: the system turn.
     """
 
     where: str
@@ -133,7 +133,7 @@ class Chat:
     def name(self, turn: int) -> str:
         """Return how a message of error calls a turn: as the row counts them."""
         if turn < self.added:
-            return "data.system_prompt"
+            return "the system turn (the column 'system', or data.system_prompt)"
         return f"turn {turn - self.added + 1} ({self.role(turn)})"
 
 
@@ -476,7 +476,7 @@ def _names(calls: Any) -> list[str]:
 _SAYS = re.compile(r"weight|train(ing)?(_detail)?")
 
 
-def without_weights(messages: Messages, column: str) -> tuple[Messages, list[int]]:
+def without_weights(messages: Messages) -> tuple[Messages, list[int]]:
     """Return the messages as a template is to see them, and those that are not to be trained.
 
     Raises:
@@ -487,9 +487,9 @@ def without_weights(messages: Messages, column: str) -> tuple[Messages, list[int
     for turn, message in enumerate(messages):
         said = {key: value for key, value in message.items() if _SAYS.fullmatch(key)}
         kept.append({key: value for key, value in message.items() if key not in said})
-        name = f"message {turn + 1} of '{column}'"
+        name = f"turn {turn + 1} ({message.get('role')})"
         answers = [
-            _is_trained(key, value, message.get("role"), name)
+            _is_trained(key, value, message, name)
             for key, value in said.items()
             if value is not None
         ]
@@ -498,7 +498,7 @@ def without_weights(messages: Messages, column: str) -> tuple[Messages, list[int
     return kept, left_out
 
 
-def _is_trained(key: str, value: Any, role: Any, name: str) -> bool:
+def _is_trained(key: str, value: Any, message: Mapping[str, Any], name: str) -> bool:
     if key.endswith("_detail"):
         raise UserError(
             f"{name}: '{key}' weights parts of a message, which is not supported; give the whole "
@@ -509,9 +509,9 @@ def _is_trained(key: str, value: Any, role: Any, name: str) -> bool:
             raise UserError(f"{name}: 'weight' must be 0 or 1, is {value!r}")
     elif not isinstance(value, bool):
         raise UserError(f"{name}: '{key}' must be true or false, is {value!r}")
-    elif value and role != "assistant":
+    elif value and message.get("role") != "assistant":
         raise UserError(
-            f"{name}: '{key}' is true on a turn of the role '{role}', and only turns of the "
-            "assistant are trained; say false, or leave the key out"
+            f"{name}: '{key}' is true, and only turns of the assistant are trained; say false, or "
+            "leave the key out"
         )
     return bool(value)

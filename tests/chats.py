@@ -40,7 +40,7 @@ QWEN3 = """\
 {%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
-        {%- set content = message.content %}
+        {%- set content = message.content or '' %}
         {%- if '</think>' in content and loop.index0 < ns.last %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}

@@ -181,13 +181,13 @@ def test_weights_in_a_completion(tmp_path: Path) -> None:
         ({"train": 0}, "'train' must be true or false, is 0"),
         ({"training": "no"}, "'training' must be true or false, is 'no'"),
         ({"train_detail": []}, "'train_detail' weights parts of a message"),
-        ({"role": "user", "train": True}, "'train' is true on a turn of the role 'user'"),
+        ({"role": "user", "train": True}, "turn 2 (user): 'train' is true, and only turns of the"),
     ],
 )
 def test_other_weights_are_refused(tmp_path: Path, message: dict, sentence: str) -> None:
     messages = turns("Q1", "A1")
     messages[1] |= message
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: message 2 of 'messages': ") as caught:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: turn 2 \((user|assistant)\): ") as caught:
         trained(tmp_path, CHATML, messages)
     assert sentence in str(caught.value)
 
@@ -292,21 +292,23 @@ def test_a_turn_without_a_trace_is_refused(
     tmp_path: Path, number: int, completion_only: str
 ) -> None:
     messages = turns("Q1", "A1")
-    messages.insert(number, {"role": "observation", "content": "It\n rains"})
+    messages.insert(number, {"role": "tool", "content": "It\n rains"})
     with pytest.raises(UserError) as caught:
         trained(tmp_path, IGNORES, messages, f"data.completion_only={completion_only}")
-    assert f"rows.jsonl:1: turn {number + 1} (observation) leaves no trace" in str(caught.value)
+    assert f"rows.jsonl:1: turn {number + 1} (tool) leaves no trace" in str(caught.value)
 
 
 def test_a_system_prompt_without_a_trace_is_refused_and_turns_keep_their_numbers(
     tmp_path: Path,
 ) -> None:
     setting = "data.system_prompt=Be brief."
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: data\.system_prompt leaves no trace"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: the system turn .*data\.system_prompt\) leaves no trace"
+    ):
         trained(tmp_path, IGNORES, turns("Q1", "A1"), setting)
-    messages = [*turns("Q1", "A1"), {"role": "observation", "content": "rain"}]
+    messages = [*turns("Q1", "A1"), {"role": "tool", "content": "rain"}]
     template = IGNORES.replace("('user',", "('system', 'user',")
-    with pytest.raises(UserError, match=r"turn 3 \(observation\) leaves no trace"):
+    with pytest.raises(UserError, match=r"turn 3 \(tool\) leaves no trace"):
         trained(tmp_path, template, messages, setting)
 
 
@@ -324,7 +326,7 @@ def test_what_a_template_writes_in_its_own_way_has_left_a_trace(tmp_path: Path) 
 
 
 def test_empty_turns_leave_none(tmp_path: Path) -> None:
-    messages = [{"role": "observation", "content": " "}, *turns("Q1", "")]
+    messages = [{"role": "tool", "content": " "}, *turns("Q1", "")]
     assert trained(tmp_path, IGNORES, messages) == [END]
 
 
@@ -349,7 +351,10 @@ def test_a_call_of_a_tool_is_no_trace_of_its_description(tmp_path: Path) -> None
 
 def test_calls_without_a_trace_are_refused(tmp_path: Path) -> None:
     calls = [{"type": "function", "function": TOOLS[0]["function"]}]
-    messages = [*turns("Q")[:1], {"role": "assistant", "content": "", "tool_calls": calls}]
+    messages = [
+        *turns("Q")[:1],
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls},
+    ]
     with pytest.raises(UserError, match=r"turn 2 \(assistant\) leaves no trace"):
         trained(tmp_path, CHATML, messages)
 
