@@ -94,7 +94,7 @@ class TrainSettings:
     )
     seed: int = _key(42, "every random draw follows from it", minimum=0, below=2**63)
     num_train_epochs: float = _key(
-        20.0, "passes over the data; may be a fraction", above=0, on_resume=True
+        20.0, "passes over the data; may be a fraction", above=0, maximum=1e6, on_resume=True
     )
     max_steps: int | None = _key(
         None, "optimizer steps; rules over num_train_epochs if set", minimum=1, on_resume=True
@@ -138,9 +138,13 @@ class TrainSettings:
 class LoraSettings:
     """The adapters (train.method = lora)."""
 
-    r: int = _key(8, "rank of the adapters", minimum=1, recommended="8 to 32")
+    r: int = _key(8, "rank of the adapters", minimum=1, maximum=2**16, recommended="8 to 32")
     lora_alpha: int | float = _key(
-        32, "scale: the update counts lora_alpha / r", above=0, recommended="2 to 4 times r"
+        32,
+        "scale: the update counts lora_alpha / r",
+        above=0,
+        maximum=65504,  # fp16 has no larger number
+        recommended="2 to 4 times r",
     )
     lora_dropout: float = _key(0.05, "dropout on the adapter's input", minimum=0, below=1)
     target_modules: str | tuple[str, ...] = _key(
