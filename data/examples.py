@@ -802,8 +802,7 @@ def _tokens_of(span: Span, row: _EncodedRow, eos_id: int | None) -> tuple[int, i
     settled, stop = row.before(span.settled), row.before(span.stop)
     if span.marked and eos_id in ids[start:settled]:
         return start, settled, True
-    candidates = range(settled, stop) if span.marked else range(stop - 1, settled - 1, -1)
-    for index in candidates:
+    for index in range(stop - 1, settled - 1, -1):
         if ids[index] == eos_id:
             return start, index + 1, True
     return start, settled if span.marked else stop, False

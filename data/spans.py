@@ -41,7 +41,7 @@ class Span:
         settled: It reaches to here in any case: an EOS before this is part of what was said.
         stop: It ends with the last EOS between `settled` and here, or here if there is none.
         marked: The template marks it, or all of the text is trained: it ends at `settled`, unless
-            it holds no EOS; then with the first EOS between that and `stop`.
+            it holds no EOS and there is one between that and `stop`.
     """
 
     start: int
@@ -388,7 +388,7 @@ def _one_span(
         tail = spans.pop()
         if start > tail.start:
             spans.append(Span(tail.start, start, start, marked=True))
-        spans.append(replace(tail, start=stop, settled=max(tail.settled, stop)))
+        spans.append(replace(tail, start=stop))
     return [span for span in spans if span.start < span.stop], first
 
 

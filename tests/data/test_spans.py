@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import CHATML, DEEPSEEK, LLAMA2, MISTRAL, QWEN3, STARCODER2, write_tokenizer
+from chats import CHATML, DEEPSEEK, GATHERED, LLAMA2, MISTRAL, QWEN3, STARCODER2, write_tokenizer
 
 from data.examples import Examples, tokenise
 from data.prompt import PromptFormat
@@ -124,6 +124,36 @@ def test_turns_that_cannot_be_found_are_counted(tmp_path: Path) -> None:
     assert (counts.assistant_turns, counts.untrained_turns) == (4, 2)
 
 
+def test_after_an_answer_that_cannot_be_found_no_eos_is_due(tmp_path: Path) -> None:
+    """It would end the answer before it, and cut off what stands between them."""
+    template = (
+        "{%- macro all(messages) %}{% for m in messages %}"
+        "{{ '<' + m.role + '>' + ('' if loop.length == 4 and loop.last else m.content) }}"
+        "{% endfor %}{% endmacro %}{{ all(messages) }}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    one = row(tmp_path, template, {"messages": turns("Q1", "A1", "A2 Q2", "A2")})
+    assert one["trained"] == ["A1"] and one["untrained_turns"] == 1
+    assert one["text"] == "<user>Q1<assistant>A1<user>A2 Q2<assistant>"
+    assert one["input_ids"][-1] != one["labels"][-1]
+
+
+def test_an_answer_of_nothing_but_space_is_not_taken_for_one_that_is_nowhere(
+    tmp_path: Path,
+) -> None:
+    """A template that gathers its text writes nothing in its loop, and so no blank answer."""
+    messages = turns("Q1", " \n", "Q2", "A2")
+    assert trained(tmp_path, GATHERED, messages) == [f" \n{END}", f"A2{END}"]
+
+
+def test_a_header_behind_turns_that_move_is_still_a_header(tmp_path: Path) -> None:
+    template = MISTRAL.replace("' ' + message.content", "'<|Assistant|>' + message.content")
+    template += "{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+    messages = [{"role": "system", "content": "S"}, *turns("Q1", "A1", "Q2", "A2", "Q3", "A3")]
+    found = trained(tmp_path, template, messages, bos="<s>", eos="</s>")
+    assert found == ["A1</s>", "A2</s>", "A3</s>"]
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
@@ -161,6 +191,18 @@ def test_weights_hold_where_all_of_the_text_is_trained(tmp_path: Path) -> None:
     header = "<|im_start|>assistant\n"
     parts = trained(tmp_path, CHATML, messages, "data.completion_only=false")
     assert parts == [f"<|im_start|>user\nQ1{END}\n{header}", f"{header}right{END}\n"]
+
+
+@pytest.mark.parametrize("completion_only", ["true", "false"])
+def test_after_an_answer_that_is_left_out_no_eos_is_due(
+    tmp_path: Path, completion_only: str
+) -> None:
+    template = CHATML.replace("<|im_end|>", "<|end|>")
+    messages = turns("Q1", "A1", "Q2", "wrong")
+    messages[3]["weight"] = 0
+    one = row(tmp_path, template, {"messages": messages}, f"data.completion_only={completion_only}")
+    assert "A1<|end|>\n" in one["trained"][0] and END not in "".join(one["trained"])
+    assert one["text"].endswith("wrong<|end|>\n") and one["labels"][-1] == -100
 
 
 def test_weights_in_a_completion(tmp_path: Path) -> None:
