@@ -34,7 +34,7 @@ from files.errors import UserError, did_you_mean
 IGNORED = -100
 OVERFLOWS = ("truncate", "drop", "error", "split")
 # Raised whenever the same rows and settings come to other tokens, or the files to another layout.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
 # Bits of an example's flags.

@@ -16,16 +16,17 @@ from typing import Any
 
 import tokenizers
 
+from data.added_tokens import add_declared_tokens, read_declarations
 from data.chat import ChatTemplate, Conversation
 from data.tokenizer_file import library_errors, load_backend
 from files.errors import UserError
-from files.strict_json import parse_json_object
 
 # The files that decide what a text becomes; other tokenizer files are earlier forms of the same.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 # The largest tokenizer.json published has some 35 MB, for a vocabulary of 260,000.
@@ -95,11 +96,9 @@ class Tokenizer:
             raise UserError(_missing_tokenizer(folder))
         where = str(folder / "tokenizer.json")
         backend = load_backend(files["tokenizer.json"], where)
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one rules
-            if name in files:
-                read = parse_json_object(files[name], str(folder / name))
-                settings |= {key: value for key, value in read.items() if value is not None}
+        declared = read_declarations(files, folder)
+        add_declared_tokens(backend, declared, folder)
+        settings = declared.settings
         return cls(backend, settings, _chat_template(files, settings, folder), files, str(folder))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
