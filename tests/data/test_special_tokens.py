@@ -168,6 +168,11 @@ def _folders(size: int) -> dict[str, tuple[dict[str, Any], dict[str, Any], list[
             {},
             ["<|a|>", "<|b|>", NEW],
         ),
+        "named, so special": (
+            {"eos_token": NEW} | decoder(token(NEW, special=False), first=size),
+            {},
+            [NEW],
+        ),
         "eos with flags": (
             {"eos_token": token(NEW, rstrip=True) | {"__type": "AddedToken"}},
             {},
