@@ -201,7 +201,8 @@ def _token(value: Any, at: str, special: bool | None = None) -> AddedToken:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise UserError(f"{at}: {name} of the token {_show(content)} must be true or false")
-    return AddedToken(content, **flags)
+    with library_errors(f"{at}: {_show(content)} is no token"):  # half of a surrogate pair
+        return AddedToken(content, **flags)
 
 
 def _show(value: Any) -> str:

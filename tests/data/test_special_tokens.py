@@ -284,6 +284,7 @@ def test_what_is_declared_is_hashed_and_saved(
         ({"extra_special_tokens": "<a>"}, {}, "must be a list of tokens"),
         ({"extra_special_tokens": [3]}, {}, "not 3"),
         ({"eos_token": {"text": "</s>"}}, {}, "eos_token: a token is text, or an object"),
+        ({"eos_token": "a\ud800"}, {}, r"eos_token: 'a\\ud800' is no token"),
         ({"eos_token": "x" * 5000}, {}, "eos_token: a token has 5000 characters"),
     ],
 )
