@@ -6,17 +6,22 @@ Cheap failures come first: files, rows and tokens are checked before a weight is
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.examples import Examples, NoRowsError, cache_root, check_vocabulary, load_examples
+from data.locate import SPLIT_NAMES, has_wildcards
 from data.order import epoch_order
 from data.prompt import PromptFormat
+from data.rows_in_memory import keep_rows
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.hub import ModelSource, resolve_model
@@ -97,6 +102,33 @@ def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
     )
 
 
+def with_rows(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+) -> RunConfig:
+    """Return the configuration with rows of memory as its data.
+
+    Args:
+        config: A configuration; what it says of the sets given here no longer counts.
+        rows: Dictionaries to train on; or split (`train`, `valid`, `test`) → dictionaries. A
+            `datasets.Dataset` or `DatasetDict` is such a thing.
+
+    Raises:
+        UserError: A row is no dictionary of what JSON holds, or a split has an unknown name.
+    """
+    sets: dict[str, str] = {}
+    by_split: Mapping[Any, Any] = rows if isinstance(rows, Mapping) else {"train": rows}
+    for name, some in by_split.items():
+        split = SPLIT_NAMES.get(name)
+        if split is None or split in sets:
+            raise UserError(
+                f"rows: '{name}' is {'no split' if split is None else 'a split given twice'}; give "
+                "a list of dictionaries, or a dictionary of such lists with the keys train, valid "
+                "and test"
+            )
+        sets[split] = keep_rows(some, f"rows['{name}']" if by_split is rows else "rows")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **sets))
+
+
 def prompt_format(settings: DataSettings) -> PromptFormat:
     """Return how rows become text, from the `data.*` keys of the same names."""
     names = [field.name for field in dataclasses.fields(PromptFormat)]
@@ -118,13 +150,13 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     settings = config.data
     if settings.train is None:
         raise UserError(
-            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, or "
-            "hub:owner/name"
+            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, a glob, "
+            "hub:owner/name, or a list of these"
         )
     tokenizer = Tokenizer.load(folder)
     form = prompt_format(settings)
 
-    def load(spec: str, split: str | None) -> Examples:
+    def load(spec: str | Sequence[str], split: str | None) -> Examples:
         examples = load_examples(
             spec,
             split_column=settings.split_column,
@@ -141,7 +173,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             )
         return examples
 
-    def load_other(spec: str | None, split: str) -> Examples | None:
+    def load_other(spec: str | Sequence[str] | None, split: str) -> Examples | None:
         by_column = spec is None and settings.split_column is not None
         spec = settings.train if by_column else spec
         if spec is None:
@@ -285,19 +317,27 @@ def make_trainable(model: CausalLM, config: RunConfig) -> None:
 def with_whole_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths: a run may be resumed from anywhere."""
 
-    def whole(spec: str | None) -> str | None:
-        if spec is None or spec.startswith("hub:") or not os.path.exists(os.path.expanduser(spec)):
-            return spec
-        return os.path.abspath(os.path.expanduser(spec))
+    def whole(spec: str) -> str:
+        path = os.path.expanduser(spec)
+        if has_wildcards(spec):
+            # The names of folders above are no wildcards, whatever letters they have.
+            return os.path.join(glob.escape(os.getcwd()), path)
+        return os.path.abspath(path) if os.path.exists(path) else spec
+
+    def maybe(spec: str | None) -> str | None:
+        return None if spec is None else whole(spec)
+
+    def each(spec: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        return tuple(map(whole, spec)) if isinstance(spec, tuple) else maybe(spec)
 
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, path=whole(config.model.path)),
-        lora=dataclasses.replace(config.lora, init_from=whole(config.lora.init_from)),
+        model=dataclasses.replace(config.model, path=maybe(config.model.path)),
+        lora=dataclasses.replace(config.lora, init_from=maybe(config.lora.init_from)),
         data=dataclasses.replace(
             config.data,
-            train=whole(config.data.train),
-            valid=whole(config.data.valid),
-            test=whole(config.data.test),
+            train=each(config.data.train),
+            valid=each(config.data.valid),
+            test=each(config.data.test),
         ),
     )
