@@ -1,4 +1,4 @@
-"""Rows to text: the four formats, and which part of the text is trained.
+"""Rows to text: the five formats, and which part of the text is trained.
 
 A rendered row is its whole text and the spans of it that are trained. A span is given by the text
 before it and the text up to its end, each a rendering of its own: where it lies among the tokens is
@@ -15,19 +15,34 @@ from functools import lru_cache
 from typing import Any
 
 from data.chat import Conversation, Prefix
+from data.messages import (
+    Messages,
+    describe,
+    is_conversation,
+    read_conversation,
+    read_messages,
+    read_tools,
+    with_system_turn,
+)
 from data.source import Row
 from data.tokenizer import Tokenizer
 from files.errors import UserError, did_you_mean
 
-FORMATS = ("text", "template", "completion", "messages")
+FORMATS = ("text", "template", "completion", "messages", "instruction")
 # What `strftime_now` tells a chat template while rows are tokenised: a fixed day, so that the same
 # data is the same tokens tomorrow. It is the day that Llama 3.2's own template falls back to.
 TRAINING_DATE = datetime.datetime(2024, 7, 26)
-# Names of other layouts: {"conversations": [{"from": "human", "value": …}]}.
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# Both prompts of Stanford Alpaca's README, which differ in what is left out without an input.
+ALPACA = (
+    "Below is an instruction that describes a task"
+    "{?input}, paired with an input that provides further context{/input}"
+    ". Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n"
+    "{?input}### Input:\n{input}\n\n{/input}"
+    "### Response:\n"
+)
+_INSTRUCTION = "data.format=instruction"
 _PLACEHOLDER = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,10 @@ class PromptFormat:
         format: `text`: one column. `template`: `prompt_template` and `completion_template`.
             `completion`: the columns `prompt` and `completion`, as text or as lists of messages.
             `messages`: the column `messages` (or `conversations`), through the chat template.
+            `instruction`: the columns `instruction`, `input` and `output`, by Alpaca's prompts.
         text_field: Column of `text`.
-        prompt_template: Text with `{column}` placeholders; `{{` and `}}` are braces.
+        prompt_template: Text with `{column}` placeholders; `{{` and `}}` are braces, and
+            `{?column}…{/column}` is a part that is left out where that column is empty.
         completion_template: The same, for the part that is trained.
         system_prompt: Stands first, with a blank line after it; under `messages` it is the system
             turn, unless the row has one.
@@ -128,7 +145,8 @@ class PromptFormat:
         if self.completion_only and not self._has_prompt:
             raise UserError(
                 "data.completion_only=true needs a prompt that can be told from the completion: "
-                "use data.format=template with data.prompt_template, completion or messages"
+                "use data.format=template with data.prompt_template, instruction, completion or "
+                "messages"
             )
 
     @property
@@ -164,10 +182,11 @@ class PromptFormat:
         if self.format == "text":
             return [self.text_field]
         if self.format == "template":
-            names = []
-            for template, key in self._templates():
-                names += [column for column in _columns(template, key) if column not in names]
-            return names
+            parts = [part for pair in self._templates() for part in parse_template(*pair)]
+            # A column that may be absent is asked for nowhere but in its row.
+            if any(part.within is not None for part in parts):
+                return None
+            return list(dict.fromkeys(part.text for part in parts if part.is_column))
         return None
 
     def render(self, row: Row, tokenizer: Tokenizer) -> Rendered:
@@ -217,7 +236,7 @@ class PromptFormat:
         if messages is not None:
             if tokenizer is None:
                 raise ValueError("messages are rendered by the tokenizer's chat template")
-            return tokenizer.render_chat(messages, True, tools=values.get("tools"))
+            return tokenizer.render_chat(messages, True, tools=read_tools(values))
         if self.format == "text":
             return self._system() + text_column(values, self.text_field, "data.text_field")
         return self._prompt(values)
@@ -227,6 +246,12 @@ class PromptFormat:
         chat = self._generation_messages(self._generation_values(values)) is not None
         text = self.generation_prompt(values, tokenizer)
         return tokenizer.encode(text, add_special_tokens=not chat)
+
+    def prompt_columns(self) -> list[str]:
+        """Return the columns that the prompt needs, those of parts that may be left out apart."""
+        if self.format == "template":
+            return required_columns(self.prompt_template or "", "data.prompt_template")
+        return required_columns(ALPACA, _INSTRUCTION) if self.format == "instruction" else []
 
     def _templates(self) -> list[tuple[str, str]]:
         pairs = [
@@ -244,7 +269,20 @@ class PromptFormat:
             return self._system() + _fill(self.prompt_template, "data.prompt_template", values)
         if self.format == "completion":
             return self._system() + text_column(values, "prompt", "data.format=completion")
+        if self.format == "instruction":
+            return self._instruction(values)
         return self._system()
+
+    def _instruction(self, values: Mapping[str, Any]) -> str:
+        if values.get("history") not in (None, "", "[]", []):
+            raise UserError(
+                "the column 'history' holds earlier turns, for which Alpaca's prompt has no place; "
+                "write the row's turns as a list in a column 'messages', for data.format=messages"
+            )
+        # The row's own rules, as in messages.
+        own = "" if _is_empty(values, "system") else text_column(values, "system", _INSTRUCTION)
+        system = f"{own}\n\n" if own else self._system()
+        return system + _fill(ALPACA, _INSTRUCTION, values)
 
     def _completion(self, values: Mapping[str, Any]) -> str:
         if self.format == "template":
@@ -252,12 +290,24 @@ class PromptFormat:
             return _fill(self.completion_template, "data.completion_template", values)
         if self.format == "completion":
             return text_column(values, "completion", "data.format=completion")
+        if self.format == "instruction":
+            return text_column(values, "output", _INSTRUCTION)
         return text_column(values, self.text_field, "data.text_field")
 
-    def _with_system_turn(self, messages: Messages) -> Messages:
-        if self.system_prompt is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+    def _prompt_messages(self, values: Mapping[str, Any]) -> Messages | None:
+        """Return the messages before a completion; None where it has a text before it.
+
+        Both columns must hold messages for a text to be read as such: it may be JSON by itself.
+        """
+        prompt, completion = values.get("prompt"), values.get("completion", [])
+        if not isinstance(prompt, list) and not (
+            is_conversation(prompt) and is_conversation(completion)
+        ):
+            return None
+        return self._with_system_turn(read_messages(prompt, "prompt"), values)
+
+    def _with_system_turn(self, messages: Messages, values: Mapping[str, Any]) -> Messages:
+        return with_system_turn(messages, values, self.system_prompt)
 
     def _texts(self, values: Mapping[str, Any]) -> Rendered:
         """Return a row of texts."""
@@ -267,16 +317,17 @@ class PromptFormat:
 
     def _chat(self, values: Mapping[str, Any]) -> _Chat | None:
         """Return a row of messages, or None for a row of texts."""
-        tools = values.get("tools")
-        if self.format == "completion" and isinstance(values.get("prompt"), list):
-            messages = self._with_system_turn(_check_messages(values["prompt"], "prompt"))
+        if self.format == "completion" and (messages := self._prompt_messages(values)):
             before = (len(messages), True)
-            messages = messages + _check_messages(values.get("completion"), "completion")
+            messages = messages + read_messages(values.get("completion"), "completion")
             span = (before if self.trains_completion_only else None, None)
-            return _Chat(messages, (span,), before, tools)
+            return _Chat(messages, (span,), before, read_tools(values))
         if self.format != "messages":
             return None
-        messages = self._with_system_turn(_read_messages(values))
+        messages, tools = (
+            self._with_system_turn(read_conversation(values), values),
+            read_tools(values),
+        )
         if not self.trains_completion_only:
             return _Chat(messages, ((None, None),), tools=tools)
         last = len(messages) - 1
@@ -298,7 +349,7 @@ class PromptFormat:
             return {"prompt": values}
         if self.format == "messages":
             return {"messages": [{"role": "user", "content": values}]}
-        columns = _columns(self.prompt_template or "", "data.prompt_template")
+        columns = self.prompt_columns()
         if len(columns) != 1:
             raise UserError(
                 f"one text cannot fill the prompt's columns ({', '.join(columns) or 'none'}); give "
@@ -308,39 +359,69 @@ class PromptFormat:
 
     def _generation_messages(self, values: Mapping[str, Any]) -> Messages | None:
         """Return the messages before the turn to generate; None for a format of texts."""
-        if self.format == "completion" and isinstance(values.get("prompt"), list):
-            return self._with_system_turn(_check_messages(values["prompt"], "prompt"))
+        if self.format == "completion":
+            return self._prompt_messages(values)
         if self.format != "messages":
             return None
-        messages = self._with_system_turn(_read_messages(values))
+        messages = self._with_system_turn(read_conversation(values), values)
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
             return messages[:-1]
         return messages
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a template.
+
+    Attributes:
+        text: Literal text, or the name of a column.
+        is_column: Whether it is a column.
+        within: The column without which it is left out, or None.
+    """
+
+    text: str
+    is_column: bool
+    within: str | None = None
+
+
 @lru_cache(maxsize=64)
-def parse_template(template: str, key: str) -> tuple[tuple[str, bool], ...]:
-    """Return the parts of a template: (literal text, False) or (column name, True).
+def parse_template(template: str, key: str) -> tuple[Part, ...]:
+    """Return the parts of a template.
 
     A column's name is taken as it stands: nothing in it reaches into the value, unlike in
-    `str.format`.
+    `str.format`. `{?name}` begins a part that is left out where the column is empty, and `{/name}`
+    ends it.
 
     Raises:
-        UserError: A brace without its partner, or an empty name; the message names `key`.
+        UserError: A brace without its partner, an empty name, or a part that does not end or stands
+            in another; the message names `key`.
     """
-    parts: list[tuple[str, bool]] = []
-    for part in _PLACEHOLDER.split(template):
-        if part in ("{", "}", "{}"):
+    parts: list[Part] = []
+    within: str | None = None
+    for piece in _PLACEHOLDER.split(template):
+        mark = piece[1:2] if piece[:1] == "{" and piece[-1:] == "}" else ""
+        if piece in ("{", "}", "{}", "{?}", "{/}"):
             raise UserError(
-                f"{key}: '{part}' is no placeholder; a column is written {{name}}, "
+                f"{key}: '{piece}' is no placeholder; a column is written {{name}}, "
                 "a brace {{ or }}"
             )
-        if part in ("{{", "}}"):
-            parts.append((part[0], False))
-        elif part.startswith("{"):
-            parts.append((part[1:-1], True))
-        elif part:
-            parts.append((part, False))
+        if piece in ("{{", "}}"):
+            parts.append(Part(piece[0], False, within))
+        elif mark == "?":
+            if within is not None:
+                raise UserError(f"{key}: {piece} stands before {{/{within}}}; end that part first")
+            within = piece[2:-1]
+        elif mark == "/":
+            if piece[2:-1] != within:
+                begun = f"{{?{within}}} is the part to end" if within else "no part has begun"
+                raise UserError(f"{key}: {piece} ends nothing, as {begun}")
+            within = None
+        elif mark:
+            parts.append(Part(piece[1:-1], True, within))
+        elif piece:
+            parts.append(Part(piece, False, within))
+    if within is not None:
+        raise UserError(f"{key}: {{?{within}}} begins a part that {{/{within}}} never ends")
     return tuple(parts)
 
 
@@ -358,69 +439,25 @@ def text_column(values: Mapping[str, Any], name: str, asked_by: str) -> str:
         )
     value = values[name]
     if not isinstance(value, str):
-        raise UserError(f"the column '{name}' must hold text, holds {_describe(value)}")
+        raise UserError(f"the column '{name}' must hold text, holds {describe(value)}")
     return value
 
 
 def _fill(template: str, key: str, values: Mapping[str, Any]) -> str:
-    parts = parse_template(template, key)
-    return "".join(text_column(values, part, key) if column else part for part, column in parts)
-
-
-def _columns(template: str, key: str) -> list[str]:
-    """Return the names of a template's columns, each once, in order."""
-    names = [part for part, column in parse_template(template, key) if column]
-    return list(dict.fromkeys(names))
-
-
-def _read_messages(values: Mapping[str, Any]) -> Messages:
-    """Return the messages of a row, whichever of the two layouts it has."""
-    if "messages" in values:
-        return _check_messages(values["messages"], "messages")
-    if "conversations" in values:
-        turns = values["conversations"]
-        if isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("from"), str) for turn in turns
-        ):
-            turns = [
-                {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
-                for turn in turns
-            ]
-        return _check_messages(turns, "conversations")
-    columns = ", ".join(f"'{column}'" for column in values) or "none"
-    raise UserError(
-        f"no column 'messages' or 'conversations', which data.format=messages asks for; "
-        f"the row has {columns}{did_you_mean('messages', values)}"
+    return "".join(
+        text_column(values, part.text, key) if part.is_column else part.text
+        for part in parse_template(template, key)
+        if part.within is None or not _is_empty(values, part.within)
     )
 
 
-def _check_messages(messages: Any, column: str) -> Messages:
-    """Return `messages` if it is a list of turns with a role and a content."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"the column '{column}' must hold a list of messages, holds {_describe(messages)}"
-        )
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"message {number} of '{column}' must be an object with a role (user, assistant, …)"
-                f" and a content, is {_describe(message)}"
-            )
-        content = message.get("content")
-        is_call = content is None and message.get("tool_calls")
-        if not isinstance(content, str) and not is_call:
-            raise UserError(
-                f"message {number} of '{column}' must have a text as its content, "
-                f"has {_describe(content)}"
-            )
-    return messages
+def _is_empty(values: Mapping[str, Any], column: str) -> bool:
+    """Whether a column is absent, null, or holds nothing but white space."""
+    value = values.get(column)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _describe(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, Sequence | Mapping) and not value:
-        return f"an empty {type(value).__name__}"
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}…"
-    return f"{shown} ({type(value).__name__})"
+def required_columns(template: str, key: str) -> list[str]:
+    """Return the names of the columns that a template needs in every row, each once, in order."""
+    parts = parse_template(template, key)
+    return list(dict.fromkeys(p.text for p in parts if p.is_column and p.within is None))

@@ -22,15 +22,17 @@ from data.locate import SPLIT_NAMES, has_wildcards
 from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.rows_in_memory import keep_rows
+from data.source import without_absent
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.hub import ModelSource, resolve_model
 from kernels.dispatch import operations
-from lora import LoraConfig, inject, load_adapter
+from lora import inject, load_adapter
 from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
+from train.adapters import lora_config
 from train.memory import keep_freed_memory
 from train.precision import COMPUTE_DTYPES, resolve_precision
 from train.settings import DataSettings, RunConfig
@@ -125,6 +127,8 @@ def with_rows(
                 "a list of dictionaries, or a dictionary of such lists with the keys train, valid "
                 "and test"
             )
+        if hasattr(some, "features"):  # a `datasets.Dataset` is made of columns
+            some = (without_absent(row) for row in some)
         sets[split] = keep_rows(some, f"rows['{name}']" if by_split is rows else "rows")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **sets))
 
@@ -153,7 +157,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, a glob, "
             "hub:owner/name, or a list of these"
         )
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, settings.chat_template)
     form = prompt_format(settings)
 
     def load(spec: str | Sequence[str], split: str | None) -> Examples:
@@ -296,48 +300,44 @@ def make_trainable(model: CausalLM, config: RunConfig) -> None:
     if config.train.method == "full":
         model.requires_grad_(True)
     elif settings.init_from is not None:
-        load_adapter(model, settings.init_from, trainable=True)
-    else:
-        inject(
+        load_adapter(
             model,
-            LoraConfig(
-                r=settings.r,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=settings.target_modules
-                if isinstance(settings.target_modules, str)
-                else list(settings.target_modules),
-                use_rslora=settings.use_rslora,
-                bias=settings.bias,
-            ),
-            seed=config.train.seed,
+            settings.init_from,
+            trainable=True,
+            lora_dropout=settings.lora_dropout,
         )
+    else:
+        inject(model, lora_config(settings), seed=config.train.seed)
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths: a run may be resumed from anywhere."""
 
-    def whole(spec: str) -> str:
-        path = os.path.expanduser(spec)
-        if has_wildcards(spec):
+    def whole(path: str | None) -> str | None:
+        if path is None or not os.path.exists(os.path.expanduser(path)):
+            return path
+        return os.path.abspath(os.path.expanduser(path))
+
+    def data(spec: Any) -> Any:
+        if isinstance(spec, tuple):
+            return tuple(data(part) for part in spec)
+        if spec is not None and has_wildcards(spec):
             # The names of folders above are no wildcards, whatever letters they have.
-            return os.path.join(glob.escape(os.getcwd()), path)
-        return os.path.abspath(path) if os.path.exists(path) else spec
+            return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(spec))
+        return whole(spec)
 
-    def maybe(spec: str | None) -> str | None:
-        return None if spec is None else whole(spec)
-
-    def each(spec: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        return tuple(map(whole, spec)) if isinstance(spec, tuple) else maybe(spec)
-
+    template = config.data.chat_template
+    # It may be a name, which may be that of a folder here, too.
+    is_file = template is not None and os.path.isfile(os.path.expanduser(template))
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, path=maybe(config.model.path)),
-        lora=dataclasses.replace(config.lora, init_from=maybe(config.lora.init_from)),
+        model=dataclasses.replace(config.model, path=whole(config.model.path)),
+        lora=dataclasses.replace(config.lora, init_from=whole(config.lora.init_from)),
         data=dataclasses.replace(
             config.data,
-            train=each(config.data.train),
-            valid=each(config.data.valid),
-            test=each(config.data.test),
+            chat_template=whole(template) if is_file else template,
+            train=data(config.data.train),
+            valid=data(config.data.valid),
+            test=data(config.data.test),
         ),
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
+from train.adapters import starting_adapter_note, with_starting_adapter
 from train.claims import check_claims, claim_row
 from train.config import read_preset
 from train.ledger import (
@@ -76,6 +77,7 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
 
 def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
     decoder, unknown_model = find_decoder_config(config)
+    config = with_starting_adapter(config, decoder)
     known = {
         "decoder": decoder,
         "unknown_model": unknown_model,
@@ -244,6 +246,7 @@ def plan_document(
         "departures": list(preset.departures) if preset else [],
     }
     document["warnings"] = [
+        *starting_adapter_note(config),
         *_model_warnings(config, decoder, unknown_model, device),
         *_data_warnings(config, document, missing_data, not_tokenised),
         *(_step_warnings(config, document, plan) if plan else []),

@@ -65,6 +65,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     """Do a run, or with `resume` what is left of one, and return how it ended."""
     from files.atomic import RunLock
     from models.config import read_config
+    from train.adapters import with_starting_adapter
     from train.finish import before_training, finish, opening_panel
     from train.folder import beginning, complete, new_run_folder, write_documents
     from train.loop import StepBatches, train
@@ -82,6 +83,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     try:
         source = find_model(config, weights=False)
         decoder = read_config(source.folder)
+        config = with_starting_adapter(config, decoder)
         data = load_data(config, source.folder, decoder)
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything

@@ -139,8 +139,8 @@ class LoraSettings:
     """The adapters (train.method = lora)."""
 
     r: int = _key(8, "rank of the adapters", minimum=1, recommended="8 to 32")
-    lora_alpha: int = _key(
-        32, "scale: the update counts lora_alpha / r", minimum=1, recommended="2 to 4 times r"
+    lora_alpha: int | float = _key(
+        32, "scale: the update counts lora_alpha / r", above=0, recommended="2 to 4 times r"
     )
     lora_dropout: float = _key(0.05, "dropout on the adapter's input", minimum=0, below=1)
     target_modules: str | tuple[str, ...] = _key(
@@ -152,7 +152,11 @@ class LoraSettings:
     bias: str = _key(
         "none", "biases trained beside the adapters", words=("none", "lora_only", "all")
     )
-    init_from: str | None = _key(None, "a PEFT adapter folder to start from; none: B = 0")
+    init_from: str | None = _key(
+        None,
+        "a PEFT adapter folder to go on from, with its r, lora_alpha, target_modules, use_rslora "
+        "and bias (lora_dropout is the run's own); none: B = 0",
+    )
 
 
 @dataclass(frozen=True)
@@ -171,14 +175,25 @@ class DataSettings:
     format: str = _key(
         "text",
         "text: one field; template: prompt and completion templates over columns; "
-        "completion: columns prompt and completion; messages: a chat",
-        words=("text", "template", "completion", "messages"),
+        "completion: columns prompt and completion; messages: a chat; "
+        "instruction: columns instruction, input and output in Alpaca's prompts",
+        words=("text", "template", "completion", "messages", "instruction"),
     )
     text_field: str = _key("text", "the column of data.format = text")
-    prompt_template: str | None = _key(None, "the prompt, with {column} placeholders")
-    completion_template: str | None = _key(None, "the completion, with {column} placeholders")
+    prompt_template: str | None = _key(
+        None,
+        "the prompt, with {column} placeholders; {?column}…{/column} is a part that is left out "
+        "where that column is empty or absent, {{ and }} are braces",
+    )
+    completion_template: str | None = _key(None, "the completion, in the same way")
     system_prompt: str | None = _key(
-        None, "stands first, with a blank line; in messages it is the system turn"
+        None,
+        "stands first, with a blank line; in messages it is the system turn of rows without one",
+    )
+    chat_template: str | None = _key(
+        None,
+        "in place of the tokenizer's own for messages: a file, or the name of one of several that "
+        "the tokenizer has; none: its own, tool_use where the row has tools",
     )
     completion_only: bool | None = _key(
         None, "labels on the completion alone; none: wherever there is a prompt and a completion"
@@ -316,9 +331,15 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is asked to do; `preset` is the name that it started from, if any."""
+    """Everything a run is asked to do.
+
+    `preset` is the name that it started from, if any; `given` holds the keys that the user wrote
+    (in a file, on the command line, in Python), whatever the values: the rest are a preset's or the
+    defaults'.
+    """
 
     preset: str | None = None
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     lora: LoraSettings = LoraSettings()
@@ -353,7 +374,7 @@ class Key:
         parts: list[str] = []
         if bool in self.scalars:
             parts.append("true or false")
-        if int in self.scalars:
+        if int in self.scalars and float not in self.scalars:
             parts.append(f"an integer{self._bounds()}")
         if float in self.scalars:
             parts.append(f"a number{self._bounds()}")

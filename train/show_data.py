@@ -74,7 +74,7 @@ def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, 
         UserError: There is no such data, or a row is not what it must be.
     """
     settings = config.data
-    tokenizer = Tokenizer.load(_tokenizer_folder(config))
+    tokenizer = Tokenizer.load(_tokenizer_folder(config), settings.chat_template)
     form = prompt_format(settings)
     numbered = _rows_of(config, split, form)
     none = True

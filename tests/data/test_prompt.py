@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.prompt import PromptFormat, parse_template
+from data.prompt import Part, PromptFormat, parse_template
 from data.source import Row
 from data.tokenizer import Tokenizer
 from files.errors import UserError
@@ -70,11 +70,11 @@ def test_a_brace_without_its_partner_is_refused(template):
 
 def test_parse_template():
     assert parse_template("{{x}} {y}", "k") == (
-        ("{", False),
-        ("x", False),
-        ("}", False),
-        (" ", False),
-        ("y", True),
+        Part("{", False),
+        Part("x", False),
+        Part("}", False),
+        Part(" ", False),
+        Part("y", True),
     )
 
 

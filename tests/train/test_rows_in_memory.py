@@ -86,6 +86,21 @@ def test_a_list_takes_the_place_of_the_training_data_alone(tmp_path: Path) -> No
     assert with_rows(config, ROWS[1:]).data.train != data.train
 
 
+@pytest.mark.usefixtures("cache")
+def test_what_a_row_never_had_stays_out_of_a_data_set_of_columns() -> None:
+    """A `datasets.Dataset` (known by its features) holds null where another row has a key."""
+
+    class Columns(list):
+        features = "of all rows"
+
+    row = {"messages": [{"role": "user", "content": "a", "tool_calls": None}], "note": None}
+    config = load_config()
+    [found] = read_rows(str(with_rows(config, Columns([row])).data.train))
+    assert found.values == {"messages": [{"role": "user", "content": "a"}], "note": None}
+    [found] = read_rows(str(with_rows(config, [row]).data.train))
+    assert found.values == row
+
+
 def test_a_resume_finds_the_rows_or_says_what_is_missing(
     model_folder: Path, tmp_path: Path, cache: Path
 ) -> None:
