@@ -24,8 +24,9 @@ import numpy as np
 import tokenizers
 
 from data.cache import cache_folder
+from data.locate import Source, open_source
 from data.prompt import PromptFormat
-from data.source import Row, Source, open_source, read_rows
+from data.source import Row, read_rows
 from data.spans import Rendered, Span
 from data.tokenizer import Tokenizer
 from files.atomic import TEMPORARY_PREFIX, sha256_file, write_json
@@ -223,7 +224,7 @@ def cache_root() -> Path:
 
 
 def load_examples(
-    spec: str,
+    spec: str | Sequence[str],
     *,
     split_column: str | None,
     split: str | None,
@@ -236,7 +237,7 @@ def load_examples(
     """Return the examples of a data set; where it is cached, no row is read.
 
     Args:
-        spec: File, folder or `hub:` name, as `data.train` gives it.
+        spec: File, folder, glob or `hub:` name, or a list of them, as `data.train` gives it.
         split_column: Column that names a row's split, or None.
         split: The split to take.
         tokenizer: Text to ids.
@@ -258,7 +259,7 @@ def load_examples(
         rows = read_rows(
             source, fields=prompt_format.columns(), split_column=split_column, split=split
         )
-        _build(rows, spec, tokenizer, prompt_format, max_length, on_overflow, folder)
+        _build(rows, source.spec, tokenizer, prompt_format, max_length, on_overflow, folder)
 
     if cache_root is None:
         return _in_memory(build)
@@ -391,10 +392,10 @@ def _check_settings(
 def _content(source: Source) -> list[list[str]]:
     """Return (what a row may see of a file's name, sha256 of the file) for each file, in order."""
     content = []
-    for path, _ in source.files:
-        seen = path.relative_to(source.tree).as_posix() if source.tree else path.suffix.lower()
+    for file in source.files:
+        seen = file.path.suffix.lower() if file.below is None else file.below
         try:
-            content.append([seen, sha256_file(path)])
+            content.append([seen, sha256_file(file.path)])
         except OSError as error:  # reading the rows will say so, or pass the file over
             content.append([seen, f"unreadable: {error.errno}"])
     return content

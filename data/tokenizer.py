@@ -17,6 +17,7 @@ from typing import Any
 
 import tokenizers
 
+from data.added_tokens import add_declared_tokens, read_declarations
 from data.chat import ChatTemplate, Conversation, Rendering
 from data.chat_templates import (
     TEMPLATE_FILE,
@@ -28,13 +29,13 @@ from data.chat_templates import (
 )
 from data.tokenizer_file import library_errors, load_backend
 from files.errors import UserError
-from files.strict_json import parse_json_object
 
 # The files that decide what a text becomes; other tokenizer files are earlier forms of the same.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     TEMPLATE_FILE,
 )
 # The largest tokenizer.json published has some 35 MB, for a vocabulary of 260,000.
@@ -111,19 +112,16 @@ class Tokenizer:
             raise UserError(_missing_tokenizer(folder))
         where = str(folder / "tokenizer.json")
         backend = load_backend(files["tokenizer.json"], where)
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one rules
-            if name in files:
-                read = parse_json_object(files[name], str(folder / name))
-                settings |= {key: value for key, value in read.items() if value is not None}
-        templates = read_templates(files, settings, folder)
+        declared = read_declarations(files, folder)
+        add_declared_tokens(backend, declared, folder)
+        templates = read_templates(files, declared.settings, folder)
         if chat_template is not None:
             source = overriding(chat_template, templates, str(folder))
             templates = {"default": source}
             # It is preferred to those in tokenizer_config.json, here and in transformers.
             files[TEMPLATE_FILE] = source.encode()
         asked = None if chat_template is None else f"data.chat_template={chat_template}"
-        return cls(backend, settings, templates, files, str(folder), asked)
+        return cls(backend, declared.settings, templates, files, str(folder), asked)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`, after the prefix unless the text already begins with it."""

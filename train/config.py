@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from train.settings import KEYS, SECTIONS, STACK_SPELLINGS, Key, RunConfig
 
 PRESET_FOLDER = Path(__file__).resolve().parent / "presets"
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+_COMMAND_LINE = "on the command line"
+# Texts that become tokens, in which a line break is common.
+_TRAINED_TEXTS = ("data.prompt_template", "data.completion_template", "data.system_prompt")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,7 @@ def load_config(
         for entry in named:
             preset = _agreed_preset(preset, entry)
         layers.append([entry for entry in entries if entry.key != "preset"])
-    layers.append(
-        [_Entry(key, value, "on the command line") for key, value in (overrides or {}).items()]
-    )
+    layers.append([_Entry(key, value, _COMMAND_LINE) for key, value in (overrides or {}).items()])
     shipped = [] if preset is None else _preset_layers(preset)
     given = frozenset(_resolve_in(entry) for layer in layers for entry in layer)
     return _assemble(preset, [*shipped, *layers], given)
@@ -198,6 +201,7 @@ def _checked(key: Key, entry: _Entry) -> Any:
     """Return the entry's value in the key's type, within its range, or raise."""
     value = entry.value
     if isinstance(value, str):
+        _refuse_escapes(key, entry)
         value = _from_text(key, value)
     fault = _fault(key, value)
     if fault:
@@ -213,6 +217,23 @@ def _checked(key: Key, entry: _Entry) -> Any:
     return value
 
 
+def _refuse_escapes(key: Key, entry: _Entry) -> None:
+    """Raise where a bare word for a text that is trained holds an escape, a backslash and an n.
+
+    A shell passes both on as they are, and they would be trained so; who types them means a line.
+    """
+    text = str(entry.value)
+    bare = entry.where == _COMMAND_LINE and text[:1] not in ("'", '"')
+    if key.path in _TRAINED_TEXTS and bare and re.search(r"\\[ntr]", text):
+        meant = re.sub(r"\\([ntr])", lambda match: _ESCAPES[match[1]], text)
+        given, literal = (shlex.quote(_toml_value(value)) for value in (meant, text))
+        raise UserError(
+            f"{entry.where}: {key.path} holds \\n, \\t or \\r, which a bare word leaves as two "
+            f"characters; for a line break or tab give {key.path}={given}, for the two characters "
+            f"{key.path}={literal}"
+        )
+
+
 def _from_text(key: Key, text: str) -> Any:
     """Read a TOML scalar or list, a bare word, an alias, or `none` for a key."""
     if text in ("none", "None", "null") and "none" not in key.rule.words:
@@ -223,16 +244,19 @@ def _from_text(key: Key, text: str) -> Any:
         return text
     if bool in key.scalars and text in ("True", "False"):
         return text == "True"
-    only_text = key.scalars == {str} and key.item is None
+    is_path = key.path in _PATH_KEYS
+    only_text = key.scalars == {str} and (key.item is None or (is_path and text[:1] != "["))
     if only_text and text[:1] not in ("'", '"'):
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # not TOML, too many digits, or nested too deeply
         value = text
+        if key.item is str and re.fullmatch(r"\[[^'\"\[\]]+\]", text):  # [q_proj,v_proj]
+            return [item.strip() for item in text[1:-1].split(",")]
     if only_text and not isinstance(value, str):
         return text
-    if key.item is str and isinstance(value, str) and value != key.default:
+    if not is_path and key.item is str and isinstance(value, str) and value != key.default:
         names = value.split(",")
         # q_proj or q_proj,v_proj are names; anything else is a regular expression.
         if all(re.fullmatch(r"[\w.]+", name) for name in names):
@@ -273,6 +297,8 @@ def _list_fault(key: Key, items: list | tuple) -> str:
         return f"has {len(items)} items"
     for item in items:
         if key.item is str:
+            if isinstance(item, Mapping) and key.path in _PATH_KEYS:
+                return "holds rows, which train.run.run(config, rows=...) takes from Python"
             if not isinstance(item, str) or not item:
                 return f"holds {_shown(item)}"
         elif isinstance(item, bool) or not isinstance(item, int | float):

@@ -6,17 +6,23 @@ Cheap failures come first: files, rows and tokens are checked before a weight is
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.examples import Examples, NoRowsError, cache_root, check_vocabulary, load_examples
+from data.locate import SPLIT_NAMES, has_wildcards
 from data.order import epoch_order
 from data.prompt import PromptFormat
+from data.rows_in_memory import keep_rows
+from data.source import without_absent
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.hub import ModelSource, resolve_model
@@ -98,6 +104,35 @@ def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
     )
 
 
+def with_rows(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+) -> RunConfig:
+    """Return the configuration with rows of memory as its data.
+
+    Args:
+        config: A configuration; what it says of the sets given here no longer counts.
+        rows: Dictionaries to train on; or split (`train`, `valid`, `test`) → dictionaries. A
+            `datasets.Dataset` or `DatasetDict` is such a thing.
+
+    Raises:
+        UserError: A row is no dictionary of what JSON holds, or a split has an unknown name.
+    """
+    sets: dict[str, str] = {}
+    by_split: Mapping[Any, Any] = rows if isinstance(rows, Mapping) else {"train": rows}
+    for name, some in by_split.items():
+        split = SPLIT_NAMES.get(name)
+        if split is None or split in sets:
+            raise UserError(
+                f"rows: '{name}' is {'no split' if split is None else 'a split given twice'}; give "
+                "a list of dictionaries, or a dictionary of such lists with the keys train, valid "
+                "and test"
+            )
+        if hasattr(some, "features"):  # a `datasets.Dataset` is made of columns
+            some = (without_absent(row) for row in some)
+        sets[split] = keep_rows(some, f"rows['{name}']" if by_split is rows else "rows")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **sets))
+
+
 def prompt_format(settings: DataSettings) -> PromptFormat:
     """Return how rows become text, from the `data.*` keys of the same names."""
     names = [field.name for field in dataclasses.fields(PromptFormat)]
@@ -119,13 +154,13 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     settings = config.data
     if settings.train is None:
         raise UserError(
-            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, or "
-            "hub:owner/name"
+            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, a glob, "
+            "hub:owner/name, or a list of these"
         )
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form = prompt_format(settings)
 
-    def load(spec: str, split: str | None) -> Examples:
+    def load(spec: str | Sequence[str], split: str | None) -> Examples:
         examples = load_examples(
             spec,
             split_column=settings.split_column,
@@ -142,7 +177,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             )
         return examples
 
-    def load_other(spec: str | None, split: str) -> Examples | None:
+    def load_other(spec: str | Sequence[str] | None, split: str) -> Examples | None:
         by_column = spec is None and settings.split_column is not None
         spec = settings.train if by_column else spec
         if spec is None:
@@ -278,10 +313,18 @@ def make_trainable(model: CausalLM, config: RunConfig) -> None:
 def with_whole_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths: a run may be resumed from anywhere."""
 
-    def whole(spec: str | None) -> str | None:
-        if spec is None or spec.startswith("hub:") or not os.path.exists(os.path.expanduser(spec)):
-            return spec
-        return os.path.abspath(os.path.expanduser(spec))
+    def whole(path: str | None) -> str | None:
+        if path is None or not os.path.exists(os.path.expanduser(path)):
+            return path
+        return os.path.abspath(os.path.expanduser(path))
+
+    def data(spec: Any) -> Any:
+        if isinstance(spec, tuple):
+            return tuple(data(part) for part in spec)
+        if spec is not None and has_wildcards(spec):
+            # The names of folders above are no wildcards, whatever letters they have.
+            return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(spec))
+        return whole(spec)
 
     template = config.data.chat_template
     # It may be a name, which may be that of a folder here, too.
@@ -293,8 +336,8 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
         data=dataclasses.replace(
             config.data,
             chat_template=whole(template) if is_file else template,
-            train=whole(config.data.train),
-            valid=whole(config.data.valid),
-            test=whole(config.data.test),
+            train=data(config.data.train),
+            valid=data(config.data.valid),
+            test=data(config.data.test),
         ),
     )

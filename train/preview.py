@@ -95,7 +95,10 @@ def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
             return plan_document(config, **rows, not_tokenised=reason or unknown_model, **known)
         return plan_with_data(config, load_data(config, folder, decoder), **known)
     except UserError as error:
-        if not config.data.train.startswith("hub:"):
+        specs = config.data.train
+        if not any(
+            spec.startswith("hub:") for spec in ([specs] if isinstance(specs, str) else specs)
+        ):
             raise
         return plan_document(config, missing_data=str(error), **known)
 
@@ -141,7 +144,7 @@ def _row_counts(config: RunConfig) -> dict[str, Any]:
     data = config.data
     columns = prompt_format(data).columns()
 
-    def count(spec: str | None, split: str) -> int:
+    def count(spec: str | Sequence[str] | None, split: str) -> int:
         if spec is None:
             return 0
         rows = read_rows(spec, fields=columns, split_column=data.split_column, split=split)

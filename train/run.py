@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
 from train.arguments import Arguments, list_presets_text, parse, show_text
@@ -41,12 +41,23 @@ class Outcome:
         )
 
 
-def run(config: RunConfig) -> Path:
+def run(
+    config: RunConfig,
+    rows: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+) -> Path:
     """Do the whole run that `config` describes, and return its folder.
+
+    Args:
+        config: The configuration.
+        rows: Dictionaries to train on, instead of what `data.train` names; or split → dictionaries.
 
     Raises:
         UserError: Something in the configuration, the data or the model is not what it must be.
     """
+    if rows is not None:
+        from train.prepare import with_rows
+
+        config = with_rows(config, rows)
     return execute(config).folder
 
 

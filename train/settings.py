@@ -167,9 +167,12 @@ class LoraSettings:
 class DataSettings:
     """Rows, and how they become tokens and labels."""
 
-    train: str | None = _key(None, "file, folder, or hub:owner/name[:config][:split]")
-    valid: str | None = _key(None, "the same, for evaluation during the run")
-    test: str | None = _key(None, "the same, for one evaluation at the end")
+    train: str | tuple[str, ...] | None = _key(
+        None,
+        "file, folder, glob (data/*.jsonl), or hub:owner/name[:config][:split]; or a list of these",
+    )
+    valid: str | tuple[str, ...] | None = _key(None, "the same, for evaluation during the run")
+    test: str | tuple[str, ...] | None = _key(None, "the same, for one evaluation at the end")
     split_column: str | None = _key(
         None, "data.train holds all rows; this column says train, valid (validation) or test"
     )

@@ -153,13 +153,15 @@ def _held_out(config: RunConfig) -> set[int] | None:
     return set() if data.valid is None else set(data.valid.rows.tolist())
 
 
-def _training_data(settings: DataSettings) -> str:
+def _training_data(settings: DataSettings) -> str | tuple[str, ...]:
     if settings.train is None:
         raise UserError("data.train is not set: give the rows to show, as data.train=FILE")
     return settings.train
 
 
-def _read(settings: DataSettings, spec: str, split: str, form: PromptFormat) -> Iterator[Row]:
+def _read(
+    settings: DataSettings, spec: str | tuple[str, ...], split: str, form: PromptFormat
+) -> Iterator[Row]:
     return read_rows(spec, fields=form.columns(), split_column=settings.split_column, split=split)
 
 

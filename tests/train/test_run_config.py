@@ -1,6 +1,8 @@
 """Keys, values, layers, files and presets of a configuration."""
 
 import dataclasses
+import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -198,7 +200,17 @@ def test_the_later_of_steps_and_per_epoch_rules(section: str, tmp_path: Path) ->
         ("run_name", "42", "42"),
         ("run_name", "true", "true"),
         ("prompt_template", '"Q: {q}\\n"', "Q: {q}\n"),
-        ("prompt_template", "Q: {q}\\n", "Q: {q}\\n"),
+        ("prompt_template", "Q: {q}\n", "Q: {q}\n"),
+        ("prompt_template", r'"Q: \\nabla"', r"Q: \nabla"),
+        ("data.train", "a b.jsonl", "a b.jsonl"),
+        ("data.train", "5", "5"),
+        ("data.train", "data/*.jsonl", "data/*.jsonl"),
+        ("data.train", "[a-c]*.jsonl", "[a-c]*.jsonl"),
+        ("data.train", "a.jsonl,b.jsonl", "a.jsonl,b.jsonl"),
+        ("data.train", '["a.jsonl", "hub:b/c"]', ("a.jsonl", "hub:b/c")),
+        ("data.train", "[a.jsonl, b/*.jsonl]", ("a.jsonl", "b/*.jsonl")),
+        ("data.valid", ["a.jsonl", "b.jsonl"], ("a.jsonl", "b.jsonl")),
+        ("target_modules", "[q_proj,v_proj]", ("q_proj", "v_proj")),
         ("system_prompt", "a = b", "a = b"),
         ("completion_only", "none", None),
         ("micro_batch_tokens", "auto", "auto"),
@@ -209,6 +221,28 @@ def test_values_as_they_are_typed(key: str, text: str, value: object) -> None:
     found = value_of(resolve_key(key), **{key: text})
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("key", ["prompt_template", "data.completion_template", "system_prompt"])
+def test_an_escape_that_the_shell_left_alone_is_refused_with_what_to_type(key: str) -> None:
+    """In single quotes a shell leaves a backslash and an n, which nobody wants to train."""
+    typed = r"Say 'x':\n\tA"
+    with pytest.raises(UserError) as raised:
+        load_config(overrides={key: typed})
+    sentence = str(raised.value)
+    remedy, literal = re.findall(r"(?<= )data\.\w+=(.*?)(?=, for the two|$)", sentence)
+    full = resolve_key(key)
+    [remedy] = shlex.split(remedy)
+    assert value_of(full, **{key: remedy}) == "Say 'x':\n\tA"
+    [literal] = shlex.split(literal)
+    assert value_of(full, **{key: literal}) == typed
+
+
+def test_an_escape_of_a_file_or_of_another_key_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("data.prompt_template = 'a\\nb'\n")
+    assert load_config(file=file).data.prompt_template == r"a\nb"
+    assert value_of("train.run_name", **{"train.run_name": r"a\nb"}) == r"a\nb"
 
 
 def test_python_values_need_no_text() -> None:
@@ -550,7 +584,7 @@ def test_the_demo_lies_with_the_package_wherever_it_is_called(
     monkeypatch.chdir(tmp_path)
     config = load_config("demo")
     for path in (config.model.path, config.data.train, config.data.valid, config.data.test):
-        assert path is not None
+        assert isinstance(path, str)
         assert Path(path).is_relative_to(PACKAGE_ROOT / "data" / "demo")
 
 
