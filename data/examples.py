@@ -715,8 +715,6 @@ class _EncodedRow:
         if self.encoding is None:
             return self.prompt if place else 0
         text, count = self.rendered.text, len(self.ids)
-        if place == len(text):  # also what a normaliser has put behind it
-            return count
         before = bisect_right(range(count), place, key=lambda index: self._place(index)[1])
         if before < count:
             start, stop = self._place(before)

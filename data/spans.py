@@ -402,8 +402,7 @@ def _check_traces(chat: Chat, whole: Rendering) -> None:
         UserError: A turn with a content, or a tool, has left no trace in the text.
     """
     remedy = (
-        "use a chat template that writes it (chat_template.jinja beside tokenizer.json), or take "
-        "it out of the row"
+        "use a chat template that writes it (data.chat_template=FILE), or take it out of the row"
     )
     for turn, message in enumerate(chat.messages):
         place = whole.turns[turn] if whole.turns else None
@@ -420,8 +419,8 @@ def _check_traces(chat: Chat, whole: Rendering) -> None:
         name = f"the tool '{(missing or names)[0]}'" if names else "the column 'tools'"
         raise UserError(
             f"{chat.where}: {name} leaves no trace in what the chat template makes of the row, and "
-            "its answers would be trained without it; use a chat template that writes tools, or "
-            "leave the column 'tools' out"
+            "its answers would be trained without it; use a template that writes tools "
+            "(data.chat_template=FILE), or leave the column 'tools' out"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chats import CHATML, DEEPSEEK, GATHERED, LLAMA2, MISTRAL, QWEN3, STARCODER2, write_tokenizer
+from shown import shown
 
 from data.examples import Examples, tokenise
 from data.prompt import PromptFormat
@@ -17,8 +18,8 @@ from data.source import Row
 from data.spans import holds
 from data.tokenizer import Tokenizer
 from files.errors import UserError
-from tests.shown import shown
 from train.samples import choose_samples
+from train.show_data import main
 
 END = "<|im_end|>"
 MESSAGES = "data.format=messages"
@@ -116,10 +117,15 @@ def test_the_system_turn_may_move(tmp_path: Path) -> None:
     assert one["text"].endswith("[INST] S\n\nQ3[/INST] A3</s>")
 
 
-def test_turns_that_cannot_be_found_are_counted(tmp_path: Path) -> None:
+def test_turns_that_cannot_be_found_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one = row(tmp_path, SILENT, {"messages": THOUGHT})
     assert one["trained"] == [f"<think>\nso\n</think>\n\nA2{END}"]
     assert (one["assistant_turns"], one["untrained_turns"]) == (2, 1)
+    model = tmp_path / "model"
+    assert main([f"data.train={tmp_path / 'rows.jsonl'}", f"model.path={model}", MESSAGES]) == 0
+    assert "targets, 1 of 2 assistant turns untrained\n" in capsys.readouterr().out
     counts = examples(tmp_path, SILENT, THOUGHT, turns("Q", "A"), THOUGHT[:3]).counts
     assert (counts.assistant_turns, counts.untrained_turns) == (4, 2)
 
@@ -203,6 +209,12 @@ def test_after_an_answer_that_is_left_out_no_eos_is_due(
     one = row(tmp_path, template, {"messages": messages}, f"data.completion_only={completion_only}")
     assert "A1<|end|>\n" in one["trained"][0] and END not in "".join(one["trained"])
     assert one["text"].endswith("wrong<|end|>\n") and one["labels"][-1] == -100
+
+
+def test_a_system_turn_that_is_added_moves_no_weight(tmp_path: Path) -> None:
+    messages = turns("Q1", "wrong", "Q2", "right")
+    messages[1]["weight"] = 0
+    assert trained(tmp_path, CHATML, messages, "data.system_prompt=S") == [f"right{END}"]
 
 
 def test_weights_in_a_completion(tmp_path: Path) -> None:
@@ -309,6 +321,15 @@ def test_marked_blocks_are_trained_as_they_are(tmp_path: Path) -> None:
     messages[1]["weight"] = 0
     assert trained(tmp_path, with_break, messages) == [f"A2{END}\n"]
     assert trained(tmp_path, with_break, messages[:1] + turns("", "A2")[1:]) == [f"A2{END}\n"]
+
+
+def test_a_block_outside_of_a_loop_tells_nothing(tmp_path: Path) -> None:
+    template = (
+        "Q{{ messages[0].content }}A{% if messages | length > 1 %}"
+        "{% generation %}{{ messages[1].content }}{% endgeneration %}{% endif %}"
+    )
+    one = row(tmp_path, template, {"messages": turns("1", "2")})
+    assert one["trained"] == [f"2{END}"] and one["untrained_turns"] == 0
 
 
 def test_answers_that_a_template_does_not_mark_are_counted(tmp_path: Path) -> None:

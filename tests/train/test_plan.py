@@ -480,6 +480,18 @@ def test_data_rules_over_the_claim() -> None:
     assert "no data was read" not in text
 
 
+def test_untrained_turns_are_told_from_those_that_rows_leave_out() -> None:
+    def warnings(**counts: int) -> str:
+        config = load_config("llama2-7b")
+        counts = {"rows": 4, "assistant_turns": 1200, **counts}
+        document = plan_document(config, num_examples=4, lengths=[10] * 4, counts=counts)
+        return "\n".join(document["warnings"])
+
+    assert "3 of 1,200 assistant turns are untrained" in warnings(untrained_turns=3)
+    assert "2 of 1,200 assistant turns are kept out of the loss" in warnings(left_out_turns=2)
+    assert "assistant turns" not in warnings(untrained_turns=0, left_out_turns=0)
+
+
 def test_warnings_name_what_a_reader_would_object_to() -> None:
     config = load_config("starcoder2-15b")
     document = plan_document(config, world_size=6, missing_data="the hub is away")
