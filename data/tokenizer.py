@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from data.chat import ChatTemplate, Conversation
+from data.chat import ChatTemplate, Conversation, Rendering
 from data.chat_templates import (
     TEMPLATE_FILE,
     chosen_name,
@@ -150,6 +150,15 @@ class Tokenizer:
             batch = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in batch]
         return batch
 
+    def encode_chats(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return the tokens of texts that a chat template made, each with its place in the text.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text.
+        """
+        with library_errors(f"{self._where}: the tokenizer failed on a text"):
+            return self._backend.encode_batch(list(texts), add_special_tokens=False)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`.
 
@@ -188,12 +197,12 @@ class Tokenizer:
                 long or too much memory.
         """
         prefix = (len(messages), add_generation_prompt)
-        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0]
+        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0].text
 
     def render_chats(
         self, conversations: Sequence[Conversation], *, date: datetime.datetime | None = None
-    ) -> list[list[str]]:
-        """Return the text of each prefix of each conversation, as `render_chat` would.
+    ) -> list[list[Rendering]]:
+        """Return the rendering of each prefix of each conversation, as `render_chat` would.
 
         Raises:
             UserError: As `render_chat`; the message begins with the conversation's place.
@@ -201,13 +210,13 @@ class Tokenizer:
         chosen = [
             chosen_name(self.chat_templates, bool(c.tools), self._where) for c in conversations
         ]
-        rendered: list[list[str]] = [[]] * len(chosen)
+        rendered: list[list[Rendering]] = [[]] * len(chosen)
         for name in dict.fromkeys(chosen):
             places = [place for place, other in enumerate(chosen) if other == name]
             asked = [self._for_template(conversations[place], name) for place in places]
-            texts = self._templates[name].render(asked, date)
-            for place, text in zip(places, texts, strict=True):
-                rendered[place] = text
+            renderings = self._templates[name].render(asked, date)
+            for place, rendering in zip(places, renderings, strict=True):
+                rendered[place] = rendering
         return rendered
 
     def save(self, folder: str | Path) -> None:

@@ -389,6 +389,17 @@ def _data_warnings(
         share = counts.get(name)
         if share and rows:
             found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
+    turns = counts.get("assistant_turns")
+    for name, what in (
+        (
+            "untrained_turns",
+            "untrained: the chat template leaves nothing of them in the text (train.show_data "
+            "shows what it leaves)",
+        ),
+        ("left_out_turns", "kept out of the loss by their rows (weight 0, or train false)"),
+    ):
+        if turns and counts.get(name):
+            found.append(f"{counts[name]:,} of {turns:,} assistant turns are {what}")
     valid = counts.get("valid_examples")
     if from_data and not valid and config.eval.early_stopping_patience is not None:
         found.append("early stopping needs a valid set: give data.valid or data.valid_fraction")
