@@ -2082,6 +2082,7 @@ def _python_environment(copy: Path) -> dict[str, str]:
         # A mutated file may have the size and the second of the one before it.
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
+        "COLUMNS": "1000",  # else pytest cuts off what a test failed with
         "TMPDIR": str(copy.parent),
     }
 
