@@ -329,7 +329,9 @@ EMBEDDING = "model.embed_tokens.weight"
 BAD_INPUT: dict[str, tuple[Change, str]] = {
     "preset": (lambda m, r: ["--preset", "startcoder2-3b"], "did you mean 'starcoder2-3b'"),
     "key": (lambda m, r: ["optimizer.learning_rat=1"], "did you mean 'optimizer.learning_rate'"),
-    "the stack's key": (lambda m, r: ["lora_r=8"], "lora.r"),
+    "the stack's key": (lambda m, r: ["batch_size=8"], "train.effective_batch_size"),
+    "the stack's value": (lambda m, r: ["bf16=auto"], "train.precision"),
+    "what is not supported": (lambda m, r: ["load_in_4bit=true"], "not quantised"),
     "value": (lambda m, r: ["optimizer.name=adamm"], "did you mean 'adamw'"),
     "range": (lambda m, r: ["lora.lora_dropout=1.5"], "lora.lora_dropout"),
     "missing file": (lambda m, r: ["data.train=nowhere.jsonl"], "nowhere.jsonl"),
