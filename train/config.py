@@ -130,11 +130,12 @@ def load_config(
         UserError: an unknown preset, key or value, a file that cannot be read, or settings that
             contradict each other.
     """
-    given = {} if overrides is None else overrides
-    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+    asked = {} if overrides is None else overrides
+    if not isinstance(asked, Mapping) or not all(isinstance(key, str) for key in asked):
         raise UserError(
-            f"load_config(overrides={given!r:.60}): overrides is a dictionary of key → value, such "
-            'as {"lora.r": 16, "train.max_steps": 100}'
+            f"load_config: overrides is a dictionary of key → value, such as "
+            f'{{"lora.r": 16, "train.max_steps": 100}}, and no {type(asked).__name__}'
+            f"{' of other keys' if isinstance(asked, Mapping) else ''}"
         )
     layers: list[list[_Entry]] = []
     if file is not None:
@@ -143,10 +144,12 @@ def load_config(
         for entry in named:
             preset = _agreed_preset(preset, entry)
         layers.append([entry for entry in entries if entry.key != "preset"])
-    if preset is not None:
-        layers[:0] = _preset_layers(preset)
-    layers.append([_Entry(key, value, "on the command line") for key, value in given.items()])
-    config, taken = _assemble(preset, layers)
+    taken: list[str] = []
+    layers.append([_Entry(key, value, "on the command line") for key, value in asked.items()])
+    layers = [list(_translated(layer, taken)) for layer in layers]
+    shipped = [] if preset is None else _preset_layers(preset)
+    given = frozenset(_resolve_in(entry) for layer in layers for entry in layer)
+    config = _assemble(preset, [*shipped, *layers], given)
     if taken:
         print(f"note: taken {', '.join(taken)}", file=sys.stderr)
     return config
@@ -169,26 +172,32 @@ def _agreed_preset(preset: str | None, entry: _Entry) -> str | None:
     return preset or name
 
 
-def _assemble(preset: str | None, layers: Iterable[list[_Entry]]) -> tuple[RunConfig, list[str]]:
-    """Return the configuration, and in words what was taken under a name of the stack's."""
+def _assemble(
+    preset: str | None, layers: Iterable[list[_Entry]], given: frozenset[str]
+) -> RunConfig:
+    """Lay the layers over the defaults; `given` are the keys of those that the user wrote."""
     values = {path: key.default for path, key in KEYS.items()}
-    taken: list[str] = []
-    for layer in layers:
-        given: dict[str, _Entry] = {}
-        for entry in _translated(layer, taken):
+    places: dict[str, tuple[int, str]] = {}
+    for number, layer in enumerate(layers):
+        written: dict[str, _Entry] = {}
+        for entry in layer:
             path = _resolve_in(entry)
             value = _checked(KEYS[path], entry)
-            _refuse_contradiction(path, given.get(path), entry, values[path] == value)
+            _refuse_contradiction(path, written.get(path), entry, values[path] == value)
             values[path] = value
-            given[path] = entry
-        _settle_cadences(values, given)
+            written[path] = entry
+            places[path] = (number, entry.where)
+        _settle_cadences(values, written)
     sections = {
         section: settings(**{key.name: values[key.path] for key in _keys_of(section)})
         for section, settings in SECTIONS.items()
     }
-    config = RunConfig(preset=preset, **sections)
-    _check_together(config)
-    return config, taken
+    config = RunConfig(preset=preset, given=given, **sections)
+    for keys, fault in _contradictions(config):
+        # Defaults agree with each other: what was written last made the contradiction.
+        _, where = max((places[key] for key in keys if key in places), key=lambda place: place[0])
+        raise UserError(f"{where}: {fault}")
+    return config
 
 
 def _translated(layer: Sequence[_Entry], taken: list[str]) -> Iterator[_Entry]:
@@ -217,12 +226,7 @@ def _translated(layer: Sequence[_Entry], taken: list[str]) -> Iterator[_Entry]:
 
 
 def _plainly(value: object) -> str:
-    """Return a value as it is typed on the command line, what is nested as dots."""
-    nested = isinstance(value, dict) or (
-        isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
-    )
-    if nested:
-        return "…"
+    """Return a value as it is typed on the command line."""
     return value if isinstance(value, str) and value.isprintable() else _shown(value)
 
 
@@ -365,7 +369,10 @@ def _shown(value: object) -> str:
     if isinstance(value, int) and _is_too_long(value):
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value[:10]))}{', …' if len(value) > 10 else ''}]"
+        items = ["a list" if isinstance(item, list) else _shown(item) for item in value[:10]]
+        return f"[{', '.join(items)}{', …' if len(value) > 10 else ''}]"
+    if isinstance(value, dict):
+        return "a table"
     text = "none" if value is None else _toml_value(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -382,45 +389,47 @@ def _out_of_range(key: Key, value: float) -> str:
     return "" if inside else "is out of range"
 
 
-def _check_together(config: RunConfig) -> None:
-    """Refuse settings that contradict each other.
-
-    Raises:
-        UserError: naming both keys and the way out.
-    """
+def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the keys of settings that contradict each other, with the sentence and the way out."""
     data, evaluation = config.data, config.eval
     if data.completion_only and data.format == "text":
-        raise UserError(
+        yield (
+            ("data.completion_only", "data.format"),
             "data.completion_only=true needs a prompt and a completion, and data.format=text has "
-            "neither; use data.format=template, completion or messages, or completion_only=none"
+            "neither; use data.format=template, completion or messages, or completion_only=none",
         )
     if data.format == "template" and data.completion_template is None:
-        raise UserError(
+        yield (
+            ("data.format", "data.completion_template"),
             "data.format=template needs data.completion_template (and usually "
-            "data.prompt_template), such as 'data.completion_template={solution}'"
+            "data.prompt_template), such as 'data.completion_template={solution}'",
         )
     if data.split_column is not None and (data.valid is not None or data.test is not None):
         other = "data.valid" if data.valid is not None else "data.test"
-        raise UserError(
+        yield (
+            ("data.split_column", other),
             f"data.split_column={data.split_column} takes the valid and test rows from data.train, "
-            f"but {other} is set too; unset one of them (data.split_column=none)"
+            f"but {other} is set too; unset one of them (data.split_column=none)",
         )
     if data.group_by_length and not data.shuffle:
-        raise UserError(
+        yield (
+            ("data.group_by_length", "data.shuffle"),
             "data.group_by_length=true shuffles in groups of like length, which data.shuffle=false "
-            "forbids; give one of them"
+            "forbids; give one of them",
         )
     if evaluation.early_stopping_patience is not None and (
         evaluation.steps is None and evaluation.per_epoch is None
     ):
-        raise UserError(
+        yield (
+            ("eval.early_stopping_patience", "eval.steps", "eval.per_epoch"),
             "eval.early_stopping_patience counts evaluations, and none is asked for before the "
-            "end; set eval.steps or eval.per_epoch"
+            "end; set eval.steps or eval.per_epoch",
         )
     if config.train.method == "full" and config.lora.init_from is not None:
-        raise UserError(
+        yield (
+            ("lora.init_from", "train.method"),
             "lora.init_from starts from an adapter, and train.method=full trains none; "
-            "use train.method=lora or lora.init_from=none"
+            "use train.method=lora or lora.init_from=none",
         )
 
 
@@ -464,8 +473,8 @@ def _read_layer(path: Path, skip: Iterable[str] = ()) -> list[_Entry]:
             raise UserError(f"{where}: '{name}' is not supported: {sentence}")
         else:
             raise UserError(
-                f"{where}: unknown section [{name}]{did_you_mean(name, SECTIONS)} "
-                f"The sections are {', '.join(SECTIONS)}"
+                f"{where}: unknown section [{name}]; the sections are {', '.join(SECTIONS)}"
+                f"{did_you_mean(name, SECTIONS)}"
             )
     return entries
 
@@ -562,8 +571,9 @@ def _claim(path: Path, values: Any) -> Claim:
     try:
         return Claim(**values)
     except TypeError:
+        given = list(values) if isinstance(values, dict) else values
         names = ", ".join(field.name for field in dataclasses.fields(Claim))
-        raise UserError(f"{path}: not a claim: {_shown(values)}; its keys are {names}") from None
+        raise UserError(f"{path}: not a claim: {_shown(given)}; its keys are {names}") from None
 
 
 def flat(config: RunConfig) -> dict[str, Any]:

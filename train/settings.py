@@ -313,9 +313,15 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is asked to do; `preset` is the name that it started from, if any."""
+    """Everything a run is asked to do.
+
+    `preset` is the name that it started from, if any; `given` holds the keys that the user wrote
+    (in a file, on the command line, in Python), whatever the values: the rest are a preset's or the
+    defaults'.
+    """
 
     preset: str | None = None
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     lora: LoraSettings = LoraSettings()

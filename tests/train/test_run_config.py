@@ -360,6 +360,47 @@ def test_contradictions_are_refused(overrides: dict, words: list[str]) -> None:
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[data]\nformat = 'text'\ncompletion_only = true\n", 3),
+        ("data.completion_only = true\n", 1),
+        ("[data]\nmax_length = 64\nformat = 'template'\n", 3),
+        ("[data]\nsplit_column = 'split'\nvalid = 'v.jsonl'\n", 2),
+        ("[data]\nshuffle = false\ngroup_by_length = true\n", 3),
+        ("[eval]\n\nearly_stopping_patience = 2\n", 3),
+        ("[train]\nmethod = 'full'\n[lora]\ninit_from = 'adapter'\n", 4),
+    ],
+)
+def test_a_contradiction_names_the_file_and_line_that_made_it(
+    text: str, line: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"^{file}:{line}: "):
+        load_config(file=file)
+
+
+def test_a_contradiction_between_layers_names_the_later_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[data]\ngroup_by_length = true\n")
+    with pytest.raises(UserError, match=r"^on the command line: data.group_by_length"):
+        load_config(file=file, overrides={"shuffle": "false"})
+    file.write_text("preset = 'codellama-7b'\n[data]\nshuffle = false\n")
+    with pytest.raises(UserError, match=rf"^{file}:3: data.group_by_length"):
+        load_config(file=file)
+
+
+def test_the_keys_that_the_user_wrote_are_known(tmp_path: Path) -> None:
+    assert load_config("llama2-7b").given == frozenset()
+    file = tmp_path / "mine.toml"
+    file.write_text("preset = 'llama2-7b'\n[lora]\nr = 8\n")
+    config = load_config(file=file, overrides={"max_length": 64})
+    assert config.given == {"lora.r", "data.max_length"}
+    # It is no setting: two configurations that ask for the same are equal.
+    assert config == load_config("llama2-7b", overrides={"max_length": 64})
+
+
 # --- files ---
 
 
@@ -408,6 +449,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ("optimizer.betas = [0x" + "f" * 500 + ", 1]", "an integer of 2000 bits, which is out of"),
         ("train.max_steps = " + "[" * 20_000, "nested too deeply"),
         ("train.seed = 1979-99-27", "not valid TOML"),
+        ("train.seed = 1979-05-27", "train.seed = datetime.date(1979, 5, 27) is of the wrong type"),
+        ("train.seed = inf", "train.seed = inf is of the wrong type"),
+        ("train.seed = {a = 0x" + "f" * 5000 + "}", "train.seed = a table is of the"),
+        ("lora.r = [{a = 0x" + "f" * 5000 + "}]", "lora.r = [a table] is of the wrong"),
+        ("lora.r = [[0x" + "f" * 5000 + "]]", "lora.r = [a list] is of the wrong type"),
+        ("train.seed." + "a." * 400 + "a = 1", "train.seed = a table"),
+        ("preset = 0x" + "f" * 5000, "not an integer of 20000 bits"),
+        ("preset = [{a = 0x" + "f" * 5000 + "}]", "not [a table]"),
         ("preset = 'no'", "mine.toml:1: unknown preset 'no'"),
     ],
 )
@@ -420,7 +469,18 @@ def test_values_that_pythons_reader_chokes_on(text: str, words: str, tmp_path: P
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "[" * 20_000 + "]" * 20_000, "0x" + "f" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 5000,
+        "[" * 20_000 + "]" * 20_000,
+        "0x" + "f" * 5000,
+        "{a = 0x" + "f" * 5000 + "}",
+        "[[0x" + "f" * 5000 + "]]",
+        "1979-05-27",
+        "nan",
+    ],
+)
 def test_such_values_on_the_command_line(text: str) -> None:
     for key in ("train.max_steps", "optimizer.learning_rate", "optimizer.betas"):
         assert f"on the command line: {key} = " in error_of({key: text})
@@ -435,6 +495,11 @@ def test_presets_that_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "a.toml").write_text("[[claims]]\nstatment = 'x'")
     with pytest.raises(UserError, match=r"a\.toml: not a claim: .* its keys are statement, where"):
         read_preset("a")
+    huge = "0x" + "f" * 5000
+    for text in (f"claims = [{{value = {huge}}}]", f"claims = [[[{huge}]]]", f"claims = [{huge}]"):
+        (tmp_path / "a.toml").write_text(text)
+        with pytest.raises(UserError, match=r"a\.toml: not a claim: "):
+            read_preset("a")
 
 
 def test_a_file_and_the_command_line_must_agree_on_the_preset(tmp_path: Path) -> None:
