@@ -55,8 +55,8 @@ def opening_panel(session: Session) -> None:
             ),
             (
                 "step",
-                f"{plan.effective_batch_size} examples, in micro-batches of "
-                f"{plan.micro_batch_size}, {config.data.batching}",
+                f"{plan.effective_batch_size} examples, in {plan.micro_batch_text}, "
+                f"{config.data.batching}",
             ),
             (
                 "run",

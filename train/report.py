@@ -19,11 +19,12 @@ from files.atomic import write_text
 from files.errors import UserError
 from files.strict_json import read_json_object
 from train.command import run_command
-from train.console import format_bytes, format_duration, format_list, format_loss
+from train.console import format_duration, format_list, format_loss
 from train.metrics import METRICS_FILE, Row, read_metrics
 from train.plots import draw_plots
 from train.schedule import learning_rate_factor
 from train.spikes import DEVIATIONS, WINDOW
+from train.units import size_text
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
@@ -482,7 +483,7 @@ def _plan_against_actual(record: Record) -> str:
     for name in ("trainable_parameters", "total_parameters"):
         compare(name.replace("_", " "), plan.get(name), status.get(name))
     memory = (plan.get("memory") or {}).get("total")
-    compare("peak memory", memory, status.get("peak_memory_bytes"), format_bytes)
+    compare("peak memory", memory, status.get("peak_memory_bytes"), size_text)
     text = "## Plan against actual\n\n" + _table(("", "planned", "actual"), rows, "lrr")
     examples, batch, per_epoch = (
         plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")
@@ -561,7 +562,7 @@ def _speed(record: Record) -> str:
     if evaluating:
         rows.append(("time in evaluation", format_duration(evaluating)))
     if peak := record.status.get("peak_memory_bytes"):
-        rows.append(("peak memory", format_bytes(peak)))
+        rows.append(("peak memory", size_text(peak)))
     return "## Speed and memory\n\n" + _table(("", ""), rows)
 
 

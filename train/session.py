@@ -29,6 +29,7 @@ from train.background import BackgroundWriter
 from train.checkpoint import Checkpoints, TrainState, room_on_disk
 from train.config import flat
 from train.console import Console
+from train.decide import available_memory
 from train.early_stopping import EarlyStopping
 from train.evaluate import EvalResult, evaluate
 from train.folder import (
@@ -40,7 +41,6 @@ from train.folder import (
     trained_tensors,
     write_trained,
 )
-from train.ledger import available_memory
 from train.memory import is_out_of_memory
 from train.metrics import Metrics
 from train.optimizers import build_optimizer
