@@ -141,6 +141,20 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     return SEPARATOR.join(parts)
 
 
+def redrawn_text(earlier: Mapping[str, Any], total_steps: int) -> str:
+    """Return what a resume that changed the length of a run did to its learning rate.
+
+    Args:
+        earlier: One of the `earlier_schedules` of plan.json.
+        total_steps: The length that came after it.
+    """
+    return (
+        f"the schedule is redrawn from step {earlier['until'] + 1:,} on, for {total_steps:,} steps "
+        f"instead of {earlier['total_steps']:,}: the learning rate of that step is "
+        f"{earlier['learning_rate_after']:.3g} instead of {earlier['learning_rate_before']:.3g}"
+    )
+
+
 class Console:
     """The voice of one run.
 

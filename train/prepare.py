@@ -136,12 +136,22 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
-    if valid is None and config.eval.early_stopping_patience is not None:
+    if valid is None:
+        refuse_without_valid(config)
+    return Data(tokenizer, form, train, valid, test)
+
+
+def refuse_without_valid(config: RunConfig) -> None:
+    """Refuse what a run without a valid set cannot do.
+
+    Raises:
+        UserError: It is asked to stop early.
+    """
+    if config.eval.early_stopping_patience is not None:
         raise UserError(
             "eval.early_stopping_patience needs a valid set: give data.valid, data.split_column or "
             "data.valid_fraction, or unset it (eval.early_stopping_patience=none)"
         )
-    return Data(tokenizer, form, train, valid, test)
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:

@@ -70,14 +70,26 @@ def plan_with_data(
 
 
 def complete(
-    config: RunConfig, data: Data, decoder: DecoderConfig, machine: Machine
+    config: RunConfig,
+    data: Data,
+    decoder: DecoderConfig,
+    machine: Machine,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Return the completed configuration of a run, and the plan's document.
 
     Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
     resume) stays.
+
+    Args:
+        config: What is asked, decided for the machine.
+        data: The rows.
+        decoder: The architecture.
+        machine: Where the run computes.
+        earlier: The schedules of a resumed run's steps so far (`Resume.earlier_schedules`).
     """
     document = plan_with_data(config, data, decoder, machine=machine)
+    document["earlier_schedules"] = list(earlier)
     checkpointing = document["gradient_checkpointing"]
     config = dataclasses.replace(
         config,
@@ -144,7 +156,7 @@ def _tokenizer_folder(config: RunConfig) -> tuple[Path | None, str]:
 def _row_counts(config: RunConfig) -> dict[str, Any]:
     """Count the rows of each set, where they cannot be tokenised."""
     from data.source import read_rows
-    from train.prepare import prompt_format
+    from train.prepare import prompt_format, refuse_without_valid
 
     data = config.data
     columns = prompt_format(data).columns()
@@ -161,6 +173,8 @@ def _row_counts(config: RunConfig) -> dict[str, Any]:
     if not valid and data.valid_fraction:
         valid = math.ceil(train * data.valid_fraction)
         train -= valid
+    if not valid:
+        refuse_without_valid(config)
     return {
         "num_examples": train,
         "num_valid": valid,
@@ -273,6 +287,7 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
             "eval_steps": list(plan.eval_steps),
             "save_steps": list(plan.save_steps),
             "learning_rates": {str(step): plan.learning_rate(step) for step in plan.eval_steps},
+            "earlier_schedules": [],
         }
     total = config.train.max_steps
     warmup = config.schedule.warmup_steps if total is None else warmup_of(config, total)
@@ -283,6 +298,7 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
         "eval_steps": None,
         "save_steps": None,
         "learning_rates": None,
+        "earlier_schedules": [],
     }
 
 
@@ -415,8 +431,6 @@ def _data_warnings(
         if share and rows:
             found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
     valid = counts.get("valid_examples")
-    if from_data and not valid and config.eval.early_stopping_patience is not None:
-        found.append("early stopping needs a valid set: give data.valid or data.valid_fraction")
     if from_data and not valid and config.checkpoint.load_best_at_end:
         found.append(
             "checkpoint.load_best_at_end has no valid set to choose by: final/ will be the last "
@@ -504,11 +518,11 @@ def _head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         batch += f", in micro-batches of at most {document['micro_batch_tokens']:,} tokens"
     if document["world_size"] > 1:
         batch += " a rank"
+    precision = document["precision"]
+    if precision == "auto":
+        precision = "precision auto (counted as bf16)"
     return [
-        (
-            "model",
-            f"{document['model'] or 'unknown'}, {document['method']}, {document['precision']}",
-        ),
+        ("model", f"{document['model'] or 'unknown'}, {document['method']}, {precision}"),
         ("examples", ", ".join([examples, *held])),
         ("batch", batch),
     ]

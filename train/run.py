@@ -95,7 +95,8 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     folder = resume.folder if resume else new_run_folder(config)
     with RunLock(folder), Signals() as signals:
         with beginning(folder, new=resume is None):
-            config, document = complete(config, data, decoder, machine)
+            earlier = resume.earlier_schedules(plan) if resume else []
+            config, document = complete(config, data, decoder, machine, earlier)
             if resume is None:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device)

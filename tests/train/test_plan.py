@@ -545,6 +545,43 @@ def test_rendered_plan_checks_the_claims() -> None:
     assert "✗ optimizer states ~12 GB → 0.295" in text
 
 
+def test_memory_is_that_of_a_rank_and_without_a_device_both_figures_are_shown() -> None:
+    config = load_config("llama2-7b")
+    architecture = find_decoder_config(config)[0]
+    assert architecture is not None
+    unknown = plan_document(config, decoder=architecture)
+    assert unknown["gradient_checkpointing"] is None
+    recomputing = memory_ledger(config, architecture, precision="fp16", gradient_checkpointing=True)
+    assert unknown["memory_recomputing"] == recomputing
+    assert unknown["memory"]["total"] > recomputing["total"]
+    text = render_plan(unknown)
+    for total in (unknown["memory"]["total"], recomputing["total"]):
+        assert size_text(total) in text
+    assert "without recomputing" in text
+    assert "not decided (auto: no device is known yet)" in text
+    assert "a rank" not in text
+    known = plan_document(config, decoder=architecture, machine=Machine("cuda", 2**40))
+    assert (known["gradient_checkpointing"], known["memory_recomputing"]) == (False, None)
+    assert "memory a rank" in render_plan(plan_document(config, decoder=architecture, world_size=4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "in 8 micro-batches of 8"),
+        ({"gradient_accumulation_steps": 1}, "in 1 micro-batch of 8"),
+        ({"micro_batch_tokens": 4096}, "in micro-batches of at most 4,096 tokens"),
+        ({"micro_batch_tokens": "auto"}, "in micro-batches of at most 8,192 tokens"),
+    ],
+)
+def test_the_plan_says_how_a_step_is_cut(keys: dict[str, object], words: str) -> None:
+    document = plan_document(load_config(overrides=keys), num_examples=100)
+    assert words in render_plan(document)
+    by_tokens = "micro_batch_tokens" in keys
+    assert (document["micro_batches_per_step"] is None) == by_tokens
+    assert (document["micro_batch_tokens"] is not None) == by_tokens
+
+
 def test_claims_speak_of_the_preset_not_of_the_run() -> None:
     config = load_config("llama2-7b", overrides={"num_train_epochs": 1})
     document = plan_document(config, num_examples=10)

@@ -170,8 +170,9 @@ def test_the_final_adapter_in_peft_gives_the_test_loss(
 def test_an_existing_run_is_never_overwritten(
     folder: Path, model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(model_folder, rows_file, folder)) == 2
-    assert "never overwritten" in capsys.readouterr().err
+    for asked in ([], ["--plan"]):
+        assert main([*asked, *arguments(model_folder, rows_file, folder)]) == 2
+        assert "never overwritten" in capsys.readouterr().err
 
 
 def test_a_full_run_loads_in_transformers(
@@ -363,6 +364,12 @@ BAD_INPUT: dict[str, tuple[Change, str]] = {
         lambda m, r: ["data.valid=none", "eval.steps=1", "early_stopping_patience=1"],
         "data.valid",
     ),
+    "no weights": (lambda m, r: (m / "model.safetensors").unlink() or [], "model.safetensors"),
+    "no adapter to start from": (lambda m, r: [f"lora.init_from={r}"], "adapter_config.json"),
+    "a base in another half precision": (
+        lambda m, r: ["precision=bf16", "model.dtype=fp16"],
+        "model.dtype=fp16 with train.precision=bf16",
+    ),
     "no device": (lambda m, r: ["train.device=cuda"], "train.device=cuda"),
     "kernels": (lambda m, r: ["train.kernels=triton"], "train.kernels"),
 }
@@ -389,6 +396,10 @@ def test_bad_input_ends_in_one_sentence(
     assert error.count("\n") == 1, error
     assert expected in error
     assert "Traceback" not in error
+    # What cannot run cannot be planned either, in the same words.
+    assert main(["--plan", *arguments(model, rows, tmp_path / "run", *more)]) == 2
+    assert capsys.readouterr() == ("", error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_equal_stray_head_is_accepted(
@@ -407,5 +418,29 @@ def test_torchrun_with_two_ranks_says_that_it_is_not_built(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    assert main(arguments(model_folder, rows_file, tmp_path / "run")) == 2
-    assert "torchrun started 2 ranks" in capsys.readouterr().err
+    for asked in ([], ["--plan"]):
+        assert main([*asked, *arguments(model_folder, rows_file, tmp_path / "run")]) == 2
+        assert "torchrun started 2 ranks" in capsys.readouterr().err
+
+
+def test_tensorboard_that_is_not_installed_is_missed_before_anything_is_read(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for asked in ([], ["--plan"]):
+        assert main([*asked, *arguments(model_folder, tmp_path / "none", tmp_path / "run")]) == 2
+        assert "log.tensorboard=false" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_weights_that_would_be_drawn(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "architecture"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = ["--plan", "--json", *arguments(bare, rows_file, tmp_path / "run")]
+    assert main([*asked, "model.random_init=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_steps"] == 6
+    assert main(asked) == 2
