@@ -487,8 +487,12 @@ def _plan_against_actual(record: Record) -> str:
     compare("warm-up steps", plan.get("warmup_steps"), _warmup_done(record))
     for name in ("trainable_parameters", "total_parameters"):
         compare(name.replace("_", " "), plan.get(name), status.get(name))
-    memory = (plan.get("memory") or {}).get("total")
-    compare("peak memory", memory, status.get("peak_memory_bytes"), size_text)
+    # Of model and training alone: what surrounds them stands under "Speed and memory".
+    memory = plan.get("memory") or {}
+    if memory.get("total") is not None:
+        held = memory["total"] - memory.get("overhead", 0)
+        name = "memory of model and training"
+        compare(name, held, status.get("training_memory_bytes"), size_text)
     text = "## Plan against actual\n\n" + _table(("", "planned", "actual"), rows, "lrr")
     examples, batch, per_epoch = (
         plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")
@@ -576,6 +580,11 @@ def _speed(record: Record) -> str:
         rows.append(("time in evaluation", format_duration(evaluating)))
     if peak := record.status.get("peak_memory_bytes"):
         rows.append(("peak memory", size_text(peak)))
+        before = record.status.get("memory_before_bytes")
+        if before and record.environment.get("device") == "cpu":
+            whole = f"{size_text(peak)}: {size_text(before)} before the model was loaded (Python, "
+            whole += "torch, libraries, rows), then model and training, and freed memory that is "
+            rows[-1] = ("peak memory of the process", f"{whole}kept for the next step")
     return "## Speed and memory\n\n" + _table(("", ""), rows)
 
 

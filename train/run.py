@@ -71,7 +71,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     )
     from train.preview import complete, print_plan
     from train.refuse import refuse_early, refuse_model
-    from train.session import Session
+    from train.session import MemoryBefore, Session
     from train.signals import Signals
 
     machine = this_machine(config)
@@ -101,10 +101,11 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device)
             source = find_model(config, weights=True)
+            before = MemoryBefore.of(device)
             model = load_base(config, source, base_dtype(config), device)
             make_trainable(model, config)
             precision = Precision(config.train.precision, device)
-            session = Session(config, plan, data, source, model, precision, folder, resume)
+            session = Session(config, plan, data, source, model, precision, folder, resume, before)
             if resume is not None:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device)

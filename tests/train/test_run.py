@@ -16,6 +16,7 @@ from files.tensors import TensorFile, write_tensors
 from models import load_model
 from train.config import load_config
 from train.run import main, run
+from train.units import size_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,6 +125,20 @@ def test_status_plan_and_samples(folder: Path) -> None:
     assert (plan["total_steps"], plan["warmup_steps"], plan["num_examples"]) == (6, 1, 22)
     assert plan["trainable_parameters"] == status["trainable_parameters"]
     assert plan["total_parameters"] == status["total_parameters"]
+
+
+def test_memory_is_planned_and_measured_of_the_same_things(folder: Path) -> None:
+    status = json.loads((folder / "status.json").read_text())
+    with TensorFile(folder / "final" / "adapter_model.safetensors") as file:
+        adapter = sum(file.read(name).nbytes for name in file.names)
+    least = 4 * (status["total_parameters"] - status["trainable_parameters"]) + 3 * adapter
+    assert least < status["training_memory_bytes"] < status["peak_memory_bytes"]
+    assert 0 < status["memory_before_bytes"] < status["peak_memory_bytes"] + 1
+    report = (folder / "report.md").read_text()
+    plan = json.loads((folder / "plan.json").read_text())
+    planned, taken = plan["memory"]["total"], status["training_memory_bytes"]
+    assert f"| memory of model and training | {size_text(planned)} | {size_text(taken)} |" in report
+    assert f"{size_text(status['memory_before_bytes'])} before the model was loaded" in report
 
 
 def test_the_recorded_configuration_decides_everything(folder: Path) -> None:
