@@ -1,9 +1,9 @@
-"""The measured tables of README.md and kernels/README.md, written from the records.
+"""The measured tables of the README files, written from the records.
 
     python -m benchmarks.readme
 
-Everything between `<!-- table: NAME -->` and `<!-- end -->` in both is replaced by the table
-of `benchmarks/results/NAME.jsonl`, and a line that says where, with what and when it was measured.
+Everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table of
+`benchmarks/results/NAME.jsonl`, and a line that says where, with what and when it was measured.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks import data, gpu, kernels, loss, record, training, versus_peft
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+DOCUMENTS = tuple(ROOT / place / "README.md" for place in ("", "benchmarks", "kernels"))
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "ratios": versus_peft.ratios_table,
     "versus_peft": versus_peft.table,
     "training": training.table,
     "profile": training.profile_table,
@@ -26,6 +27,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "kernels": kernels.table,
     "gpu": gpu.table,
 }
+# Tables that are made of another one's records.
+_RECORDS = {"ratios": "versus_peft"}
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,7 +64,7 @@ def with_tables(text: str) -> str:
 
     def filled(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
-        records = latest(record.read(name))
+        records = latest(record.read(_RECORDS.get(name, name)))
         lines = [*TABLES[name](records), ""]
         if records:
             lines += [circumstances(records), ""]

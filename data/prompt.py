@@ -1,84 +1,39 @@
-"""Rows to text: the four formats, and which part of the text is trained.
-
-A rendered row is its whole text and the spans of it that are trained. A span is given by the text
-before it and the text up to its end, each a rendering of its own: where it lies among the tokens is
-found by comparing ids (tokens may merge across the boundary of two texts), in `data/examples.py`.
-"""
+"""Rows to text: the five formats, and which part of the text is trained."""
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from data.chat import Conversation, Prefix
+from data.messages import (
+    Messages,
+    describe,
+    is_conversation,
+    read_conversation,
+    read_messages,
+    read_tools,
+    with_system_turn,
+)
 from data.source import Row
+from data.spans import Chat, Rendered, Span, render_chats, without_weights
 from data.tokenizer import Tokenizer
 from files.errors import UserError, did_you_mean
 
-FORMATS = ("text", "template", "completion", "messages")
-# What `strftime_now` tells a chat template while rows are tokenised: a fixed day, so that the same
-# data is the same tokens tomorrow. It is the day that Llama 3.2's own template falls back to.
-TRAINING_DATE = datetime.datetime(2024, 7, 26)
-# Names of other layouts: {"conversations": [{"from": "human", "value": …}]}.
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+FORMATS = ("text", "template", "completion", "messages", "instruction")
+# Both prompts of Stanford Alpaca's README, which differ in what is left out without an input.
+ALPACA = (
+    "Below is an instruction that describes a task"
+    "{?input}, paired with an input that provides further context{/input}"
+    ". Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n"
+    "{?input}### Input:\n{input}\n\n{/input}"
+    "### Response:\n"
+)
+_INSTRUCTION = "data.format=instruction"
 _PLACEHOLDER = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
-
-Messages = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A row as text.
-
-    Attributes:
-        text: The whole text.
-        trained: The spans that are trained: (text before, text up to the end; None: to the end of
-            the whole). An empty text before is the beginning of the whole.
-        chat: The text is a chat template's: its special tokens stand in it already.
-        prompt: What stands before the completion, trained or not; empty where there is none.
-    """
-
-    text: str
-    trained: tuple[tuple[str, str | None], ...]
-    chat: bool = False
-    prompt: str = ""
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A row of messages before it is rendered.
-
-    Attributes:
-        messages: All turns.
-        spans: The trained spans as prefixes of the messages (before: None is the beginning; up to
-            the end: None is the end of the whole).
-        prompt: What stands before the completion, where there is one.
-        tools: Descriptions of tools.
-    """
-
-    messages: Messages
-    spans: tuple[tuple[Prefix | None, Prefix | None], ...]
-    prompt: Prefix | None = None
-    tools: Any = None
-
-    def conversation(self, where: str) -> Conversation:
-        """Return what is to be rendered: the whole first, then every prefix once."""
-        named = (self.prompt, *(prefix for span in self.spans for prefix in span))
-        prefixes = dict.fromkeys([(len(self.messages), False), *filter(None, named)])
-        return Conversation(self.messages, tuple(prefixes), self.tools, where)
-
-    def rendered(self, conversation: Conversation, texts: Sequence[str]) -> Rendered:
-        """Return the row, given the text of each prefix."""
-        text_of: dict[Prefix | None, str] = dict(zip(conversation.prefixes, texts, strict=True))
-        trained = tuple(
-            (text_of.get(before, ""), None if after is None else text_of[after])
-            for before, after in self.spans
-        )
-        return Rendered(texts[0], trained, chat=True, prompt=text_of.get(self.prompt, ""))
 
 
 @dataclass(frozen=True)
@@ -89,8 +44,10 @@ class PromptFormat:
         format: `text`: one column. `template`: `prompt_template` and `completion_template`.
             `completion`: the columns `prompt` and `completion`, as text or as lists of messages.
             `messages`: the column `messages` (or `conversations`), through the chat template.
+            `instruction`: the columns `instruction`, `input` and `output`, by Alpaca's prompts.
         text_field: Column of `text`.
-        prompt_template: Text with `{column}` placeholders; `{{` and `}}` are braces.
+        prompt_template: Text with `{column}` placeholders; `{{` and `}}` are braces, and
+            `{?column}…{/column}` is a part that is left out where that column is empty.
         completion_template: The same, for the part that is trained.
         system_prompt: Stands first, with a blank line after it; under `messages` it is the system
             turn, unless the row has one.
@@ -128,7 +85,8 @@ class PromptFormat:
         if self.completion_only and not self._has_prompt:
             raise UserError(
                 "data.completion_only=true needs a prompt that can be told from the completion: "
-                "use data.format=template with data.prompt_template, completion or messages"
+                "use data.format=template with data.prompt_template, instruction, completion or "
+                "messages"
             )
 
     @property
@@ -164,10 +122,11 @@ class PromptFormat:
         if self.format == "text":
             return [self.text_field]
         if self.format == "template":
-            names = []
-            for template, key in self._templates():
-                names += [column for column in _columns(template, key) if column not in names]
-            return names
+            parts = [part for pair in self._templates() for part in parse_template(*pair)]
+            # A column that may be absent is asked for nowhere but in its row.
+            if any(part.within is not None for part in parts):
+                return None
+            return list(dict.fromkeys(part.text for part in parts if part.is_column))
         return None
 
     def render(self, row: Row, tokenizer: Tokenizer) -> Rendered:
@@ -181,23 +140,14 @@ class PromptFormat:
             UserError: A row lacks a column, holds something else than text in one, or is refused
                 by the chat template; the message begins with the row's file and line.
         """
-        rendered: list[Rendered | _Chat] = []
-        conversations: list[Conversation] = []
+        made: list[Rendered | Chat] = []
         for row in rows:
             try:
-                item = self._chat(row.values) or self._texts(row.values)
+                made.append(self._chat(row) or self._texts(row.values))
             except UserError as error:
                 raise UserError(f"{row.where}: {error}") from None
-            rendered.append(item)
-            if isinstance(item, _Chat):
-                conversations.append(item.conversation(row.where))
-        if not conversations:
-            return [item for item in rendered if isinstance(item, Rendered)]
-        texts = tokenizer.render_chats(conversations, date=TRAINING_DATE)
-        chats = iter(zip(conversations, texts, strict=True))
-        return [
-            item.rendered(*next(chats)) if isinstance(item, _Chat) else item for item in rendered
-        ]
+        chats = iter(render_chats([item for item in made if isinstance(item, Chat)], tokenizer))
+        return [next(chats) if isinstance(item, Chat) else item for item in made]
 
     def generation_prompt(
         self, values: str | Mapping[str, Any], tokenizer: Tokenizer | None = None
@@ -217,7 +167,7 @@ class PromptFormat:
         if messages is not None:
             if tokenizer is None:
                 raise ValueError("messages are rendered by the tokenizer's chat template")
-            return tokenizer.render_chat(messages, True, tools=values.get("tools"))
+            return tokenizer.render_chat(messages, True, tools=read_tools(values))
         if self.format == "text":
             return self._system() + text_column(values, self.text_field, "data.text_field")
         return self._prompt(values)
@@ -227,6 +177,12 @@ class PromptFormat:
         chat = self._generation_messages(self._generation_values(values)) is not None
         text = self.generation_prompt(values, tokenizer)
         return tokenizer.encode(text, add_special_tokens=not chat)
+
+    def prompt_columns(self) -> list[str]:
+        """Return the columns that the prompt needs, those of parts that may be left out apart."""
+        if self.format == "template":
+            return required_columns(self.prompt_template or "", "data.prompt_template")
+        return required_columns(ALPACA, _INSTRUCTION) if self.format == "instruction" else []
 
     def _templates(self) -> list[tuple[str, str]]:
         pairs = [
@@ -244,7 +200,20 @@ class PromptFormat:
             return self._system() + _fill(self.prompt_template, "data.prompt_template", values)
         if self.format == "completion":
             return self._system() + text_column(values, "prompt", "data.format=completion")
+        if self.format == "instruction":
+            return self._instruction(values)
         return self._system()
+
+    def _instruction(self, values: Mapping[str, Any]) -> str:
+        if values.get("history") not in (None, "", "[]", []):
+            raise UserError(
+                "the column 'history' holds earlier turns, for which Alpaca's prompt has no place; "
+                "write the row's turns as a list in a column 'messages', for data.format=messages"
+            )
+        # The row's own rules, as in messages.
+        own = "" if _is_empty(values, "system") else text_column(values, "system", _INSTRUCTION)
+        system = f"{own}\n\n" if own else self._system()
+        return system + _fill(ALPACA, _INSTRUCTION, values)
 
     def _completion(self, values: Mapping[str, Any]) -> str:
         if self.format == "template":
@@ -252,41 +221,55 @@ class PromptFormat:
             return _fill(self.completion_template, "data.completion_template", values)
         if self.format == "completion":
             return text_column(values, "completion", "data.format=completion")
+        if self.format == "instruction":
+            return text_column(values, "output", _INSTRUCTION)
         return text_column(values, self.text_field, "data.text_field")
 
-    def _with_system_turn(self, messages: Messages) -> Messages:
-        if self.system_prompt is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+    def _prompt_messages(self, values: Mapping[str, Any]) -> Messages | None:
+        """Return the row's messages before a completion; None where it has a text before it.
+
+        Both columns must hold messages for a text to be read as such: it may be JSON by itself.
+        """
+        prompt, completion = values.get("prompt"), values.get("completion", [])
+        if not isinstance(prompt, list) and not (
+            is_conversation(prompt) and is_conversation(completion)
+        ):
+            return None
+        return read_messages(prompt, "prompt")
+
+    def _with_system_turn(self, messages: Messages, values: Mapping[str, Any]) -> Messages:
+        return with_system_turn(messages, values, self.system_prompt)
 
     def _texts(self, values: Mapping[str, Any]) -> Rendered:
         """Return a row of texts."""
-        prompt, completion = self._prompt(values), self._completion(values)
-        trained = ((prompt if self.trains_completion_only else "", None),)
-        return Rendered(prompt + completion, trained, prompt=prompt)
+        prompt = self._prompt(values)
+        text = prompt + self._completion(values)
+        start = len(prompt) if self.trains_completion_only else 0
+        return Rendered(text, (Span(start, len(text), len(text)),), prompt=len(prompt))
 
-    def _chat(self, values: Mapping[str, Any]) -> _Chat | None:
+    def _chat(self, row: Row) -> Chat | None:
         """Return a row of messages, or None for a row of texts."""
-        tools = values.get("tools")
-        if self.format == "completion" and isinstance(values.get("prompt"), list):
-            messages = self._with_system_turn(_check_messages(values["prompt"], "prompt"))
-            before = (len(messages), True)
-            messages = messages + _check_messages(values.get("completion"), "completion")
-            span = (before if self.trains_completion_only else None, None)
-            return _Chat(messages, (span,), before, tools)
-        if self.format != "messages":
+        values = row.values
+        completion: int | None = None
+        if self.format == "completion" and (messages := self._prompt_messages(values)):
+            completion = len(messages)
+            messages = messages + read_messages(values.get("completion"), "completion")
+        elif self.format == "messages":
+            messages = read_conversation(values)
+        else:
             return None
-        messages = self._with_system_turn(_read_messages(values))
-        if not self.trains_completion_only:
-            return _Chat(messages, ((None, None),), tools=tools)
-        last = len(messages) - 1
-        spans = tuple(
-            # Where nothing stands before the first answer, its header is trained with it.
-            ((turn, True) if turn else None, (turn + 1, False) if turn < last else None)
-            for turn, message in enumerate(messages)
-            if message["role"] == "assistant"
+        messages, left_out = without_weights(messages)
+        whole = self._with_system_turn(messages, values)
+        added = len(whole) - len(messages)
+        return Chat(
+            row.where,
+            whole,
+            frozenset(turn + added for turn in left_out),
+            completion=None if completion is None else completion + added,
+            everything=not self.trains_completion_only,
+            tools=read_tools(values),
+            added=added,
         )
-        return _Chat(messages, spans, tools=tools)
 
     def _generation_values(self, values: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a text as the columns of the prompt."""
@@ -298,7 +281,7 @@ class PromptFormat:
             return {"prompt": values}
         if self.format == "messages":
             return {"messages": [{"role": "user", "content": values}]}
-        columns = _columns(self.prompt_template or "", "data.prompt_template")
+        columns = self.prompt_columns()
         if len(columns) != 1:
             raise UserError(
                 f"one text cannot fill the prompt's columns ({', '.join(columns) or 'none'}); give "
@@ -308,39 +291,73 @@ class PromptFormat:
 
     def _generation_messages(self, values: Mapping[str, Any]) -> Messages | None:
         """Return the messages before the turn to generate; None for a format of texts."""
-        if self.format == "completion" and isinstance(values.get("prompt"), list):
-            return self._with_system_turn(_check_messages(values["prompt"], "prompt"))
-        if self.format != "messages":
+        if self.format == "completion":
+            messages = self._prompt_messages(values)
+        else:
+            messages = read_conversation(values) if self.format == "messages" else None
+        if messages is None:
             return None
-        messages = self._with_system_turn(_read_messages(values))
+        messages = self._with_system_turn(without_weights(messages)[0], values)
+        if self.format == "completion":
+            return messages
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
             return messages[:-1]
         return messages
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a template.
+
+    Attributes:
+        text: Literal text, or the name of a column.
+        is_column: Whether it is a column.
+        within: The column without which it is left out, or None.
+    """
+
+    text: str
+    is_column: bool
+    within: str | None = None
+
+
 @lru_cache(maxsize=64)
-def parse_template(template: str, key: str) -> tuple[tuple[str, bool], ...]:
-    """Return the parts of a template: (literal text, False) or (column name, True).
+def parse_template(template: str, key: str) -> tuple[Part, ...]:
+    """Return the parts of a template.
 
     A column's name is taken as it stands: nothing in it reaches into the value, unlike in
-    `str.format`.
+    `str.format`. `{?name}` begins a part that is left out where the column is empty, and `{/name}`
+    ends it.
 
     Raises:
-        UserError: A brace without its partner, or an empty name; the message names `key`.
+        UserError: A brace without its partner, an empty name, or a part that does not end or stands
+            in another; the message names `key`.
     """
-    parts: list[tuple[str, bool]] = []
-    for part in _PLACEHOLDER.split(template):
-        if part in ("{", "}", "{}"):
+    parts: list[Part] = []
+    within: str | None = None
+    for piece in _PLACEHOLDER.split(template):
+        mark = piece[1:2] if piece[:1] == "{" and piece[-1:] == "}" else ""
+        if piece in ("{", "}", "{}", "{?}", "{/}"):
             raise UserError(
-                f"{key}: '{part}' is no placeholder; a column is written {{name}}, "
+                f"{key}: '{piece}' is no placeholder; a column is written {{name}}, "
                 "a brace {{ or }}"
             )
-        if part in ("{{", "}}"):
-            parts.append((part[0], False))
-        elif part.startswith("{"):
-            parts.append((part[1:-1], True))
-        elif part:
-            parts.append((part, False))
+        if piece in ("{{", "}}"):
+            parts.append(Part(piece[0], False, within))
+        elif mark == "?":
+            if within is not None:
+                raise UserError(f"{key}: {piece} stands before {{/{within}}}; end that part first")
+            within = piece[2:-1]
+        elif mark == "/":
+            if piece[2:-1] != within:
+                begun = f"{{?{within}}} is the part to end" if within else "no part has begun"
+                raise UserError(f"{key}: {piece} ends nothing, as {begun}")
+            within = None
+        elif mark:
+            parts.append(Part(piece[1:-1], True, within))
+        elif piece:
+            parts.append(Part(piece, False, within))
+    if within is not None:
+        raise UserError(f"{key}: {{?{within}}} begins a part that {{/{within}}} never ends")
     return tuple(parts)
 
 
@@ -358,69 +375,25 @@ def text_column(values: Mapping[str, Any], name: str, asked_by: str) -> str:
         )
     value = values[name]
     if not isinstance(value, str):
-        raise UserError(f"the column '{name}' must hold text, holds {_describe(value)}")
+        raise UserError(f"the column '{name}' must hold text, holds {describe(value)}")
     return value
 
 
 def _fill(template: str, key: str, values: Mapping[str, Any]) -> str:
-    parts = parse_template(template, key)
-    return "".join(text_column(values, part, key) if column else part for part, column in parts)
-
-
-def _columns(template: str, key: str) -> list[str]:
-    """Return the names of a template's columns, each once, in order."""
-    names = [part for part, column in parse_template(template, key) if column]
-    return list(dict.fromkeys(names))
-
-
-def _read_messages(values: Mapping[str, Any]) -> Messages:
-    """Return the messages of a row, whichever of the two layouts it has."""
-    if "messages" in values:
-        return _check_messages(values["messages"], "messages")
-    if "conversations" in values:
-        turns = values["conversations"]
-        if isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("from"), str) for turn in turns
-        ):
-            turns = [
-                {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
-                for turn in turns
-            ]
-        return _check_messages(turns, "conversations")
-    columns = ", ".join(f"'{column}'" for column in values) or "none"
-    raise UserError(
-        f"no column 'messages' or 'conversations', which data.format=messages asks for; "
-        f"the row has {columns}{did_you_mean('messages', values)}"
+    return "".join(
+        text_column(values, part.text, key) if part.is_column else part.text
+        for part in parse_template(template, key)
+        if part.within is None or not _is_empty(values, part.within)
     )
 
 
-def _check_messages(messages: Any, column: str) -> Messages:
-    """Return `messages` if it is a list of turns with a role and a content."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"the column '{column}' must hold a list of messages, holds {_describe(messages)}"
-        )
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"message {number} of '{column}' must be an object with a role (user, assistant, …)"
-                f" and a content, is {_describe(message)}"
-            )
-        content = message.get("content")
-        is_call = content is None and message.get("tool_calls")
-        if not isinstance(content, str) and not is_call:
-            raise UserError(
-                f"message {number} of '{column}' must have a text as its content, "
-                f"has {_describe(content)}"
-            )
-    return messages
+def _is_empty(values: Mapping[str, Any], column: str) -> bool:
+    """Whether a column is absent, null, or holds nothing but white space."""
+    value = values.get(column)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _describe(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, Sequence | Mapping) and not value:
-        return f"an empty {type(value).__name__}"
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}…"
-    return f"{shown} ({type(value).__name__})"
+def required_columns(template: str, key: str) -> list[str]:
+    """Return the names of the columns that a template needs in every row, each once, in order."""
+    parts = parse_template(template, key)
+    return list(dict.fromkeys(p.text for p in parts if p.is_column and p.within is None))

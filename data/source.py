@@ -556,12 +556,30 @@ def _read_parquet(path: Path, name: str, columns: list[str] | None) -> Iterator[
                         for value in values.values()
                     ):
                         raise _too_long(where)
-                    yield Row(values, where)
+                    yield Row(without_absent(values), where)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
         # A page that is whole but lies brings Python's own errors: text that is not UTF-8, dates
         # beyond the calendar.
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{name}: not a readable Parquet file ({reason})") from None
+
+
+def without_absent(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of columns without the keys that its structures never had.
+
+    A column has one structure for all rows, so that each holds null under the keys that only others
+    have: `tool_calls` of every message, the arguments of every tool. Null cannot be told from
+    absent there, and absent is what the rows were before. A column of its own is kept.
+    """
+    return {name: _without_nulls(value) for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _read_tree(source: Source, notice: Callable[[str], None]) -> Iterator[Row]:
@@ -650,11 +668,13 @@ def _string(row: Row, field: str) -> str:
     return value
 
 
-_FIELDS_OF_FORMATS = {
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
+_FIELDS_OF_FORMATS = (
+    ("completion", ("prompt", "completion")),
+    ("instruction", ("instruction", "output")),
+    ("messages", ("messages",)),
+    ("messages", ("conversations",)),
+    ("text", ("text",)),
+)
 
 
 def _missing_field(field: str, there: Sequence[str], where: str) -> UserError:
@@ -668,7 +688,7 @@ def _format_that_fits(field: str, there: Sequence[str]) -> str:
     """Return what would read rows with these fields, or nothing."""
     if field == "split":
         return "; data.split_column=none reads all rows of a file"
-    for format_, fields in _FIELDS_OF_FORMATS.items():
+    for format_, fields in _FIELDS_OF_FORMATS:
         if field not in fields and set(fields) <= set(there):
             return f"; data.format={format_} reads such rows"
     return ""

@@ -7,6 +7,7 @@ for most) are added here, in one place, so that no text ever begins with two.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,15 @@ from typing import Any
 
 import tokenizers
 
-from data.chat import ChatTemplate, Conversation
+from data.chat import ChatTemplate, Conversation, Rendering
+from data.chat_templates import (
+    TEMPLATE_FILE,
+    chosen_name,
+    in_one_folder,
+    named_files,
+    overriding,
+    read_templates,
+)
 from data.tokenizer_file import library_errors, load_backend
 from files.errors import UserError
 from files.strict_json import parse_json_object
@@ -26,7 +35,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 # The largest tokenizer.json published has some 35 MB, for a vocabulary of 260,000.
 _MAX_BYTES = 64 * 2**20
@@ -46,7 +55,7 @@ class Tokenizer:
             position, never by id, so a pad that equals EOS masks no EOS.
         prefix_ids: What stands before every plain text (most often BOS, or nothing).
         vocabulary_size: The largest id, plus one.
-        chat_template: Source of the Jinja chat template, or None.
+        chat_templates: Name → source of its Jinja chat templates; most have one, `default`.
         special_tokens: Name (`bos_token`, …) to text, as a chat template sees them.
         fingerprint: sha256 over the files that were read, independent of where they lie.
     """
@@ -55,14 +64,16 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         settings: Mapping[str, Any],
-        chat_template: str | None,
+        chat_templates: Mapping[str, str],
         files: Mapping[str, bytes],
         where: str,
+        template_where: str | None = None,
     ):
         self._backend = backend
         self._files = dict(files)
         self._where = where
-        self.chat_template = chat_template
+        self._template_where = template_where or where
+        self.chat_templates = dict(chat_templates)
         self.special_tokens = _special_tokens(settings)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -77,8 +88,13 @@ class Tokenizer:
         self.fingerprint = digest.hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
+    def load(cls, folder: str | Path, chat_template: str | None = None) -> Tokenizer:
         """Return the tokenizer whose files lie in `folder`.
+
+        Args:
+            folder: The folder.
+            chat_template: The one chat template that it is to have (`data.chat_template`), a file
+                or the name of one of its own; it is saved as one of its files. None: its own.
 
         Raises:
             UserError: There is no folder, no tokenizer.json, or a file that cannot be used.
@@ -88,9 +104,9 @@ class Tokenizer:
             raise UserError(
                 f"{folder}: not a folder; a tokenizer is a folder that holds tokenizer.json"
             )
-        files = {
-            name: _read(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()
-        }
+        names = [*TOKENIZER_FILES, *named_files(folder)]
+        files = {name: _read(folder / name) for name in names if (folder / name).is_file()}
+        files = in_one_folder(files, folder)
         if "tokenizer.json" not in files:
             raise UserError(_missing_tokenizer(folder))
         where = str(folder / "tokenizer.json")
@@ -100,7 +116,14 @@ class Tokenizer:
             if name in files:
                 read = parse_json_object(files[name], str(folder / name))
                 settings |= {key: value for key, value in read.items() if value is not None}
-        return cls(backend, settings, _chat_template(files, settings, folder), files, str(folder))
+        templates = read_templates(files, settings, folder)
+        if chat_template is not None:
+            source = overriding(chat_template, templates, str(folder))
+            templates = {"default": source}
+            # It is preferred to those in tokenizer_config.json, here and in transformers.
+            files[TEMPLATE_FILE] = source.encode()
+        asked = None if chat_template is None else f"data.chat_template={chat_template}"
+        return cls(backend, settings, templates, files, str(folder), asked)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`, after the prefix unless the text already begins with it."""
@@ -126,6 +149,15 @@ class Tokenizer:
             prefix = self.prefix_ids
             batch = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in batch]
         return batch
+
+    def encode_chats(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return the tokens of texts that a chat template made, each with its place in the text.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text.
+        """
+        with library_errors(f"{self._where}: the tokenizer failed on a text"):
+            return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`.
@@ -165,20 +197,34 @@ class Tokenizer:
                 long or too much memory.
         """
         prefix = (len(messages), add_generation_prompt)
-        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0]
+        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0].text
 
     def render_chats(
         self, conversations: Sequence[Conversation], *, date: datetime.datetime | None = None
-    ) -> list[list[str]]:
-        """Return the text of each prefix of each conversation, as `render_chat` would.
+    ) -> list[list[Rendering]]:
+        """Return the rendering of each prefix of each conversation, as `render_chat` would.
 
         Raises:
             UserError: As `render_chat`; the message begins with the conversation's place.
         """
-        return self._template.render(conversations, date)
+        chosen = [
+            chosen_name(self.chat_templates, bool(c.tools), self._where) for c in conversations
+        ]
+        rendered: list[list[Rendering]] = [[]] * len(chosen)
+        for name in dict.fromkeys(chosen):
+            places = [place for place, other in enumerate(chosen) if other == name]
+            asked = [self._for_template(conversations[place], name) for place in places]
+            renderings = self._templates[name].render(asked, date)
+            for place, rendering in zip(places, renderings, strict=True):
+                rendered[place] = rendering
+        return rendered
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into `folder`, byte for byte as they were read."""
+        """Write the tokenizer's files into `folder`, byte for byte as they were read.
+
+        Two things differ: the chat template that `load` was given is among them, and those in a
+        folder of their own stand in tokenizer_config.json.
+        """
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -190,13 +236,25 @@ class Tokenizer:
             ) from None
 
     @cached_property
-    def _template(self) -> ChatTemplate:
-        if self.chat_template is None:
-            raise UserError(
-                f"the tokenizer in {self._where} has no chat template, which messages need: put "
-                "a chat_template.jinja beside tokenizer.json, or use data.format=template"
-            )
-        return ChatTemplate(self.chat_template, self.special_tokens, self._where)
+    def _templates(self) -> dict[str, ChatTemplate]:
+        return {
+            name: ChatTemplate(source, self.special_tokens, self._template_where)
+            for name, source in self.chat_templates.items()
+        }
+
+    def _for_template(self, conversation: Conversation, name: str) -> Conversation:
+        """Return a conversation whose developer's turns are system turns, unless `name` knows both.
+
+        OpenAI renamed the role; most templates leave a developer's turn out.
+        """
+        roles = [message.get("role") for message in conversation.messages]
+        if "developer" not in roles or "developer" in self.chat_templates[name]:
+            return conversation
+        messages = [
+            {**message, "role": "system"} if role == "developer" else message
+            for message, role in zip(conversation.messages, roles, strict=True)
+        ]
+        return dataclasses.replace(conversation, messages=messages)
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -255,28 +313,3 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             tokens[name] = content
     return tokens
-
-
-def _chat_template(
-    files: Mapping[str, bytes], settings: Mapping[str, Any], folder: Path
-) -> str | None:
-    """Return the template of chat_template.jinja, else of tokenizer_config.json, else None."""
-    if "chat_template.jinja" in files:
-        try:
-            return files["chat_template.jinja"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            where = folder / "chat_template.jinja"
-            raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
-    template = settings.get("chat_template")
-    if template is None or isinstance(template, str):
-        return template
-    where = folder / "tokenizer_config.json"
-    try:
-        named = {entry["name"]: entry["template"] for entry in template}
-    except (KeyError, TypeError):
-        named = {}
-    if not named or not all(isinstance(text, str) for text in named.values()):
-        raise UserError(
-            f"{where}: chat_template must be text or a list of {{name, template}} objects"
-        )
-    return next(iter(named.values())) if len(named) == 1 else named.get("default")

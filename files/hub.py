@@ -20,7 +20,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,15 @@ from files.atomic import sha256_file
 from files.errors import UserError, did_you_mean
 from files.strict_json import read_json_object
 
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_SINGLE_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_NO_MODEL = ("adapter_model.safetensors", "optimizer.safetensors")
 _PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt)")
 # Configuration, tokenizer and chat template; merges.txt and vocab.txt are old tokenizers' files.
 _SMALL = re.compile(r".+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
+# Chat templates with names of their own, where transformers 5 keeps them.
+_NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 # A repository id: `owner/name`, or the bare `name` of the Hub's oldest models.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -99,18 +102,32 @@ def resolve_model(
             is unknown, private or gated, or lacks the revision; there is no config.json; the
             weights are missing or exist as pickle only; a file arrived damaged.
     """
-    folder = Path(path).expanduser()
+    folder, where = Path(path).expanduser(), f"model.path={str(path)!r}"
     if _is_local(str(path), folder):
         if not folder.is_dir():
             raise _missing_folder(path, folder)
-        _choose_model_files(os.listdir(folder), f"model.path={str(path)!r}", weights)
+        names = os.listdir(folder)
+        _choose_small_files(names, where)
+        if weights:
+            choose_weights(names, where, read_index(folder) if INDEX_FILE in names else None)
         return ModelSource(folder, None, None)
 
     def choose(names: Sequence[str]) -> list[str]:
-        return _choose_model_files(names, f"model.path={str(path)!r}", weights)
+        small = _choose_small_files(names, where)
+        if not weights:
+            return small
+        if INDEX_FILE in names:
+            return [*small, INDEX_FILE]
+        return [*small, *choose_weights(names, where, None)]
 
     folder, commit, names = _fetch(str(path), "model", revision, choose)
-    _check_index(folder, names, str(path))
+    if INDEX_FILE in names:
+        index = read_index(folder)
+
+        def choose_by_index(names: Sequence[str]) -> list[str]:
+            return [*choose(names), *choose_weights(names, where, index)]
+
+        folder, commit, names = _fetch(str(path), "model", commit, choose_by_index)
     return ModelSource(folder, str(path), commit)
 
 
@@ -166,8 +183,8 @@ def _missing_folder(path: str | Path, folder: Path) -> UserError:
     )
 
 
-def _choose_model_files(names: Sequence[str], where: str, weights: bool) -> list[str]:
-    """Return the names of a decoder's files among `names`, or raise where it cannot be loaded."""
+def _choose_small_files(names: Sequence[str], where: str) -> list[str]:
+    """Return the names of configuration and tokenizer, or raise where there is no model."""
     top = sorted(name for name in names if "/" not in name)
     if "config.json" not in top:
         if "adapter_config.json" in top:
@@ -180,45 +197,92 @@ def _choose_model_files(names: Sequence[str], where: str, weights: bool) -> list
             "pass the folder or repository that holds config.json and *.safetensors"
         )
     small = [name for name in top if _SMALL.fullmatch(name) and not name.endswith(".index.json")]
-    if not weights:
-        return small
-    if _SINGLE_WEIGHTS in top:
-        return [*small, _SINGLE_WEIGHTS]
-    shards = [name for name in top if _WEIGHTS.fullmatch(name)]
-    if shards and _INDEX in top:
-        return [*small, _INDEX, *shards]
-    if shards:
-        raise UserError(
-            f"{where}: has {len(shards)} shards of weights but no {_INDEX} to say what each "
-            "holds; fetch the index too"
-        )
-    pickles = [name for name in top if _PICKLE.fullmatch(name)]
-    if pickles:
-        raise UserError(
-            f"{where}: only pickle weights found ({pickles[0]}), which can run code when read and "
-            "are refused; convert to safetensors first (load with transformers, then "
-            "save_pretrained) and pass that folder"
-        )
-    raise UserError(
-        f"{where}: no weights found (model.safetensors, or shards with {_INDEX}); complete it, or "
-        "set model.random_init=true to start from random weights"
-    )
+    return small + sorted(name for name in names if _NAMED_TEMPLATE.fullmatch(name))
 
 
-def _check_index(folder: Path, names: Sequence[str], repository: str) -> None:
-    """Raise where the index names a shard that the snapshot lacks (an interrupted download)."""
-    if _INDEX not in names:
-        return
-    try:
-        shards = set(read_json_object(folder / _INDEX)["weight_map"].values())
-        missing = sorted(shards - set(names))
-    except (UserError, KeyError, TypeError, AttributeError):
-        return  # the reader of the weights says what is wrong with the index
+def choose_weights(names: Iterable[str], where: str, index: Mapping[str, str] | None) -> list[str]:
+    """Return which of a model's files hold its weights.
+
+    An index decides, whatever the names of its files, and stray files beside them do not count.
+    Without one, or where its files are gone, it is model.safetensors, else the only file there is.
+
+    Args:
+        names: the files of the folder or repository.
+        where: the folder or setting that messages name.
+        index: tensor → file, where there is one (`read_index`).
+
+    Raises:
+        UserError: there are no weights, files that the index names are missing, or there are
+            several files and no index.
+    """
+    top = {name for name in names if "/" not in name}
+    indexed = sorted({*index.values()}) if index is not None else []
+    missing = [name for name in indexed if name not in top]
+    if indexed and not missing:
+        return indexed
+    if SINGLE_FILE in top:
+        return [SINGLE_FILE]
     if missing:
         raise UserError(
-            f"model.path={repository!r}: {_INDEX} names {len(missing)} files that are not there "
-            f"({missing[0]}); if this is an unfinished download, run once more with network access"
+            f"{where}: {missing[0]} is missing, {len(missing)} of the {len(indexed)} files that "
+            f"{INDEX_FILE} names; complete the download (of the Hub's: run once more with network "
+            "access)"
         )
+    found = sorted(name for name in top if _WEIGHTS.fullmatch(name) and name not in _NO_MODEL)
+    if len(found) == 1 and not _SHARD.fullmatch(found[0]):
+        return found
+    if found:
+        raise UserError(
+            f"{where}: has {', '.join(found[:3])}{', …' if len(found) > 3 else ''} but no "
+            f"{INDEX_FILE} to say which files are the model's and what each holds; fetch the index "
+            "too"
+        )
+    raise _no_weights(top, where)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return tensor → file as the index in `folder` says.
+
+    Raises:
+        UserError: it cannot be read, maps nothing, or names what is no plain *.safetensors file.
+    """
+    path = folder / INDEX_FILE
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{path}: weight_map must map tensor names to file names; fetch the index again"
+        )
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _WEIGHTS.fullmatch(name):
+            raise UserError(
+                f"{path}: names {name!r:.80}; it must be a plain *.safetensors file name in the "
+                "model folder"
+            )
+    return weight_map
+
+
+def _no_weights(names: Iterable[str], where: str) -> UserError:
+    pickles = sorted(name for name in names if _PICKLE.fullmatch(name))
+    if pickles and pickles[0].startswith("consolidated."):
+        return UserError(
+            f"{where}: holds Meta's original release ({pickles[0]}), which is pickle and in "
+            "another layout; use the repository's '-hf' version in safetensors"
+        )
+    if pickles:
+        return UserError(
+            f"{where}: only pickle weights found ({', '.join(pickles[:3])}), which can run code "
+            "when read and are refused; convert to safetensors first (load with transformers, then "
+            "save_pretrained) and pass that folder"
+        )
+    if "adapter_model.safetensors" in names:
+        return UserError(
+            f"{where}: holds an adapter, not a model; give its base model as model.path and this "
+            "folder as lora.init_from"
+        )
+    return UserError(
+        f"{where}: holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; complete the "
+        "download, or set model.random_init=true to start from random weights"
+    )
 
 
 @dataclass(frozen=True)

@@ -49,19 +49,32 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         where: the file (or the part of it) that messages name.
 
     Raises:
-        UserError: not UTF-8, not JSON, not an object, a key that stands twice, NaN or infinity
-            (1e999 is one), a number beyond Python's digit limit, or nesting beyond its recursion
-            limit.
+        UserError: not UTF-8, not an object, or as `parse_json`.
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"),
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; the file is damaged") from None
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must hold a JSON object, holds a {type(value).__name__}")
+    return value
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return the JSON value that `text` holds.
+
+    Raises:
+        UserError: not JSON, a key that stands twice, NaN or infinity (1e999 is one), a number
+            beyond Python's digit limit, or nesting beyond its recursion limit.
+    """
+    try:
+        return json.loads(
+            text,
             object_pairs_hook=_object_without_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start}; the file is damaged") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
@@ -72,9 +85,6 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {error}") from None
     except ValueError:  # Python's limit on the digits of an integer
         raise UserError(f"{where}: holds a number with too many digits") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: must hold a JSON object, holds a {type(value).__name__}")
-    return value
 
 
 def read_json_object(path: Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:

@@ -250,8 +250,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise UserError(
-            f"{path}: tensor '{name}' has dtype {kind!r}, which is not read; "
-            f"known are {', '.join(_DTYPES)}"
+            f"{path}: tensor '{name}' has dtype {kind!r:.40}, which is not read; known are "
+            f"{', '.join(_DTYPES)}: of quantised weights, use the model's original ones"
         )
     if not _all_counts(shape):
         raise _invalid(path, f"tensor '{name}' has shape {shape!r:.80}")

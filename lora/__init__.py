@@ -23,6 +23,7 @@ from lora.injection import (
     count_parameters,
     inject,
     lora_layers,
+    target_names,
 )
 from lora.linear import LoraLinear
 from lora.merging import merge
@@ -42,4 +43,5 @@ __all__ = [
     "read_adapter_config",
     "save_adapter",
     "saved_config",
+    "target_names",
 ]

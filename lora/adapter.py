@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from files.atomic import write_json
 from files.errors import UserError, did_you_mean
 from files.strict_json import read_json_object
-from files.tensors import TensorFile, read_header, write_tensors
+from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
 from lora.injection import (
     ALL_LINEAR,
     LoraConfig,
@@ -55,6 +55,9 @@ _INERT = {
     "runtime_config",
     "task_type",
 }
+# Linear layers are adapted here, by factors of low rank; whatever else there is, PEFT merges.
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+_MERGE_IT = "merge the adapter into its base with PEFT and start from the merged model"
 # What is matched of a file's own expressions: enough for a name for each module of any model.
 _MOST_REPETITIONS = 2
 _MOST_PATTERNS = 4096
@@ -75,8 +78,9 @@ def save_adapter(
     Args:
         model: A model with adapters.
         folder: Made if missing; files of these names are replaced.
-        base_model: Hub id or folder of the base model, for those who load the adapter.
-        revision: The base model's commit.
+        base_model: Hub id or folder of the base model, for those who load the adapter; None writes
+            where the model was loaded from (its `name_or_path`), if it was.
+        revision: The base model's commit; without `base_model` None writes the loaded one.
         tensors: What `adapter_tensors` gave at an earlier moment; None is the present.
 
     Returns:
@@ -94,13 +98,21 @@ def save_adapter(
     return {WEIGHTS_FILE: digest}
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> LoraConfig:
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    trainable: bool = False,
+    lora_dropout: float | None = None,
+) -> LoraConfig:
     """Inject the adapter in `folder` into a base model and fill it; return its configuration.
 
     Args:
         model: The base model, without adapters.
         folder: What `save_adapter` or PEFT wrote.
         trainable: Whether the adapter is to be trained on; otherwise the whole model is frozen.
+        lora_dropout: Dropout to go on with, which is no property of the weights; None takes that of
+            the file.
 
     Raises:
         UserError: A file is missing or damaged, the configuration asks for what is not supported,
@@ -113,7 +125,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         tensors = {name: file.read(name) for name in file.names}
         try:
             config = _lora_config(document, tensors)
-            _check_ranks(model, config, tensors)
+            _check_targets(model, config, tensors)
+            if lora_dropout is not None:
+                config = dataclasses.replace(config, lora_dropout=lora_dropout)
             inject(model, config)
             fill_adapter(model, tensors)
         except UserError as error:
@@ -153,16 +167,23 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG_FILE)
 
 
-def saved_config(folder: str | Path) -> LoraConfig:
+def saved_config(folder: str | Path, model: nn.Module | None = None) -> LoraConfig:
     """Return what `load_adapter` would inject from an adapter's folder, without reading tensors.
 
+    Args:
+        folder: What `save_adapter` or PEFT wrote.
+        model: The base model, which may be on the meta device, where the targets are to be checked.
+
     Raises:
-        UserError: As `load_adapter`, as far as the configuration goes.
+        UserError: As `load_adapter`, as far as configuration and targets go.
     """
     document = read_adapter_config(folder)
     header = read_header(Path(folder) / WEIGHTS_FILE)
     try:
-        return _lora_config(document, header.tensors)
+        config = _lora_config(document, header.tensors)
+        if model is not None:
+            _check_targets(model, config, header.tensors)
+        return config
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -220,6 +241,10 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _document(model: nn.Module, base_model: str | None, revision: str | None) -> dict[str, Any]:
     """Return the content of adapter_config.json."""
     config = adapter_config(model)
+    if base_model is None:
+        # transformers' models have the first of the two as well; an empty one names nothing.
+        base_model = getattr(model, "name_or_path", None) or None
+        revision = revision or getattr(model, "revision", None)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -256,10 +281,14 @@ def _shortest_targets(model: nn.Module) -> list[str]:
     return sorted(suffixes if meant == adapted else adapted)
 
 
-def _check_ranks(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a rank beyond the tensors' before memory is taken for it."""
-    largest = max((max(tensor.shape) for tensor in tensors.values() if tensor.numel()), default=0)
-    for name in target_names(model, config):
+def _check_targets(
+    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor | TensorInfo]
+) -> None:
+    """Refuse targets that take no adapter, and a rank beyond the tensors': it would take memory."""
+    largest = max(
+        (max(tensor.shape) for tensor in tensors.values() if 0 not in tensor.shape), default=0
+    )
+    for name in target_names(model, config, remedy=_MERGE_IT):
         if config.rank(name) > largest:
             raise UserError(
                 f"{CONFIG_FILE}: the rank of {name} is {config.rank(name)}, but no tensor in "
@@ -273,29 +302,46 @@ def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraCon
     if kind != "LORA":
         raise UserError(f"{CONFIG_FILE}: peft_type is {kind!r:.80}, but only 'LORA' is supported")
     known = {*_FIELDS, *_SELECTIONS, *_INERT, "init_lora_weights"}
-    unsupported = [key for key, value in document.items() if key not in known and value]
+    unsupported = [key for key in document if key not in known and _is_given(document, key)]
     start = document.get("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
         unsupported.append("init_lora_weights")
     if unsupported:
         listed = ", ".join(f"{key}={document[key]!r:.80}" for key in sorted(unsupported))
-        raise UserError(
-            f"{CONFIG_FILE}: {listed} is not supported; merge the adapter into its base with PEFT "
-            "and start from the merged model"
-        )
+        raise UserError(f"{CONFIG_FILE}: {listed} is not supported; {_MERGE_IT}")
+    _refuse_other_tensors(tensors)
     values = {key: document[key] for key in _FIELDS if document.get(key) is not None}
     targets = values.get("target_modules")
     by_expression = isinstance(targets, str) and targets != ALL_LINEAR
-    if by_expression or any(document.get(key) for key in _SELECTIONS):
+    if targets is None or by_expression or any(_is_given(document, key) for key in _SELECTIONS):
         values["target_modules"] = _adapted_names(tensors)
-    if "target_modules" not in values:
-        raise UserError(f"{CONFIG_FILE}: target_modules is missing, so what it adapts is unknown")
     try:
         for key in ("rank_pattern", "alpha_pattern"):
             _check_patterns(key, values.get(key, {}))
         return LoraConfig(**values)
     except UserError as error:
         raise UserError(f"{CONFIG_FILE}: {error}") from None
+
+
+def _is_given(document: Mapping[str, Any], key: str) -> bool:
+    """Whether a key says something: null, false and what is empty do not; zero does."""
+    value = document.get(key)
+    return value is not None and value is not False and value not in ("", [], {})
+
+
+def _refuse_other_tensors(names: Iterable[str]) -> None:
+    """Refuse what is neither a factor of a linear layer nor a bias.
+
+    An adapted embedding has factors of another kind, and PEFT writes whole layers beside the
+    factors where they were trained or the vocabulary was resized.
+    """
+    others = sorted(name for name in names if not name.endswith((*_FACTORS, "bias")))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(
+            f"{WEIGHTS_FILE}: holds {', '.join(others[:3])}{more}, no low-rank factors of linear "
+            f"layers; {_MERGE_IT}"
+        )
 
 
 def _check_patterns(key: str, patterns: Any) -> None:

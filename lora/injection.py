@@ -18,6 +18,7 @@ from files.errors import UserError, did_you_mean
 from lora.linear import LoraLinear
 
 ALL_LINEAR = "all-linear"
+LEAVE_IT_OUT = f"leave it out, use '{ALL_LINEAR}', or train every weight"
 BIAS_MODES = ("none", "lora_only", "all")
 # The largest number of fp16: a scale beyond it cannot be computed with there.
 _MAX_ALPHA = 65504
@@ -146,7 +147,7 @@ def inject(
         The names of the adapted modules, in the model's order.
 
     Raises:
-        UserError: The model has adapters already, or a target matches no linear layer or the head.
+        UserError: The model has adapters already, or as `target_names`.
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise UserError(
@@ -175,15 +176,21 @@ def inject(
     return names
 
 
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+def target_names(model: nn.Module, config: LoraConfig, *, remedy: str = LEAVE_IT_OUT) -> list[str]:
     """Return the names of the linear layers that `inject` would adapt, in the model's order.
 
+    Args:
+        model: The model.
+        config: Says which layers are meant.
+        remedy: What to do where the head or an embedding is meant, for the message.
+
     Raises:
-        UserError: A target matches no linear layer, or the head.
+        UserError: A target matches no linear layer, or the head or an embedding, which take none.
     """
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
+    _refuse_head_and_embedding(model, config.target_modules, remedy)
     return _targeted(model, linears, config.target_modules)
 
 
@@ -236,14 +243,37 @@ def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _refuse_head_and_embedding(model: nn.Module, targets: str | Sequence[str], remedy: str) -> None:
+    """Refuse targets that PEFT would adapt with other factors, or tie, and that take none here."""
+    owner = type(model).__name__
+    untargeted = {
+        name: f"an embedding of {owner}, and only linear layers take an adapter"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    if hasattr(model, "head_weight"):
+        why = f"the output head of {owner}, whose weight the loss reads directly: it takes none"
+        # A tied head is no module here, and yet it is meant.
+        untargeted["lm_head"] = why
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and _is_head(model, name, module):
+                untargeted[name] = why
+    for name, why in untargeted.items():
+        if isinstance(targets, str):
+            meant = targets != ALL_LINEAR and re.fullmatch(targets, name) is not None
+        else:
+            meant = any(_is_called(name, target) for target in targets)
+        if meant:
+            raise UserError(f"lora.target_modules: '{name}' is {why}; {remedy}")
+
+
 def _targeted(
     model: nn.Module, linears: Mapping[str, nn.Linear], targets: str | Sequence[str]
 ) -> list[str]:
     """Return the names of the linear layers that `targets` mean; each target must mean one."""
     owner = type(model).__name__
-    heads = {name for name in linears if _is_head(model, name, linears[name])}
     if targets == ALL_LINEAR:
-        names = [name for name in linears if name not in heads]
+        names = [name for name in linears if not _is_head(model, name, linears[name])]
         if not names:
             raise UserError(f"lora.target_modules: '{ALL_LINEAR}' matched no Linear in {owner}")
         return names
@@ -266,12 +296,6 @@ def _targeted(
                 f"lora.target_modules: {listed} matched no Linear in {owner}"
                 f"{_near(unmatched[0], linears)}"
             )
-    refused = [name for name in names if name in heads and hasattr(model, "head_weight")]
-    if refused:
-        raise UserError(
-            f"lora.target_modules: '{refused[0]}' is the output head of {owner}, whose weight the "
-            f"loss reads directly, so it takes no adapter; leave it out or use '{ALL_LINEAR}'"
-        )
     return names
 
 

@@ -1,9 +1,11 @@
 """config.json of a Hugging Face model folder → `DecoderConfig`: typed, bounded, the keys verbatim.
 
 Both dialects are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5
-(`rope_parameters`, `dtype`). A key that is absent takes the default of the family's own config
-class. Unknown architectures, activations and rotary types are refused by name; code in the folder
-(`auto_map`) is never run. Nothing here imports torch, so that planning stays instant.
+(`rope_parameters`, `dtype`). A key that is absent or null takes the default of the family's own
+config class, apart from the few whose null that class reads as a value (`_NULL_IS_A_VALUE`); zero
+is a value, taken or refused, never "not given". Unknown architectures, activations and rotary types
+are refused by name; code in the folder (`auto_map`) is never run. Nothing here imports torch, so
+that planning stays instant.
 
 Source: transformers 5.23, `configuration_{llama,qwen2,starcoder2}.py` and `modeling_rope_utils.py`.
 """
@@ -52,6 +54,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
+        "sliding_window": 4096,
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "tie_word_embeddings": False,
@@ -72,6 +75,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 50256,
         "eos_token_id": 50256,
     },
+}
+
+# Null means "there is none" (no such token, no window), or "as many as there are heads".
+_TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+_NULL_IS_A_VALUE = {
+    "llama": _TOKEN_IDS | {"num_key_value_heads"},
+    "qwen2": _TOKEN_IDS | {"num_key_value_heads", "sliding_window"},
+    "starcoder2": _TOKEN_IDS,
 }
 
 # Bounds far above any model that exists: they keep a damaged file from asking for the moon.
@@ -154,12 +165,16 @@ class DecoderConfig:
 
 
 class _Reader:
-    """Takes typed, bounded values out of one JSON object; null counts as absent."""
+    """Takes typed, bounded values out of one JSON object.
 
-    def __init__(self, raw: dict[str, Any], where: str, defaults: dict[str, Any] | None = None):
+    A key that is absent, or null where `family` does not read null as a value, takes its default.
+    """
+
+    def __init__(self, raw: dict[str, Any], where: str, family: str | None = None):
         self.raw = raw
         self.where = where
-        self.defaults = defaults or {}
+        self.defaults = _DEFAULTS[family] if family else {}
+        self.nullable = _NULL_IS_A_VALUE[family] if family else frozenset()
 
     def refuse(self, key: str, rule: str) -> UserError:
         text = repr(self.raw.get(key))
@@ -168,7 +183,9 @@ class _Reader:
 
     def value(self, key: str, default: Any = None) -> Any:
         value = self.raw.get(key)
-        return self.defaults.get(key, default) if value is None else value
+        if value is not None or (key in self.nullable and key in self.raw):
+            return value
+        return self.defaults.get(key, default)
 
     def optional_integer(self, key: str, low: int, high: int, default: Any = None) -> int | None:
         value = self.value(key, default)
@@ -248,9 +265,10 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
             wrong type or out of bounds; sizes that do not divide; quantised weights.
     """
     family = _family(raw, where)
-    read = _Reader(raw, where, _DEFAULTS[family])
+    read = _Reader(raw, where, family)
     heads = read.integer("num_attention_heads", 1, 2**16)
-    kv_heads = read.optional_integer("num_key_value_heads", 1, 2**16) or heads
+    kv_heads = read.optional_integer("num_key_value_heads", 1, 2**16)
+    kv_heads = heads if kv_heads is None else kv_heads
     if heads % kv_heads:
         raise UserError(
             f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
@@ -334,9 +352,8 @@ def _family_fields(read: _Reader, family: str, layers: int) -> dict[str, Any]:
 def _qwen2_window(read: _Reader, layers: int) -> dict[str, Any]:
     """Return Qwen2's window: on by `use_sliding_window`, then from layer `max_window_layers`."""
     used = read.flag("use_sliding_window")
-    window = read.optional_integer("sliding_window", 1, _MAX_POSITIONS)
-    if used and window is None and "sliding_window" not in read.raw:
-        window = 4096
+    # Files of models without a window may name any, zero too.
+    window = read.optional_integer("sliding_window", 1 if used else 0, _MAX_POSITIONS)
     if not used:
         window = None
     first = read.integer("max_window_layers", 0, _MAX_LAYERS, 28)
@@ -388,10 +405,14 @@ def _rope(
     The dictionary is `rope_scaling`, else `rope_parameters`; theta stands in it, else at the top,
     else it is 10000. Reading only the top level would silently train CodeLlama at 10000.
     """
+    for key in ("rope_parameters", "rope_scaling"):
+        value = raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"{where}: {key} must be an object or null, is a {type(value).__name__}"
+            )
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     values = raw.get(key) or {}
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: {key} must be an object or null, is a {type(values).__name__}")
     if nested := [name for name in LAYER_TYPES if name in values]:
         raise UserError(
             f"{where}: {key} differs by layer type ({nested[0]}), which no supported architecture "
@@ -405,7 +426,11 @@ def _rope(
     for reader in (read, top):
         if reader.number("partial_rotary_factor", 0.0, default=1.0) != 1.0:
             raise reader.refuse("partial_rotary_factor", "1; partial rotation is not supported")
-    rope_type = read.text("rope_type") or read.text("type") or "default"
+    rope_type = read.text("rope_type")
+    if rope_type is None:
+        rope_type = read.text("type")
+    if rope_type is None:
+        rope_type = "default"
     read.choice("rope_type", rope_type, ROPE_TYPES)
     if rope_type == "default":
         return theta, RopeConfig()

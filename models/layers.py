@@ -264,6 +264,9 @@ class CausalLM(nn.Module, ABC):
     backward pass. Draws have no state, so the second pass draws the same and gradients are equal
     bit for bit.
 
+    `name_or_path` and `revision` say where the weights were loaded from: a folder, or a hub id and
+    its commit; None where they were not.
+
     Args:
         config: the architecture.
         operations: the arithmetic, from `kernels.dispatch.operations`; None takes `auto`'s.
@@ -290,6 +293,8 @@ class CausalLM(nn.Module, ABC):
         self.operations = operations or choose_operations()
         self.attention_implementation = ATTENTION[attention]
         self.gradient_checkpointing = False
+        self.name_or_path: str | None = None
+        self.revision: str | None = None
         self.model = Decoder(
             nn.Embedding(config.vocab_size, config.hidden_size),
             nn.ModuleList(map(self.layer, range(config.num_hidden_layers))),

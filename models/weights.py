@@ -8,6 +8,7 @@ device and dtype: the host never holds more than the model and the one shard tha
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,16 +19,13 @@ from torch import Tensor, nn
 
 from files.atomic import write_json
 from files.errors import UserError
-from files.hub import resolve_model
-from files.strict_json import read_json_object
+from files.hub import INDEX_FILE, SINGLE_FILE, choose_weights, read_index, resolve_model
 from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
 from kernels.dispatch import Operations
 from models.config import DecoderConfig, parse_config, read_config
 from models.families import build
 from models.layers import CausalLM
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -36,8 +34,44 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
 }
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-_PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+
+# Tensors that are no part of a decoder, what they are, and the way to a folder without them.
+_STRANGERS: dict[str, tuple[str, str]] = {
+    r"(.+\.)?(v_head|value_head)\..+": (
+        "a value head, from reinforcement learning",
+        "load the folder with transformers' AutoModelForCausalLM and save_pretrained it to a new "
+        "one, which leaves the head out",
+    ),
+    r"(score|classifier|classification_head|qa_outputs|regression_head)\..+": (
+        "a classifier's head",
+        "this is no language model: use the model that it was made from",
+    ),
+    r"(.+\.)?(base_layer|modules_to_save|lora_[A-Za-z_]+)(\..+)?": (
+        "an adapter that was not merged",
+        "load it with PEFT, merge_and_unload and save that, or give the base as model.path and the "
+        "adapter as lora.init_from",
+    ),
+    r".+\.(qweight|qzeros|g_idx|scales|SCB|weight_scale|weight_scale_inv|weight_zero_point"
+    r"|weight_packed|weight_shape|weight_format|input_scale)|.+\.weight\.[A-Za-z_.0-9]+": (
+        "parts of quantised weights",
+        "quantised weights are not supported, use the model's original ones",
+    ),
+    r"(tok_embeddings|output|layers\.\d+\.(attention|feed_forward)\.w\w+)\.weight": (
+        "named as in the maker's original release",
+        "use the repository's version in Hugging Face layout",
+    ),
+    r"(module|_orig_mod|base_model|pretrained_model|policy|llm|language_model|_fsdp_wrapped_module"
+    r"|model\.(model|language_model))\..+": (
+        "named as a wrapper around the model names them",
+        "save the wrapped model itself with save_pretrained",
+    ),
+    r"embed_tokens\.weight|norm\.weight|layers\.\d+\..+": (
+        "of a decoder that was saved without its head",
+        "save the AutoModelForCausalLM that it belongs to with save_pretrained",
+    ),
+}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
+_MOST_LISTED = 20
 
 
 def load_model(
@@ -62,9 +96,12 @@ def load_model(
     Raises:
         UserError: the folder, its config.json or its weights are not what they must be.
     """
-    folder = resolve_model(path, revision).folder
+    source = resolve_model(path, revision)
+    folder = source.folder
     model = build(read_config(folder), operations=operations, attention=attention, device="meta")
     fill(model, folder, dtype, device)
+    model.name_or_path = source.repository or os.path.abspath(folder)
+    model.revision = source.commit
     return model
 
 
@@ -80,9 +117,9 @@ def fill(
     keeps it, with its type, so that an optimizer that refers to it stays right.
 
     Raises:
-        UserError: names (all missing and all unexpected ones), shapes or types differ from the
-            model's; a tied model's stray lm_head differs from its embedding; a file is damaged or
-            missing; there are pickle files alone.
+        UserError: names (missing and unexpected ones, the latter with a remedy), shapes or types
+            differ from the model's; a tied model's stray lm_head differs from its embedding; a file
+            is damaged or missing; there are pickle files alone.
     """
     folder = Path(folder)
     places = check_weights(folder, model)
@@ -187,14 +224,14 @@ def weights_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, or the index is not one.
     """
-    return [folder / name for name in sorted({*_weight_map(folder).values()}) or [SINGLE_FILE]]
+    return [folder / name for name in _weights_names(folder)[0]]
 
 
 def _find_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Return name → (file, place in it) for every tensor of the folder's weights."""
     places: dict[str, tuple[Path, TensorInfo]] = {}
-    weight_map = _weight_map(folder)
-    for file_name in dict.fromkeys(weight_map.values()) or [SINGLE_FILE]:
+    file_names, weight_map = _weights_names(folder)
+    for file_name in file_names:
         path = _weights_file(folder, file_name)
         for name, info in read_header(path).tensors.items():
             if name in places:
@@ -218,32 +255,17 @@ def _find_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     }
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Return tensor name → file name from the index; empty where one file holds everything."""
-    if (folder / SINGLE_FILE).exists():
-        return {}
-    path = folder / INDEX_FILE
-    if not path.exists():
-        raise _no_weights(folder)
-    weight_map = read_json_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: weight_map must map tensor names to file names")
-    for file_name in weight_map.values():
-        if not isinstance(file_name, str) or not _PLAIN_NAME.fullmatch(file_name):
-            raise UserError(
-                f"{path}: names {file_name!r:.80}; it must be a plain *.safetensors file name in "
-                f"the model folder"
-            )
-    return weight_map
+def _weights_names(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the names of the weights' files, and the index's map where it was the index's word."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    index = read_index(folder) if INDEX_FILE in names else {}
+    chosen = choose_weights(names, str(folder), index)
+    return chosen, index if set(chosen) == set(index.values()) else {}
 
 
 def _weights_file(folder: Path, file_name: str) -> Path:
     """Return the file's path, which must lie in the folder or in the hub cache's own blobs."""
     path = folder / file_name
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: {file_name} is missing, though the index names it; complete the download"
-        )
     home = folder.resolve()
     allowed = {home}
     if home.parent.name == "snapshots":
@@ -256,31 +278,6 @@ def _weights_file(folder: Path, file_name: str) -> Path:
     return path
 
 
-def _no_weights(folder: Path) -> UserError:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-    if any(name.startswith("consolidated.") for name in pickles):
-        return UserError(
-            f"{folder}: holds Meta's original release ({pickles[0]}), which is pickle and in "
-            f"another layout; use the repository's '-hf' version in safetensors"
-        )
-    if pickles:
-        return UserError(
-            f"{folder}: only pickle weights found ({', '.join(pickles)}), which can run code and "
-            f"are never read; convert to safetensors first: load it once with transformers and "
-            f"save_pretrained it to a new folder"
-        )
-    if "adapter_model.safetensors" in names:
-        return UserError(
-            f"{folder}: holds an adapter, not a model; give its base model as model.path and this "
-            f"folder as lora.init_from"
-        )
-    return UserError(
-        f"{folder}: holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; complete the "
-        f"download, or set model.random_init=true to start from random weights"
-    )
-
-
 def _check_tensors(
     folder: Path, model: CausalLM, places: dict[str, tuple[Path, TensorInfo]]
 ) -> None:
@@ -291,11 +288,9 @@ def _check_tensors(
         _check_stray_head(folder, places)
         unexpected -= {HEAD}
     missing = expected.keys() - places.keys()
-    faults = []
+    faults = _strangers(unexpected, model.config.num_hidden_layers)
     if missing:
         faults.append(f"missing are {_listed(missing)}")
-    if unexpected:
-        faults.append(f"unexpected are {_listed(unexpected)}")
     for name in sorted(expected.keys() & places.keys()):
         info = places[name][1]
         if info.shape != expected[name]:
@@ -311,6 +306,31 @@ def _check_tensors(
         )
     if faults:
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
+
+
+def _strangers(names: Iterable[str], num_hidden_layers: int) -> list[str]:
+    """Return what the tensors are that the decoder does not have, each kind with its remedy."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        layer = _LAYER.fullmatch(name)
+        kind = next((kind for form, kind in _STRANGERS.items() if re.fullmatch(form, name)), None)
+        if kind is None and layer is not None and int(layer.group(1)) >= num_hidden_layers:
+            kind = (
+                f"of layers beyond num_hidden_layers = {num_hidden_layers}",
+                "give config.json the right number, or, where they predict further tokens, load "
+                "and save_pretrained the folder with transformers, which leaves them out",
+            )
+        if kind is None:
+            kind = (
+                "no part of the decoder",
+                "load the folder with transformers' AutoModelForCausalLM and save_pretrained it to "
+                "a new one, which keeps the decoder's alone",
+            )
+        kinds.setdefault(kind, []).append(name)
+    return [
+        f"unexpected are {_listed(found)} ({what}: {remedy})"
+        for (what, remedy), found in kinds.items()
+    ]
 
 
 def _check_stray_head(folder: Path, places: dict[str, tuple[Path, TensorInfo]]) -> None:
@@ -332,7 +352,9 @@ def _check_stray_head(folder: Path, places: dict[str, tuple[Path, TensorInfo]]) 
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
+    ordered = sorted(names)
+    more = len(ordered) - _MOST_LISTED
+    return ", ".join(ordered[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _set_parameter(

@@ -285,7 +285,7 @@ def _checked(key: Key, entry: _Entry) -> Any:
         return tuple(float(item) if key.item is float else item for item in value)
     if isinstance(value, float) and float not in key.scalars:
         return int(value)
-    if float in key.scalars and isinstance(value, int) and not isinstance(value, bool):
+    if key.scalars & {int, float} == {float} and type(value) is int:
         return float(value)
     return value
 
@@ -396,7 +396,8 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("data.completion_only", "data.format"),
             "data.completion_only=true needs a prompt and a completion, and data.format=text has "
-            "neither; use data.format=template, completion or messages, or completion_only=none",
+            "neither; use data.format=template, instruction, completion or messages, or "
+            "completion_only=none",
         )
     if data.format == "template" and data.completion_template is None:
         yield (

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ from train.prepare import Data
 from train.settings import RunConfig
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
+GENERATION_CONFIG = "generation_config.json"
 DOCUMENTS = ("config.toml", "plan.json", "environment.json")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -254,6 +256,8 @@ def export(
 ) -> dict[str, str]:
     """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format.
 
+    The base's generation_config.json goes with them, byte for byte: it says where a text ends.
+
     Returns:
         File name → sha256 (hex) of each weights file.
     """
@@ -261,5 +265,7 @@ def export(
     dtype = stored.get(model.config.torch_dtype or "", torch.float32)
     hashes = write_trained(model, tensors, config, source, folder, dtype)
     data.tokenizer.save(folder)
+    if (source.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     write_json(folder / "prompt_format.json", data.prompt_format.to_dict())
     return hashes

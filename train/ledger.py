@@ -7,7 +7,6 @@ inside the one function that counts.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
+from train.adapters import lora_config
 from train.decide import decide_attention, decide_micro_batch_tokens
 from train.plan import RunPlan, effective_batch_size, rank_shares
 from train.settings import LoraSettings, RunConfig
 
 if TYPE_CHECKING:
-    from lora import LoraConfig
     from models.config import DecoderConfig
 
 
@@ -81,7 +80,7 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
 
     model = build(decoder, device="meta")
     if method == "lora":
-        inject(model, _lora_config(lora))
+        inject(model, lora_config(lora))
     adapters = list(lora_layers(model).values())
     # The head is counted by its weight: where it is tied, no linear layer holds it.
     head = model.head_weight()
@@ -103,15 +102,6 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         saved_linears=sum(weight.shape[1] for weight in (adapted if method == "lora" else linears)),
         adapter_ranks=sum(layer.lora_A.shape[0] for layer in adapters),
     )
-
-
-def _lora_config(lora: LoraSettings) -> LoraConfig:
-    """Return the adapters that a run would start with: new ones, or those of `lora.init_from`."""
-    from lora import LoraConfig, saved_config
-
-    values = dataclasses.asdict(lora)
-    folder = values.pop("init_from")
-    return LoraConfig(**values) if folder is None else saved_config(folder)
 
 
 def _factored(shape: tuple[int, ...]) -> int:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
+from data.chat_templates import SETTINGS_FILE, TEMPLATE_FILE, in_one_folder, named_files
 from files.errors import UserError
 from files.folders import replace_folder
 from files.hub import ModelSource, resolve_model
 from files.tensors import read_header
 from lora import load_adapter, merge, read_adapter_config
 from models import load_model
-from models.weights import save_model
+from models.weights import save_model, weights_files
 from train.command import run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
@@ -81,7 +82,7 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
         UserError: A file is damaged.
     """
     elements: Counter[torch.dtype] = Counter()
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in weights_files(folder):
         for info in read_header(path).tensors.values():
             if info.dtype.is_floating_point:
                 elements[info.dtype] += info.num_bytes // info.dtype.itemsize
@@ -137,6 +138,12 @@ def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
     for place in places:
         if place.is_file():
             shutil.copyfile(place, out / place.name)
+    if named := named_files(tokenizer):
+        names = [SETTINGS_FILE, TEMPLATE_FILE, *named]
+        there = [name for name in names if (tokenizer / name).is_file()]
+        files = {name: (tokenizer / name).read_bytes() for name in there}
+        (out / TEMPLATE_FILE).unlink(missing_ok=True)
+        (out / SETTINGS_FILE).write_bytes(in_one_folder(files, tokenizer)[SETTINGS_FILE])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,11 +21,12 @@ from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.hub import ModelSource, resolve_model
 from kernels.dispatch import operations
-from lora import LoraConfig, inject, load_adapter
+from lora import inject, load_adapter
 from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
+from train.adapters import lora_config
 from train.decide import Machine
 from train.memory import keep_freed_memory
 from train.precision import COMPUTE_DTYPES
@@ -100,7 +101,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, or "
             "hub:owner/name"
         )
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, settings.chat_template)
     form = prompt_format(settings)
 
     def load(spec: str, split: str | None) -> Examples:
@@ -232,22 +233,14 @@ def make_trainable(model: CausalLM, config: RunConfig) -> None:
     if config.train.method == "full":
         model.requires_grad_(True)
     elif settings.init_from is not None:
-        load_adapter(model, settings.init_from, trainable=True)
-    else:
-        inject(
+        load_adapter(
             model,
-            LoraConfig(
-                r=settings.r,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=settings.target_modules
-                if isinstance(settings.target_modules, str)
-                else list(settings.target_modules),
-                use_rslora=settings.use_rslora,
-                bias=settings.bias,
-            ),
-            seed=config.train.seed,
+            settings.init_from,
+            trainable=True,
+            lora_dropout=settings.lora_dropout,
         )
+    else:
+        inject(model, lora_config(settings), seed=config.train.seed)
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
@@ -258,12 +251,16 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
             return spec
         return os.path.abspath(os.path.expanduser(spec))
 
+    template = config.data.chat_template
+    # It may be a name, which may be that of a folder here, too.
+    is_file = template is not None and os.path.isfile(os.path.expanduser(template))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=whole(config.model.path)),
         lora=dataclasses.replace(config.lora, init_from=whole(config.lora.init_from)),
         data=dataclasses.replace(
             config.data,
+            chat_template=whole(template) if is_file else template,
             train=whole(config.data.train),
             valid=whole(config.data.valid),
             test=whole(config.data.test),

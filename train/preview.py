@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
+from train.adapters import starting_adapter_note, with_starting_adapter
 from train.claims import check_claims, claim_row
 from train.config import read_preset
 from train.decide import (
@@ -119,13 +120,14 @@ def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
     refuse_early(config, this_machine(config), new=True)
     config = with_whole_paths(config)
     decoder, unknown_model = find_decoder_config(config)
+    refuse_model(config, decoder)
+    config = with_starting_adapter(config, decoder)
     known = {
         "decoder": decoder,
         "unknown_model": unknown_model,
         "world_size": ranks,
         "machine": machine_to_plan_for(config),
     }
-    refuse_model(config, decoder)
     if config.data.train is None:
         return plan_document(config, **known)
     try:
@@ -264,6 +266,7 @@ def plan_document(
         "departures": list(preset.departures) if preset else [],
     }
     document["warnings"] = [
+        *starting_adapter_note(config),
         *_model_warnings(config, decoder, unknown_model, machine),
         *_data_warnings(config, document, missing_data, not_tokenised),
         *(_step_warnings(config, document, plan) if plan else []),
@@ -430,6 +433,17 @@ def _data_warnings(
         share = counts.get(name)
         if share and rows:
             found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
+    turns = counts.get("assistant_turns")
+    for name, what in (
+        (
+            "untrained_turns",
+            "untrained: the chat template leaves nothing of them in the text (train.show_data "
+            "shows what it leaves)",
+        ),
+        ("left_out_turns", "kept out of the loss by their rows (weight 0, or train false)"),
+    ):
+        if turns and counts.get(name):
+            found.append(f"{counts[name]:,} of {turns:,} assistant turns are {what}")
     valid = counts.get("valid_examples")
     if from_data and not valid and config.checkpoint.load_best_at_end:
         found.append(

@@ -35,8 +35,10 @@ from typing import Any
 from files.atomic import sha256_file, write_text
 from files.errors import UserError
 from files.faults import listening
+from train.adapters import with_starting_adapter
 from train.checkpoint import read_state
 from train.config import PACKAGE_ROOT, to_toml
+from train.ledger import find_decoder_config
 from train.metrics import METRICS_FILE, read_metrics
 from train.settings import RunConfig
 
@@ -59,6 +61,8 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
     Raises:
         UserError: A run failed (with that run's own error), or there was no kill or no resume.
     """
+    # The runs read what is written below: all of it, as if a user had written it.
+    config = with_starting_adapter(config, find_decoder_config(config)[0])
     directory = config.train.output_dir
     parent = Path("runs") if directory is None else Path(os.path.expanduser(directory)).parent
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")

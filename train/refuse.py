@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from files.hub import resolve_model
-from lora import saved_config
 from models import build
 from models.config import DecoderConfig
 from models.weights import check_weights
@@ -29,14 +28,12 @@ def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:
 
     Raises:
         UserError: More than one rank, settings that contradict each other there, kernels that
-            cannot run, an adapter that is not there, no TensorBoard, or a folder that is in use.
+            cannot run, no TensorBoard, or a folder that is in use.
     """
     World.from_environment()
     decide(config, machine)
     if config.log.tensorboard:
         require_tensorboard()
-    if config.lora.init_from is not None:
-        saved_config(config.lora.init_from)
     if new:
         run_folder(config)
 

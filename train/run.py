@@ -54,6 +54,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     """Do a run, or with `resume` what is left of one, and return how it ended."""
     from files.atomic import RunLock
     from models.config import read_config
+    from train.adapters import with_starting_adapter
     from train.decide import decide, this_machine
     from train.finish import before_training, finish, opening_panel
     from train.folder import beginning, new_run_folder, write_documents
@@ -83,6 +84,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
         source = find_model(config, weights=False)
         decoder = read_config(source.folder)
         refuse_model(config, decoder)
+        config = with_starting_adapter(config, decoder)
         data = load_data(config, source.folder, decoder)
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything

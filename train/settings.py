@@ -94,7 +94,7 @@ class TrainSettings:
     )
     seed: int = _key(42, "every random draw follows from it", minimum=0, below=2**63)
     num_train_epochs: float = _key(
-        20.0, "passes over the data; may be a fraction", above=0, on_resume=True
+        20.0, "passes over the data; may be a fraction", above=0, maximum=1e6, on_resume=True
     )
     max_steps: int | None = _key(
         None, "optimizer steps; rules over num_train_epochs if set", minimum=1, on_resume=True
@@ -138,9 +138,13 @@ class TrainSettings:
 class LoraSettings:
     """The adapters (train.method = lora)."""
 
-    r: int = _key(8, "rank of the adapters", minimum=1, recommended="8 to 32")
-    lora_alpha: int = _key(
-        32, "scale: the update counts lora_alpha / r", minimum=1, recommended="2 to 4 times r"
+    r: int = _key(8, "rank of the adapters", minimum=1, maximum=2**16, recommended="8 to 32")
+    lora_alpha: int | float = _key(
+        32,
+        "scale: the update counts lora_alpha / r",
+        above=0,
+        maximum=65504,  # fp16 has no larger number
+        recommended="2 to 4 times r",
     )
     lora_dropout: float = _key(0.05, "dropout on the adapter's input", minimum=0, below=1)
     target_modules: str | tuple[str, ...] = _key(
@@ -152,7 +156,11 @@ class LoraSettings:
     bias: str = _key(
         "none", "biases trained beside the adapters", words=("none", "lora_only", "all")
     )
-    init_from: str | None = _key(None, "a PEFT adapter folder to start from; none: B = 0")
+    init_from: str | None = _key(
+        None,
+        "a PEFT adapter folder to go on from, with its r, lora_alpha, target_modules, use_rslora "
+        "and bias (lora_dropout is the run's own); none: B = 0",
+    )
 
 
 @dataclass(frozen=True)
@@ -168,14 +176,25 @@ class DataSettings:
     format: str = _key(
         "text",
         "text: one field; template: prompt and completion templates over columns; "
-        "completion: columns prompt and completion; messages: a chat",
-        words=("text", "template", "completion", "messages"),
+        "completion: columns prompt and completion; messages: a chat; "
+        "instruction: columns instruction, input and output in Alpaca's prompts",
+        words=("text", "template", "completion", "messages", "instruction"),
     )
     text_field: str = _key("text", "the column of data.format = text")
-    prompt_template: str | None = _key(None, "the prompt, with {column} placeholders")
-    completion_template: str | None = _key(None, "the completion, with {column} placeholders")
+    prompt_template: str | None = _key(
+        None,
+        "the prompt, with {column} placeholders; {?column}…{/column} is a part that is left out "
+        "where that column is empty or absent, {{ and }} are braces",
+    )
+    completion_template: str | None = _key(None, "the completion, in the same way")
     system_prompt: str | None = _key(
-        None, "stands first, with a blank line; in messages it is the system turn"
+        None,
+        "stands first, with a blank line; in messages it is the system turn of rows without one",
+    )
+    chat_template: str | None = _key(
+        None,
+        "in place of the tokenizer's own for messages: a file, or the name of one of several that "
+        "the tokenizer has; none: its own, tool_use where the row has tools",
     )
     completion_only: bool | None = _key(
         None, "labels on the completion alone; none: wherever there is a prompt and a completion"
@@ -356,7 +375,7 @@ class Key:
         parts: list[str] = []
         if bool in self.scalars:
             parts.append("true or false")
-        if int in self.scalars:
+        if int in self.scalars and float not in self.scalars:
             parts.append(f"an integer{self._bounds()}")
         if float in self.scalars:
             parts.append(f"a number{self._bounds()}")

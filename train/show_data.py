@@ -53,6 +53,9 @@ class Shown:
         trained: The trained strings: runs of tokens with a label.
         tokens: Tokens of the example.
         targets: Tokens that are trained: those with a label, but for the first of an example.
+        assistant_turns: Turns of the assistant in the row.
+        untrained_turns: Those of them that the chat template leaves nothing of.
+        left_out_turns: Those of them that the row keeps out of the loss.
     """
 
     row: int
@@ -64,6 +67,9 @@ class Shown:
     trained: list[str]
     tokens: int
     targets: int
+    assistant_turns: int
+    untrained_turns: int
+    left_out_turns: int
 
 
 def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, Tokenizer]]:
@@ -74,7 +80,7 @@ def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, 
         UserError: There is no such data, or a row is not what it must be.
     """
     settings = config.data
-    tokenizer = Tokenizer.load(_tokenizer_folder(config))
+    tokenizer = Tokenizer.load(_tokenizer_folder(config), settings.chat_template)
     form = prompt_format(settings)
     numbered = _rows_of(config, split, form)
     none = True
@@ -205,6 +211,9 @@ def _shown(
         trained=[text for text, trained in parts if trained],
         tokens=len(ids),
         targets=num_targets(labels),
+        assistant_turns=row.assistant_turns,
+        untrained_turns=row.untrained_turns,
+        left_out_turns=row.left_out_turns,
     )
 
 
@@ -218,6 +227,11 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
     """
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
     head = f"row {shown.row}, {shown.source}: {shown.tokens:,} tokens, {shown.targets:,} targets"
+    for turns, what in (
+        (shown.untrained_turns, "untrained"),
+        (shown.left_out_turns, "kept out of the loss"),
+    ):
+        fate += f", {turns} of {shown.assistant_turns} assistant turns {what}" if turns else ""
     parts = segments(shown.input_ids, shown.labels, tokenizer)
     body = "".join(
         f"{marks[0]}{printable(text)}{marks[1]}" if trained else printable(text)

@@ -146,6 +146,35 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+# In plain words, for a model that never saw a chat: README's examples of conversations are rendered
+# by it.
+CHAT_TEMPLATE = """\
+{%- if tools %}
+Tools:
+{% for tool in tools %}
+{{ tool | tojson }}
+{% endfor %}
+
+{% endif %}
+{%- for message in messages %}
+### {{ message.role | capitalize }}
+{% if message.role == "assistant" %}
+{{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}
+{{ (call.function or call) | tojson }}
+{%- endfor %}
+{{ eos_token }}
+{% else %}
+{{ message.content }}
+{% endif %}
+
+{% endfor %}
+{%- if add_generation_prompt %}
+### Assistant
+{% endif %}
+"""
+
+
 def build(folder: Path = DEMO) -> None:
     """Write the rows and the tokenizer that ship with the project into `folder`."""
     for split, chosen in rows().items():
@@ -161,6 +190,7 @@ def build(folder: Path = DEMO) -> None:
         "clean_up_tokenization_spaces": False,
     }
     write_json(base / "tokenizer_config.json", settings)
+    write_text(base / "chat_template.jinja", CHAT_TEMPLATE)
 
 
 def build_corpus(folder: Path) -> None:

@@ -7,7 +7,16 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from data.batch import micro_batches
-from data.demo.build import DEMO, ROWS, Module, build_corpus, functions, main, standard_library
+from data.demo.build import (
+    CHAT_TEMPLATE,
+    DEMO,
+    ROWS,
+    Module,
+    build_corpus,
+    functions,
+    main,
+    standard_library,
+)
 from data.examples import load_examples
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
@@ -170,3 +179,8 @@ def test_the_tokenizer_file_is_plain():
     library = Library.from_file(str(DEMO / "base" / "tokenizer.json"))
     assert library.get_vocab_size() == 4096
     assert library.truncation is None and library.padding is None
+
+
+def test_the_chat_template_is_the_one_that_the_build_writes():
+    written = (DEMO / "base" / "chat_template.jinja").read_text()
+    assert written == CHAT_TEMPLATE

@@ -161,6 +161,12 @@ def test_a_required_field_must_be_a_string(tmp_path: Path, row: dict, words: str
     [
         ({"prompt": "p", "completion": "c"}, "text", "; data.format=completion reads such rows"),
         ({"messages": "m"}, "text", "; data.format=messages reads such rows"),
+        ({"conversations": "m"}, "text", "; data.format=messages reads such rows"),
+        (
+            {"instruction": "i", "output": "o"},
+            "text",
+            "; data.format=instruction reads such rows",
+        ),
         ({"text": "t"}, "input", "; data.format=text reads such rows"),
         ({"text": "t"}, "split", "; data.split_column=none reads all rows of a file"),
         ({"a": "t"}, "text", "(fields: a)"),

@@ -18,7 +18,15 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from files.errors import UserError
-from files.hub import ModelSource, _check_index, hashed_weights, resolve_config, resolve_model
+from files.hub import (
+    ModelSource,
+    choose_weights,
+    hashed_weights,
+    read_index,
+    resolve_config,
+    resolve_model,
+)
+from models.weights import weights_files
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = bytes(range(256)) * 8
@@ -32,6 +40,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "tokenizer.json": b"{}",
         "model.safetensors": WEIGHTS,
         "pytorch_model.bin": b"pickle",
+        "additional_chat_templates/tool_use.jinja": b"tools",
         "README.md": b"words",
         "onnx/model.onnx": b"other",
     },
@@ -45,6 +54,27 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "models/org/gap": {
         "config.json": CONFIG,
         "model.safetensors.index.json": INDEX.encode(),
+        **SHARDS,
+    },
+    "models/org/odd": {
+        "config.json": CONFIG,
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "pytorch_model-1.safetensors", "b": "weights-b.safetensors"}}
+        ).encode(),
+        "pytorch_model-1.safetensors": b"one",
+        "weights-b.safetensors": b"two",
+        "consolidated.safetensors": b"the same once more",
+        "adapter_model.safetensors": b"another matter",
+    },
+    "models/org/alone": {"config.json": CONFIG, "weights.safetensors": WEIGHTS},
+    "models/org/several": {
+        "config.json": CONFIG,
+        "a.safetensors": WEIGHTS,
+        "b.safetensors": WEIGHTS,
+    },
+    "models/org/no-index": {
+        "config.json": CONFIG,
+        "model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}',
         **SHARDS,
     },
     "models/org/pickled": {"config.json": CONFIG, "pytorch_model.bin": b"pickle"},
@@ -252,6 +282,10 @@ def online(hub: Hub) -> dict[str, object]:
         "by commit": model("org/good", revision=commit_of("models/org/good")),
         "sharded": model("org/sharded"),
         "gap": model("org/gap"),
+        "odd": model("org/odd"),
+        "alone": model("org/alone"),
+        "several": model("org/several"),
+        "no index": model("org/no-index"),
         "pickled": model("org/pickled"),
         "pickled, weights not needed": model("org/pickled", weights=False),
         "empty": model("org/empty"),
@@ -273,9 +307,10 @@ def online(hub: Hub) -> dict[str, object]:
 
 
 def test_a_repository_becomes_local_files_and_a_commit(online: dict) -> None:
-    assert online["config first"]["names"] == ["config.json", "tokenizer.json"]
+    small = ["additional_chat_templates/tool_use.jinja", "config.json", "tokenizer.json"]
+    assert online["config first"]["names"] == small
     good = online["good"]
-    assert good["names"] == ["config.json", "model.safetensors", "tokenizer.json"]  # no pickle
+    assert good["names"] == sorted([*small, "model.safetensors"])  # no pickle
     assert good["commit"] == commit_of("models/org/good")
     assert good["repository"] == "org/good"
     assert (Path(good["folder"]) / "model.safetensors").read_bytes() == WEIGHTS
@@ -283,13 +318,31 @@ def test_a_repository_becomes_local_files_and_a_commit(online: dict) -> None:
     assert set(SHARDS) < set(online["sharded"]["names"])
 
 
+def test_the_index_decides_what_is_fetched_whatever_the_names(hub: Hub, online: dict) -> None:
+    assert online["odd"]["names"] == [
+        "config.json",
+        "model.safetensors.index.json",
+        "pytorch_model-1.safetensors",
+        "weights-b.safetensors",
+    ]
+    assert online["odd"]["commit"] == commit_of("models/org/odd")
+    assert not any("consolidated" in request for request in hub.requests)
+    assert online["alone"]["names"] == ["config.json", "weights.safetensors"]
+    # What cannot be loaded is known before anything large is on its way.
+    for name in ("gap", "several", "no-index"):
+        asked = [request for request in hub.requests if f"org/{name}/" in request]
+        assert not any(request.endswith(".safetensors") for request in asked)
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("gap", "names 1 files that are not there (x.safetensors)"),
+        ("gap", "x.safetensors is missing, 1 of the 2 files that model.safetensors.index.json"),
+        ("several", "has a.safetensors, b.safetensors but no model.safetensors.index.json"),
+        ("no index", "names '../x.safetensors'; it must be a plain *.safetensors file name"),
         ("pickled", "only pickle weights found (pytorch_model.bin)"),
         ("pickled", "convert to safetensors first"),
-        ("empty", "no weights found"),
+        ("empty", "holds no weights"),
         ("adapter", "holds an adapter, not a model"),
         ("unknown", "not found on the Hub, or private; did you mean 'org/good'?"),
         ("unknown", "pass a folder as model.path=/path/to/folder"),
@@ -343,12 +396,16 @@ def test_the_cache_serves_without_a_network(hub: Hub, online: dict) -> None:
             model("org/goods"),
             model("org/pickled"),
             ["rows", {"spec": "hub:org/other"}],
+            model("org/odd"),
+            model("org/sharded"),
         ],
         HF_HUB_OFFLINE="1",
     )
     assert len(hub.requests) == before
     assert offline[0] == online["good"]
     assert offline[1] == online["train rows"]
+    assert offline[5] == online["odd"]
+    assert offline[6] == online["sharded"]
     assert "cannot be reached (HF_HUB_OFFLINE is set)" in offline[2]
     assert "no copy in the cache; did you mean 'org/good'?" in offline[2]
     assert "judged by the copy in the cache" in offline[3]
@@ -377,7 +434,7 @@ def test_half_a_data_set_in_the_cache_is_not_taken_for_the_whole(tmp_path: Path,
 def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(CONFIG)
     assert resolve_config(tmp_path) == tmp_path
-    with pytest.raises(UserError, match="no weights found"):
+    with pytest.raises(UserError, match="holds no weights"):
         resolve_model(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="convert to safetensors first"):
@@ -386,11 +443,53 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == ModelSource(tmp_path, None, None)
 
 
-def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model-00001-of-00002.safetensors",),
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ("a.safetensors", "b.safetensors"),
+    ],
+)
+def test_several_files_without_an_index_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(CONFIG)
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(UserError, match=r"no model\.safetensors\.index"):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"has {names[0]}.* but no model\.safetensors\.index"):
         resolve_model(tmp_path)
+
+
+INDEX_OF_A_AND_B = json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "chosen"),
+    [
+        (["model.safetensors"], None, ["model.safetensors"]),
+        (["weights.safetensors"], None, ["weights.safetensors"]),
+        (["model.safetensors", "consolidated.safetensors"], None, ["model.safetensors"]),
+        (["weights.safetensors", "optimizer.safetensors"], None, ["weights.safetensors"]),
+        (
+            ["a.safetensors", "b.safetensors", "model.safetensors", "model-00001-of-00009.x"],
+            INDEX_OF_A_AND_B,
+            ["a.safetensors", "b.safetensors"],
+        ),
+        # Shards that were joined into one file, and an index that was forgotten.
+        (["a.safetensors", "model.safetensors"], INDEX_OF_A_AND_B, ["model.safetensors"]),
+    ],
+)
+def test_which_files_hold_a_models_weights(
+    names: list[str], index: str | None, chosen: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes(CONFIG)
+    for name in names:
+        (tmp_path / name).touch()
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert resolve_model(tmp_path) == ModelSource(tmp_path, None, None)
+    read = read_index(tmp_path) if index is not None else None
+    assert choose_weights(names, "x", read) == chosen
+    assert weights_files(tmp_path) == [tmp_path / name for name in chosen]
 
 
 def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(tmp_path: Path) -> None:
@@ -422,10 +521,11 @@ def test_damage_in_the_cache_is_noticed_by_the_name_of_the_blob(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"weight_map": {"a": ["x"]}}', '{"weight_map": 1}']
+    "text",
+    ["[" * 100_000, '{"weight_map": {"a": ["x"]}}', '{"weight_map": 1}', '{"weight_map": null}'],
 )
-def test_an_index_that_is_none_is_left_to_the_reader_of_the_weights(
-    text: str, tmp_path: Path
-) -> None:
+def test_an_index_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(CONFIG)
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    _check_index(tmp_path, ["model.safetensors.index.json"], "org/name")
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: "):
+        resolve_model(tmp_path)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from files.errors import UserError
+from files.hub import ModelSource
 from files.tensors import TensorFile, write_tensors
 from lora import (
     LoraConfig,
@@ -28,6 +30,7 @@ from lora import (
     save_adapter,
     saved_config,
 )
+from models import load_model
 
 Maker = Callable[..., Any]
 
@@ -114,6 +117,8 @@ def test_an_adapter_of_peft_loads_here_and_gives_its_logits(
         {"exclude_modules": r".*layers\.0.*"},
         {"layers_to_transform": [1]},
         {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": 1},
     ],
     ids=str,
 )
@@ -279,7 +284,16 @@ def test_an_adapter_for_other_modules_is_refused(
         ("r", 0),
         ("lora_alpha", "big"),
         ("lora_alpha", 1e300),
-        ("target_modules", None),
+        ("a_key_of_tomorrow", 0),
+        ("fan_in_fan_out", 0),
+        ("target_modules", 0),
+        ("target_modules", []),
+        ("rank_pattern", 0),
+        ("alpha_pattern", {"q_proj": 0}),
+        ("lora_alpha", 0),
+        ("use_rslora", 0),
+        ("bias", 0),
+        ("peft_type", None),
     ],
 )
 def test_what_is_not_supported_is_named(
@@ -292,6 +306,95 @@ def test_what_is_not_supported_is_named(
     assert message.startswith(f"{saved}: adapter_config.json")
     assert key in message
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("key", [*PeftConfig(target_modules=["q_proj"]).to_dict(), "tomorrow"])
+def test_null_under_any_key_of_peft_is_its_default(
+    key: str, saved: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    path = saved / "adapter_config.json"
+    document = json.loads(path.read_text())
+    if key in ("r", "peft_type"):  # this adapter's rank is not the default, and no type is no LoRA
+        document |= {key: {"r": 4, "peft_type": "LORA"}[key]}
+    else:
+        document |= {key: None}
+    path.write_text(json.dumps(document))
+    config = load_adapter(make_ours(make_theirs("llama")), saved)
+    default = PeftConfig(r=4, target_modules=["q_proj"])
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern"):
+        assert getattr(config, name) == getattr(default, name)
+    assert {name.rpartition(".")[2] for name in config.target_modules} == {"q_proj"}
+
+
+def test_targets_that_are_not_given_are_those_of_the_tensors(
+    tmp_path: Path, make_theirs: Maker, make_ours: Maker, tokens: torch.Tensor
+) -> None:
+    theirs = make_theirs("llama")
+    ours = make_ours(theirs)
+    peft = get_peft_model(theirs, PeftConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    shake(peft)
+    peft.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    document = json.loads(path.read_text())
+    del document["target_modules"]
+    path.write_text(json.dumps(document))
+    load_adapter(ours, tmp_path)
+    with torch.no_grad():
+        assert_same(ours(tokens), peft.eval()(tokens).logits)
+
+
+def test_zero_is_a_value(saved: Path, make_theirs: Maker, make_ours: Maker) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0}))
+    assert load_adapter(make_ours(make_theirs("llama")), saved).lora_dropout == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "targets",
+    [["lm_head"], ["q_proj", "embed_tokens"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]],
+    ids=str,
+)
+def test_peft_on_the_head_or_the_embedding_gets_the_remedy_of_modules_to_save(
+    targets: list[str], tied: bool, tmp_path: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    theirs = make_theirs("llama", tie_word_embeddings=tied)
+    ours = make_ours(theirs)
+    peft = get_peft_model(theirs, PeftConfig(r=4, target_modules=targets))
+    peft.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    remedy = "merge the adapter into its base with PEFT and start from the merged model"
+    message = refused(tmp_path, ours)
+    assert message.startswith(f"{tmp_path}: ")
+    assert message.endswith(remedy)
+    assert ("embed_tokens" if "embed_tokens" in targets else "lm_head") in message
+    assert not lora_layers(ours)
+    with pytest.raises(UserError, match=remedy):
+        saved_config(tmp_path, ours)
+    peft.save_pretrained(str(tmp_path))  # with the layers themselves
+    assert refused(tmp_path, ours).endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.embed_tokens.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+        "v_head.summary.weight",
+    ],
+)
+def test_layers_that_were_trained_whole_get_it_too(
+    extra: str, saved: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    path = saved / "adapter_model.safetensors"
+    with TensorFile(path) as file:
+        tensors = {name: file.read(name).clone() for name in file.names}
+    write_tensors(path, {**tensors, extra: torch.ones(3, 3)})
+    message = refused(saved, make_ours(make_theirs("llama")))
+    assert f"adapter_model.safetensors: holds {extra}, no low-rank factors" in message
+    assert message.endswith(
+        "merge the adapter into its base with PEFT and start from the merged model"
+    )
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
@@ -356,6 +459,78 @@ def test_wrong_folders_are_told_apart(tmp_path: Path, saved: Path) -> None:
     assert "adapter_model.bin is pickle" in refused(saved, model)
     (saved / "adapter_model.bin").unlink()
     assert "there is no adapter_model.safetensors" in refused(saved, model)
+
+
+def test_the_dropout_to_go_on_with_may_be_another(
+    saved: Path, make_theirs: Maker, make_ours: Maker
+) -> None:
+    model = make_ours(make_theirs("llama"))
+    config = load_adapter(model, saved, trainable=True, lora_dropout=0.25)
+    assert config.lora_dropout == 0.25
+    assert {layer.dropout for layer in lora_layers(model).values()} == {0.25}
+    with pytest.raises(UserError, match=r"lora\.lora_dropout: 1\.5"):
+        load_adapter(make_ours(make_theirs("llama")), saved, lora_dropout=1.5)
+
+
+# --- where the base is ----------------------------------------------------------------------------
+
+
+def base_of(folder: Path) -> tuple[str | None, str | None]:
+    document = json.loads((folder / "adapter_config.json").read_text())
+    return document["base_model_name_or_path"], document["revision"]
+
+
+def test_an_adapter_names_the_base_that_was_loaded(
+    tmp_path: Path, make_theirs: Maker, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_theirs("llama").save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = load_model("./base")
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    shake(model)
+    save_adapter(model, "adapter")
+    # Whole: it is to be found from anywhere.
+    assert base_of(tmp_path / "adapter") == (str(tmp_path / "base"), None)
+    monkeypatch.chdir("/")
+    peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert_same(model(tokens), peft.eval()(tokens).logits)
+    # An adapter that is loaded and saved again names it too.
+    again = load_model(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    save_adapter(again, tmp_path / "again")
+    assert base_of(tmp_path / "again") == (str(tmp_path / "base"), None)
+    save_adapter(again, tmp_path / "again", base_model="owner/name")
+    assert base_of(tmp_path / "again") == ("owner/name", None)
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit(
+    tmp_path: Path, make_theirs: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_theirs("llama").save_pretrained(tmp_path / "base")
+    source = ModelSource(tmp_path / "base", "owner/name", "0" * 40)
+    monkeypatch.setattr("models.weights.resolve_model", lambda *_: source)
+    model = load_model("owner/name")
+    inject(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == ("owner/name", "0" * 40)
+    # Another base's name is not joined with this one's commit.
+    save_adapter(model, tmp_path / "adapter", base_model="owner/other")
+    assert base_of(tmp_path / "adapter") == ("owner/other", None)
+
+
+def test_a_model_of_transformers_names_itself_and_others_name_nothing(
+    tmp_path: Path, make_theirs: Maker
+) -> None:
+    make_theirs("llama").save_pretrained(tmp_path / "base")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    inject(theirs, LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(theirs, tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == (str(tmp_path / "base"), None)
+    built = make_theirs("llama")
+    inject(built, LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(built, tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == (None, None)
 
 
 def test_a_model_without_an_adapter_cannot_be_saved(tmp_path: Path) -> None:

@@ -65,12 +65,24 @@ def test_a_list_matches_whole_parts_of_a_name_and_a_string_the_whole_name() -> N
     assert inject(model, LoraConfig(target_modules="q_p.*")) == ["q_proj"]
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], r".*q_proj|lm_head"])
+def test_a_tied_head_is_no_module_and_yet_refused(
+    targets: Any, make_theirs: Maker, make_ours: Maker
+) -> None:
+    model = make_ours(make_theirs("llama", tie_word_embeddings=True))
+    with pytest.raises(UserError, match="'lm_head' is the output head of Llama"):
+        inject(model, LoraConfig(target_modules=targets))
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
         (["q_porj"], "'q_porj' matched no Linear in Llama; did you mean 'q_proj'?"),
         (["q_proj", "v_porj"], "'v_porj' matched no Linear in Llama; did you mean 'v_proj'?"),
-        (["embed_tokens"], "'embed_tokens' matched no Linear in Llama"),
+        (["embed_tokens"], "'model.embed_tokens' is an embedding of Llama"),
+        (["q_proj", "model.embed_tokens"], "'model.embed_tokens' is an embedding of Llama"),
+        (r".*(q_proj|embed_tokens)", "'model.embed_tokens' is an embedding of Llama"),
+        (r".*q_proj|lm_head", "'lm_head' is the output head of Llama"),
         ("q_proj", "the regular expression 'q_proj' matched no Linear in Llama"),
         (["lm_head"], "'lm_head' is the output head of Llama"),
         (["q_proj", "lm_head"], "'lm_head' is the output head of Llama"),
@@ -83,6 +95,8 @@ def test_a_target_that_cannot_be_adapted_is_named(
     with pytest.raises(UserError) as error:
         inject(model, LoraConfig(target_modules=targets))
     assert str(error.value).startswith(f"lora.target_modules: {message}")
+    if "matched no" not in message:
+        assert "leave it out, use 'all-linear', or train every weight" in str(error.value)
     assert not lora_layers(model), "nothing may be changed when a target is refused"
     assert all(parameter.requires_grad for parameter in model.parameters())
 

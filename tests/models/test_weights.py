@@ -18,7 +18,7 @@ from files.errors import UserError
 from files.tensors import read_header
 from models import build, load_model
 from models.config import parse_config, read_config
-from models.weights import fill, initialise, save_model
+from models.weights import fill, initialise, save_model, weights_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES: dict[str, Any] = {
@@ -82,6 +82,12 @@ def tied_llama(tmp_path: Path) -> Path:
 def untied_shards(tmp_path: Path) -> Path:
     folder_from_transformers(tmp_path / "model", "llama", tied=False, shard="20KB")
     return tmp_path / "model"
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that an index names."""
+    files = set(json.loads(index.read_text())["weight_map"].values())
+    return [index.parent / name for name in sorted(files)]
 
 
 # --- round trips --------------------------------------------------------------------------------
@@ -359,6 +365,45 @@ def test_the_index_decides_which_files_are_read_and_the_files_what_is_in_them(
     load_model(untied_shards)
     edit_json(index, lambda document: document["weight_map"].update(ghost="x.safetensors"))
     refused(untied_shards, "x.safetensors is missing")
+
+
+@pytest.mark.parametrize("stray", ["model.safetensors", "consolidated.safetensors", "a.bin"])
+def test_the_files_of_an_index_may_have_any_name(stray: str, untied_shards: Path) -> None:
+    expected = load_model(untied_shards)(token_ids())
+    index = untied_shards / "model.safetensors.index.json"
+    names = {path.name: f"pytorch_part-{i}.safetensors" for i, path in enumerate(shards_of(index))}
+    for old, new in names.items():
+        (untied_shards / old).rename(untied_shards / new)
+    edit_json(
+        index,
+        lambda document: document.update(
+            weight_map={name: names[file] for name, file in document["weight_map"].items()}
+        ),
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(untied_shards, attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(token_ids()).logits, expected, **CLOSE)
+    save_file({"model.norm.weight": torch.zeros(32)}, untied_shards / stray)
+    assert torch.equal(load_model(untied_shards)(token_ids()), expected)
+    assert {path.name for path in weights_files(untied_shards)} == set(names.values())
+
+
+def test_one_file_needs_no_index_whatever_its_name(tied_llama: Path) -> None:
+    expected = load_model(tied_llama)(token_ids())
+    (tied_llama / "model.safetensors").rename(tied_llama / "weights.safetensors")
+    assert torch.equal(load_model(tied_llama)(token_ids()), expected)
+    save_file({"a": torch.ones(1)}, tied_llama / "other.safetensors")
+    refused(tied_llama, "has other.safetensors, weights.safetensors but no model.safetensors.index")
+
+
+def test_one_file_rules_over_an_index_whose_files_are_gone(untied_shards: Path) -> None:
+    expected = load_model(untied_shards)(token_ids())
+    shards = shards_of(untied_shards / "model.safetensors.index.json")
+    joined = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    save_file(joined, untied_shards / "model.safetensors", {"format": "pt"})
+    for path in shards:
+        path.unlink()
+    assert torch.equal(load_model(untied_shards)(token_ids()), expected)
 
 
 def test_old_rotary_buffers_are_ignored(tied_llama: Path) -> None:

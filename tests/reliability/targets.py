@@ -36,12 +36,12 @@ from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.folders import damage, replace_folder
-from files.hub import _check_index
+from files.hub import INDEX_FILE, resolve_model
 from files.tensors import TensorFile, write_tensors
 from lora import LoraConfig, inject, load_adapter, save_adapter
 from models import build
 from models.config import read_config
-from models.weights import INDEX_FILE, fill, initialise, save_model
+from models.weights import fill, initialise, save_model
 from train.arguments import parse
 from train.checkpoint import TrainState, read_state
 from train.config import load_config, read_preset, to_toml
@@ -169,7 +169,7 @@ def _fill(folder: Path, _: Path) -> None:
 
 
 def _fill_from_index(folder: Path, path: Path) -> None:
-    _check_index(folder, os.listdir(folder), "owner/name")
+    resolve_model(folder)
     _fill(folder, path)
 
 

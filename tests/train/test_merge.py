@@ -208,4 +208,11 @@ def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path
         tmp_path / "model-00002-of-00002.safetensors",
         {"weight": torch.ones(3, 4).half(), "ids": torch.arange(99)},
     )
+    weight_map = {
+        "norm": "model-00001-of-00002.safetensors",
+        "weight": "model-00002-of-00002.safetensors",
+    }
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    write_tensors(tmp_path / "consolidated.safetensors", {"stray": torch.ones(999)})
     assert checkpoint_dtype(tmp_path) == torch.float16

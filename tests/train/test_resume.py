@@ -1,5 +1,6 @@
 """Resume is exact: stopped and taken up again, a run ends in the same bits."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from files.atomic import RunLock, sha256_file
 from files.errors import UserError
 from files.faults import listening
 from files.folders import replace_folder
+from files.tensors import TensorFile
+from lora import adapter_tensors
 from train import session as session_module
 from train.config import load_config
+from train.precision import LossScaler
 from train.resume import _is_finished, find_run
 from train.run import Outcome, execute, main
 
@@ -175,6 +180,35 @@ def test_one_checkpoint_can_be_resumed_from(run_copy: Path, finished: Path) -> N
     assert main(["--resume", str(run_copy / "checkpoints" / "step-00000003")]) == 0
     assert trained_bits(run_copy) == trained_bits(finished)
     assert rows_without_time(run_copy) == rows_without_time(finished)
+
+
+def test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken(run_copy: Path) -> None:
+    """Else a kill in the new third step would be answered with the old eighth."""
+    checkpoints = run_copy / "checkpoints"
+    seen: list[list[str]] = []
+
+    def first_step(name: str) -> None:
+        if name == "step.recorded" and not seen:
+            seen.append(sorted(path.name for path in checkpoints.glob("step-*")))
+
+    with listening(first_step):
+        assert main(["--resume", str(checkpoints / "step-00000003")]) == 0
+    assert all(name <= "step-00000003" for name in seen[0])
+    assert (checkpoints / f"aside-step-{STEPS:08d}").is_dir()
+
+
+def test_a_resume_goes_on_with_the_loss_scale(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that doubles every three good steps: after two and two it is twice the first."""
+    monkeypatch.setattr(LossScaler, "initial_scale", 8.0)
+    monkeypatch.setattr(LossScaler, "growth_interval", 3)
+    run = tmp_path / "run"
+    values = settings(model_folder, rows_file, run, **{"train.precision": "fp16"})
+    train(values | {"train.max_steps": 2})
+    assert last_state(run)["scaler"] == {"scale": 8.0, "good_steps": 2}
+    execute(*find_run(run, {"train.max_steps": 4}))
+    assert last_state(run)["scaler"] == {"scale": 16.0, "good_steps": 1}
 
 
 def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
@@ -439,6 +473,26 @@ def test_a_best_that_is_not_that_of_its_step_is_not_handed_out(
         train(values)
     assert not (run / "final").exists()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_the_test_set_is_evaluated_with_the_weights_of_final(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first evaluation is made the best of all, so that the last step's weights are others."""
+    evaluate = session_module.evaluate
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def first_is_best(model: Any, *given: Any, **named: Any) -> Any:
+        judged.append({name: t.clone() for name, t in adapter_tensors(model).items()})
+        result = evaluate(model, *given, **named)
+        return dataclasses.replace(result, loss=0.5) if len(judged) == 1 else result
+
+    monkeypatch.setattr(session_module, "evaluate", first_is_best)
+    values = {"data.test": str(rows_file / "test.jsonl"), "checkpoint.load_best_at_end": True}
+    run = train(settings(model_folder, rows_file, tmp_path / "run", **values)).folder
+    with TensorFile(run / "final" / "adapter_model.safetensors") as file:
+        assert all(file.read(name).equal(tensor) for name, tensor in judged[-1].items())
+        assert not all(file.read(name).equal(tensor) for name, tensor in judged[-2].items())
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> dict[str, str]:

@@ -245,7 +245,7 @@ def test_the_panel_names_the_adapter_that_a_run_starts_from(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    more = [f"lora.init_from={folder / 'final'}", "lora.r=8", "max_steps=1"]
+    more = [f"lora.init_from={folder / 'final'}", "max_steps=1"]
     assert main(arguments(model_folder, rows_file, tmp_path / "run", *more)) == 0
     assert "LoRA r=4 alpha=32" in capsys.readouterr().out
 

@@ -229,6 +229,10 @@ def test_python_values_need_no_text() -> None:
     ("key", "text", "words"),
     [
         ("lora.r", "0", ["lora.r", "out of range", "≥ 1"]),
+        ("lora.r", str(10**18), ["lora.r", "out of range", "≤ 65536"]),
+        ("lora.lora_alpha", "1e308", ["lora.lora_alpha", "out of range", "≤ 65504"]),
+        ("lora.lora_alpha", "0", ["lora.lora_alpha", "out of range", "> 0"]),
+        ("train.num_train_epochs", "1e308", ["train.num_train_epochs", "out of range", "≤ 1e+06"]),
         ("lora.r", "1.5", ["lora.r", "integer"]),
         ("lora.r", "eight", ["lora.r", '"eight"', "integer ≥ 1"]),
         ("lora.r", "none", ["lora.r", "no unset state"]),
@@ -337,6 +341,12 @@ def test_every_spelling_of_the_seeds_is_known(name: str) -> None:
 )
 def test_unknown_keys_are_answered_with_the_nearest(name: str, hint: str) -> None:
     assert hint in error_of({name: "1"})
+
+
+def test_alpha_may_be_a_fraction_and_stays_what_was_written() -> None:
+    assert repr(load_config(overrides={"lora_alpha": "16"}).lora.lora_alpha) == "16"
+    assert repr(load_config(overrides={"lora_alpha": "7.5"}).lora.lora_alpha) == "7.5"
+    assert repr(load_config(overrides={"learning_rate": "1"}).optimizer.learning_rate) == "1.0"
 
 
 # --- contradictions ---

@@ -1,0 +1,119 @@
+"""The adapters of a run: new ones as `lora.*` says, or those of an adapter that it goes on from.
+
+`lora.init_from` brings its rank, scale, targets and biases with it. What the user wrote must agree
+with them; what is a default or a preset's is replaced, so that config.toml, plan and report hold
+what is trained. `lora_dropout` is no property of the weights: the run's own is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from files.errors import UserError
+from train.config import load_config
+from train.settings import LoraSettings, RunConfig
+
+if TYPE_CHECKING:
+    from lora import LoraConfig
+    from models.config import DecoderConfig
+
+_OF_THE_WEIGHTS = ("r", "lora_alpha", "target_modules", "use_rslora", "bias")
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig:
+    """Return the adapters that a run starts with: new ones, or those of `lora.init_from`.
+
+    Raises:
+        UserError: A value out of its range, or an adapter that cannot be read.
+    """
+    from lora import LoraConfig, saved_config
+
+    values = dataclasses.asdict(settings)
+    folder = values.pop("init_from")
+    if folder is None:
+        return LoraConfig(**values)
+    saved = saved_config(Path(folder).expanduser())
+    return dataclasses.replace(saved, lora_dropout=settings.lora_dropout)
+
+
+def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | None) -> RunConfig:
+    """Return the configuration with `lora.*` as the adapter of `lora.init_from` has it.
+
+    Doing it twice changes nothing, and without `lora.init_from` nothing changes.
+
+    Args:
+        config: What is asked.
+        decoder: The base's architecture; None where it is not known, and targets are not compared.
+
+    Raises:
+        UserError: The user wrote something else, or the adapter cannot be trained here.
+    """
+    from lora import saved_config
+    from models import build
+
+    settings = config.lora
+    if settings.init_from is None or config.train.method != "lora":
+        return config
+    model = None if decoder is None else build(decoder, device="meta")
+    saved = saved_config(Path(settings.init_from).expanduser(), model)
+    values: dict[str, Any] = {key: getattr(saved, key) for key in _OF_THE_WEIGHTS}
+    written = _written(config)
+    if model is None or _mean_the_same(model, saved, settings, "target_modules" in written):
+        values["target_modules"] = settings.target_modules
+    wrong = [key for key in values if key in written and values[key] != getattr(settings, key)]
+    if wrong:
+        has = ", ".join(f"{key}={_shown(values[key])}" for key in wrong)
+        asked = ", ".join(f"lora.{key}={_shown(getattr(settings, key))}" for key in wrong)
+        raise UserError(
+            f"lora.init_from={settings.init_from}: its adapter has {has}, but {asked} is asked "
+            "for; leave that out to go on with the adapter as it is, or unset lora.init_from "
+            "(=none) to start a new one"
+        )
+    return dataclasses.replace(config, lora=dataclasses.replace(settings, **values))
+
+
+def starting_adapter_note(config: RunConfig) -> list[str]:
+    """Return the line that says which adapter a run goes on from; none where it is a new one."""
+    settings = config.lora
+    if settings.init_from is None or config.train.method != "lora":
+        return []
+    values = ", ".join(f"{key}={_shown(getattr(settings, key))}" for key in _OF_THE_WEIGHTS)
+    return [
+        f"lora.init_from={settings.init_from}: goes on from its adapter, with that one's {values}; "
+        f"lora_dropout={settings.lora_dropout:g} is this run's own"
+    ]
+
+
+def _mean_the_same(model: Any, saved: LoraConfig, settings: LoraSettings, written: bool) -> bool:
+    """Whether the targets of the settings are the very modules that the saved adapter adapts.
+
+    A preset's may be of another family: only those that the user wrote must be there.
+    """
+    from lora import target_names
+
+    asked = dataclasses.replace(saved, target_modules=settings.target_modules)
+    try:
+        return target_names(model, asked) == target_names(model, saved)
+    except UserError:
+        if written:
+            raise
+        return False
+
+
+def _written(config: RunConfig) -> set[str]:
+    """Return the names of the `lora.*` keys that the user wrote, in whatever way.
+
+    A value that neither preset nor default has was put there in Python, by `dataclasses.replace`.
+    """
+    untouched = load_config(config.preset).lora
+    return {
+        key
+        for key in _OF_THE_WEIGHTS
+        if f"lora.{key}" in config.given or getattr(config.lora, key) != getattr(untouched, key)
+    }
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
