@@ -1694,12 +1694,6 @@ MUTATIONS = [
             "        if True:\n",
             "test_what_is_not_supported_says_so",
         ),
-        (
-            "an accident decides between several keys",
-            "    if name in SEVERAL:\n        raise",
-            "    if name in UNSUPPORTED_VALUES:\n        raise",
-            "test_what_could_mean_several_keys_is_refused_naming_them",
-        ),
     ),
     *_of(
         "train/precision.py",
@@ -1996,6 +1990,12 @@ MUTATIONS = [
             "    if before is None or same or before.spelled or entry.spelled:\n",
             "tests/train/test_spellings.py"
             "::test_two_names_of_one_key_with_two_values_are_a_contradiction",
+        ),
+        (
+            "an accident decides between several keys",
+            "    if not section and name in SEVERAL:\n",
+            "    if section and name in SEVERAL:\n",
+            "tests/train/test_spellings.py::test_what_could_mean_several_keys_is_refused_naming_them",
         ),
         (
             "what is taken is not said",

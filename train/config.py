@@ -206,7 +206,7 @@ def _translated(layer: Sequence[_Entry], taken: list[str]) -> Iterator[_Entry]:
     bare = {key.name for key in KEYS.values()}
     for entry in layer:
         name, written = entry.key, f"{entry.key}={_plainly(entry.value)}"
-        if name in bare and name not in SEVERAL:
+        if name in bare:
             yield entry
             continue
         try:

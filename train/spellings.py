@@ -394,11 +394,9 @@ def translate(name: str, value: Any, layer: Mapping[str, Any]) -> Settings | Non
         layer: All names and values that are given in the same place.
 
     Raises:
-        UserError: It can mean several keys, is not supported, or its value means something that is
-            said in another way here.
+        UserError: It is not supported, or its value means something that is said in another way
+            here.
     """
-    if name in SEVERAL:
-        raise UserError(f"'{name}' could mean several keys: say {' or '.join(SEVERAL[name])}")
     if sentence := unsupported(name):
         if plain(value) in _OFF:
             return {}
