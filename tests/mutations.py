@@ -1607,6 +1607,95 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/decide.py",
+        "tests/train/test_decide.py",
+        (
+            "auto takes bf16 where it is emulated",
+            "is_bf16_supported(including_emulation=False)",
+            "is_bf16_supported()",
+            "test_auto_on_cuda_does_not_count_emulation",
+        ),
+        (
+            "tokens of a micro-batch are decided anew for the plan",
+            "return config.train.per_device_train_batch_size * config.data.max_length",
+            "return config.train.per_device_train_batch_size * 60",
+            "test_automatic_tokens_are_those_of_the_padded_micro_batch",
+        ),
+        (
+            "a laptop's plan is one for its processor",
+            '    if config.train.device == "auto" and device == "cpu":\n        return UNKNOWN\n',
+            "",
+            "test_a_machine_without_an_accelerator_plans_for_one_unless_the_cpu_is_named",
+        ),
+        (
+            "recomputing is decided where no device is known",
+            '        return None, "auto: no device is known yet"\n',
+            '        return False, "auto: no device is known yet"\n',
+            "test_recomputing_only_where_memory_needs_it",
+        ),
+        (
+            "attention with dropout is planned as fused on a processor",
+            'dropout > 0 and device not in (None, "cuda")',
+            'dropout > 1 and device not in (None, "cuda")',
+            "test_what_is_planned_is_what_runs",
+        ),
+        (
+            "a base in another half precision is let through",
+            "and stored not in agreeing:",
+            "and stored in agreeing and stored not in agreeing:",
+            "tests/train/test_prepare.py"
+            "::test_a_frozen_base_is_stored_in_fp32_or_in_what_is_computed_in",
+        ),
+    ),
+    *_of(
+        "train/ledger.py",
+        "tests/train/test_plan.py",
+        (
+            "a micro-batch by tokens holds more than a step",
+            "tokens = max(min(tokens, budget), longest)",
+            "tokens = max(budget, longest)",
+            "test_largest_micro_batch",
+        ),
+    ),
+    *_of(
+        "train/refuse.py",
+        "tests/train/test_run.py",
+        (
+            "a plan does not look at the weights",
+            "    if decoder is not None:\n        check_weights(",
+            "    if decoder is None:\n        check_weights(",
+            "test_bad_input_ends_in_one_sentence",
+        ),
+        (
+            "a plan does not look at the run's folder",
+            "    if new:\n        run_folder(config)",
+            "    if not new:\n        run_folder(config)",
+            "test_an_existing_run_is_never_overwritten",
+        ),
+    ),
+    *_of(
+        "train/spellings.py",
+        "tests/train/test_spellings.py",
+        (
+            "false beside nothing is fp32",
+            "if value is False and layer.get(other) is False:",
+            "if value is False and layer.get(other) is not True:",
+            "test_a_value_that_means_something_else_is_never_misread",
+        ),
+        (
+            "a number of rows is taken for a share",
+            "if not number or not 0 <= value / whole < 1:",
+            "if not number:",
+            "test_a_value_that_means_something_else_is_never_misread",
+        ),
+        (
+            "what is not supported is passed over",
+            "        if plain(value) in _OFF:\n",
+            "        if True:\n",
+            "test_what_is_not_supported_says_so",
+        ),
+    ),
+    *_of(
         "train/precision.py",
         "tests/train/test_precision.py",
         (
@@ -1626,12 +1715,6 @@ MUTATIONS = [
             "grown if grown <= torch.finfo(torch.float32).max else self.scale",
             "grown",
             "test_the_scale_stays_finite_in_fp32",
-        ),
-        (
-            "auto takes bf16 where it is emulated",
-            "is_bf16_supported(including_emulation=False)",
-            "is_bf16_supported()",
-            "test_auto_on_cuda_does_not_count_emulation",
         ),
         (
             "fp16 is trained without a loss scaler",
@@ -1874,6 +1957,18 @@ MUTATIONS = [
             "test_a_run_killed_before_its_resume_said_so_is_not_finished",
         ),
         (
+            "steps that are done again count as done under the schedule before",
+            "            until = min(until, self.state.step)\n",
+            "",
+            "test_each_change_of_length_is_kept_and_what_is_done_again_follows_the_last",
+        ),
+        (
+            "a resume without a change is told as one",
+            "        while followed and followed[-1][1] == plan:\n            followed.pop()\n",
+            "",
+            "test_a_resume_that_changes_no_length_redraws_nothing",
+        ),
+        (
             "a checkpoint that was named is taken though it is damaged",
             "        problem = damage(place)\n",
             "        problem = None\n",
@@ -1888,6 +1983,25 @@ MUTATIONS = [
             "        if not KEYS[path].rule.on_resume:\n",
             "        if False:\n",
             "test_only_length_cadence_and_logging_may_change_on_resume",
+        ),
+        (
+            "of two names of one key the later rules in silence",
+            "    if before is None or same or not (before.spelled or entry.spelled):\n",
+            "    if before is None or same or before.spelled or entry.spelled:\n",
+            "tests/train/test_spellings.py"
+            "::test_two_names_of_one_key_with_two_values_are_a_contradiction",
+        ),
+        (
+            "an accident decides between several keys",
+            "    if not section and name in SEVERAL:\n",
+            "    if section and name in SEVERAL:\n",
+            "tests/train/test_spellings.py::test_what_could_mean_several_keys_is_refused_naming_them",
+        ),
+        (
+            "what is taken is not said",
+            "    if taken:\n",
+            "    if not taken:\n",
+            "tests/train/test_spellings.py::test_what_is_certain_is_taken_and_said",
         ),
     ),
     *_of(

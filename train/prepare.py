@@ -33,8 +33,9 @@ from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
 from train.adapters import lora_config
+from train.decide import Machine
 from train.memory import keep_freed_memory
-from train.precision import COMPUTE_DTYPES, resolve_precision
+from train.precision import COMPUTE_DTYPES
 from train.settings import DataSettings, RunConfig
 
 
@@ -64,28 +65,6 @@ class Data:
                 ("test", self.test),
             )
         }
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `train.device` means.
-
-    Raises:
-        UserError: A device that this machine does not have.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        there = ", ".join(device for device, there in available.items() if there)
-        raise UserError(
-            f"train.device={name}: torch {torch.__version__} sees no such device here "
-            f"(it sees {there}); use train.device=auto"
-        )
-    return torch.device(name)
 
 
 def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
@@ -193,12 +172,22 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
-    if valid is None and config.eval.early_stopping_patience is not None:
+    if valid is None:
+        refuse_without_valid(config)
+    return Data(tokenizer, form, train, valid, test)
+
+
+def refuse_without_valid(config: RunConfig) -> None:
+    """Refuse what a run without a valid set cannot do.
+
+    Raises:
+        UserError: It is asked to stop early.
+    """
+    if config.eval.early_stopping_patience is not None:
         raise UserError(
             "eval.early_stopping_patience needs a valid set: give data.valid, data.split_column or "
             "data.valid_fraction, or unset it (eval.early_stopping_patience=none)"
         )
-    return Data(tokenizer, form, train, valid, test)
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -221,42 +210,21 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
 
-def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
-    """Return the device, and the configuration with its precision decided and its paths made whole.
-
-    What is decided here is written to the run's config.toml: a resumed run decides nothing anew.
-
-    Raises:
-        UserError: The device or precision is not to be had, or the base is to be stored in a half
-            precision other than the one that is computed in.
-    """
-    device = resolve_device(config.train.device)
-    if device.type == "cpu":
+def set_up(config: RunConfig, machine: Machine) -> torch.device:
+    """Set this process up for a run whose configuration is decided, and return its device."""
+    assert machine.device is not None
+    if machine.device == "cpu":
         keep_freed_memory()
         # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
         # and would grow by hundreds of MB. Sizes are rounded (`kernels.rounding`), so that 256 hold
         # those that come back (LOG.md, 2026-11-21). Both read their variable at first use.
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "256")
-    precision = resolve_precision(config.train.precision, device)
-    stored = config.model.dtype
-    if config.train.method == "lora" and stored not in (None, "fp32", precision):
-        # Layers compute in their weights' type where autocast leaves them alone.
-        raise UserError(
-            f"model.dtype={stored} with train.precision={precision}: the base would compute partly "
-            f"in {stored}; use model.dtype=none (stored in {precision}), model.dtype=fp32, or "
-            f"train.precision={stored}"
-        )
     if config.train.deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    tokens = config.train.micro_batch_tokens
-    if tokens == "auto":
-        # As many rows as the padded micro-batch that the user asked for would have held.
-        tokens = config.train.per_device_train_batch_size * config.data.max_length
-    settings = dataclasses.replace(config.train, precision=precision, micro_batch_tokens=tokens)
-    return with_whole_paths(dataclasses.replace(config, train=settings)), device
+    return torch.device(machine.device)
 
 
 def base_dtype(config: RunConfig) -> torch.dtype:

@@ -126,7 +126,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_there(tmp_path: Pa
 
     with pytest.raises(UserError, match=r"cannot save step 20.*No space left.*step-00000010"):
         checkpoints.save(state_at(20).to_dict(), {}, full, expected_bytes=1)
-    with pytest.raises(UserError, match=r"cannot save step 30: it needs .* GB"):
+    with pytest.raises(UserError, match=r"cannot save step 30: it needs .* [KMGT]iB"):
         checkpoints.save(state_at(30).to_dict(), {}, fill, expected_bytes=1 << 62)
     assert checkpoints.steps() == [10]
     assert damage(checkpoints.path(10)) is None

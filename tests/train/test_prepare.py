@@ -12,7 +12,8 @@ from data.locate import open_source
 from files.errors import UserError
 from models.config import read_config
 from train.config import load_config, to_toml
-from train.prepare import Data, base_dtype, decide, load_data, with_whole_paths
+from train.decide import Machine, decide
+from train.prepare import Data, base_dtype, load_data, with_whole_paths
 
 
 def load(model: Path, rows: Path, **settings: object) -> Data:
@@ -118,10 +119,11 @@ def test_a_frozen_base_is_stored_in_fp32_or_in_what_is_computed_in(
 ) -> None:
     overrides = {"train.device": "cpu", "train.precision": precision, "model.dtype": stored}
     config = load_config(overrides=overrides)
+    machine = Machine("cpu", None)
     if dtype is None:
         with pytest.raises(UserError, match=f"model.dtype={stored} with train.precision="):
-            decide(config)
+            decide(config, machine)
     else:
-        assert base_dtype(decide(config)[0]) == dtype
+        assert base_dtype(decide(config, machine)) == dtype
     full = load_config(overrides={**overrides, "train.method": "full"})
-    assert base_dtype(decide(full)[0]) == torch.float32  # masters, whatever is asked
+    assert base_dtype(decide(full, machine)) == torch.float32  # masters, whatever is asked

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -214,6 +215,68 @@ def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
     assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
     rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
+
+
+def earlier_schedules(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "plan.json").read_text())["earlier_schedules"]
+
+
+def cosine(step: int, total: int) -> float:
+    """The rate of a step (from 1) under a peak of 1e-2 and one step of warm-up."""
+    return 1e-2 * 0.5 * (1 + math.cos(math.pi * (step - 2) / (total - 1)))
+
+
+def test_a_run_that_is_made_longer_says_what_became_of_its_learning_rate(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert earlier_schedules(run_copy) == []
+    assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
+    line = (
+        "he schedule is redrawn from step 9 on, for 10 steps instead of 8: the learning rate of "
+        "that step is 0.00117 instead of 0"
+    )
+    assert capsys.readouterr().out.count(f"t{line}\n") == 1
+    report = (run_copy / "report.md").read_text()
+    assert f"- T{line}.\n" in report
+    assert "The learning rate of all 10 steps is the schedule's (cosine)." in report
+    (one,) = earlier_schedules(run_copy)
+    assert (one["until"], one["total_steps"], one["warmup_steps"]) == (8, 8, 1)
+    rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
+    rates = {row["step"]: row["learning_rate"] for row in rows}
+    for step in range(2, 11):
+        assert rates[step] == pytest.approx(cosine(step, 8 if step <= 8 else 10), abs=1e-12)
+    assert one["learning_rate_after"] == rates[9]
+    assert one["learning_rate_before"] == 0.0
+
+
+def test_each_change_of_length_is_kept_and_what_is_done_again_follows_the_last(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--resume", str(run_copy), "num_train_epochs=3", "max_steps=none"]) == 0
+    assert [(one["until"], one["total_steps"]) for one in earlier_schedules(run_copy)] == [(8, 8)]
+    assert main(["--resume", str(run_copy), "max_steps=14"]) == 0  # 22 rows in 6s: 4 an epoch
+    lengths = [(one["until"], one["total_steps"]) for one in earlier_schedules(run_copy)]
+    assert lengths == [(8, 8), (12, 12)]
+    report = (run_copy / "report.md").read_text()
+    assert "from step 9 on, for 12 steps instead of 8" in report
+    assert "from step 13 on, for 14 steps instead of 12" in report
+    assert "The learning rate of all 14 steps is the schedule's" in report
+    capsys.readouterr()
+    # Steps 6 and on are done again, all of them under the last schedule.
+    assert main(["--resume", str(run_copy / "checkpoints" / "step-00000005")]) == 0
+    lengths = [(one["until"], one["total_steps"]) for one in earlier_schedules(run_copy)]
+    assert lengths == [(5, 8)]
+    assert "from step 6 on, for 14 steps instead of 8" in capsys.readouterr().out
+    assert "of all 14 steps is the schedule's" in (run_copy / "report.md").read_text()
+
+
+def test_a_resume_that_changes_no_length_redraws_nothing(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = run_copy / "checkpoints" / "step-00000004"
+    assert main(["--resume", str(place), "eval.steps=3"]) == 0
+    assert earlier_schedules(run_copy) == []
+    assert "redrawn" not in capsys.readouterr().out
 
 
 def damage_file(path: Path) -> None:
