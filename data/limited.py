@@ -8,17 +8,18 @@ function:
 
 Requests and answers are JSON, a line each, through pipes. Each answer has its own time limit; a
 child that breaks a limit or dies is killed, and the next question starts another. Where the system
-knows no memory limit for a process (macOS), the time limit still holds.
+knows no memory limit for a process (macOS, Windows), a note says so and the time limit still holds.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
-import selectors
+import queue
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from files.errors import UserError
+from files.child import python
+from files.errors import UserError, note
 
 ANSWER_SECONDS = 5.0
 MEMORY_BYTES = 2**30
@@ -43,11 +45,7 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "RUST_BACKTRACE": "0",
 }
-# The child imports from where its parent does, whatever the current folder is.
-_PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from data.limited import serve; serve(*json.loads(sys.argv[2]))"
-)
+_PROGRAM = "import json; from data.limited import serve; serve(*json.loads(sys.argv[1]))"
 
 
 class _BrokenError(Exception):
@@ -131,40 +129,46 @@ class _Child:
         self._memory = memory
         self._seconds = seconds
         self._unread = bytearray()
-        # Answers have a pipe of their own: what a library prints must not be taken for one.
-        self._answers, writer = os.pipe()
-        paths, arguments = json.dumps(sys.path), json.dumps([module, writer, memory, seconds])
         try:
             self._printed = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
             # A session of its own: Ctrl-C in the terminal is the parent's business.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, paths, arguments],
+                python(_PROGRAM, json.dumps([module, memory, seconds])),
                 stdin=subprocess.PIPE,
-                stdout=self._printed,
+                stdout=subprocess.PIPE,
                 stderr=self._printed,
-                pass_fds=[writer],
                 env=os.environ | _ENVIRONMENT,
                 start_new_session=True,
             )
         except OSError as error:
-            os.close(self._answers)
             raise _BrokenError(f"needs a child process, and none starts ({error})") from None
-        finally:
-            os.close(writer)
-        self._ready = selectors.DefaultSelector()
-        self._ready.register(self._answers, selectors.EVENT_READ)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        # A thread reads, since not every system can wait for a pipe with a time limit.
+        self._arrived: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         try:
-            self.receive(_START_SECONDS)
+            if not self.receive(_START_SECONDS)["memory_is_limited"]:
+                _note_unlimited_memory()
         except BaseException:
             self.close()
             raise
 
+    def _read(self) -> None:
+        """Pass on what the child writes, and at its end an empty piece."""
+        piece = b"more"
+        with self._answers:
+            while piece:
+                piece = os.read(self._answers.fileno(), 2**16)
+                self._arrived.put(piece)
+
     def send(self, line: bytes) -> None:
-        assert self._process.stdin is not None
         # It cannot block for long: a child reads the whole line before it answers.
         try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
+            self._requests.write(line)
+            self._requests.flush()
         except OSError:
             raise _BrokenError(self._death()) from None
 
@@ -174,9 +178,10 @@ class _Child:
         searched = 0
         while (end := self._unread.find(b"\n", searched)) < 0:
             searched = len(self._unread)
-            if not self._ready.select(max(deadline - time.monotonic(), 0)):
-                raise _BrokenError(f"took more than {seconds:.3g} s")
-            piece = os.read(self._answers, 2**16)
+            try:
+                piece = self._arrived.get(timeout=max(deadline - time.monotonic(), 0))
+            except queue.Empty:
+                raise _BrokenError(f"took more than {seconds:.3g} s") from None
             if not piece:
                 raise _BrokenError(self._death())
             self._unread += piece
@@ -189,12 +194,12 @@ class _Child:
         if self.owner == os.getpid():
             self._process.kill()
             self._process.wait()
-        self._ready.close()
-        os.close(self._answers)
+            self._reader.join(timeout=1)  # at once, unless a process of the child's own lives on
+        else:
+            self._answers.close()  # the reader is the parent's thread
         self._printed.close()
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # a request may be left that nobody reads any more
-            self._process.stdin.close()
+            self._requests.close()
 
     def _death(self) -> str:
         """Return how the process ended, which it has just done."""
@@ -223,10 +228,21 @@ def one_line(text: str, most: int = 300) -> str:
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
-def serve(module: str, writer: int, memory: int, seconds: float) -> None:
+@functools.cache
+def _note_unlimited_memory() -> None:
+    """Say once what is not bounded here."""
+    note(
+        "this system sets no limit to a process's memory: the time that a tokenizer or a chat "
+        "template takes is bounded, what it allocates is not"
+    )
+
+
+def serve(module: str, memory: int, seconds: float) -> None:
     """Answer the requests on standard input until it ends: the child's main function."""
-    _limit_resources(memory)
-    answers = os.fdopen(writer, "wb")
+    # What a library prints must not be taken for an answer: it goes where the errors go.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    memory_is_limited = _limit_resources(memory)
 
     def tell(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message).encode() + b"\n")
@@ -235,7 +251,7 @@ def serve(module: str, writer: int, memory: int, seconds: float) -> None:
     answer = importlib.import_module(module).answer
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it may come as ignored by the parent
-    tell({"ready": True})
+    tell({"memory_is_limited": memory_is_limited})
     for line in sys.stdin.buffer:
         try:
             _end_oneself_after(seconds)
@@ -249,17 +265,22 @@ def serve(module: str, writer: int, memory: int, seconds: float) -> None:
         tell({"end": refusal})
 
 
-def _limit_resources(memory: int) -> None:
+def _limit_resources(memory: int) -> bool:
+    """Set what limits the system knows; return whether the one of memory is among them."""
     try:
         import resource
     except ImportError:  # Windows
-        return
+        return False
+    refused = set()
     for kind, most in (("AS", memory), ("CORE", 0), ("FSIZE", _WRITE_BYTES)):
         limit = getattr(resource, f"RLIMIT_{kind}")
         hard = resource.getrlimit(limit)[1]
         lowest = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS takes no RLIMIT_AS
+        try:
             resource.setrlimit(limit, (lowest, lowest))
+        except (ValueError, OSError):  # macOS takes no RLIMIT_AS
+            refused.add(kind)
+    return "AS" not in refused
 
 
 def _end_oneself_after(seconds: float | None) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data.locate import Source, SourceFile, canonical_split, listed, open_source
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, did_you_mean, note
 
 MAX_ROW_BYTES = 16 * 2**20
 _COLUMN_VALUES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
@@ -65,7 +64,7 @@ def read_rows(
         split_column: column whose value chooses the rows of `split`; file names do not choose then.
         split: `train`, `valid` or `test`; None takes all rows.
         notice: is told how many files of a source tree were passed over, and why; by default a
-            warning says it.
+            note on standard error says it.
 
     Raises:
         UserError: as `open_source`; and, while iterating, for the first row that breaks a rule,
@@ -76,14 +75,10 @@ def read_rows(
         if isinstance(spec, Source)
         else open_source(spec, None if split_column is not None else split)
     )
-    rows = _read_files(source, fields, split_column, notice or _warn)
+    rows = _read_files(source, fields, split_column, notice or note)
     if split_column is not None and split is not None:
         rows = _of_split(rows, split_column, canonical_split(split))
     return rows if fields is None else _checked(rows, tuple(fields))
-
-
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=2)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -422,9 +417,7 @@ def _read_parquet(path: Path, name: str, columns: list[str] | None) -> Iterator[
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            f"{name}: Parquet files need pyarrow; run pip install 'lathe[parquet]'"
-        ) from None
+        raise UserError(f"{name}: Parquet files need pyarrow; run `pip install pyarrow`") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names

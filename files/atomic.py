@@ -9,8 +9,6 @@ with `.tmp-`, which `replacing` of the same name does not trip over.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,13 +21,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from files.errors import UserError
+from filelock import BaseFileLock, FileLock, Timeout
+
+from files.errors import UserError, note
 from files.faults import faultpoint
 
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_NAME = "run.lock"
-# What flock answers where the file system knows no locks (Lustre mounted without them, some FUSE).
-_NO_LOCKS_HERE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+HOLDER_NAME = "run.lock.json"  # not in the lock itself: whoever tries a lock may empty its file
+# Windows: the bytes as they are, and no way to open a folder.
+_BINARY = getattr(os, "O_BINARY", 0)
+_FOLDER = getattr(os, "O_DIRECTORY", None)
 
 
 @contextlib.contextmanager
@@ -49,7 +51,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     mode = _permissions_to_keep(destination)
     try:
         # O_EXCL: never write through something that lies there. 0o666 is cut down by the umask.
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
         try:
             with open(descriptor, "w+b") as file:
                 faultpoint("file.created")
@@ -57,7 +59,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 faultpoint("file.written")
                 if mode is not None:
-                    os.fchmod(file.fileno(), mode)
+                    os.chmod(temporary, mode)
                 os.fsync(file.fileno())
             faultpoint("file.synced")
             os.replace(temporary, destination)
@@ -110,8 +112,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def fsync_folder(path: str | Path) -> None:
-    """Flush the folder's list of names to the disk: after it, a rename survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Flush the folder's list of names to the disk: after it, a rename survives a power cut.
+
+    Windows has no such call, and keeps the order of renames itself.
+    """
+    if _FOLDER is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY | _FOLDER)
     try:
         os.fsync(descriptor)
     finally:
@@ -141,9 +148,9 @@ class RunLock:
         ...
     ```
 
-    The lock is the kernel's (`flock` on `run.lock`), so it ends with the process however that ends,
-    SIGKILL included; the file itself stays and names the last holder. Processes forked inside the
-    block share the lock.
+    The lock is the system's (`filelock` on `run.lock`), so it ends with the process however that
+    ends, SIGKILL included. The files stay, and `run.lock.json` names the last holder. Where the
+    file system has no locks, a note says so.
 
     Raises:
         UserError: on entering, when another process holds the lock (which one, and where), or the
@@ -152,41 +159,47 @@ class RunLock:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._descriptor: int | None = None
+        self._lock: BaseFileLock | None = None
 
     def __enter__(self) -> RunLock:
-        if self._descriptor is not None:
+        if self._lock is not None:
             raise RuntimeError(f"the lock on {self.folder} is already held by this object")
+        path = self.folder / LOCK_NAME
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+            path.touch()
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written as a run folder ({error.strerror}); "
                 "choose another one with train.output_dir"
             ) from None
+        self._lock = FileLock(path, mode=stat.S_IMODE(path.stat().st_mode))
+        has_locks = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read_holder(descriptor)
-            os.close(descriptor)
-            raise UserError(
-                f"{self.folder}: run folder in use by {holder}; wait until it ends, stop it, or "
-                "choose another folder with train.output_dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                os.close(descriptor)
-                raise
-            warnings.warn(
-                f"{self.folder}: this file system has no locks ({error.strerror}): "
-                "make sure that no second process writes to this run",
-                stacklevel=2,
+            with warnings.catch_warnings(action="ignore"):  # that it takes a file as the lock
+                self._lock.acquire(blocking=False)
+        except Timeout:
+            has_locks = isinstance(self._lock, FileLock)
+            if has_locks:
+                self._lock = None
+                raise UserError(
+                    f"{self.folder}: run folder in use by {self._holder()}; wait until it ends, "
+                    "stop it, or choose another folder with train.output_dir"
+                ) from None
+        except (OSError, NotImplementedError):
+            has_locks = False
+        # Without locks the library takes a mere file for one; a kill would leave it, and it would
+        # keep every later run out.
+        if not (has_locks and isinstance(self._lock, FileLock)):
+            self._lock.release()
+            note(
+                f"{self.folder}: this file system has no locks: make sure that no second process "
+                "writes to this run"
             )
-        os.ftruncate(descriptor, 0)
-        holder = json.dumps({"process": os.getpid(), "host": socket.gethostname()})
-        os.pwrite(descriptor, holder.encode(), 0)
-        self._descriptor = descriptor
+        # Who holds it is a courtesy: where it cannot be written, the run will say so.
+        with contextlib.suppress(OSError):
+            holder = {"process": os.getpid(), "host": socket.gethostname()}
+            (self.folder / HOLDER_NAME).write_text(json.dumps(holder), encoding="utf-8")
         return self
 
     def __exit__(
@@ -195,18 +208,15 @@ class RunLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._descriptor is not None:
-            # Unlocked in so many words: a forked child may still hold a copy of the descriptor.
+        if self._lock is not None:
             with contextlib.suppress(OSError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            os.close(self._descriptor)
-            self._descriptor = None
+                self._lock.release()
+            self._lock = None
 
-
-def _read_holder(descriptor: int) -> str:
-    """Return who wrote the lock file; the holder may be in the middle of writing it."""
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {int(holder['process'])} on host {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    def _holder(self) -> str:
+        """Return who holds the lock; the holder may be in the middle of writing it."""
+        try:
+            holder = json.loads((self.folder / HOLDER_NAME).read_bytes())
+            return f"process {int(holder['process'])} on host {holder['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"

@@ -1,8 +1,9 @@
-"""The one error class that a user ever sees, and the nearest-name hint that its messages carry."""
+"""The one error class that a user ever sees, notes, and what their sentences are made of."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -40,3 +41,13 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the candidate nearest to `name`, or an empty string."""
     nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: `1 row`, `2,048 rows`; a plural other than in -s is given."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def note(sentence: str) -> None:
+    """Tell the user, on standard error, what is no error but should be known."""
+    print(f"note: {_one_line(sentence)}", file=sys.stderr, flush=True)

@@ -7,7 +7,9 @@ without a leading dot is a complete folder, and reading verifies every hash firs
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,6 +65,28 @@ def replace_folder(
     fsync_folder(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
     faultpoint("folder.done")
+
+
+def make_free_folder(parent: Path, name: str) -> Path:
+    """Make `parent/NAME-<UTC time>` and return it; of two in the same second one ends in `-2`.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = parent / (f"{name}-{stamp}" + (f"-{number}" if number > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be made ({error.strerror}); choose another folder with "
+                "train.output_dir"
+            ) from None
+        return folder
+    raise AssertionError("numbers do not end")
 
 
 def recover_folder(target: Path) -> None:

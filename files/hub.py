@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from files.atomic import sha256_file
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, counted, did_you_mean
 from files.strict_json import read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -365,8 +365,8 @@ def _fetch(
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(
-            f"{_where(repository, kind)}: {len(absent)} files did not arrive ({absent[0]}); "
-            "run once more with network access"
+            f"{_where(repository, kind)}: {counted(len(absent), 'file')} did not arrive "
+            f"({absent[0]}); run once more with network access"
         )
     if folder.name == listing.commit:
         for name in missing:

@@ -7,13 +7,14 @@ around is instant.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from files.errors import UserError, did_you_mean
+from train.command import CommandParser, command
 from train.config import Preset, preset_names, read_preset, to_toml
 from train.plan import effective_batch_size, plan_run
 from train.settings import KEYS
@@ -44,13 +45,16 @@ settings: section.key=value, or key=value where the key is unique; values are TO
 none unsets a key. `--show default` prints every key with its meaning, range and default.
 
 examples:
-  python -m train.run --list-presets
-  python -m train.run --preset demo
-  python -m train.run --preset qwen2.5-coder-1.5b data.train=my.jsonl --plan
-  python -m train.run --preset starcoder2-3b-lora data.train=src/ lora.r=16 train.output_dir=runs/a
-  python -m train.run --config my.toml learning_rate=1e-4 'data.prompt_template="Q: {question}\\n"'
-  python -m train.run --resume runs/demo-20250101-120000
-  python -m train.run --preset demo --prove-resume
+  LATHE --list-presets
+  LATHE --preset demo
+  LATHE --preset qwen2.5-coder-1.5b data.train=my.jsonl --plan
+  LATHE --preset starcoder2-3b-lora data.train=src/ lora.r=16 train.output_dir=runs/a
+  LATHE --config my.toml learning_rate=1e-4 'data.prompt_template="Q: {question}\\n"'
+  LATHE --resume runs/demo-20250101-120000
+  LATHE --preset demo --prove-resume
+
+other commands (each with --help):
+OTHER_COMMANDS
 
 exit codes:
   0    done (also: stopped by a signal under torchrun, saved, status.json says preempted)
@@ -61,6 +65,12 @@ exit codes:
   143  stopped by SIGTERM after saving; --resume goes on
 SIGUSR1 saves a checkpoint and goes on.
 """
+OTHER_COMMANDS = {
+    "show-data": "the rows as they will be trained, before a weight is read",
+    "generate": "complete a prompt with what a run has trained",
+    "merge": "fold an adapter into its base model",
+    "report": "write a run's report again",
+}
 
 
 @dataclass(frozen=True)
@@ -92,20 +102,13 @@ class Arguments:
     overrides: dict[str, str] = field(default_factory=dict)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, whose complaints end as every other bad input does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help shows what is possible)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m train.run",
+def _parser() -> CommandParser:
+    commands = "\n".join(f"  {command(name)}  {what}" for name, what in OTHER_COMMANDS.items())
+    parser = CommandParser(
+        "run",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.replace("OTHER_COMMANDS", commands).replace("LATHE", command()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings")
     parser.add_argument("--preset", metavar="NAME", help="start from a preset")
@@ -202,6 +205,8 @@ def _overrides(settings: Sequence[str]) -> dict[str, str]:
             raise UserError(f"the setting {key} holds bytes that are not UTF-8") from None
         if not equals or not key:
             meant = f" (or --preset {setting}?)" if setting in preset_names() else ""
+            names = difflib.get_close_matches(setting.replace("_", "-"), OTHER_COMMANDS, n=1)
+            meant = f" (or `{command(names[0])} …`?)" if names else meant
             raise UserError(f"'{setting}' is not a setting: write section.key=value{meant}")
         # A key given again comes later in the order too, so that the last one rules.
         overrides.pop(key, None)

@@ -1,14 +1,85 @@
-"""How a command ends: its answer, or one sentence and an exit code, never a traceback."""
+"""A command's name, its options, and its end: an answer or one sentence, never a traceback."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
+import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from files.errors import UserError
+
+
+def command(name: str = "run") -> str:
+    """Return how a command of ours is typed to work where this process was started.
+
+    `lathe generate` where `lathe` was typed, `.venv/bin/python -m train.generate` where this
+    process was started that way; from Python, `lathe` where it is installed.
+
+    Args:
+        name: `run`, `show-data`, `generate`, `merge`, `report` or `evaluate`.
+    """
+    program = Path(sys.argv[0] if sys.argv else "")
+    module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    python = shlex.quote(sys.orig_argv[0] if sys.orig_argv else "python")
+    installed = shutil.which("lathe")
+    as_module = f"{python} -m train.{name.replace('-', '_')}"
+    if module.startswith("train."):
+        return as_module
+    if module == "lathe":
+        start = f"{python} -m lathe"
+    elif program.name == "lathe.py":
+        start = f"{python} {shlex.quote(str(program))}"
+    elif program.name == "lathe" and not (installed and Path(installed).samefile(program)):
+        start = shlex.quote(str(program))
+    elif installed:
+        start = "lathe"
+    else:
+        return as_module
+    return start if name == "run" else f"{start} {name}"
+
+
+class _Once(argparse.Action):
+    """Store a value; an option that is given twice is refused, for one of the two would be lost."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if self.given and option_string is not None:
+            raise argparse.ArgumentError(self, "is given twice, and takes one value; leave one out")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse for one of our commands: its complaints end as every other bad input does.
+
+    An option that takes one value is refused when it is given again.
+
+    Args:
+        name: The command, as `command` takes it.
+        settings: Further arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(prog=command(name), allow_abbrev=False, **settings)
+        self.register("action", None, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint as a `UserError`."""
+        raise UserError(f"{message} (--help shows what is possible)")
 
 
 def run_command(command: Callable[[], int]) -> int:

@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from files.errors import counted
+from train.command import command
 from train.metrics import read_metrics
 from train.units import size_text
 
@@ -131,7 +133,7 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     parts = [f"{row['split']} loss {format_loss(row['loss'])}", f"step {row['step']}/{total_steps}"]
     if row.get("train_loss") is not None:
         parts.append(f"train loss {format_loss(row['train_loss'])}")
-    parts.append(f"{row['targets']:,} targets")
+    parts.append(counted(row["targets"], "target"))
     if row.get("seconds") is not None:
         parts.append(format_duration(row["seconds"]))
     if row.get("reduced_batch_size"):
@@ -264,8 +266,8 @@ class Console:
         self.close()
         self.panel(title, rows)
         width = max((len(purpose) for purpose, _ in commands), default=0)
-        for purpose, command in commands:
-            self.say(f"  {purpose:<{width}}  {command}")
+        for purpose, line in commands:
+            self.say(f"  {purpose:<{width}}  {line}")
 
     def _start(self, seconds_of_first_step: float) -> None:
         """Set the clock that the time to go is reckoned from, and begin the progress line."""
@@ -305,7 +307,7 @@ def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows,
         folder: The run's folder, whose metrics.jsonl tells the test losses.
     """
     step, total, best = status["step"], status["total_steps"], status.get("best")
-    title = f"{status['state']} ({status['reason']}) after {step} of {total} steps"
+    title = f"{status['state']} ({status['reason']}) after {step} of {counted(total, 'step')}"
     rows = []
     if best:
         rows.append(("best valid loss", f"{format_loss(best['loss'])} at step {best['step']}"))
@@ -322,20 +324,20 @@ def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows,
 
 
 def _next_commands(status: Mapping[str, Any], folder: Path) -> Rows:
-    place = shlex.quote(str(folder))
+    place, report = shlex.quote(str(folder)), shlex.quote(str(folder / "report.md"))
     if status["state"] == "finished":
         return (
-            ("read", str(folder / "report.md")),
-            ("try", f"python -m train.generate --run {place} --prompt '…'"),
+            ("read", report),
+            ("try", f"{command('generate')} --run {place} --prompt '…'"),
             ("curves", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
-            ("merge", f"python -m train.merge {place} MERGED_MODEL"),
+            ("merge", f"{command('merge')} {place} MERGED_MODEL"),
         )
     if status["reason"] == "non_finite":
         return (
-            ("read", f"{folder / 'report.md'} (which rows and steps)"),
+            ("read", f"{report} (which rows and steps)"),
             ("then", "mend the rows, or start anew with a lower optimizer.learning_rate"),
         )
     return (
-        ("go on", f"python -m train.run --resume {place}"),
-        ("report", f"python -m train.report {place}"),
+        ("go on", f"{command()} --resume {place}"),
+        ("report", f"{command('report')} {place}"),
     )

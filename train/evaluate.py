@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from data.batch import micro_batches
 from data.examples import Examples
+from files.errors import UserError
 from models.layers import CausalLM
+from train.command import command, run_command
 from train.loss import exact_sum, loss_sum
 from train.memory import does_not_fit, within_memory
 from train.precision import Precision
@@ -96,3 +100,21 @@ def evaluate(
         seconds=time.perf_counter() - started,
         reduced_batch_size=size if size < batch_size else None,
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Say that there is no such command yet; return the exit code of bad input."""
+    del arguments
+
+    def answer() -> int:
+        raise UserError(
+            f"`{command('evaluate')}` is not built yet: a run evaluates its valid and test sets "
+            "itself (eval.steps, eval.on_start), and the losses stand in its report.md and "
+            "metrics.jsonl"
+        )
+
+    return run_command(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.rounding import library
@@ -41,7 +41,8 @@ def opening_panel(session: Session) -> None:
         if examples is not None
     )
     products = library(session.device, COMPUTE_DTYPES[config.train.precision])
-    evaluations = f"{len(plan.eval_steps)} evaluations, " if plan.eval_steps else ""
+    steps = f"{counted(plan.total_steps, 'step')}, {plan.steps_per_epoch} an epoch"
+    evaluations = f"{counted(len(plan.eval_steps), 'evaluation')}, " if plan.eval_steps else ""
     session.console.panel(
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
         [
@@ -51,27 +52,26 @@ def opening_panel(session: Session) -> None:
             (
                 "tokens",
                 f"{counts.tokens:,}, {counts.targets:,} of them targets; "
-                f"{counts.truncated} rows cut, {counts.dropped} dropped",
+                f"{counted(counts.truncated, 'row')} cut, {counts.dropped:,} dropped",
             ),
             (
                 "step",
-                f"{plan.effective_batch_size} examples, in {plan.micro_batch_text}, "
+                f"{counted(plan.effective_batch_size, 'example')}, in {plan.micro_batch_text}, "
                 f"{config.data.batching}",
             ),
             (
                 "run",
-                f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch; {evaluations}"
-                f"{len(plan.save_steps)} saves",
+                f"{steps}; {evaluations}{counted(len(plan.save_steps), 'save')}",
             ),
             (
                 "learning rate",
                 f"{config.optimizer.learning_rate:g}, {config.schedule.name}, "
-                f"{plan.warmup_steps} steps of warm-up, {config.optimizer.name}",
+                f"{counted(plan.warmup_steps, 'step')} of warm-up, {config.optimizer.name}",
             ),
             (
                 "computes in",
                 f"{config.train.precision} on {session.device.type} "
-                f"({torch.get_num_threads()} threads), products {products}, attention "
+                f"({counted(torch.get_num_threads(), 'thread')}), products {products}, attention "
                 f"{session.model.attention_implementation}, kernels {session.model.operations.name}"
                 f"{', gradient checkpointing' if session.model.gradient_checkpointing else ''}",
             ),

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from files.atomic import LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
+from files.atomic import HOLDER_NAME, LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
+from files.folders import make_free_folder
 from files.hub import ModelSource
 from kernels.rounding import library
 from lora import adapter_tensors, save_adapter
@@ -29,14 +30,19 @@ from models.layers import CausalLM
 from models.weights import save_model
 from train.checkpoint import TrainState
 from train.config import to_toml
+from train.metrics import METRICS_FILE
 from train.plan import RunPlan
 from train.precision import COMPUTE_DTYPES
 from train.prepare import Data
 from train.settings import RunConfig
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
+# What lies in a run's folder before the run has a status.
+_OF_A_START = (
+    *("config.toml", "plan.json", "environment.json", "tensorboard", "checkpoints"),
+    *(METRICS_FILE, HOLDER_NAME, LOCK_NAME),
+)
 GENERATION_CONFIG = "generation_config.json"
-DOCUMENTS = ("config.toml", "plan.json", "environment.json")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -45,36 +51,30 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def run_folder(config: RunConfig) -> Path:
-    """Return the folder that a new run would have, which is not there yet or empty.
+def run_folder(config: RunConfig) -> Path | None:
+    """Return the folder that `train.output_dir` names, vacant; None where a free one is chosen.
 
     Raises:
         UserError: Something is in it: an existing run is never overwritten.
     """
     if config.train.output_dir is None:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{config.preset or 'run'}-{stamp}"
-    else:
-        folder = Path(os.path.expanduser(config.train.output_dir))
+        return None
+    folder = Path(os.path.expanduser(config.train.output_dir))
     if folder.is_file():
         raise UserError(f"train.output_dir={folder}: is a file; choose another folder")
-    # A kill before config.toml was written leaves a lock that nobody holds, and half a file.
-    trace = (LOCK_NAME, TEMPORARY_PREFIX)
-    if folder.is_dir() and not all(path.name.startswith(trace) for path in folder.iterdir()):
-        raise UserError(
-            f"train.output_dir={folder}: it is not empty, and a run is never overwritten; choose "
-            "another folder, or continue the run there with --resume"
-        )
+    _require_vacant(folder)
     return folder
 
 
 def new_run_folder(config: RunConfig) -> Path:
-    """Make the folder of a new run and return it.
+    """Make the folder of a new run, which holds nothing, or what an aborted start left.
 
     Raises:
         UserError: As `run_folder`, or it cannot be made.
     """
     folder = run_folder(config)
+    if folder is None:
+        return make_free_folder(Path("runs"), config.preset or "run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,6 +82,24 @@ def new_run_folder(config: RunConfig) -> Path:
             f"train.output_dir={folder}: cannot be made ({error.strerror}); choose another folder"
         ) from None
     return folder
+
+
+def _require_vacant(folder: Path) -> None:
+    """Refuse a folder that holds more than an aborted start leaves: one killed before its status.
+
+    It holds the lock, and no step was done in it, so that nothing is lost.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    left = {name for name in names if name.startswith(TEMPORARY_PREFIX)}
+    metrics = folder / METRICS_FILE
+    done = any(folder.glob("checkpoints/*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+    if LOCK_NAME in names and not done:
+        left |= names & {*_OF_A_START}
+    if names - left:
+        raise UserError(
+            f"train.output_dir={folder}: it is not empty, and a run is never overwritten; choose "
+            "another folder, or continue the run there with --resume"
+        )
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -97,13 +115,6 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
     """Return environment.json: where the run computes, with what, and what `auto` came to."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "HEAD"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "device": device.type,
         "device_name": device_name(device),
@@ -111,21 +122,41 @@ def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": package_versions(),
-        "commit": commit or None,
+        "commit": _commit(),
         "started": utc_now(),
         **decided,
     }
 
 
+def _commit() -> str | None:
+    """Return the commit of this code; None outside a checkout, or where there is no git."""
+    # An installed copy may lie in the checkout of something else, whose commit is not ours.
+    if not (REPOSITORY / ".git").exists():
+        return None
+    with contextlib.suppress(OSError):
+        asked = ["git", "rev-parse", "--verify", "HEAD"]
+        done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
+
+
 @contextlib.contextmanager
 def beginning(folder: Path, *, new: bool) -> Iterator[None]:
-    """Free a new run's folder again where bad input ends the run in this block."""
+    """Free a new run's folder again where this block ends in an error: nothing is trained yet.
+
+    Raises:
+        UserError: Another run has begun and ended in the folder since it was chosen.
+    """
+    if new:
+        _require_vacant(folder)
     try:
         yield
-    except UserError:
+    except BaseException:
         if new:
-            for name in (*DOCUMENTS, LOCK_NAME):
-                (folder / name).unlink(missing_ok=True)
+            for name in _OF_A_START:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+                shutil.rmtree(folder / name, ignore_errors=True)
             with contextlib.suppress(OSError):  # something else is in it
                 folder.rmdir()
         raise

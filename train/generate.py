@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.folders import damage
 from files.hub import resolve_model
 from files.strict_json import read_json_object
@@ -32,7 +33,7 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
-from train.command import run_command
+from train.command import CommandParser, command, run_command
 from train.config import load_config
 from train.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES
@@ -133,8 +134,8 @@ def room(config: DecoderConfig, prompt_ids: Sequence[int]) -> int:
         raise UserError("the prompt is empty: give at least one token to continue")
     if len(prompt_ids) >= context:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and the model's context {context}: "
-            "shorten the prompt"
+            f"the prompt has {counted(len(prompt_ids), 'token')} and the model's context "
+            f"{context}: shorten the prompt"
         )
     return context - len(prompt_ids)
 
@@ -314,7 +315,7 @@ def _trained_folder(run: Path) -> Path:
             return checkpoint
     raise UserError(
         f"{run}: nothing is trained yet (there is no final/, best/ or whole checkpoint): "
-        f"go on with `python -m train.run --resume {run}`"
+        f"go on with `{command()} --resume {shlex.quote(str(run))}`"
     )
 
 
@@ -331,8 +332,8 @@ def _check_columns(form: PromptFormat, values: str | Mapping[str, Any]) -> None:
     if len(columns) != 1:
         needed = " ".join(f"--field {column}=…" for column in columns) or "--raw"
         raise UserError(
-            f"the prompt's template has {len(columns)} columns, which one text cannot fill: "
-            f"use {needed}"
+            f"the prompt's template has {len(columns) or 'no'} columns, which one text cannot "
+            f"fill: use {needed}"
         )
 
 
@@ -345,9 +346,9 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> No
         raise UserError(f"top_p is {top_p}, but must be above 0 and at most 1")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.generate",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "generate",
         description="Complete a prompt with a run's final model, an adapter, or a model folder.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -428,20 +429,20 @@ def _complete(options: argparse.Namespace) -> int:
     print(loaded.tokenizer.decode(ids), flush=True)
     left = room(loaded.model.config, prompt_ids)
     if len(ids) == left:
-        ended = f"stopped at the end of the model's context of {left + len(prompt_ids)} tokens"
+        context = counted(left + len(prompt_ids), "token")
+        ended = f"stopped at the end of the model's context of {context}"
     elif len(ids) == options.max_new_tokens:
         ended = f"stopped at --max-new-tokens {len(ids)}"
     else:
         ended = "ended by itself"
     speed = f"{len(ids) / seconds:.1f} tokens/s"
-    print(f"[{loaded.name}: {len(ids)} tokens, {ended}, {speed}]", file=sys.stderr)
+    print(f"[{loaded.name}: {counted(len(ids), 'token')}, {ended}, {speed}]", file=sys.stderr)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Complete the prompt that the command line names; return the exit code."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _complete(options))
+    return run_command(lambda: _complete(_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ not at all.
 
 from __future__ import annotations
 
-import argparse
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from data.chat_templates import SETTINGS_FILE, TEMPLATE_FILE, in_one_folder, named_files
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.folders import replace_folder
 from files.hub import ModelSource, resolve_model
 from files.tensors import read_header
 from lora import load_adapter, merge, read_adapter_config
 from models import load_model
 from models.weights import save_model, weights_files
-from train.command import run_command
+from train.command import CommandParser, command, run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
 _TOKENIZER_FILES = (
@@ -68,8 +68,8 @@ def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> s
 
     replace_folder(out, fill)
     return (
-        f"merged {len(names)} layers of {adapter} into {source.repository or source.folder} "
-        f"({str(dtype).removeprefix('torch.')}): {out}"
+        f"merged {counted(len(names), 'layer')} of {adapter} into "
+        f"{source.repository or source.folder} ({str(dtype).removeprefix('torch.')}): {out}"
     )
 
 
@@ -108,8 +108,8 @@ def _adapter_folder(run_or_adapter: Path) -> Path:
                 "there is nothing to merge"
             )
     raise UserError(
-        f"{run_or_adapter}: this run has no final/ or best/ yet; finish it with `python -m "
-        f"train.run --resume {run_or_adapter}`, or give one of its checkpoints"
+        f"{run_or_adapter}: this run has no final/ or best/ yet; finish it with "
+        f"`{command()} --resume {shlex.quote(str(run_or_adapter))}`, or give one of its checkpoints"
     )
 
 
@@ -148,16 +148,18 @@ def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.merge",
-        description="Fold an adapter into its base model and write a Hugging Face model folder.",
-    )
-    parser.add_argument("run_or_adapter", type=Path, metavar="RUN_OR_ADAPTER")
-    parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
-    parser.add_argument("--base", metavar="FOLDER", help="the base model, if not the one it names")
-    options = parser.parse_args(arguments)
 
     def answer() -> int:
+        parser = CommandParser(
+            "merge",
+            description="Fold an adapter into its base, and write a Hugging Face model folder.",
+        )
+        parser.add_argument("run_or_adapter", type=Path, metavar="RUN_OR_ADAPTER")
+        parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
+        parser.add_argument(
+            "--base", metavar="FOLDER", help="the base model, if not the one it names"
+        )
+        options = parser.parse_args(arguments)
         print(merge_adapter(options.run_or_adapter, options.out, options.base))
         return 0
 

@@ -24,7 +24,7 @@ from data.prompt import PromptFormat
 from data.rows_in_memory import keep_rows
 from data.source import without_absent
 from data.tokenizer import Tokenizer
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.hub import ModelSource, resolve_model
 from kernels.dispatch import operations
 from lora import inject, load_adapter
@@ -202,8 +202,8 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     count = math.ceil(len(rows) * fraction)
     if count >= len(rows):
         raise UserError(
-            f"data.valid_fraction={fraction:g} of {len(rows)} rows leaves none to train on; use a "
-            "smaller share or a data.valid of its own"
+            f"data.valid_fraction={fraction:g} of {counted(len(rows), 'row')} leaves none to train "
+            "on; use a smaller share or a data.valid of its own"
         )
     chosen = rows[epoch_order(len(rows), seed=seed, epoch=0)[:count]]
     held = np.isin(examples.rows, chosen)

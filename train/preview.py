@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files.errors import UserError
+from files.errors import UserError, counted
 from train.adapters import starting_adapter_note, with_starting_adapter
 from train.claims import check_claims, claim_row
 from train.config import read_preset
@@ -44,7 +44,7 @@ from train.ledger import (
 )
 from train.plan import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
 from train.settings import RunConfig
-from train.units import counted, size_text
+from train.units import size_text
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig

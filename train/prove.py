@@ -18,32 +18,38 @@ Evaluations stay as configured, since they decide what is best and when to stop 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from files.atomic import sha256_file, write_text
+from files.child import python
 from files.errors import UserError
 from files.faults import listening
+from files.folders import make_free_folder
 from train.adapters import with_starting_adapter
 from train.checkpoint import read_state
-from train.config import PACKAGE_ROOT, to_toml
+from train.config import to_toml
 from train.ledger import find_decoder_config
 from train.metrics import METRICS_FILE, read_metrics
 from train.settings import RunConfig
 
 # What a resumed run need not share with an uninterrupted one.
 _STATE_OF_THE_PROCESS = ("seconds", "resumed_from", "peak_memory_bytes")
+_RUN = "from train.run import main; sys.exit(main())"
+_UNTIL_SAVED = """
+from train.prove import killed_when_saved
+from train.run import main
+with killed_when_saved(sys.argv.pop(1)): sys.exit(main())
+"""
 
 
 def prove_resume(config: RunConfig, kill_step: int) -> int:
@@ -65,10 +71,8 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
     config = with_starting_adapter(config, find_decoder_config(config)[0])
     directory = config.train.output_dir
     parent = Path("runs") if directory is None else Path(os.path.expanduser(directory)).parent
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    folder = parent / f"prove-resume-{stamp}"
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True)
+    made = [path for path in (parent, *parent.parents) if not path.exists()]
+    folder = make_free_folder(parent, "prove-resume")
     differing: list[str] = []
     try:
         text = to_toml(_cut(config, kill_step), comments=False)
@@ -81,7 +85,7 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
     finally:
         if not differing:
             shutil.rmtree(folder, ignore_errors=True)
-            for path in made[1:]:
+            for path in made:
                 with contextlib.suppress(OSError):  # another run has begun in it
                     path.rmdir()
     return 1 if differing else 0
@@ -146,12 +150,12 @@ def _make_runs(whole: Path, resumed: Path, kill_step: int) -> None:
     total = 2 * kill_step
     settings = ["--config", str(whole.parent / "config.toml")]
     print(f"1 of 3: {total} steps, uninterrupted, in {whole}", flush=True)
-    _succeed([*settings, f"train.output_dir={whole}"], "train.run", whole.parent)
+    _succeed([*settings, f"train.output_dir={whole}"], whole.parent)
 
     print(f"2 of 3: the same, SIGKILL when step {kill_step} is saved, in {resumed}", flush=True)
     checkpoint = resumed / "checkpoints" / f"step-{kill_step:08d}"
     arguments = [str(checkpoint), *settings, f"train.output_dir={resumed}"]
-    code = _start(arguments, "train.prove", whole.parent)
+    code = _start(arguments, _UNTIL_SAVED, whole.parent)
     if code != -signal.SIGKILL or not checkpoint.is_dir():
         ended = _status(resumed)
         raise UserError(
@@ -161,7 +165,7 @@ def _make_runs(whole: Path, resumed: Path, kill_step: int) -> None:
         )
 
     print(f"3 of 3: resumed at step {kill_step}, to the end", flush=True)
-    _succeed(["--resume", str(resumed)], "train.run", whole.parent)
+    _succeed(["--resume", str(resumed)], whole.parent)
     if _status(resumed)["resumed_from"] != [kill_step]:
         raise UserError(
             f"no proof without a resume: the checkpoint of step {kill_step} was whole when the run "
@@ -169,8 +173,8 @@ def _make_runs(whole: Path, resumed: Path, kill_step: int) -> None:
         )
 
 
-def _succeed(arguments: Sequence[str], module: str, folder: Path) -> None:
-    code = _start(arguments, module, folder)
+def _succeed(arguments: Sequence[str], folder: Path) -> None:
+    code = _start(arguments, _RUN, folder)
     if code != 0:
         raise UserError(
             f"a run of the proof ended with exit code {code}; make it without --prove-resume, at "
@@ -178,20 +182,17 @@ def _succeed(arguments: Sequence[str], module: str, folder: Path) -> None:
         )
 
 
-def _start(arguments: Sequence[str], module: str, folder: Path) -> int:
-    """Run a module of ours in a fresh process and return its exit code, -9 after SIGKILL.
+def _start(arguments: Sequence[str], program: str, folder: Path) -> int:
+    """Run a program of ours in a fresh process and return its exit code, -9 after SIGKILL.
 
     What it prints goes to output.txt in `folder`.
 
     Raises:
         UserError: It ended with one.
     """
-    places = [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         done = subprocess.run(
-            # -P: a train.py where the user stands is not ours.
-            [sys.executable, "-P", "-m", module, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
+            python(program, *arguments),
             stdout=output,
             stderr=subprocess.PIPE,
             text=True,
@@ -225,9 +226,10 @@ def _verdict(differing: Sequence[str], compared: int, kill_step: int, folder: Pa
         else "what differs came after the resume"
     )
     return (
-        f"resume is not exact here: {len(differing)} results differ; {when}. The commonest reasons "
-        "are GPU kernels that add in no fixed order (train.deterministic=true forbids them) and "
-        f"another number of threads (OMP_NUM_THREADS). Both runs are kept in {folder}"
+        f"resume is not exact here: {len(differing)} of {compared} results differ; {when}. The "
+        "commonest reasons are GPU kernels that add in no fixed order (train.deterministic=true "
+        "forbids them) and another number of threads (OMP_NUM_THREADS). Both runs are kept in "
+        f"{folder}"
     )
 
 
@@ -235,16 +237,13 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _run_until_saved(checkpoint: Path) -> None:
-    """Do what `python -m train.run` does, but be killed when the folder `checkpoint` is whole."""
+@contextlib.contextmanager
+def killed_when_saved(checkpoint: str) -> Iterator[None]:
+    """Kill this process, by SIGKILL, as soon as the folder `checkpoint` is whole."""
 
     def kill(point: str) -> None:
-        if point == "folder.renamed" and checkpoint.is_dir():
+        if point == "folder.renamed" and os.path.isdir(checkpoint):
             os.kill(os.getpid(), signal.SIGKILL)
 
     with listening(kill):
-        runpy.run_module("train.run", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    _run_until_saved(Path(sys.argv.pop(1)))
+        yield

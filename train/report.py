@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
+import shlex
 import statistics
 import sys
 import tomllib
@@ -19,7 +19,7 @@ from typing import Any
 from files.atomic import write_text
 from files.errors import UserError
 from files.strict_json import read_json_object
-from train.command import run_command
+from train.command import CommandParser, command, run_command
 from train.console import format_duration, format_list, format_loss, redrawn_text
 from train.metrics import METRICS_FILE, Row, read_metrics
 from train.plots import draw_plots
@@ -272,7 +272,7 @@ def _notes_on_the_end(record: Record) -> Iterable[str]:
         remedy = (
             "Mend the rows named below, or start anew with a lower optimizer.learning_rate."
             if reason == "non_finite"
-            else f"`python -m train.run --resume {record.folder}` goes on."
+            else f"`{command()} --resume {shlex.quote(str(record.folder))}` goes on."
         )
         yield f"The run is not finished: {_outcome(record)}. {remedy}"
     if reason == "early_stopping" and record.best:
@@ -413,8 +413,8 @@ def _at(row: Row) -> str:
 def _curves(plots: Sequence[Path] | None) -> str:
     if plots is None:
         return (
-            "## Curves\n\nPlots need matplotlib: `pip install 'lathe[report]'`, then `python -m "
-            "train.report` again."
+            "## Curves\n\nPlots need matplotlib: `pip install matplotlib`, then "
+            f"`{command('report')}` again."
         )
     images = [f"![{path.stem}]({PLOTS_FOLDER}/{path.name})" for path in plots]
     return "## Curves\n\n" + "\n\n".join(images) if images else ""
@@ -656,14 +656,11 @@ def _fenced(text: str, language: str = "") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of each run named on the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.report", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    options = parser.parse_args(arguments)
 
     def answer() -> int:
-        for run in options.runs:
+        parser = CommandParser("report", description=(__doc__ or "").split("\n")[0])
+        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+        for run in parser.parse_args(arguments).runs:
             print(write_report(run))
         return 0
 

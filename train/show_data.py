@@ -22,9 +22,9 @@ from data.examples import IGNORED, LabelledRow, NoRowsError, label_rows, num_tar
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
-from files.errors import UserError
+from files.errors import UserError, counted
 from train.arguments import parse
-from train.command import run_command
+from train.command import CommandParser, command, run_command
 from train.config import load_config
 from train.prepare import find_model, load_data, prompt_format
 from train.settings import DataSettings, RunConfig
@@ -170,7 +170,7 @@ def _examples(
 ) -> Iterator[Shown]:
     """Yield the examples of a row, or the row itself where it leaves none."""
     length, limit = len(row.input_ids), settings.max_length
-    over = f"{length:,} tokens, data.max_length={limit}"
+    over = f"{counted(length, 'token')}, data.max_length={limit}"
     if length > limit and settings.on_overflow == "error":
         yield _shown(number, row, f"error: {over}", 0, length, tokenizer, dropped=True)
         return
@@ -228,7 +228,8 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
         marks: What stands before and after a trained part.
     """
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
-    head = f"row {shown.row}, {shown.source}: {shown.tokens:,} tokens, {shown.targets:,} targets"
+    counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
+    head = f"row {shown.row}, {shown.source}: {counts}"
     for turns, what in (
         (shown.untrained_turns, "untrained"),
         (shown.left_out_turns, "kept out of the loss"),
@@ -251,13 +252,11 @@ def printable(text: str) -> str:
 
 
 def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.show_data",
+    parser = CommandParser(
+        "show-data",
         usage="%(prog)s [arguments of train.run] [--rows N] [--split SPLIT] [--json]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument(
         "--rows", metavar="N", help=f"rows to show (default {ROWS}; with --json all)"
@@ -266,10 +265,7 @@ def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         "--split", default="train", metavar="SPLIT", help=f"one of {', '.join(_SPLITS)}"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    try:
-        asked, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error} (--help shows what is possible)") from None
+    asked, rest = parser.parse_known_args(argv)
     if asked.split not in _SPLITS:
         raise UserError(f"--split {asked.split}: is none of {', '.join(_SPLITS)}")
     if asked.rows is not None:
@@ -284,8 +280,8 @@ def _configuration(argv: Sequence[str]) -> RunConfig:
     for option in ("plan", "prove_resume", "list_presets", "show"):
         if getattr(arguments, option):
             raise UserError(
-                f"--{option.replace('_', '-')} is train.run's: show_data shows rows and does "
-                "nothing else"
+                f"--{option.replace('_', '-')} belongs to a run: `{command('show-data')}` "
+                "shows rows and does nothing else"
             )
     if arguments.resume is None:
         return load_config(arguments.preset, arguments.config_file, arguments.overrides)

@@ -1,4 +1,4 @@
-"""How sizes and counts are said: one way everywhere."""
+"""How sizes are said: one way everywhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,3 @@ def size_text(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def counted(count: int, one: str, several: str = "") -> str:
-    """Return a number and its noun: `1 step`, `1,200 steps`."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"

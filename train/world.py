@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from files.errors import UserError
+from train.command import command
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,6 @@ class World:
         if size > 1:
             raise UserError(
                 f"torchrun started {size} ranks: this version trains in one process; run it with "
-                "`python -m train.run` (`--plan --ranks N` plans for more)"
+                f"`{command()}` (`--plan --ranks N` plans for more)"
             )
         return cls()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -227,8 +228,44 @@ sys.stdin.read()
 
 
 def test_a_system_without_limits(monkeypatch):
+    """Windows, where `resource` is missing, and macOS, which takes no limit of address space."""
+    import resource
+
     monkeypatch.setitem(sys.modules, "resource", None)
-    _limit_resources(1)
+    assert not _limit_resources(1)
+    monkeypatch.setitem(sys.modules, "resource", resource)
+
+    def refuse(*_: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert not _limit_resources(1)
+
+
+def test_what_is_not_limited_is_said_once_in_one_sentence(tmp_path):
+    """Children of a system without `resource`, alarms and SIGUSR1 answer all the same."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal, sys\n"
+        "sys.modules['resource'] = sys.modules['fcntl'] = None\n"
+        "for name in ('SIGALRM', 'setitimer', 'SIGUSR1'): delattr(signal, name)\n"
+    )
+    (tmp_path / "echo_of_a_test.py").write_text("def answer(request): yield request")
+    program = """
+from data.limited import LimitedChild
+for text in ("1", "2"):
+    child = LimitedChild("echo_of_a_test")
+    print(*child.ask(text, str, ""))
+    child.close()
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "1\n2\n", done.stderr
+    assert re.fullmatch(r"note: this system sets no limit to a process's memory: .*\n", done.stderr)
 
 
 def test_one_line():

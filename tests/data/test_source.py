@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import tracemalloc
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +332,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert "pip install 'lathe[parquet]'" in refusal(write(tmp_path / "a.parquet", "x"))
+    assert "pip install pyarrow" in refusal(write(tmp_path / "a.parquet", "x"))
 
 
 # --- folders -------------------------------------------------------------------------------------
@@ -404,14 +403,17 @@ def test_a_source_tree_is_a_row_a_file(tmp_path: Path) -> None:
         assert f"{reason} (such as {tmp_path}/" in notice
 
 
-def test_files_passed_over_are_a_warning_where_nobody_asked(tmp_path: Path) -> None:
+def test_files_passed_over_are_a_plain_note_where_nobody_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "a.py", "a = 1\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(list(read_rows(tmp_path))) == 1
+    assert len(list(read_rows(tmp_path))) == 1
+    assert capsys.readouterr().err == ""
     write(tmp_path / "b.pyc", b"\x00")
-    with pytest.warns(UserWarning, match="1 of 2 files passed over"):
-        list(read_rows(tmp_path))
+    list(read_rows(tmp_path))
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: 1 of 2 files passed over: 1 binary (such as {tmp_path}/b.pyc)\n"
+    )
 
 
 # --- what is not there ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A file is whole or not there; a run's folder has one writer."""
+"""A file is whole or not there."""
 
 import errno
 import json
@@ -6,10 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import stat
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ import pytest
 from recorded import disk_calls
 
 from files import atomic
-from files.atomic import RunLock, replacing, sha256_file, write_json, write_text
+from files.atomic import replacing, sha256_file, write_json, write_text
 from files.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,63 +182,3 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a") == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
-
-
-HOLDER = """
-import sys, time
-from files.atomic import RunLock
-with RunLock(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as refusal, RunLock(tmp_path / "run"):
-            pass
-        assert f"in use by process {holder.pid} on host {socket.gethostname()}" in str(
-            refusal.value
-        )
-    finally:
-        holder.kill()  # SIGKILL: no exit handler runs
-        holder.communicate()
-    with RunLock(tmp_path / "run"):
-        pass
-
-
-def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), RunLock(tmp_path):
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()}"), RunLock(tmp_path):
-            pass
-        raise KeyError
-    with RunLock(tmp_path):
-        pass
-
-
-def test_without_locks_in_the_file_system_the_run_goes_on_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match="no locks"), RunLock(tmp_path):
-        pass
-
-
-def test_a_run_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(UserError, match=r"choose another one with train\.output_dir"),
-        RunLock(tmp_path / "file"),
-    ):
-        pass

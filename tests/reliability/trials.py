@@ -232,5 +232,10 @@ def side_by_side(work: Callable[[Any], Any], cases: Sequence[Any]) -> list[Any]:
     """Return what `work` returns for every case; two are done at a time."""
     # Forked, so that nothing is imported again; frozen, so that no collector writes to every page.
     gc.freeze()
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        return pool.map(work, cases, chunksize=1)
+    try:
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(work, cases, chunksize=1)
+    finally:
+        # What stays frozen is not taken apart at exit, and Triton's bindings then name each of
+        # their types and functions as leaked, behind the summary of the tests.
+        gc.unfreeze()

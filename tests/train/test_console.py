@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from train.command import command
 from train.console import (
     Console,
     closing_summary,
@@ -254,7 +255,7 @@ def test_the_summary_tells_the_outcome_and_what_to_type_next(tmp_path: Path) -> 
     assert "finished (completed) after 4 of 4 steps" in text
     assert "0.5000 at step 4" in text and "2.0000 → 1.5000" in text
     assert "1m01 for 23.2k tokens" in text
-    assert f"python -m train.generate --run '{folder}' --prompt" in text
+    assert f"{command('generate')} --run '{folder}' --prompt" in text
     stopped = status | {"state": "preempted", "reason": "sigint", "best": None}
     commands = dict(closing_summary(stopped, folder)[2])
-    assert commands["go on"] == f"python -m train.run --resume '{folder}'"
+    assert commands["go on"] == f"{command()} --resume '{folder}'"

@@ -150,7 +150,7 @@ def test_differing_runs_end_with_1_and_are_kept(
     config = load_config(overrides={"train.output_dir": str(tmp_path / "run")})
     assert prove_resume(config, 1) == 1
     said = capsys.readouterr().out.splitlines()[-1]
-    assert "not exact here: 1 results differ" in said
+    assert "not exact here: 1 of " in said
     assert when in said
     (kept,) = tmp_path.glob("prove-resume-*/resumed")
     assert str(kept.parent) in said
@@ -162,11 +162,11 @@ def test_without_a_kill_at_its_step_there_is_no_proof(
 ) -> None:
     """It ended by itself after or before that step, or was killed for another reason (memory)."""
 
-    def start(arguments: list[str], module: str, folder: Path) -> int:
+    def start(arguments: list[str], program: str, folder: Path) -> int:
         run = Path(arguments[-1].removeprefix("train.output_dir="))
         write_run(run)
         (run / "status.json").write_text('{"reason": "early_stopping", "step": 2}')
-        return code if module == "train.prove" else 0
+        return code if program == prove._UNTIL_SAVED else 0
 
     monkeypatch.setattr(prove, "_start", start)
     config = load_config(overrides={"train.output_dir": str(tmp_path / "run")})
@@ -178,10 +178,10 @@ def test_without_a_kill_at_its_step_there_is_no_proof(
 def test_a_run_that_starts_over_after_the_kill_proves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(arguments: list[str], module: str, folder: Path) -> int:
+    def start(arguments: list[str], program: str, folder: Path) -> int:
         if arguments[0] == "--resume":
             (Path(arguments[1]) / "status.json").write_text('{"resumed_from": []}')
-        elif module == "train.prove":
+        elif program == prove._UNTIL_SAVED:
             write_run(folder / "resumed")
             return -signal.SIGKILL
         return 0

@@ -421,7 +421,7 @@ def test_without_matplotlib_the_report_says_how_to_get_plots(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = write_report(folder).read_text()
-    assert "pip install 'lathe[report]'" in report and ".png" not in report
+    assert "pip install matplotlib" in report and ".png" not in report
     assert table_rows(report, "Evaluations")
 
 

@@ -217,27 +217,6 @@ def test_biases_are_trained_over_a_base_in_bf16(
         assert any(name.endswith("input_layernorm.bias") for name in file.names)
 
 
-def test_a_folder_is_free_again_when_bad_input_ends_a_run_before_it_begins(
-    model_folder: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    wrong = arguments(model_folder, rows_file, output, "lora.target_modules=q_porj")
-    assert main(wrong) == 2
-    assert not output.exists()
-    assert main(arguments(model_folder, rows_file, output, "max_steps=1")) == 0
-
-
-def test_a_kill_before_a_run_began_leaves_its_folder_free(
-    model_folder: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    output.mkdir()
-    for name in ("run.lock", ".tmp-0123"):
-        (output / name).write_text("{")
-    assert main(arguments(model_folder, rows_file, output, "max_steps=1")) == 0
-    assert not list(output.glob(".tmp-*"))
-
-
 def test_the_panel_names_the_adapter_that_a_run_starts_from(
     folder: Path,
     model_folder: Path,

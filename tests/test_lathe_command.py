@@ -1,0 +1,187 @@
+"""`lathe`: one command for everything, from a folder that holds files named like our folders."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What the installed script does (pip writes it so), but for this checkout, wherever it lies.
+SCRIPT = f"""\
+#!{sys.executable}
+import sys
+sys.path.append({str(ROOT)!r})  # where pip's own finder of an editable install stands
+from lathe import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+OURS = ("files", "kernels", "lora", "models", "data", "train")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a project's folder: what it holds bears our names, and none of it may be imported."""
+    folder = tmp_path_factory.mktemp("a project")
+    decoy = "raise SystemExit(f'{__file__} is the project's own')"
+    for name in ("collections", "json", "torch", "tokenizers", *OURS):
+        (folder / f"{name}.py").write_text(decoy)
+    for name in OURS:  # what PYTHONPATH=src makes importable
+        (folder / "src" / name).mkdir(parents=True)
+        (folder / "src" / name / "__init__.py").write_text(decoy)
+    shutil.copytree(folder / "src" / "models", folder / "models")
+    (folder / "bin").mkdir()
+    script = folder / "bin" / "lathe"
+    script.write_text(SCRIPT)
+    script.chmod(0o755)
+    return folder
+
+
+def lathe(
+    project: Path, *arguments: str, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Type `lathe ARGUMENTS` in the project's folder."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    cache = str(project / "cache")
+    done = subprocess.run(
+        ["lathe", *arguments],
+        executable=project / "bin" / "lathe",
+        cwd=project,
+        env={**kept, "PATH": path, "LATHE_CACHE": cache, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+SMALL = ("data.train=rows.jsonl", "train.max_steps=2", "effective_batch_size=4", "lora.r=2")
+
+
+def test_every_command_works_where_nearly_everything_bears_our_names(project: Path) -> None:
+    """And what a run prints to be typed next is typed next, as it stands."""
+    rows = [{"text": f"def f{i}(x):\n    return x + {i}\n"} for i in range(12)]
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ROOT / "data" / "demo" / "base"
+    settings = (f"model.path={base}", *SMALL, "data.valid_fraction=0.2", "run_name=it's one")
+
+    shown = lathe(project, "show-data", *settings, "--json").stdout.splitlines()
+    assert json.loads(shown[0])["source"] == "rows.jsonl:1"
+    assert json.loads(lathe(project, *settings, "--plan", "--json").stdout)["total_steps"] == 2
+
+    printed = lathe(project, "run", *settings, "train.output_dir=runs/it's a").stdout
+    following = {words[0]: words[1:] for words in map(shlex.split, printed.splitlines()[-4:])}
+    assert following["try"][:2] == ["lathe", "generate"]
+    assert following["merge"] == ["lathe", "merge", "runs/it's a", "MERGED_MODEL"]
+    assert lathe(project, *following["try"][1:], "--max-new-tokens", "2").stderr.count("\n") == 1
+    lathe(project, *following["merge"][1:])
+    assert (project / "MERGED_MODEL" / "model.safetensors").is_file()
+    assert lathe(project, "report", "runs/it's a").stdout == "runs/it's a/report.md\n"
+    assert "nothing is left to do" in lathe(project, "--resume", "runs/it's a").stdout
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONPATH": "src"}, {"PYTHONSAFEPATH": ""}, {"PYTHONSAFEPATH": "1"}],
+    ids=str,
+)
+def test_our_folders_are_ours_whatever_python_s_path_is(
+    project: Path, environment: dict[str, str]
+) -> None:
+    assert lathe(project, "--list-presets", **environment).stdout.startswith("preset ")
+    (project / "print_files.py").write_text(
+        f"import lathe\nfor name in {OURS!r}: print(__import__(name).__file__)"
+    )
+    path = os.pathsep.join([str(project / "src"), str(ROOT)])
+    found = subprocess.run(
+        [sys.executable, "-P", "print_files.py"],
+        cwd=project,
+        env={**os.environ, **environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.splitlines() == [str(ROOT / name / "__init__.py") for name in OURS]
+
+
+@pytest.mark.parametrize("path", ["src", ""])
+def test_children_are_immune_too(project: Path, path: str) -> None:
+    """The child that renders chat templates, and the three runs of --prove-resume."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    base = project / "chat base"
+    shutil.copytree(ROOT / "data" / "demo" / "base", base, dirs_exist_ok=True)
+    (base / "chat_template.jinja").write_text(template)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (project / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    settings = ("model.path=chat base", "data.train=chat.jsonl", "data.format=messages")
+    shown = lathe(project, "show-data", *settings, "--json", PYTHONPATH=path).stdout
+    assert json.loads(shown)["text"].startswith("user: a")
+    proof = lathe(
+        project, *settings, "--prove-resume", "1", "effective_batch_size=1", PYTHONPATH=path
+    )
+    assert "resume is exact on this machine" in proof.stdout
+
+
+@pytest.mark.parametrize("name", ["run", "show-data", "generate", "merge", "report"])
+def test_help_says_what_was_typed(project: Path, name: str) -> None:
+    typed = "lathe" if name == "run" else f"lathe {name}"
+    assert lathe(project, name, "--help").stdout.startswith(f"usage: {typed} ")
+
+
+def test_help_of_a_module_says_how_it_was_started() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "train.run", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"usage: {sys.executable} -m train.run ")
+    assert f"\n  {sys.executable} -m train.show_data  " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("generat", "generate"), ("show_data", "show-data"), ("raport", "report")]
+)
+def test_a_command_that_is_not_there_is_named(project: Path, typed: str, meant: str) -> None:
+    done = lathe(project, typed, "x", code=2)
+    assert done.stderr.startswith(f"error: '{typed}' is not a setting")
+    assert f"(or `lathe {meant} …`?)" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_file_itself_is_the_command_too(project: Path) -> None:
+    """For torchrun, and where nothing is installed."""
+    file = str(ROOT / "lathe.py")
+    done = subprocess.run(
+        [sys.executable, "-P", file, "merge", "--help"], cwd=project, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"usage: {sys.executable} {file} merge")
+
+
+def test_what_is_installed_is_this_command() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"lathe": "lathe:main"}
+    assert project["tool"]["setuptools"]["py-modules"] == ["lathe"]
+    assert set(OURS) <= set(project["tool"]["setuptools"]["packages"])
+    try:
+        installed = distribution("lathe")
+    except PackageNotFoundError:
+        return
+    place = json.loads(installed.read_text("direct_url.json") or "{}").get("url")
+    if place == ROOT.as_uri():  # another checkout's may be older; this one's is not
+        (command,) = installed.entry_points.select(group="console_scripts")
+        assert command.value == "lathe:main"
+
+
+def test_without_git_or_any_other_program_a_run_goes_on(project: Path, tmp_path: Path) -> None:
+    """The path holds nothing: what training needs is Python and the declared dependencies."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "abc"}\n' * 4)
+    base = ROOT / "data" / "demo" / "base"
+    settings = (*SMALL[1:], f"model.path={base}", f"data.train={rows}")
+    lathe(project, *settings, f"output_dir={tmp_path / 'run'}", PATH="")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["commit"] is None
+    assert (tmp_path / "run" / "plots" / "train-loss.png").is_file()
