@@ -1,6 +1,7 @@
-"""Start-up and data: imports, tokenisation, the cache, the plan, and the time to the first step.
+"""Start-up and data: imports, tokenisation, conversations, the plan, the time to the first step.
 
-    python -m benchmarks.data [imports] [tokenise] [plan] [first-step] [--rows 4000] [--rounds 3]
+    python -m benchmarks.data [imports] [tokenise] [conversations] [plan] [first-step]
+                              [--rows 4000] [--rounds 3]
 
 Sides take turns, each in a process of its own, and must have made the same tokens. `datasets.map`
 runs with as many processes as there are cores where `datasets` is installed; what it calls, the
@@ -266,6 +267,141 @@ def _with_datasets(path: Path, cache: Path) -> Made:
     return made["input_ids"], seconds, {}
 
 
+# --- conversations -------------------------------------------------------------------------------
+
+ANSWERS, ALL = "lathe, answers trained", "lathe, completion_only=false"
+MASKS = "transformers apply_chat_template, with assistant masks"
+CHAT = "transformers apply_chat_template, tokens alone"
+PAIRS = (5, 40, 200)  # of turns in a row
+_CHARACTERS = 1_900_000  # of all rows, whatever their pairs
+_CHAT_BATCH = 100
+# The blocks are transformers' way to know what is trained; Lathe is given the template without.
+_MARKED = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.role == 'assistant' %}"
+    "{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}"
+    "{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+_UNMARKED = _MARKED.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+
+
+def write_conversations(folder: Path, pairs: int, times: int = 1) -> int:
+    """Write rows of so many pairs of turns, and a tokenizer with ChatML; return the rows."""
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(DEMO / "base" / "tokenizer.json"))
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(text, special=True, normalized=False)
+            for text in ("<|im_start|>", "<|im_end|>")
+        ]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    settings["chat_template"] = _UNMARKED
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    texts = [text for text, _ in ragged_rows(1000)]
+    question, reply = 150, 380
+    rows = times * _CHARACTERS // (pairs * (question + reply))
+    with (folder / "chats.jsonl").open("w", encoding="utf-8") as file:
+        for row in range(rows):
+            messages = []
+            for pair in range(row * pairs, (row + 1) * pairs):
+                asked, said = texts[pair % 997], texts[pair * 7 % 991]
+                messages.append({"role": "user", "content": asked[:question]})
+                messages.append({"role": "assistant", "content": said[:reply]})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return rows
+
+
+def conversations(rounds: int) -> None:
+    """Seconds and memory from a .jsonl file of conversations to tokens and what is trained."""
+    cases = [(f"{pairs} pairs a row", pairs, 1) for pairs in PAIRS]
+    for case, pairs, times in [*cases, ("40 pairs a row, 4 times the rows", 40, 4)]:
+        sides = (ANSWERS, ALL, MASKS, CHAT)
+        taken: dict[str, list[float]] = {side: [] for side in sides}
+        peaks: dict[str, list[float]] = {side: [] for side in sides}
+        made: dict[str, dict[str, str]] = {}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            rows = write_conversations(folder, pairs, times)
+            for number in range(rounds):
+                for side in sides[:: 1 if number % 2 == 0 else -1]:
+                    arguments = ["--worker", side, str(folder), str(number)]
+                    try:
+                        figures = child("benchmarks.data", arguments, folder, 600)
+                    except ChildError as error:
+                        sys.exit(str(error))
+                    made[side] = figures["digests"]
+                    taken[side].append(figures["seconds"])
+                    peaks[side].append(figures["peak_bytes"] / 2**20)
+        if len({digests["tokens"] for digests in made.values()}) > 1:
+            sys.exit(f"the sides made different tokens: {made}")
+        if made[ANSWERS]["trained"] != made[MASKS]["trained"]:
+            sys.exit(f"the sides train different tokens: {made}")
+        for side in sides:
+            part = f"conversations, {case}"
+            report(part, side, taken[side], "s", rows=rows)
+            report(part, f"{side}: peak of the process", peaks[side], "MiB", rows=rows)
+
+
+def _chats_with_lathe(folder: Path, completion_only: bool) -> tuple[list[Any], list[Any], float]:
+    from data.examples import load_examples
+    from data.prompt import PromptFormat
+    from data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder)
+    started = time.perf_counter()
+    examples = load_examples(
+        str(folder / "chats.jsonl"),
+        split_column=None,
+        split=None,
+        tokenizer=tokenizer,
+        prompt_format=PromptFormat("messages", completion_only=completion_only),
+        max_length=10**6,
+        on_overflow="truncate",
+        cache_root=None,
+    )
+    seconds = time.perf_counter() - started
+    ids = [example.input_ids for example in examples]
+    return ids, [example.labels != -100 for example in examples], seconds
+
+
+def _chats_with_stack(folder: Path, masks: bool) -> tuple[list[Any], list[Any], float]:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    started = time.perf_counter()
+    with (folder / "chats.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line)["messages"] for line in file]
+    ids: list[Any] = []
+    trained: list[Any] = []
+    for start in range(0, len(rows), _CHAT_BATCH):
+        made = tokenizer.apply_chat_template(
+            rows[start : start + _CHAT_BATCH],
+            chat_template=_MARKED if masks else _UNMARKED,
+            return_dict=True,
+            return_assistant_tokens_mask=masks,
+        )
+        ids += [np.array(row, dtype=np.int32) for row in made["input_ids"]]
+        trained += [np.array(row, dtype=bool) for row in made["assistant_masks"]] if masks else []
+    return ids, trained, time.perf_counter() - started
+
+
+def work_on_conversations(side: str, folder: Path) -> None:
+    """Be one side of `conversations`: print seconds, and digests of the tokens and the labels."""
+    if side in (ANSWERS, ALL):
+        ids, trained, seconds = _chats_with_lathe(folder, side == ANSWERS)
+    else:
+        ids, trained, seconds = _chats_with_stack(folder, side == MASKS)
+    digests = {
+        name: hashlib.sha256(b"|".join(row.tobytes() for row in rows)).hexdigest()
+        for name, rows in (("tokens", ids), ("trained", trained))
+    }
+    answer({"seconds": seconds, "digests": digests})
+
+
 # --- plan ----------------------------------------------------------------------------------------
 
 
@@ -424,7 +560,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Answer the command line."""
-    parts = ("imports", "tokenise", "plan", "first-step")
+    parts = ("imports", "tokenise", "conversations", "plan", "first-step")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--rows", type=int, default=4000, help="rows to tokenise")
@@ -433,13 +569,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         side, folder, number = options.worker
-        work(side, Path(folder), number)
+        if side in (ANSWERS, ALL, MASKS, CHAT):
+            work_on_conversations(side, Path(folder))
+        else:
+            work(side, Path(folder), number)
         return
     for part in options.parts or parts:
         if part == "imports":
             imports(options.rounds)
         elif part == "tokenise":
             tokenise(options.rounds, options.rows)
+        elif part == "conversations":
+            conversations(options.rounds)
         elif part == "plan":
             plan(options.rounds)
         else:

@@ -189,16 +189,27 @@ def profiled(model_name: str, folder: Path, steps: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from models.config import read_config
+    from train.decide import decide, this_machine
     from train.loop import StepBatches
     from train.optimizers import build_optimizer
     from train.plan import plan_run
     from train.precision import Precision
-    from train.prepare import base_dtype, decide, find_model, load_base, load_data, make_trainable
+    from train.prepare import (
+        base_dtype,
+        find_model,
+        load_base,
+        load_data,
+        make_trainable,
+        set_up,
+    )
     from train.step import train_step
 
     fixture = MODELS[model_name]
     wanted = {"train.micro_batch_tokens": "auto"}
-    config, device = decide(run_configuration(fixture, folder, "rows", 3 * steps, wanted))
+    config = run_configuration(fixture, folder, "rows", 3 * steps, wanted)
+    machine = this_machine(config)
+    config = decide(config, machine)
+    device = set_up(config, machine)
     source = find_model(config, weights=True)
     data = load_data(config, source.folder, read_config(source.folder))
     plan = plan_run(config, len(data.train), num_valid=0)

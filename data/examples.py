@@ -12,10 +12,10 @@ import hashlib
 import json
 import shutil
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,8 +24,10 @@ import numpy as np
 import tokenizers
 
 from data.cache import cache_folder
-from data.prompt import PromptFormat, Rendered
-from data.source import Row, Source, open_source, read_rows
+from data.locate import Source, open_source
+from data.prompt import PromptFormat
+from data.source import Row, read_rows
+from data.spans import Rendered, Span
 from data.tokenizer import Tokenizer
 from files.atomic import TEMPORARY_PREFIX, sha256_file, write_json
 from files.errors import UserError, did_you_mean
@@ -37,6 +39,9 @@ OVERFLOWS = ("truncate", "drop", "error", "split")
 _CACHE_VERSION = 4
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
+_CHARACTERS_AT_ONCE = 2**20
+# What is counted of turns.
+_TURNS = ("assistant_turns", "untrained_turns", "left_out_turns")
 # Bits of an example's flags.
 _TRUNCATED, _EOS_LOST = 1, 2
 
@@ -54,7 +59,8 @@ class Example:
         input_ids: (T,) int32.
         labels: (T,) int32, not shifted: labels[i] is token i, or -100 where it is not trained.
             labels[0] never counts, since nothing predicts the first token.
-        prompt_length: Tokens before the completion, trained or not; 0 where there is no prompt.
+        prompt_length: Tokens before the completion, trained or not, or before the first answer that
+            is trained; 0 where there is no prompt.
     """
 
     index: int
@@ -77,6 +83,10 @@ class Counts:
         eos_lost: Examples whose EOS was cut off.
         longest: Tokens of the longest example.
         longest_row: Tokens of the longest row before anything was cut.
+        assistant_turns: Turns of the assistant in rows of messages.
+        untrained_turns: Those of them that should be trained and of which the text, as the chat
+            template makes it, holds nothing.
+        left_out_turns: Those of them that the rows themselves keep out of the loss.
     """
 
     rows: int
@@ -88,6 +98,9 @@ class Counts:
     eos_lost: int
     longest: int
     longest_row: int
+    assistant_turns: int = 0
+    untrained_turns: int = 0
+    left_out_turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,8 +113,9 @@ class LabelledRow:
             where a chat template wrote them.
         input_ids: (T,) int32.
         labels: (T,) int32, as `Example.labels`.
-        ends: The last token is the EOS that ends the row, or the template's end of the last turn.
-        prompt_length: Tokens before the completion, trained or not; 0 where there is no prompt.
+        ends: The last target is the EOS that ends the row.
+        prompt_length: As `Example.prompt_length`.
+        assistant_turns: As in `Counts`, of this row; so are the next two.
     """
 
     where: str
@@ -110,6 +124,9 @@ class LabelledRow:
     labels: np.ndarray
     ends: bool
     prompt_length: int
+    assistant_turns: int
+    untrained_turns: int
+    left_out_turns: int
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,7 @@ class _Arrays:
     rows: np.ndarray  # (examples,) int64: number of the row in the data, from 0
     prompts: np.ndarray  # (examples,) int64: tokens before the completion
     flags: np.ndarray  # (examples,) uint8
+    turns: np.ndarray  # (examples, 3) int32: the last three of `Counts`
 
 
 class Examples:
@@ -183,6 +201,7 @@ class Examples:
         chosen = np.asarray(indices, dtype=np.int64)
         positions = self._positions[chosen]
         lengths, flags = self.lengths[chosen], self._arrays.flags[positions]
+        turns = self._arrays.turns[positions].sum(axis=0).tolist()
         counts = Counts(
             rows=len(positions),
             examples=len(positions),
@@ -193,6 +212,7 @@ class Examples:
             eos_lost=int(np.count_nonzero(flags & _EOS_LOST)),
             longest=int(lengths.max(initial=0)),
             longest_row=int(lengths.max(initial=0)),
+            **dict(zip(_TURNS, turns, strict=True)),
         )
         digest = hashlib.sha256(self.fingerprint.encode() + positions.astype("<i8").tobytes())
         return Examples(self._arrays, counts, digest.hexdigest(), positions)
@@ -204,7 +224,7 @@ def cache_root() -> Path:
 
 
 def load_examples(
-    spec: str,
+    spec: str | Sequence[str],
     *,
     split_column: str | None,
     split: str | None,
@@ -217,7 +237,7 @@ def load_examples(
     """Return the examples of a data set; where it is cached, no row is read.
 
     Args:
-        spec: File, folder or `hub:` name, as `data.train` gives it.
+        spec: File, folder, glob or `hub:` name, or a list of them, as `data.train` gives it.
         split_column: Column that names a row's split, or None.
         split: The split to take.
         tokenizer: Text to ids.
@@ -239,7 +259,7 @@ def load_examples(
         rows = read_rows(
             source, fields=prompt_format.columns(), split_column=split_column, split=split
         )
-        _build(rows, spec, tokenizer, prompt_format, max_length, on_overflow, folder)
+        _build(rows, source.spec, tokenizer, prompt_format, max_length, on_overflow, folder)
 
     if cache_root is None:
         return _in_memory(build)
@@ -287,7 +307,8 @@ def label_rows(
     Raises:
         UserError: A row cannot be rendered or encoded; the message names its file and line.
     """
-    return _labelled(_encode_rows(rows, tokenizer, prompt_format), tokenizer, prompt_format)
+    encoded = _encode_rows(rows, tokenizer, prompt_format)
+    return [_label(row, prompt_format.append_eos) for row in encoded]
 
 
 def pieces(length: int, max_length: int, on_overflow: str) -> list[tuple[int, int]]:
@@ -303,9 +324,9 @@ def pieces(length: int, max_length: int, on_overflow: str) -> list[tuple[int, in
     return list(zip(starts, [*starts[1:], min(length, starts[-1] + max_length)], strict=True))
 
 
-def num_targets(labels: np.ndarray) -> int:
+def num_targets(labels: np.ndarray, first: int = 1) -> int:
     """Return how many tokens of an example are trained; nothing predicts the first one."""
-    return int(np.count_nonzero(labels[1:] != IGNORED))
+    return int(np.count_nonzero(labels[first:] != IGNORED))
 
 
 def check_vocabulary(
@@ -371,10 +392,10 @@ def _check_settings(
 def _content(source: Source) -> list[list[str]]:
     """Return (what a row may see of a file's name, sha256 of the file) for each file, in order."""
     content = []
-    for path, _ in source.files:
-        seen = path.relative_to(source.tree).as_posix() if source.tree else path.suffix.lower()
+    for file in source.files:
+        seen = file.path.suffix.lower() if file.below is None else file.below
         try:
-            content.append([seen, sha256_file(path)])
+            content.append([seen, sha256_file(file.path)])
         except OSError as error:  # reading the rows will say so, or pass the file over
             content.append([seen, f"unreadable: {error.errno}"])
     return content
@@ -472,8 +493,6 @@ def _digest(arrays: _Arrays) -> str:
     return digest.hexdigest()
 
 
-_EncodedRow = tuple[str, Rendered, dict[str, list[int]]]
-
 # --- rows to arrays ------------------------------------------------------------------------------
 
 
@@ -510,7 +529,8 @@ class _Writer:
         self._input_ids = _ArrayFile(folder / "input_ids.npy", "<i4")
         self._labels = _ArrayFile(folder / "labels.npy", "<i4")
         self._offsets, self._targets, self._rows = [0], [], []
-        self._prompts, self._flags = [], []
+        self._prompts, self._flags, self._turns = [], [], []
+        self._all_turns = np.zeros(len(_TURNS), dtype=np.int64)
         self.num_rows = self.longest_row = 0
         self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
 
@@ -519,6 +539,8 @@ class _Writer:
         number, length, limit = self.num_rows, len(row.input_ids), self._max_length
         self.num_rows += 1
         self.longest_row = max(self.longest_row, length)
+        turns = np.array([getattr(row, name) for name in _TURNS], dtype=np.int32)
+        self._all_turns += turns
         if length > limit and self._on_overflow == "error":
             raise UserError(
                 f"{row.where}: {length} tokens, more than data.max_length={limit}; raise it, or "
@@ -529,7 +551,8 @@ class _Writer:
             self.dropped_too_long += 1
             return
         truncated = parts[-1][1] < length
-        flags = _TRUNCATED * truncated | _EOS_LOST * (truncated and row.ends)
+        cut_off = row.labels[parts[-1][1] :]
+        flags = _TRUNCATED * truncated | _EOS_LOST * (row.ends and num_targets(cut_off, 0) > 0)
         before = len(self._targets)
         for start, stop in parts:
             targets = num_targets(row.labels[start:stop])
@@ -541,6 +564,8 @@ class _Writer:
                 self._rows.append(number)
                 self._prompts.append(min(max(row.prompt_length - start, 0), stop - start))
                 self._flags.append(flags)
+                self._turns.append(turns)
+                turns = np.zeros_like(turns)  # the first example of a row has all its turns
         if len(self._targets) == before:
             self.dropped_cut += truncated
             self.dropped_masked += not truncated
@@ -566,6 +591,7 @@ class _Writer:
             ("flags", self._flags, "u1"),
         ):
             np.save(self._folder / f"{array}.npy", np.array(values, dtype=dtype))
+        np.save(self._folder / "turns.npy", np.array(self._turns, dtype="<i4"))
         flags = np.array(self._flags)
         counts = Counts(
             rows=self.num_rows,
@@ -577,6 +603,7 @@ class _Writer:
             eos_lost=int(np.count_nonzero(flags & _EOS_LOST)),
             longest=int(np.diff(self._offsets).max()),
             longest_row=self.longest_row,
+            **dict(zip(_TURNS, self._all_turns.tolist(), strict=True)),
         )
         arrays = {
             field.name: np.lib.format.open_memmap(self._folder / f"{field.name}.npy", mode="r")
@@ -620,67 +647,113 @@ def _build(
     tokenizer's own threads need nothing of Python's, and would wait for it otherwise.
     """
     writer = _Writer(folder, max_length, on_overflow)
-    iterator = iter(rows)
+    batches = _batches(rows)
 
     def next_rows() -> list[_EncodedRow]:
-        return _encode_rows(list(islice(iterator, _ROWS_AT_ONCE)), tokenizer, prompt_format)
+        return _encode_rows(next(batches, []), tokenizer, prompt_format)
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next_rows)
         while made := coming.result():
             coming = thread.submit(next_rows)
-            for row in _labelled(made, tokenizer, prompt_format):
-                writer.add(row)
+            made.reverse()
+            while made:  # what a row's tokens are made of is let go of at once
+                writer.add(_label(made.pop(), prompt_format.append_eos))
     writer.close(name)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield rows in lists that are bounded in number and in characters."""
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += _characters(row.values)
+        if len(batch) == _ROWS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(value: Any) -> int:
+    """Return how much text a value holds, at whatever depth."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+@dataclass(frozen=True)
+class _EncodedRow:
+    """A row before its labels.
+
+    Attributes:
+        where: Its file and line.
+        rendered: Its text.
+        tokenizer: What made the tokens.
+        ids: The text's tokens.
+        prompt: In a row of texts, how many of them the prompt alone has too: a model that is given
+            the prompt is given these, and has to say the others.
+        encoding: In a row of messages, where each token lies in the text.
+    """
+
+    where: str
+    rendered: Rendered
+    tokenizer: Tokenizer
+    ids: list[int]
+    prompt: int = 0
+    encoding: tokenizers.Encoding | None = None
+
+    def before(self, place: int) -> int:
+        """Return how many tokens end at or before a character of the text.
+
+        A token with characters on both sides does not, unless those behind are space that a special
+        token has taken in. The tokens of one character all have its place.
+        """
+        if self.encoding is None:
+            return self.prompt if place else 0
+        text, count = self.rendered.text, len(self.ids)
+        before = bisect_right(range(count), place, key=lambda index: self._place(index)[1])
+        if before < count:
+            start, stop = self._place(before)
+            if start < place and text[place:stop].isspace():
+                before += self.tokenizer.token(self.ids[before]) == text[start:place]
+        return before
+
+    def _place(self, index: int) -> tuple[int, int]:
+        assert self.encoding is not None
+        place = self.encoding.token_to_chars(index)
+        assert place is not None, "every token that was encoded has a place"
+        return place
 
 
 def _encode_rows(
     rows: Sequence[Row], tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> list[_EncodedRow]:
-    """Return each row's place, its text, and the ids of every text that it is labelled by."""
     rendered = prompt_format.render_rows(rows, tokenizer)
-    encoded = _encode(rows, rendered, tokenizer)
-    pairs = zip(rows, rendered, strict=True)
-    return [(row.where, item, encoded[item.chat]) for row, item in pairs]
-
-
-def _labelled(
-    rows: Iterable[_EncodedRow], tokenizer: Tokenizer, prompt_format: PromptFormat
-) -> list[LabelledRow]:
-    eos_id = tokenizer.eos_id if prompt_format.append_eos else None
-    return [
-        LabelledRow(where, item.text, *_label(item, encoded, eos_id))
-        for where, item, encoded in rows
-    ]
-
-
-def _encode(
-    rows: Sequence[Row], rendered: list[Rendered], tokenizer: Tokenizer
-) -> dict[bool, dict[str, list[int]]]:
-    """Return the ids of every text of the rows, by whether a chat template made it."""
-    encoded: dict[bool, dict[str, list[int]]] = {}
-    for chat in (False, True):
-        texts = list(
-            dict.fromkeys(t for item in rendered if item.chat == chat for t in _texts(item))
+    plain = [item for item in rendered if not item.chat]
+    try:
+        encodings = iter(tokenizer.encode_chats([item.text for item in rendered if item.chat]))
+        ids_of_texts = iter(tokenizer.encode_batch([item.text for item in plain]))
+        ids_of_prompts = iter(
+            tokenizer.encode_batch([item.text[: item.prompt] for item in plain if item.prompt])
         )
-        try:
-            batch = tokenizer.encode_batch(texts, add_special_tokens=not chat)
-        except UserError:
-            _name_the_row(rows, rendered, tokenizer)
-            raise
-        encoded[chat] = dict(zip(texts, batch, strict=True))
+    except UserError:
+        _name_the_row(rows, rendered, tokenizer)
+        raise
+    encoded = []
+    for row, item in zip(rows, rendered, strict=True):
+        if item.chat:
+            encoding = next(encodings)
+            ids, prompt = encoding.ids, 0
+        else:
+            ids = next(ids_of_texts)
+            encoding = None
+            prompt = common_prefix(next(ids_of_prompts), ids) if item.prompt else 0
+        encoded.append(_EncodedRow(row.where, item, tokenizer, ids, prompt, encoding))
     return encoded
-
-
-def _texts(item: Rendered) -> Iterator[str]:
-    yield item.text
-    if item.prompt:
-        yield item.prompt
-    for before, after in item.trained:
-        if before:
-            yield before
-        if after is not None:
-            yield after
 
 
 def _name_the_row(rows: Sequence[Row], rendered: list[Rendered], tokenizer: Tokenizer) -> None:
@@ -692,26 +765,43 @@ def _name_the_row(rows: Sequence[Row], rendered: list[Rendered], tokenizer: Toke
             raise UserError(f"{row.where}: {error}") from None
 
 
-def _label(
-    item: Rendered, encoded: dict[str, list[int]], eos_id: int | None
-) -> tuple[np.ndarray, np.ndarray, bool, int]:
-    """Return a row's ids, its labels, whether it ends in an EOS, and its prompt's tokens."""
-    ids = encoded[item.text]
-    array = np.empty(len(ids) + 1, dtype=np.int32)
-    array[:-1] = ids
-    prompt = common_prefix(encoded[item.prompt], ids) if item.prompt else 0
-    labels = np.full(len(ids) + 1, IGNORED, dtype=np.int32)
-    start = 0
-    for before, after in item.trained:
-        start = common_prefix(encoded[before], ids) if before else 0
-        stop = len(ids) if after is None else common_prefix(encoded[after], ids)
-        labels[start:stop] = array[start:stop]
-    ends = bool(item.trained) and item.trained[-1][1] is None
-    if eos_id is None or not ends:
-        return array[:-1], labels[:-1], False, prompt
-    # A chat template ends a turn in its own way, perhaps with a line break after the EOS.
-    ended = eos_id in ids[start:] if item.chat else ids[-1:] == [eos_id]
-    if ended:
-        return array[:-1], labels[:-1], True, prompt
-    array[-1] = labels[-1] = eos_id
-    return array, labels, True, prompt
+def _label(row: _EncodedRow, append_eos: bool) -> LabelledRow:
+    """Return a row with its labels, and with the EOS that it is due."""
+    item, eos_id = row.rendered, row.tokenizer.eos_id
+    ids = np.array(row.ids, dtype=np.int32)
+    labels = np.full(len(ids), IGNORED, dtype=np.int32)
+    stop, ended = len(ids), False
+    for span in item.trained:
+        start, stop, ended = _tokens_of(span, row, eos_id)
+        labels[start:stop] = ids[start:stop]
+    due = append_eos and eos_id is not None and item.ends and bool(item.trained)
+    if due and not ended:
+        # Nothing may stand between an answer and its EOS, such as the header of a turn to come.
+        eos = np.array([eos_id], dtype=np.int32)
+        ids, labels = (np.concatenate((array[:stop], eos)) for array in (ids, labels))
+    return LabelledRow(
+        row.where,
+        item.text,
+        ids,
+        labels,
+        due,
+        row.before(item.prompt),
+        item.assistant_turns,
+        item.untrained_turns,
+        item.left_out_turns,
+    )
+
+
+def _tokens_of(span: Span, row: _EncodedRow, eos_id: int | None) -> tuple[int, int, bool]:
+    """Return the first token of a span, the one after its last, and whether it holds its EOS."""
+    ids = row.ids
+    if row.encoding is None:
+        return row.before(span.start), len(ids), ids[-1:] == [eos_id]
+    start = row.before(span.start) if span.start else 0
+    settled, stop = row.before(span.settled), row.before(span.stop)
+    if span.marked and eos_id in ids[start:settled]:
+        return start, settled, True
+    for index in range(stop - 1, settled - 1, -1):
+        if ids[index] == eos_id:
+            return start, index + 1, True
+    return start, settled if span.marked else stop, False

@@ -1,20 +1,13 @@
-"""Rows to text: the five formats, and which part of the text is trained.
-
-A rendered row is its whole text and the spans of it that are trained. A span is given by the text
-before it and the text up to its end, each a rendering of its own: where it lies among the tokens is
-found by comparing ids (tokens may merge across the boundary of two texts), in `data/examples.py`.
-"""
+"""Rows to text: the five formats, and which part of the text is trained."""
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from data.chat import Conversation, Prefix
 from data.messages import (
     Messages,
     describe,
@@ -25,13 +18,11 @@ from data.messages import (
     with_system_turn,
 )
 from data.source import Row
+from data.spans import Chat, Rendered, Span, render_chats, without_weights
 from data.tokenizer import Tokenizer
 from files.errors import UserError, did_you_mean
 
 FORMATS = ("text", "template", "completion", "messages", "instruction")
-# What `strftime_now` tells a chat template while rows are tokenised: a fixed day, so that the same
-# data is the same tokens tomorrow. It is the day that Llama 3.2's own template falls back to.
-TRAINING_DATE = datetime.datetime(2024, 7, 26)
 # Both prompts of Stanford Alpaca's README, which differ in what is left out without an input.
 ALPACA = (
     "Below is an instruction that describes a task"
@@ -43,57 +34,6 @@ ALPACA = (
 )
 _INSTRUCTION = "data.format=instruction"
 _PLACEHOLDER = re.compile(r"(\{\{|\}\}|\{[^{}]*\}|[{}])")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A row as text.
-
-    Attributes:
-        text: The whole text.
-        trained: The spans that are trained: (text before, text up to the end; None: to the end of
-            the whole). An empty text before is the beginning of the whole.
-        chat: The text is a chat template's: its special tokens stand in it already.
-        prompt: What stands before the completion, trained or not; empty where there is none.
-    """
-
-    text: str
-    trained: tuple[tuple[str, str | None], ...]
-    chat: bool = False
-    prompt: str = ""
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A row of messages before it is rendered.
-
-    Attributes:
-        messages: All turns.
-        spans: The trained spans as prefixes of the messages (before: None is the beginning; up to
-            the end: None is the end of the whole).
-        prompt: What stands before the completion, where there is one.
-        tools: Descriptions of tools.
-    """
-
-    messages: Messages
-    spans: tuple[tuple[Prefix | None, Prefix | None], ...]
-    prompt: Prefix | None = None
-    tools: Any = None
-
-    def conversation(self, where: str) -> Conversation:
-        """Return what is to be rendered: the whole first, then every prefix once."""
-        named = (self.prompt, *(prefix for span in self.spans for prefix in span))
-        prefixes = dict.fromkeys([(len(self.messages), False), *filter(None, named)])
-        return Conversation(self.messages, tuple(prefixes), self.tools, where)
-
-    def rendered(self, conversation: Conversation, texts: Sequence[str]) -> Rendered:
-        """Return the row, given the text of each prefix."""
-        text_of: dict[Prefix | None, str] = dict(zip(conversation.prefixes, texts, strict=True))
-        trained = tuple(
-            (text_of.get(before, ""), None if after is None else text_of[after])
-            for before, after in self.spans
-        )
-        return Rendered(texts[0], trained, chat=True, prompt=text_of.get(self.prompt, ""))
 
 
 @dataclass(frozen=True)
@@ -200,23 +140,14 @@ class PromptFormat:
             UserError: A row lacks a column, holds something else than text in one, or is refused
                 by the chat template; the message begins with the row's file and line.
         """
-        rendered: list[Rendered | _Chat] = []
-        conversations: list[Conversation] = []
+        made: list[Rendered | Chat] = []
         for row in rows:
             try:
-                item = self._chat(row.values) or self._texts(row.values)
+                made.append(self._chat(row) or self._texts(row.values))
             except UserError as error:
                 raise UserError(f"{row.where}: {error}") from None
-            rendered.append(item)
-            if isinstance(item, _Chat):
-                conversations.append(item.conversation(row.where))
-        if not conversations:
-            return [item for item in rendered if isinstance(item, Rendered)]
-        texts = tokenizer.render_chats(conversations, date=TRAINING_DATE)
-        chats = iter(zip(conversations, texts, strict=True))
-        return [
-            item.rendered(*next(chats)) if isinstance(item, _Chat) else item for item in rendered
-        ]
+        chats = iter(render_chats([item for item in made if isinstance(item, Chat)], tokenizer))
+        return [next(chats) if isinstance(item, Chat) else item for item in made]
 
     def generation_prompt(
         self, values: str | Mapping[str, Any], tokenizer: Tokenizer | None = None
@@ -295,7 +226,7 @@ class PromptFormat:
         return text_column(values, self.text_field, "data.text_field")
 
     def _prompt_messages(self, values: Mapping[str, Any]) -> Messages | None:
-        """Return the messages before a completion; None where it has a text before it.
+        """Return the row's messages before a completion; None where it has a text before it.
 
         Both columns must hold messages for a text to be read as such: it may be JSON by itself.
         """
@@ -304,40 +235,41 @@ class PromptFormat:
             is_conversation(prompt) and is_conversation(completion)
         ):
             return None
-        return self._with_system_turn(read_messages(prompt, "prompt"), values)
+        return read_messages(prompt, "prompt")
 
     def _with_system_turn(self, messages: Messages, values: Mapping[str, Any]) -> Messages:
         return with_system_turn(messages, values, self.system_prompt)
 
     def _texts(self, values: Mapping[str, Any]) -> Rendered:
         """Return a row of texts."""
-        prompt, completion = self._prompt(values), self._completion(values)
-        trained = ((prompt if self.trains_completion_only else "", None),)
-        return Rendered(prompt + completion, trained, prompt=prompt)
+        prompt = self._prompt(values)
+        text = prompt + self._completion(values)
+        start = len(prompt) if self.trains_completion_only else 0
+        return Rendered(text, (Span(start, len(text), len(text)),), prompt=len(prompt))
 
-    def _chat(self, values: Mapping[str, Any]) -> _Chat | None:
+    def _chat(self, row: Row) -> Chat | None:
         """Return a row of messages, or None for a row of texts."""
+        values = row.values
+        completion: int | None = None
         if self.format == "completion" and (messages := self._prompt_messages(values)):
-            before = (len(messages), True)
+            completion = len(messages)
             messages = messages + read_messages(values.get("completion"), "completion")
-            span = (before if self.trains_completion_only else None, None)
-            return _Chat(messages, (span,), before, read_tools(values))
-        if self.format != "messages":
+        elif self.format == "messages":
+            messages = read_conversation(values)
+        else:
             return None
-        messages, tools = (
-            self._with_system_turn(read_conversation(values), values),
-            read_tools(values),
+        messages, left_out = without_weights(messages)
+        whole = self._with_system_turn(messages, values)
+        added = len(whole) - len(messages)
+        return Chat(
+            row.where,
+            whole,
+            frozenset(turn + added for turn in left_out),
+            completion=None if completion is None else completion + added,
+            everything=not self.trains_completion_only,
+            tools=read_tools(values),
+            added=added,
         )
-        if not self.trains_completion_only:
-            return _Chat(messages, ((None, None),), tools=tools)
-        last = len(messages) - 1
-        spans = tuple(
-            # Where nothing stands before the first answer, its header is trained with it.
-            ((turn, True) if turn else None, (turn + 1, False) if turn < last else None)
-            for turn, message in enumerate(messages)
-            if message["role"] == "assistant"
-        )
-        return _Chat(messages, spans, tools=tools)
 
     def _generation_values(self, values: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a text as the columns of the prompt."""
@@ -360,10 +292,14 @@ class PromptFormat:
     def _generation_messages(self, values: Mapping[str, Any]) -> Messages | None:
         """Return the messages before the turn to generate; None for a format of texts."""
         if self.format == "completion":
-            return self._prompt_messages(values)
-        if self.format != "messages":
+            messages = self._prompt_messages(values)
+        else:
+            messages = read_conversation(values) if self.format == "messages" else None
+        if messages is None:
             return None
-        messages = self._with_system_turn(read_conversation(values), values)
+        messages = self._with_system_turn(without_weights(messages)[0], values)
+        if self.format == "completion":
+            return messages
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
             return messages[:-1]
         return messages

@@ -1,58 +1,37 @@
-"""Rows from files: JSON Lines, JSON, CSV, Parquet, folders, data sets of the Hub, source trees.
+"""Rows from files: JSON Lines, JSON, CSV, Parquet, source files.
 
 A row is a dictionary and the place it came from, `FILE:LINE`, which every message about it names.
 Reading is strict: what is not UTF-8, not JSON, not an object, or not the string that the run needs,
 ends with one sentence. Nothing is dropped in silence.
 
-Which files a specification stands for:
+Which files a specification stands for is the business of `data.locate`. A file of rows is
 
-* a file: itself;
-* a folder with data files at its top: these. `.json` files count only where there are no others,
-  because `package.json` and `dataset_infos.json` hold no rows;
-* any other folder: a tree of source files, one row for each text file below it, hidden ones left
-  out: `{"text": content, "path": path below the folder}`;
-* `hub:owner/name[:config][:split]`: data files of a data set on the Hub.
-
-Where the names of a folder's or a data set's files speak of splits (`train-00000-of-00002.parquet`,
-`test.jsonl`), only the files of the asked split are read, so that test rows never train.
+* `.jsonl`: an object on each line;
+* `.json`: a list of objects; an object that holds one such list, under any key, as in
+  `{"data": [...]}`; JSON Lines; or one row;
+* `.csv`: a header line, and a row on each further one;
+* `.parquet`;
+* any other text file of a source tree: `{"text": content, "path": path below the folder}`.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from files.errors import UserError, counted, did_you_mean, note
-from files.hub import resolve_dataset
+from data.locate import Source, SourceFile, canonical_split, listed, open_source
+from files.errors import UserError, did_you_mean, note
 
 MAX_ROW_BYTES = 16 * 2**20
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-HUB_PREFIX = "hub:"
-
-Split = Literal["train", "valid", "test"]
-_SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "eval": "valid",
-    "test": "test",
-    "testing": "test",
-}
 _COLUMN_VALUES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
-_SHARD_NUMBER = re.compile(r"-\d+-of-\d+.*")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LFS_POINTER = b"version https://git-lfs"
 _PARQUET_ROWS_AT_A_TIME = 1024
-_NAMES_IN_A_MESSAGE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,56 +47,8 @@ class Row:
     where: str
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a specification stands for: the files to read, in order.
-
-    Attributes:
-        spec: the specification, as the user wrote it.
-        files: (path on this machine, name in messages) of each file.
-        tree: None for data files; the folder for a tree of source files.
-        commit: the commit of a data set of the Hub; None otherwise.
-    """
-
-    spec: str
-    files: tuple[tuple[Path, str], ...]
-    tree: Path | None = None
-    commit: str | None = None
-
-
-def open_source(spec: str | Path, split: str | None = None) -> Source:
-    """Return the files that `spec` stands for, without reading a row.
-
-    Args:
-        spec: a file, a folder, or `hub:owner/name[:config][:split]`.
-        split: the split to choose where file names speak of splits; a split in `spec` rules.
-            None takes all files.
-
-    Raises:
-        UserError: nothing is there, the kind of file is unknown, or no file is of the split.
-    """
-    spec = str(spec)
-    if spec.startswith(HUB_PREFIX):
-        return _open_hub(spec, split)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _open_folder(spec, path, split)
-    if not path.exists():
-        raise _missing(spec, path)
-    if not path.is_file():
-        raise UserError(
-            f"{spec}: neither a regular file nor a folder; save the rows to a file first"
-        )
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"{spec}: files ending in '{path.suffix}' are not read; the rows must be in one of "
-            f"{', '.join(SUFFIXES)} (unpacked), or pass the folder of source files"
-        )
-    return Source(spec, ((path, spec),))
-
-
 def read_rows(
-    spec: str | Path | Source,
+    spec: str | Path | Sequence[str | Path] | Source,
     *,
     fields: Sequence[str] | None = None,
     split_column: str | None = None,
@@ -144,194 +75,62 @@ def read_rows(
         if isinstance(spec, Source)
         else open_source(spec, None if split_column is not None else split)
     )
-    if source.tree is not None:
-        rows = _read_tree(source, notice or note)
-    else:
-        rows = _read_files(source, fields, split_column)
+    rows = _read_files(source, fields, split_column, notice or note)
     if split_column is not None and split is not None:
-        rows = _of_split(rows, split_column, _canonical_split(split))
+        rows = _of_split(rows, split_column, canonical_split(split))
     return rows if fields is None else _checked(rows, tuple(fields))
-
-
-def _missing(spec: str, path: Path) -> UserError:
-    parent = path.parent
-    neighbours = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    hub = f"; a data set of the Hub is written {HUB_PREFIX}{spec}" if spec.count("/") == 1 else ""
-    return UserError(
-        f"{spec}: no such file or folder (looked in {parent.resolve()})"
-        f"{did_you_mean(path.name, neighbours) or hub}"
-    )
-
-
-# --- which files ---------------------------------------------------------------------------------
-
-
-def _open_folder(spec: str, folder: Path, split: str | None) -> Source:
-    names = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_file() and entry.name[0] != "."
-    )
-    names = _data_files(names, spec)
-    if names:
-        names = _files_of_split(names, split, spec)
-        return Source(spec, tuple((folder / name, str(Path(spec) / name)) for name in names))
-    files = _tree_files(folder)
-    if not files:
-        raise UserError(
-            f"{spec}: holds no files to read (data files end in {', '.join(SUFFIXES)}; hidden "
-            "files are left out)"
-        )
-    return Source(
-        spec, tuple((folder / name, str(Path(spec) / name)) for name in files), tree=folder
-    )
-
-
-def _tree_files(folder: Path) -> list[str]:
-    """Return the files below `folder` as sorted POSIX paths, hidden files and folders left out."""
-    names: list[str] = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        names += [
-            (Path(root) / name).relative_to(folder).as_posix() for name in files if name[0] != "."
-        ]
-    return sorted(names)
-
-
-def _data_files(names: Sequence[str], spec: str) -> list[str]:
-    """Return the names that hold rows, all of one format, or nothing."""
-    by_suffix: dict[str, list[str]] = {}
-    for name in names:
-        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix in SUFFIXES and not hidden:
-            by_suffix.setdefault(suffix, []).append(name)
-    if len(by_suffix) > 1:
-        by_suffix.pop(".json", None)
-    if len(by_suffix) > 1:
-        raise UserError(
-            f"{spec}: holds data files of several formats ({', '.join(sorted(by_suffix))}), which "
-            "may be the same rows twice; pass one file, or a folder with one format"
-        )
-    return sorted(next(iter(by_suffix.values()), []))
-
-
-def _open_hub(spec: str, split: str | None) -> Source:
-    repository, *choices = spec.removeprefix(HUB_PREFIX).split(":")
-    if len(choices) > 2:
-        raise UserError(f"{spec}: must be hub:owner/name, hub:owner/name:config or …:config:split")
-    config, asked = (choices[0], choices[1]) if len(choices) == 2 else ("", "")
-
-    def choose(names: Sequence[str]) -> list[str]:
-        found = _data_files(names, spec)
-        if not found:
-            raise UserError(
-                f"{spec}: has no data files ({', '.join(SUFFIXES)}); fetch its rows another way "
-                "and pass the file"
-            )
-        chosen_config, chosen_split = config, asked or split
-        if len(choices) == 1:
-            # One word after the name is a configuration where there is one of that name.
-            if choices[0] in _configurations(found):
-                chosen_config = choices[0]
-            else:
-                chosen_split = choices[0]
-        return _files_of_split(_files_of_config(found, chosen_config, spec), chosen_split, spec)
-
-    dataset = resolve_dataset(repository, choose)
-    files = tuple(
-        (dataset.folder / name, f"{HUB_PREFIX}{repository}/{name}") for name in dataset.names
-    )
-    return Source(spec, files, commit=dataset.commit)
-
-
-def _configurations(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the data set's configurations: folder → files. `data` and folders of a split are none.
-
-    The files that lie in no such folder are the configuration `default`.
-    """
-    found: dict[str, list[str]] = {}
-    for name in names:
-        folders = [
-            part
-            for part in PurePosixPath(name).parts[:-1]
-            if part != "data" and part not in _SPLIT_NAMES
-        ]
-        found.setdefault("/".join(folders) or "default", []).append(name)
-    return found
-
-
-def _files_of_config(names: Sequence[str], config: str, spec: str) -> list[str]:
-    configurations = _configurations(names)
-    if not config and len(configurations) == 1:
-        return next(iter(configurations.values()))
-    if (config or "default") in configurations:
-        return configurations[config or "default"]
-    listed = _listed(sorted(configurations))
-    if not config:
-        raise UserError(
-            f"{spec}: has several configurations ({listed}); name one, as in "
-            f"{spec}:{sorted(configurations)[0]}"
-        )
-    raise UserError(
-        f"{spec}: has no configuration '{config}' (it has: {listed})"
-        f"{did_you_mean(config, configurations)}"
-    )
-
-
-def _split_labels(name: str) -> tuple[str, set[str]]:
-    """Return what a file's name says of its split: its own words, and the splits they mean.
-
-    `python/train_sft-00000-of-00003.parquet` → `("train_sft", {"train"})`.
-    """
-    path = PurePosixPath(name)
-    label = _SHARD_NUMBER.sub("", path.stem)
-    words = [*re.split(r"[^a-z0-9]+", label.lower()), *(part.lower() for part in path.parts[:-1])]
-    return label, {_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES}
-
-
-def _canonical_split(split: str) -> str:
-    return _SPLIT_NAMES.get(split.lower(), split)
-
-
-def _files_of_split(names: Sequence[str], split: str | None, spec: str) -> list[str]:
-    """Return the files of `split`; where no name speaks of a split, all are training rows."""
-    if split is None:
-        return list(names)
-    labels = {name: _split_labels(name) for name in names}
-    exact = [name for name in names if labels[name][0] == split]
-    if exact:
-        return exact
-    wanted = _canonical_split(split)
-    matching = [name for name in names if wanted in labels[name][1]]
-    if matching:
-        return matching
-    if wanted == "train" and not any(splits for _, splits in labels.values()):
-        return list(names)
-    found = sorted({"/".join(sorted(splits)) or label for label, splits in labels.values()})
-    raise UserError(
-        f"{spec}: has no files of the split '{split}' (it has: {_listed(found)}); name the file, "
-        "or leave the split out and use data.valid_fraction"
-    )
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def _read_files(
-    source: Source, fields: Sequence[str] | None, split_column: str | None
+    source: Source,
+    fields: Sequence[str] | None,
+    split_column: str | None,
+    notice: Callable[[str], None],
 ) -> Iterator[Row]:
     columns: list[str] | None = None
     if fields is not None:
         columns = sorted({*fields, *([split_column] if split_column is not None else [])})
-    for path, name in source.files:
-        match path.suffix.lower():
+    passed_over: list[tuple[str, str]] = []
+    for file in source.files:
+        if file.below is not None:
+            text = _source_text(file.path)
+            if isinstance(text, _PassedOver):
+                passed_over.append((text.reason, file.name))
+            else:
+                yield Row({"text": text, "path": file.below}, f"{file.name}:1")
+            continue
+        _refuse_pointer(file)
+        match file.path.suffix.lower():
             case ".jsonl":
-                yield from _read_jsonl(path, name)
+                yield from _read_jsonl(file.path, file.name)
             case ".json":
-                yield from _read_json(path, name)
+                yield from _read_json(file.path, file.name, columns)
             case ".csv":
-                yield from _read_csv(path, name)
+                yield from _read_csv(file.path, file.name)
             case _:
-                yield from _read_parquet(path, name, columns)
+                yield from _read_parquet(file.path, file.name, columns)
+    if passed_over:
+        example = dict(reversed(passed_over))
+        reasons = ", ".join(
+            f"{number} {reason} (such as {example[reason]})"
+            for reason, number in Counter(reason for reason, _ in passed_over).items()
+        )
+        notice(
+            f"{source.spec}: {len(passed_over)} of {len(source.files)} files passed over: {reasons}"
+        )
+
+
+def _refuse_pointer(file: SourceFile) -> None:
+    """Raise where a file is the stand-in that git leaves for a large file it did not fetch."""
+    with _opened(file.path, file.name) as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"{file.name}: holds no rows, only git's pointer to them, because the repository "
+                "was cloned without git-lfs; run 'git lfs install' and 'git lfs pull' in it"
+            )
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
@@ -435,13 +234,22 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
+    first = True
     for number, line in _lines(path, name):
         where = f"{name}:{number}"
         line = line.rstrip("\r\n")
         start = _skip_space(line, 0)
         if start == len(line):
             continue
-        value, end = _parse(line, start, lambda _, where=where: where)
+        try:
+            value, end = _parse(line, start, lambda _, where=where: where)
+        except UserError as error:
+            if first and line.rstrip()[-1] in "[{,":
+                raise _one_document(where) from None
+            raise error
+        if first and isinstance(value, list):
+            raise _one_document(where)
+        first = False
         after = _skip_space(line, end)
         if after < len(line):
             raise UserError(
@@ -451,8 +259,15 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
         yield _json_row(value, line, where)
 
 
-def _read_json(path: Path, name: str) -> Iterator[Row]:
-    """Read a list of objects; a file that begins with an object is read as JSON Lines."""
+def _one_document(where: str) -> UserError:
+    return UserError(
+        f"{where}: begins one JSON document, where .jsonl means an object on each line; rename the "
+        "file so that it ends in .json"
+    )
+
+
+def _read_json(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Row]:
+    """Read a list of objects, an object that holds one, JSON Lines, or one row."""
     with _opened(path, name) as file:
         data = file.read().removeprefix(_BYTE_ORDER_MARK)
     try:
@@ -465,17 +280,89 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
     position = _skip_space(text, 0)
     if position == len(text):
         return
-    if text[position] == "{":
-        yield from _read_jsonl(path, name)
-        return
 
     def where(position: int) -> str:
         return f"{name}:{text.count(chr(10), 0, position) + 1}"
 
-    if text[position] != "[":
+    if text[position] == "[":
+        end = yield from _read_list(text, position, name)
+        after = _skip_space(text, end)
+        if after < len(text):
+            raise UserError(f"{where(after)}: more text after the list of rows")
+    elif text[position] != "{":
         raise UserError(f"{where(position)}: a .json file must hold a list of objects")
+    elif _is_json_lines(text, position):
+        yield from _read_jsonl(path, name)
+    else:
+        value, end = _parse(text, position, where)
+        after = _skip_space(text, end)
+        if after < len(text):
+            raise UserError(f"{where(after)}: more text after the object")
+        key = _key_of_rows(value, columns, where(position))
+        if key is None:
+            if end - position > MAX_ROW_BYTES:
+                raise _too_long(where(position))
+            yield _json_row(value, text[position:end], where(position))
+        else:
+            del value
+            yield from _read_list(text, _value_of(key, text, position, where), name)
+
+
+def _is_json_lines(text: str, start: int) -> bool:
+    """Whether the first object of a file ends on its line, and another value follows it."""
+    line_end = text.find("\n", start)
+    line = text[start : line_end if line_end >= 0 else None]
+    try:
+        end = _DECODER.raw_decode(line)[1]
+    except (ValueError, RecursionError):
+        return False
+    return _skip_space(text, start + end) < len(text)
+
+
+def _key_of_rows(value: Any, columns: Sequence[str] | None, where: str) -> str | None:
+    """Return the key under which an object holds rows, or None where it is a row itself.
+
+    It is one where it has the columns that are asked for, or the turns of a conversation.
+    """
+    if columns and all(column in value for column in columns):
+        return None
+    if "messages" in value or "conversations" in value:
+        return None
+    lists = {
+        key: items
+        for key, items in value.items()
+        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
+    }
+    if any("role" in items[0] or "from" in items[0] for items in lists.values()):
+        return None
+    if len(lists) > 1:
+        raise UserError(
+            f"{where}: is an object that holds several lists of objects ({listed(list(lists))}), "
+            "and which of them are the rows is not certain; save that list as a file of its own"
+        )
+    return next(iter(lists), None)
+
+
+def _value_of(key: str, text: str, start: int, where: Callable[[int], str]) -> int:
+    """Return where the value of `key` begins in the object, which was parsed before, at `start`."""
+    position = start
+    while True:
+        name, position = _parse(text, _skip_space(text, position + 1), where)
+        position = _skip_space(text, _skip_space(text, position) + 1)  # behind the colon
+        if name == key:
+            return position
+        _, position = _parse(text, position, where)
+        position = _skip_space(text, position)  # at the comma
+
+
+def _read_list(text: str, start: int, name: str) -> Generator[Row, None, int]:
+    """Yield the rows of the list at `start`; return the position after it."""
+
+    def where(position: int) -> str:
+        return f"{name}:{text.count(chr(10), 0, position) + 1}"
+
     line, counted = 1, 0
-    position = _skip_space(text, position + 1)
+    position = _skip_space(text, start + 1)
     while position < len(text) and text[position] != "]":
         # Counted from the last row on: counting from the start each time would be quadratic.
         line, counted = line + text.count("\n", counted, position), position
@@ -492,9 +379,7 @@ def _read_json(path: Path, name: str) -> Iterator[Row]:
             raise UserError(f"{where(position)}: not JSON (no comma between two rows)")
     if position == len(text):
         raise UserError(f"{where(position)}: the list is not closed; the file may be cut off")
-    after = _skip_space(text, position + 1)
-    if after < len(text):
-        raise UserError(f"{where(after)}: more text after the list of rows")
+    return position + 1
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Row]:
@@ -575,30 +460,6 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _read_tree(source: Source, notice: Callable[[str], None]) -> Iterator[Row]:
-    """Yield a row for each text file; say at the end how many files were passed over, and why."""
-    assert source.tree is not None
-    passed_over: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for path, name in source.files:
-        text = _source_text(path)
-        if isinstance(text, _PassedOver):
-            passed_over[text.reason] += 1
-            examples.setdefault(text.reason, name)
-            continue
-        yield Row({"text": text, "path": path.relative_to(source.tree).as_posix()}, f"{name}:1")
-    if passed_over:
-        reasons = ", ".join(
-            f"{number} {reason} (such as {examples[reason]})"
-            for reason, number in passed_over.items()
-        )
-        notice(
-            f"{source.spec}: {passed_over.total()} of {counted(len(source.files), 'file')} "
-            "passed over: "
-            f"{reasons}"
-        )
-
-
 @dataclass(frozen=True)
 class _PassedOver:
     """Why a file of a source tree is no row."""
@@ -673,7 +534,7 @@ _FIELDS_OF_FORMATS = (
 
 def _missing_field(field: str, there: Sequence[str], where: str) -> UserError:
     return UserError(
-        f'{where}: field "{field}" missing (fields: {_listed(there) or "none"})'
+        f'{where}: field "{field}" missing (fields: {listed(there) or "none"})'
         f"{did_you_mean(field, there) or _format_that_fits(field, there)}"
     )
 
@@ -705,8 +566,3 @@ def _kind(value: Any) -> str:
             return "an object"
         case _:
             return f"of type {type(value).__name__}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES_IN_A_MESSAGE
-    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -17,7 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from data.chat import ChatTemplate, Conversation
+from data.added_tokens import add_declared_tokens, read_declarations
+from data.chat import ChatTemplate, Conversation, Rendering
 from data.chat_templates import (
     TEMPLATE_FILE,
     chosen_name,
@@ -28,13 +29,13 @@ from data.chat_templates import (
 )
 from data.tokenizer_file import library_errors, load_backend
 from files.errors import UserError
-from files.strict_json import parse_json_object
 
 # The files that decide what a text becomes; other tokenizer files are earlier forms of the same.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     TEMPLATE_FILE,
 )
 # The largest tokenizer.json published has some 35 MB, for a vocabulary of 260,000.
@@ -111,19 +112,16 @@ class Tokenizer:
             raise UserError(_missing_tokenizer(folder))
         where = str(folder / "tokenizer.json")
         backend = load_backend(files["tokenizer.json"], where)
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the later one rules
-            if name in files:
-                read = parse_json_object(files[name], str(folder / name))
-                settings |= {key: value for key, value in read.items() if value is not None}
-        templates = read_templates(files, settings, folder)
+        declared = read_declarations(files, folder)
+        add_declared_tokens(backend, declared, folder)
+        templates = read_templates(files, declared.settings, folder)
         if chat_template is not None:
             source = overriding(chat_template, templates, str(folder))
             templates = {"default": source}
             # It is preferred to those in tokenizer_config.json, here and in transformers.
             files[TEMPLATE_FILE] = source.encode()
         asked = None if chat_template is None else f"data.chat_template={chat_template}"
-        return cls(backend, settings, templates, files, str(folder), asked)
+        return cls(backend, declared.settings, templates, files, str(folder), asked)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`, after the prefix unless the text already begins with it."""
@@ -149,6 +147,15 @@ class Tokenizer:
             prefix = self.prefix_ids
             batch = [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in batch]
         return batch
+
+    def encode_chats(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return the tokens of texts that a chat template made, each with its place in the text.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text.
+        """
+        with library_errors(f"{self._where}: the tokenizer failed on a text"):
+            return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`.
@@ -188,12 +195,12 @@ class Tokenizer:
                 long or too much memory.
         """
         prefix = (len(messages), add_generation_prompt)
-        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0]
+        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0].text
 
     def render_chats(
         self, conversations: Sequence[Conversation], *, date: datetime.datetime | None = None
-    ) -> list[list[str]]:
-        """Return the text of each prefix of each conversation, as `render_chat` would.
+    ) -> list[list[Rendering]]:
+        """Return the rendering of each prefix of each conversation, as `render_chat` would.
 
         Raises:
             UserError: As `render_chat`; the message begins with the conversation's place.
@@ -201,13 +208,13 @@ class Tokenizer:
         chosen = [
             chosen_name(self.chat_templates, bool(c.tools), self._where) for c in conversations
         ]
-        rendered: list[list[str]] = [[]] * len(chosen)
+        rendered: list[list[Rendering]] = [[]] * len(chosen)
         for name in dict.fromkeys(chosen):
             places = [place for place, other in enumerate(chosen) if other == name]
             asked = [self._for_template(conversations[place], name) for place in places]
-            texts = self._templates[name].render(asked, date)
-            for place, text in zip(places, texts, strict=True):
-                rendered[place] = text
+            renderings = self._templates[name].render(asked, date)
+            for place, rendering in zip(places, renderings, strict=True):
+                rendered[place] = rendering
         return rendered
 
     def save(self, folder: str | Path) -> None:

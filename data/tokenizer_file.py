@@ -26,7 +26,7 @@ from files.errors import UserError, did_you_mean
 from files.strict_json import parse_json_object, read_json_object
 
 # Token ids are kept as int32.
-_MAX_ID = 2**31 - 1
+MAX_ID = 2**31 - 1
 # Raised whenever the check becomes stricter: files that passed the last one are checked again.
 _CHECK_VERSION = 1
 # The library's parts, as transformers writes them. What it learns later is added here after a look.
@@ -58,7 +58,7 @@ _MAX_ITEMS, _MAX_DEPTH, _MAX_TEXT, _MAX_PATTERN, _MAX_MAP = 64, 8, 64, 4096, 4 *
 # How often longer all normalizers together may make a text (Llama's space becomes three bytes).
 _MAX_GROWTH = 256
 _MAX_WORD = 1024
-_MAX_TOKEN = 4096
+MAX_TOKEN = 4096
 # Tokens for each byte of a text. One byte may become three (a space that is written as ▁), and a
 # ligature 11 (NFKD of U+FDFA), each a token of its own under byte fallback.
 _MAX_TOKENS_PER_BYTE = 16
@@ -243,8 +243,8 @@ def _check_bounds(value: Any, at: str, depth: int = 0) -> None:
                 _check_bounds(item, f"{at}.{name}", depth + 1)
     elif isinstance(value, str):
         _check_text(value, _MAX_TEXT, at)
-    elif isinstance(value, int) and not 0 <= value < _MAX_ID:
-        raise UserError(f"{at} is {value}; it must be from 0 to {_MAX_ID - 1}")
+    elif isinstance(value, int) and not 0 <= value < MAX_ID:
+        raise UserError(f"{at} is {value}; it must be from 0 to {MAX_ID - 1}")
 
 
 def _check_text(value: Any, most: int, at: str) -> None:
@@ -285,7 +285,7 @@ def _check_model(model: Any, at: str) -> None:
             raise UserError(f"{at}.vocab must be a list of pairs of token and score")
     else:
         raise UserError(f"{at}.vocab is missing; it holds the tokens")
-    _check_text(max(tokens, key=len, default=""), _MAX_TOKEN, f"{at}.vocab: its longest token")
+    _check_text(max(tokens, key=len, default=""), MAX_TOKEN, f"{at}.vocab: its longest token")
 
 
 def _check_added_tokens(added: Any, at: str) -> None:
@@ -297,7 +297,7 @@ def _check_added_tokens(added: Any, at: str) -> None:
         raise UserError(f"{at} must be a list of objects with an id and a content")
     _check_ids([(token["content"], token.get("id")) for token in added], at)
     contents = [token["content"] for token in added]
-    _check_text(max(contents, key=len, default=""), _MAX_TOKEN, f"{at}: its longest token")
+    _check_text(max(contents, key=len, default=""), MAX_TOKEN, f"{at}: its longest token")
 
 
 def _check_ids(pairs: Any, at: str) -> None:
@@ -305,10 +305,10 @@ def _check_ids(pairs: Any, at: str) -> None:
     owner: dict[int, str] = {}
     for token, token_id in pairs:
         # `type`, because True is an int too.
-        if type(token_id) is not int or not 0 <= token_id < _MAX_ID:
+        if type(token_id) is not int or not 0 <= token_id < MAX_ID:
             raise UserError(
                 f"{at}: the token {_show(token)} has the id {_show(token_id)}; ids run from 0 to "
-                f"{_MAX_ID - 1}"
+                f"{MAX_ID - 1}"
             )
         if token_id in owner:
             raise UserError(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from files.atomic import sha256_file
 from files.errors import UserError, counted, did_you_mean, no_such_folder
@@ -162,6 +162,23 @@ def resolve_dataset(
         )
     folder, commit, names = _fetch(repository, "dataset", revision, choose)
     return DatasetSource(folder, tuple(names), repository, commit)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Return the YAML header of a repository's README.md; empty where it has none.
+
+    Raises:
+        UserError: the header is no YAML object, or the file cannot be read.
+    """
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(path) or {}
+    except Exception as error:  # whatever the YAML reader stumbles over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: its YAML header cannot be read ({reason}); mend it, or name the files to read"
+        ) from None
 
 
 def _is_local(path: str, folder: Path) -> bool:

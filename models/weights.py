@@ -122,8 +122,7 @@ def fill(
             is damaged or missing; there are pickle files alone.
     """
     folder = Path(folder)
-    places = _find_tensors(folder)
-    _check_tensors(folder, model, places)
+    places = check_weights(folder, model)
     parameters = dict(model.named_parameters())
     by_file: dict[Path, list[str]] = {}
     for name in parameters:
@@ -132,6 +131,13 @@ def fill(
         with TensorFile(path) as file:
             for name in sorted(names, key=lambda name: file.info(name).begin):
                 _set_parameter(model, name, file.read(name), dtype, device)
+
+
+def check_weights(folder: Path, model: CausalLM) -> dict[str, tuple[Path, TensorInfo]]:
+    """Return where each tensor of `folder` lies, or raise as `fill`: headers alone are read."""
+    places = _find_tensors(folder)
+    _check_tensors(folder, model, places)
+    return places
 
 
 def initialise(

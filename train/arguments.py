@@ -17,7 +17,8 @@ from files.errors import UserError, did_you_mean
 from train.command import CommandParser, command
 from train.config import Preset, preset_names, read_preset, to_toml
 from train.plan import effective_batch_size, plan_run
-from train.settings import KEYS, STACK_SPELLINGS
+from train.settings import KEYS
+from train.spellings import keys_of, unsupported
 
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
@@ -216,11 +217,12 @@ def _overrides(settings: Sequence[str]) -> dict[str, str]:
 def _about_option(option: str) -> str:
     """Say what to write instead of an unknown option."""
     name = option.lstrip("-").partition("=")[0].replace("-", "_")
-    key = STACK_SPELLINGS.get(name) or next(
-        (path for path, key in KEYS.items() if name in (key.name, path)), None
-    )
-    if key is not None:
-        return f"unknown option '{option}': settings have no dashes, write {key}=VALUE"
+    keys = keys_of(name) or tuple(path for path, key in KEYS.items() if name in (key.name, path))
+    if keys:
+        write = " or ".join(f"{key}=VALUE" for key in keys)
+        return f"unknown option '{option}': settings have no dashes, write {write}"
+    if sentence := unsupported(name):
+        return f"'{option}' is not supported: {sentence}"
     return (
         f"unknown option '{option}'{did_you_mean(option, OPTIONS)} (--help shows what is possible)"
     )

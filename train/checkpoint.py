@@ -21,6 +21,7 @@ from files.faults import faultpoint
 from files.folders import damage, replace_folder, sweep
 from files.strict_json import read_json_object
 from train.early_stopping import EarlyStopping
+from train.units import size_text
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -96,7 +97,7 @@ def room_on_disk(what: str, folder: Path, expected_bytes: int, remedy: str) -> I
         UserError: There is no room, or the disk refuses.
     """
     free = shutil.disk_usage(folder).free
-    sizes = f"it needs {expected_bytes / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free"
+    sizes = f"it needs {size_text(expected_bytes)}, {folder} has {size_text(free)} free"
     if free < expected_bytes:
         raise UserError(f"cannot save {what}: {sizes}; {remedy}")
     try:

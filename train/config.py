@@ -11,17 +11,30 @@ import dataclasses
 import json
 import math
 import re
+import shlex
+import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from files.errors import UserError, did_you_mean
-from train.settings import KEYS, SECTIONS, STACK_SPELLINGS, Key, RunConfig
+from train.settings import KEYS, SECTIONS, Key, RunConfig
+from train.spellings import (
+    SEVERAL,
+    UNSUPPORTED_VALUES,
+    keys_of,
+    translate,
+    unsupported,
+)
 
 PRESET_FOLDER = Path(__file__).resolve().parent / "presets"
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+_COMMAND_LINE = "on the command line"
+# Texts that become tokens, in which a line break is common.
+_TRAINED_TEXTS = ("data.prompt_template", "data.completion_template", "data.system_prompt")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 @dataclass(frozen=True)
@@ -70,13 +83,17 @@ def resolve_key(name: str) -> str:
     if name in KEYS:
         return name
     section, _, last = name.rpartition(".")
+    if not section and name in SEVERAL:
+        raise UserError(f"'{name}' could mean several keys: say {' or '.join(SEVERAL[name])}")
     same_name = [path for path, key in KEYS.items() if key.name == last]
     if not section and len(same_name) == 1:
         return same_name[0]
     if not section and same_name:
         raise UserError(f"'{name}' stands in several sections: say {' or '.join(same_name)}")
-    if last in STACK_SPELLINGS:
-        raise UserError(f"unknown key '{name}': {last} is spelled {STACK_SPELLINGS[last]} here")
+    if keys := keys_of(last):
+        raise UserError(f"unknown key '{name}': {last} is spelled {' or '.join(keys)} here")
+    if sentence := unsupported(last):
+        raise UserError(f"'{name}' is not supported: {sentence}")
     if len(same_name) == 1:
         raise UserError(f"unknown key '{name}': {last} is spelled {same_name[0]} here")
     candidates = [path for path in KEYS if path.startswith(f"{section}.")] or list(KEYS)
@@ -88,11 +105,15 @@ def resolve_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One `key = value` of a layer as it was written, and where."""
+    """One `key = value` of a layer, and where it was written.
+
+    `spelled` is the name of the stack's that it was written under, where it was.
+    """
 
     key: str
     value: object
     where: str
+    spelled: str = ""
 
 
 def load_config(
@@ -101,6 +122,9 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Gather and check a configuration: defaults < preset < file < overrides.
+
+    What is taken under a name of the stack's (`train.spellings`) is said in one line on standard
+    error.
 
     Args:
         preset: name of a preset; see `preset_names`.
@@ -111,6 +135,13 @@ def load_config(
         UserError: an unknown preset, key or value, a file that cannot be read, or settings that
             contradict each other.
     """
+    asked = {} if overrides is None else overrides
+    if not isinstance(asked, Mapping) or not all(isinstance(key, str) for key in asked):
+        raise UserError(
+            f"load_config: overrides is a dictionary of key → value, such as "
+            f'{{"lora.r": 16, "train.max_steps": 100}}, and no {type(asked).__name__}'
+            f"{' of other keys' if isinstance(asked, Mapping) else ''}"
+        )
     layers: list[list[_Entry]] = []
     if file is not None:
         entries = _read_layer(Path(file))
@@ -118,12 +149,15 @@ def load_config(
         for entry in named:
             preset = _agreed_preset(preset, entry)
         layers.append([entry for entry in entries if entry.key != "preset"])
-    layers.append(
-        [_Entry(key, value, "on the command line") for key, value in (overrides or {}).items()]
-    )
+    taken: list[str] = []
+    layers.append([_Entry(key, value, _COMMAND_LINE) for key, value in asked.items()])
+    layers = [list(_translated(layer, taken)) for layer in layers]
     shipped = [] if preset is None else _preset_layers(preset)
     given = frozenset(_resolve_in(entry) for layer in layers for entry in layer)
-    return _assemble(preset, [*shipped, *layers], given)
+    config = _assemble(preset, [*shipped, *layers], given)
+    if taken:
+        print(f"note: taken {', '.join(taken)}", file=sys.stderr)
+    return config
 
 
 def _agreed_preset(preset: str | None, entry: _Entry) -> str | None:
@@ -153,7 +187,9 @@ def _assemble(
         written: dict[str, _Entry] = {}
         for entry in layer:
             path = _resolve_in(entry)
-            values[path] = _checked(KEYS[path], entry)
+            value = _checked(KEYS[path], entry)
+            _refuse_contradiction(path, written.get(path), entry, values[path] == value)
+            values[path] = value
             written[path] = entry
             places[path] = (number, entry.where)
         _settle_cadences(values, written)
@@ -167,6 +203,47 @@ def _assemble(
         _, where = max((places[key] for key in keys if key in places), key=lambda place: place[0])
         raise UserError(f"{where}: {fault}")
     return config
+
+
+def _translated(layer: Sequence[_Entry], taken: list[str]) -> Iterator[_Entry]:
+    """Yield the entries of a layer under this project's keys; what that took goes to `taken`."""
+    beside = {entry.key: entry.value for entry in layer}
+    bare = {key.name for key in KEYS.values()}
+    for entry in layer:
+        name, written = entry.key, f"{entry.key}={_plainly(entry.value)}"
+        if name in bare:
+            yield entry
+            continue
+        try:
+            settings = translate(name, entry.value, beside)
+        except UserError as error:
+            raise UserError(f"{entry.where}: {written}: {error}") from None
+        if settings is None:
+            yield entry
+            continue
+        taken.append(f"{written} as asking for nothing" if not settings else "")
+        found = []
+        for key, value in settings.items():
+            one = dataclasses.replace(entry, key=key, value=value, spelled=name)
+            found.append(f"{key}={_plainly(_checked(KEYS[key], one))}")
+            yield one
+        taken[-1] = taken[-1] or f"{written} as {' and '.join(found)}"
+
+
+def _plainly(value: object) -> str:
+    """Return a value as it is typed on the command line."""
+    return value if isinstance(value, str) and value.isprintable() else _shown(value)
+
+
+def _refuse_contradiction(path: str, before: _Entry | None, entry: _Entry, same: bool) -> None:
+    """Refuse two names of one key with two values; of one name given twice the later rules."""
+    if before is None or same or not (before.spelled or entry.spelled):
+        return
+    one, other = before.spelled or before.key, entry.spelled or entry.key
+    raise UserError(
+        f"{entry.where}: {one} and {other} both set {path}, to {_plainly(before.value)} and "
+        f"{_plainly(entry.value)}: give one of them"
+    )
 
 
 def _resolve_in(entry: _Entry) -> str:
@@ -198,11 +275,17 @@ def _checked(key: Key, entry: _Entry) -> Any:
     """Return the entry's value in the key's type, within its range, or raise."""
     value = entry.value
     if isinstance(value, str):
+        _refuse_escapes(key, entry)
         value = _from_text(key, value)
     fault = _fault(key, value)
     if fault:
+        spelled = f"{entry.spelled}: " if entry.spelled else ""
+        pattern, sentence = UNSUPPORTED_VALUES.get(key.path, ("", ""))
+        if isinstance(value, str) and re.fullmatch(pattern, value):
+            fault = f"is not supported: {sentence}"
         raise UserError(
-            f"{entry.where}: {key.path} = {_shown(value)} {fault} (it takes {key.allowed()})"
+            f"{entry.where}: {spelled}{key.path} = {_shown(value)} {fault} "
+            f"(it takes {key.allowed()})"
         )
     if isinstance(value, list | tuple):
         return tuple(float(item) if key.item is float else item for item in value)
@@ -211,6 +294,23 @@ def _checked(key: Key, entry: _Entry) -> Any:
     if key.scalars & {int, float} == {float} and type(value) is int:
         return float(value)
     return value
+
+
+def _refuse_escapes(key: Key, entry: _Entry) -> None:
+    """Raise where a bare word for a text that is trained holds an escape, a backslash and an n.
+
+    A shell passes both on as they are, and they would be trained so; who types them means a line.
+    """
+    text = str(entry.value)
+    bare = entry.where == _COMMAND_LINE and text[:1] not in ("'", '"')
+    if key.path in _TRAINED_TEXTS and bare and re.search(r"\\[ntr]", text):
+        meant = re.sub(r"\\([ntr])", lambda match: _ESCAPES[match[1]], text)
+        given, literal = (shlex.quote(_toml_value(value)) for value in (meant, text))
+        raise UserError(
+            f"{entry.where}: {key.path} holds \\n, \\t or \\r, which a bare word leaves as two "
+            f"characters; for a line break or tab give {key.path}={given}, for the two characters "
+            f"{key.path}={literal}"
+        )
 
 
 def _from_text(key: Key, text: str) -> Any:
@@ -223,16 +323,19 @@ def _from_text(key: Key, text: str) -> Any:
         return text
     if bool in key.scalars and text in ("True", "False"):
         return text == "True"
-    only_text = key.scalars == {str} and key.item is None
+    is_path = key.path in _PATH_KEYS
+    only_text = key.scalars == {str} and (key.item is None or (is_path and text[:1] != "["))
     if only_text and text[:1] not in ("'", '"'):
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # not TOML, too many digits, or nested too deeply
         value = text
+        if key.item is str and re.fullmatch(r"\[[^'\"\[\]]+\]", text):  # [q_proj,v_proj]
+            return [item.strip() for item in text[1:-1].split(",")]
     if only_text and not isinstance(value, str):
         return text
-    if key.item is str and isinstance(value, str) and value != key.default:
+    if not is_path and key.item is str and isinstance(value, str) and value != key.default:
         names = value.split(",")
         # q_proj or q_proj,v_proj are names; anything else is a regular expression.
         if all(re.fullmatch(r"[\w.]+", name) for name in names):
@@ -273,6 +376,8 @@ def _list_fault(key: Key, items: list | tuple) -> str:
         return f"has {len(items)} items"
     for item in items:
         if key.item is str:
+            if isinstance(item, Mapping) and key.path in _PATH_KEYS:
+                return "holds rows, which train.run.run(config, rows=...) takes from Python"
             if not isinstance(item, str) or not item:
                 return f"holds {_shown(item)}"
         elif isinstance(item, bool) or not isinstance(item, int | float):
@@ -393,6 +498,8 @@ def _read_layer(path: Path, skip: Iterable[str] = ()) -> list[_Entry]:
                 _Entry(f"{name}.{key}", item, f"{path}:{_line_of(text, name, key)}")
                 for key, item in value.items()
             ]
+        elif sentence := unsupported(name):
+            raise UserError(f"{where}: '{name}' is not supported: {sentence}")
         else:
             raise UserError(
                 f"{where}: unknown section [{name}]; the sections are {', '.join(SECTIONS)}"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from files.errors import counted
 from train.command import command
 from train.metrics import read_metrics
+from train.units import size_text
 
 Rows = Sequence[tuple[str, str]]
 
@@ -54,14 +55,6 @@ def format_count(count: float) -> str:
         if count >= limit * 0.99995:
             return f"{count / limit:.{decimals}f}{unit}"
     return f"{count:.0f}"
-
-
-def format_bytes(count: float) -> str:
-    """Return bytes in binary units: `912 B`, `18.2 MiB`, `21.3 GiB`."""
-    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= limit:
-            return f"{count / limit:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def format_loss(loss: float | None) -> str:
@@ -105,7 +98,7 @@ def progress_line(
     if tokens_per_second is not None:
         parts["speed"] = f"{format_count(tokens_per_second)} tok/s"
     if memory_bytes is not None:
-        parts["memory"] = format_bytes(memory_bytes)
+        parts["memory"] = size_text(memory_bytes)
     if eta_seconds is not None:
         parts["time"] = f"ETA {format_duration(eta_seconds)}"
     if row.get("skipped"):
@@ -148,6 +141,20 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     if row.get("best"):
         parts.append("best so far")
     return SEPARATOR.join(parts)
+
+
+def redrawn_text(earlier: Mapping[str, Any], total_steps: int) -> str:
+    """Return what a resume that changed the length of a run did to its learning rate.
+
+    Args:
+        earlier: One of the `earlier_schedules` of plan.json.
+        total_steps: The length that came after it.
+    """
+    return (
+        f"the schedule is redrawn from step {earlier['until'] + 1:,} on, for {total_steps:,} steps "
+        f"instead of {earlier['total_steps']:,}: the learning rate of that step is "
+        f"{earlier['learning_rate_after']:.3g} instead of {earlier['learning_rate_before']:.3g}"
+    )
 
 
 class Console:
@@ -311,7 +318,7 @@ def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows,
         tokens = format_count(status.get("tokens") or 0)
         rows.append(("time in steps", f"{format_duration(status['seconds'])} for {tokens} tokens"))
     if status.get("peak_memory_bytes"):
-        rows.append(("peak memory", format_bytes(status["peak_memory_bytes"])))
+        rows.append(("peak memory", size_text(status["peak_memory_bytes"])))
     rows.append(("folder", str(folder)))
     return title, rows, _next_commands(status, folder)
 

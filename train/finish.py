@@ -13,7 +13,7 @@ from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.rounding import library
 from lora import adapter_config
-from train.console import closing_summary, format_count
+from train.console import closing_summary, format_count, redrawn_text
 from train.generate import find_stop_ids, generate
 from train.precision import COMPUTE_DTYPES
 from train.report import write_report
@@ -56,8 +56,8 @@ def opening_panel(session: Session) -> None:
             ),
             (
                 "step",
-                f"{counted(plan.effective_batch_size, 'example')}, in micro-batches of "
-                f"{plan.micro_batch_size}, {config.data.batching}",
+                f"{counted(plan.effective_batch_size, 'example')}, in {plan.micro_batch_text}, "
+                f"{config.data.batching}",
             ),
             (
                 "run",
@@ -83,6 +83,9 @@ def opening_panel(session: Session) -> None:
         session.console.say(f"note: {warning}")
     if session.state.step:
         session.console.say(f"resumed at step {session.state.step} of {plan.total_steps}")
+    for earlier in plan_document["earlier_schedules"]:
+        if earlier["until"] == session.state.step:
+            session.console.say(redrawn_text(earlier, plan.total_steps))
 
 
 def before_training(session: Session) -> None:

@@ -7,7 +7,6 @@ the adapter or the model, the tokenizer's files and the prompt format.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import platform
@@ -27,17 +26,14 @@ from files.folders import make_free_folder
 from files.hub import ModelSource
 from kernels.rounding import library
 from lora import adapter_tensors, save_adapter
-from models.config import DecoderConfig
 from models.layers import CausalLM
 from models.weights import save_model
 from train.checkpoint import TrainState
 from train.config import to_toml
-from train.ledger import available_memory
 from train.metrics import METRICS_FILE
 from train.plan import RunPlan
 from train.precision import COMPUTE_DTYPES
 from train.prepare import Data
-from train.preview import plan_with_data
 from train.settings import RunConfig
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
@@ -55,18 +51,30 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def new_run_folder(config: RunConfig) -> Path:
-    """Return the folder of a new run, which holds nothing, or what an aborted start left.
+def run_folder(config: RunConfig) -> Path | None:
+    """Return the folder that `train.output_dir` names, vacant; None where a free one is chosen.
 
     Raises:
         UserError: Something is in it: an existing run is never overwritten.
     """
     if config.train.output_dir is None:
-        return make_free_folder(Path("runs"), config.preset or "run")
+        return None
     folder = Path(os.path.expanduser(config.train.output_dir))
     if folder.is_file():
         raise UserError(f"train.output_dir={folder}: is a file; choose another folder")
     _require_vacant(folder)
+    return folder
+
+
+def new_run_folder(config: RunConfig) -> Path:
+    """Make the folder of a new run, which holds nothing, or what an aborted start left.
+
+    Raises:
+        UserError: As `run_folder`, or it cannot be made.
+    """
+    folder = run_folder(config)
+    if folder is None:
+        return make_free_folder(Path("runs"), config.preset or "run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -132,30 +140,6 @@ def _commit() -> str | None:
     return None
 
 
-def complete(
-    config: RunConfig, data: Data, decoder: DecoderConfig, device: torch.device
-) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the completed configuration, and the plan's document.
-
-    Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
-    resume) stays.
-    """
-    document = plan_with_data(
-        config,
-        data,
-        decoder,
-        precision=config.train.precision,
-        device=device.type,
-        available=available_memory(device.type),
-    )
-    checkpointing = document["gradient_checkpointing"]
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, gradient_checkpointing=checkpointing),
-    )
-    return config, document
-
-
 @contextlib.contextmanager
 def beginning(folder: Path, *, new: bool) -> Iterator[None]:
     """Free a new run's folder again where this block ends in an error: nothing is trained yet.
@@ -187,6 +171,8 @@ def write_documents(
     decided = {
         "precision": config.train.precision,
         "gradient_checkpointing": config.model.gradient_checkpointing,
+        "kernels": plan["kernels"],
+        "attention": plan["attention"],
         "products": library(device, COMPUTE_DTYPES[config.train.precision]),
     }
     write_json(folder / "environment.json", environment(device, **decided))

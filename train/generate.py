@@ -36,8 +36,9 @@ from models.weights import fill
 from train.checkpoint import STEP_FOLDER
 from train.command import CommandParser, command, run_command
 from train.config import load_config
-from train.precision import COMPUTE_DTYPES, resolve_precision
-from train.prepare import find_model, load_base, prompt_format, resolve_device
+from train.decide import decide_device, decide_precision
+from train.precision import COMPUTE_DTYPES
+from train.prepare import find_model, load_base, prompt_format
 
 PROMPT_FORMAT_FILE = "prompt_format.json"
 MAX_NEW_TOKENS = 256
@@ -428,8 +429,8 @@ def _complete(options: argparse.Namespace) -> int:
     if options.base is not None and options.adapter is None:
         raise UserError("--base goes with --adapter alone")
     values = _read_prompt(options)
-    device = resolve_device(options.device)
-    dtype = COMPUTE_DTYPES[resolve_precision(options.dtype, device)]
+    device = torch.device(decide_device(options.device))
+    dtype = COMPUTE_DTYPES[decide_precision(options.dtype, device.type)]
     if options.run is not None:
         loaded = load_run(options.run, device, dtype)
     elif options.adapter is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
 from train.adapters import lora_config
+from train.decide import decide_attention, decide_micro_batch_tokens
 from train.plan import RunPlan, effective_batch_size, rank_shares
 from train.settings import LoraSettings, RunConfig
 
@@ -251,18 +251,22 @@ def memory_ledger(
 def micro_batch_tokens(
     config: RunConfig, lengths: Sequence[int] | None, world_size: int = 1
 ) -> tuple[int, int]:
-    """Return (rows of the largest micro-batch, rows of the longest example)."""
+    """Return (rows of the largest micro-batch, rows of the longest example).
+
+    Cut by tokens (`train.micro_batch_tokens`), it holds as many rows as that, or one longer
+    example, and never more than a step does.
+    """
     share = rank_shares(effective_batch_size(config, world_size), world_size)[0]
-    count = min(config.train.per_device_train_batch_size, share)
+    budget = decide_micro_batch_tokens(config)
+    count = share if budget is not None else min(config.train.per_device_train_batch_size, share)
     longest = config.data.max_length
     tokens = count * longest
     if lengths is not None and len(lengths) and config.data.batching != "max_length":
         largest = sorted((int(length) for length in lengths), reverse=True)[:count]
         longest = largest[0]
         tokens = sum(largest) if config.data.batching == "unpadded" else len(largest) * longest
-    budget = config.train.micro_batch_tokens
-    if isinstance(budget, int):
-        tokens = max(budget, longest)
+    if budget is not None:
+        tokens = max(min(tokens, budget), longest)
     return tokens, longest
 
 
@@ -298,7 +302,7 @@ def _saved_per_token(
     norms = 2 * _saved_by_norm(decoder, stored)
     attend = (query + 2 * key) * compute
     heads = decoder.num_attention_heads
-    attention = attention_path(config, decoder, device, longest)
+    attention = decide_attention(config, decoder, device, longest)
     if attention == "fused":
         attend += query * compute
     elif attention == "blocks":
@@ -323,84 +327,6 @@ def _saved_per_token(
 def _saved_by_norm(decoder: DecoderConfig, stored: int) -> int:
     """Return the bytes that one token leaves in a norm: those of its input."""
     return decoder.hidden_size * stored
-
-
-def available_memory(device: str) -> int | None:
-    """Return the bytes that a run may use: a CUDA card's memory, or the RAM that is free now.
-
-    None where the system does not tell.
-    """
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info()[1]
-    limits = [bytes_ for bytes_ in (_free_ram(), _cgroup_room()) if bytes_ is not None]
-    return min(limits, default=None)
-
-
-def _free_ram() -> int | None:
-    try:
-        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        told = None
-    if told:
-        return int(told.group(1)) * 1024
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return None
-
-
-def _cgroup_room() -> int | None:
-    """Return what a container's limit still allows."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = (folder / "memory.current").read_text().strip()
-    except OSError:
-        return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
-
-
-def resolve_gradient_checkpointing(
-    config: RunConfig, without: Mapping[str, int] | None, available: int | None
-) -> tuple[bool, str]:
-    """Decide `model.gradient_checkpointing` and say why.
-
-    Args:
-        config: What is asked.
-        without: The ledger of a run that recomputes nothing; None where the model is not known.
-        available: Bytes that the device has; None where there is no device yet.
-    """
-    setting = config.model.gradient_checkpointing
-    if isinstance(setting, bool):
-        return setting, "as set"
-    if without is None:
-        return False, "auto: the model is not known yet"
-    if available is None:
-        return False, "auto: no device is known yet, counted without"
-    need = f"{size_text(without['total'])} needed without it, {size_text(available)} there"
-    return without["total"] > available, f"auto: {need}"
-
-
-def attention_path(
-    config: RunConfig, decoder: DecoderConfig, device: str | None, longest: int
-) -> str:
-    """Return how attention will run: `fused`, `blocks` or `written out` (kernels/attention.py).
-
-    Args:
-        config: What is asked.
-        decoder: The architecture.
-        device: Type of the device, None where it is not known.
-        longest: Rows of the longest document.
-    """
-    dropout = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
-    # A plan without a device may be one for a GPU.
-    if config.model.attention == "eager" or (dropout > 0 and device not in (None, "cuda")):
-        return "written out"
-    from kernels.attention import BLOCKS_MAX_LENGTH
-
-    return "blocks" if device == "cpu" and longest <= BLOCKS_MAX_LENGTH else "fused"
 
 
 def disk_bytes(
@@ -465,12 +391,3 @@ def compute_estimate(
         "flops": flops,
         "a100_hours": flops / (SHARE_OF_PEAK * _A100_FLOPS) / 3600,
     }
-
-
-def size_text(bytes_: float) -> str:
-    """Return bytes in decimal units, as disks and data sheets count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if bytes_ < 1000:
-            return f"{bytes_:.3g} {unit}" if unit != "B" else f"{bytes_:.0f} B"
-        bytes_ /= 1000
-    return f"{bytes_:.3g} TB"

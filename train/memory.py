@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -56,6 +57,40 @@ def does_not_fit(what: str, tokens: int, saved: str = "") -> UserError:
         "train.precision=bf16, in a new run, or continue this one with --resume where more memory "
         "is free"
     )
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], _Mallinfo] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is not None:
+        mallinfo.restype = _Mallinfo
+    return mallinfo
+
+
+def allocated_bytes() -> int | None:
+    """Return the bytes of this process's memory that are in use, not those freed and kept.
+
+    It takes some 40 µs. None where libc does not tell (glibc does, from 2.33 on).
+    """
+    mallinfo = _mallinfo()
+    if mallinfo is None:
+        return None
+    told = mallinfo()
+    return told.uordblks + told.hblkhd
 
 
 # Parameters of glibc's mallopt(3): when freed memory goes back to the system, how much more than

@@ -191,7 +191,12 @@ def _truncate(path: Path, resume_step: int) -> set[tuple[str, str, int]]:
     return {_key(row) for row in rows}
 
 
-def _open_tensorboard(folder: Path, resume_step: int) -> SummaryWriter:
+def require_tensorboard() -> type[SummaryWriter]:
+    """Return TensorBoard's writer.
+
+    Raises:
+        UserError: The package is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -200,8 +205,13 @@ def _open_tensorboard(folder: Path, resume_step: int) -> SummaryWriter:
             "it, "
             "or pass log.tensorboard=false (metrics.jsonl is written either way)"
         ) from None
+    return SummaryWriter
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> SummaryWriter:
+    writer = require_tensorboard()
     target = folder / TENSORBOARD_FOLDER
     # Events of an earlier attempt at the steps to come would else be drawn a second time.
     purge_step = resume_step + 1 if resume_step else 0
     earlier = target.is_dir() and any(target.iterdir())
-    return SummaryWriter(log_dir=str(target), purge_step=purge_step if earlier else None)
+    return writer(log_dir=str(target), purge_step=purge_step if earlier else None)

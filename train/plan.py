@@ -19,6 +19,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from files.errors import UserError
+from train.decide import decide_micro_batch_tokens
 from train.schedule import learning_rate_factor, warmup_step_count
 from train.settings import RunConfig
 
@@ -34,8 +35,10 @@ class RunPlan:
         num_examples: Training examples in an epoch.
         world_size: Ranks that share each step's examples.
         effective_batch_size: Examples in a step, over all ranks.
-        micro_batch_size: Examples in a micro-batch of one rank.
-        micro_batches_per_step: Micro-batches that the busiest rank runs in a full step.
+        micro_batch_size: Examples in a micro-batch of one rank; None where tokens cut it.
+        micro_batch_tokens: Tokens in a micro-batch; None where examples cut it.
+        micro_batches_per_step: Micro-batches that the busiest rank runs in a full step; None where
+            tokens cut it, since that differs from step to step.
         steps_per_epoch: Steps an epoch, the last one possibly smaller.
         total_steps: Steps planned in all.
         warmup_steps: Steps until the peak learning rate.
@@ -50,8 +53,9 @@ class RunPlan:
     num_examples: int
     world_size: int
     effective_batch_size: int
-    micro_batch_size: int
-    micro_batches_per_step: int
+    micro_batch_size: int | None
+    micro_batch_tokens: int | None
+    micro_batches_per_step: int | None
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -72,6 +76,13 @@ class RunPlan:
             min_lr_ratio=self.min_lr_ratio,
         )
         return self.peak_learning_rate * factor
+
+    @property
+    def micro_batch_text(self) -> str:
+        """What a micro-batch holds, in words."""
+        if self.micro_batch_tokens is not None:
+            return f"micro-batches of at most {self.micro_batch_tokens:,} tokens"
+        return f"micro-batches of {self.micro_batch_size} examples"
 
     def logs_at(self, step: int) -> bool:
         """Return whether `step` goes to TensorBoard and the console."""
@@ -138,7 +149,9 @@ def plan_run(
     if num_examples < 1:
         raise UserError("data.train holds no example to train on; look at the data's own counts")
     batch = effective_batch_size(config, world_size)
-    micro_batch = config.train.per_device_train_batch_size
+    share = rank_shares(batch, world_size)[0]
+    tokens = decide_micro_batch_tokens(config)
+    micro_batch = min(config.train.per_device_train_batch_size, share) if tokens is None else None
     steps_per_epoch = math.ceil(num_examples / batch)
     total_steps = config.train.max_steps or max(
         1, math.ceil(config.train.num_train_epochs * steps_per_epoch)
@@ -155,8 +168,9 @@ def plan_run(
         num_examples=num_examples,
         world_size=world_size,
         effective_batch_size=batch,
-        micro_batch_size=min(micro_batch, rank_shares(batch, world_size)[0]),
-        micro_batches_per_step=math.ceil(rank_shares(batch, world_size)[0] / micro_batch),
+        micro_batch_size=micro_batch,
+        micro_batch_tokens=tokens,
+        micro_batches_per_step=None if micro_batch is None else math.ceil(share / micro_batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         warmup_steps=warmup_of(config, total_steps),

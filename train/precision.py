@@ -15,42 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from files.errors import UserError, did_you_mean
+from files.errors import UserError
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# Instruction sets that multiply bf16 natively, as `torch.cpu.get_capabilities` names them on x86-64
-# and ARM64.
-_NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """Return `bf16`, `fp16` or `fp32`: `name` itself, or the rule behind `auto`.
-
-    `auto` is static: bf16 where the device multiplies it natively (CUDA from Ampere on, a CPU with
-    AVX512-BF16, AMX or an ARM equivalent), else fp32. Nothing is timed, so a resumed run on the
-    same machine decides the same.
-
-    Raises:
-        UserError: `name` is no precision.
-    """
-    if name in COMPUTE_DTYPES:
-        return name
-    if name != "auto":
-        names = ["auto", *COMPUTE_DTYPES]
-        raise UserError(
-            f"train.precision: '{name}' is not one of {', '.join(names)}{did_you_mean(name, names)}"
-        )
-    return "bf16" if _computes_bf16_natively(device) else "fp32"
-
-
-def _computes_bf16_natively(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in _NATIVE_BF16_CPU)
-    return False
 
 
 @dataclass(frozen=True)

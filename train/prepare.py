@@ -6,17 +6,23 @@ Cheap failures come first: files, rows and tokens are checked before a weight is
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.examples import Examples, NoRowsError, cache_root, check_vocabulary, load_examples
+from data.locate import SPLIT_NAMES, has_wildcards
 from data.order import epoch_order
 from data.prompt import PromptFormat
+from data.rows_in_memory import keep_rows
+from data.source import without_absent
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
 from files.hub import ModelSource, resolve_model
@@ -27,8 +33,9 @@ from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
 from train.adapters import lora_config
+from train.decide import Machine
 from train.memory import keep_freed_memory
-from train.precision import COMPUTE_DTYPES, resolve_precision
+from train.precision import COMPUTE_DTYPES
 from train.settings import DataSettings, RunConfig
 
 
@@ -60,28 +67,6 @@ class Data:
         }
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `train.device` means.
-
-    Raises:
-        UserError: A device that this machine does not have.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        there = ", ".join(device for device, there in available.items() if there)
-        raise UserError(
-            f"train.device={name}: torch {torch.__version__} sees no such device here "
-            f"(it sees {there}); use train.device=auto"
-        )
-    return torch.device(name)
-
-
 def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
     """Return the base model's files on this machine; without `weights`, the small ones alone.
 
@@ -96,6 +81,35 @@ def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
     return resolve_model(
         config.model.path, config.model.revision, weights=weights and not config.model.random_init
     )
+
+
+def with_rows(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+) -> RunConfig:
+    """Return the configuration with rows of memory as its data.
+
+    Args:
+        config: A configuration; what it says of the sets given here no longer counts.
+        rows: Dictionaries to train on; or split (`train`, `valid`, `test`) → dictionaries. A
+            `datasets.Dataset` or `DatasetDict` is such a thing.
+
+    Raises:
+        UserError: A row is no dictionary of what JSON holds, or a split has an unknown name.
+    """
+    sets: dict[str, str] = {}
+    by_split: Mapping[Any, Any] = rows if isinstance(rows, Mapping) else {"train": rows}
+    for name, some in by_split.items():
+        split = SPLIT_NAMES.get(name)
+        if split is None or split in sets:
+            raise UserError(
+                f"rows: '{name}' is {'no split' if split is None else 'a split given twice'}; give "
+                "a list of dictionaries, or a dictionary of such lists with the keys train, valid "
+                "and test"
+            )
+        if hasattr(some, "features"):  # a `datasets.Dataset` is made of columns
+            some = (without_absent(row) for row in some)
+        sets[split] = keep_rows(some, f"rows['{name}']" if by_split is rows else "rows")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **sets))
 
 
 def prompt_format(settings: DataSettings) -> PromptFormat:
@@ -119,13 +133,13 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     settings = config.data
     if settings.train is None:
         raise UserError(
-            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, or "
-            "hub:owner/name"
+            "data.train is not set: give a file (.jsonl, .json, .csv, .parquet), a folder, a glob, "
+            "hub:owner/name, or a list of these"
         )
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form = prompt_format(settings)
 
-    def load(spec: str, split: str | None) -> Examples:
+    def load(spec: str | Sequence[str], split: str | None) -> Examples:
         examples = load_examples(
             spec,
             split_column=settings.split_column,
@@ -142,7 +156,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             )
         return examples
 
-    def load_other(spec: str | None, split: str) -> Examples | None:
+    def load_other(spec: str | Sequence[str] | None, split: str) -> Examples | None:
         by_column = spec is None and settings.split_column is not None
         spec = settings.train if by_column else spec
         if spec is None:
@@ -158,12 +172,22 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
-    if valid is None and config.eval.early_stopping_patience is not None:
+    if valid is None:
+        refuse_without_valid(config)
+    return Data(tokenizer, form, train, valid, test)
+
+
+def refuse_without_valid(config: RunConfig) -> None:
+    """Refuse what a run without a valid set cannot do.
+
+    Raises:
+        UserError: It is asked to stop early.
+    """
+    if config.eval.early_stopping_patience is not None:
         raise UserError(
             "eval.early_stopping_patience needs a valid set: give data.valid, data.split_column or "
             "data.valid_fraction, or unset it (eval.early_stopping_patience=none)"
         )
-    return Data(tokenizer, form, train, valid, test)
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -186,42 +210,21 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
 
 
-def decide(config: RunConfig) -> tuple[RunConfig, torch.device]:
-    """Return the device, and the configuration with its precision decided and its paths made whole.
-
-    What is decided here is written to the run's config.toml: a resumed run decides nothing anew.
-
-    Raises:
-        UserError: The device or precision is not to be had, or the base is to be stored in a half
-            precision other than the one that is computed in.
-    """
-    device = resolve_device(config.train.device)
-    if device.type == "cpu":
+def set_up(config: RunConfig, machine: Machine) -> torch.device:
+    """Set this process up for a run whose configuration is decided, and return its device."""
+    assert machine.device is not None
+    if machine.device == "cpu":
         keep_freed_memory()
         # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
         # and would grow by hundreds of MB. Sizes are rounded (`kernels.rounding`), so that 256 hold
         # those that come back (LOG.md, 2026-11-21). Both read their variable at first use.
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, "256")
-    precision = resolve_precision(config.train.precision, device)
-    stored = config.model.dtype
-    if config.train.method == "lora" and stored not in (None, "fp32", precision):
-        # Layers compute in their weights' type where autocast leaves them alone.
-        raise UserError(
-            f"model.dtype={stored} with train.precision={precision}: the base would compute partly "
-            f"in {stored}; use model.dtype=none (stored in {precision}), model.dtype=fp32, or "
-            f"train.precision={stored}"
-        )
     if config.train.deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    tokens = config.train.micro_batch_tokens
-    if tokens == "auto":
-        # As many rows as the padded micro-batch that the user asked for would have held.
-        tokens = config.train.per_device_train_batch_size * config.data.max_length
-    settings = dataclasses.replace(config.train, precision=precision, micro_batch_tokens=tokens)
-    return with_whole_paths(dataclasses.replace(config, train=settings)), device
+    return torch.device(machine.device)
 
 
 def base_dtype(config: RunConfig) -> torch.dtype:
@@ -278,10 +281,18 @@ def make_trainable(model: CausalLM, config: RunConfig) -> None:
 def with_whole_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths: a run may be resumed from anywhere."""
 
-    def whole(spec: str | None) -> str | None:
-        if spec is None or spec.startswith("hub:") or not os.path.exists(os.path.expanduser(spec)):
-            return spec
-        return os.path.abspath(os.path.expanduser(spec))
+    def whole(path: str | None) -> str | None:
+        if path is None or not os.path.exists(os.path.expanduser(path)):
+            return path
+        return os.path.abspath(os.path.expanduser(path))
+
+    def data(spec: Any) -> Any:
+        if isinstance(spec, tuple):
+            return tuple(data(part) for part in spec)
+        if spec is not None and has_wildcards(spec):
+            # The names of folders above are no wildcards, whatever letters they have.
+            return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(spec))
+        return whole(spec)
 
     template = config.data.chat_template
     # It may be a name, which may be that of a folder here, too.
@@ -293,8 +304,8 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
         data=dataclasses.replace(
             config.data,
             chat_template=whole(template) if is_file else template,
-            train=whole(config.data.train),
-            valid=whole(config.data.valid),
-            test=whole(config.data.test),
+            train=data(config.data.train),
+            valid=data(config.data.valid),
+            test=data(config.data.test),
         ),
     )

@@ -16,27 +16,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files.errors import UserError
+from files.errors import UserError, counted
 from train.adapters import starting_adapter_note, with_starting_adapter
 from train.claims import check_claims, claim_row
 from train.config import read_preset
+from train.decide import (
+    UNKNOWN,
+    Machine,
+    decide,
+    decide_attention,
+    decide_kernels,
+    decide_recomputing,
+    machine_to_plan_for,
+    this_machine,
+)
 from train.ledger import (
     MEMORY_CATEGORIES,
     SHARE_OF_PEAK,
     ModelSizes,
-    attention_path,
-    available_memory,
     compute_estimate,
     disk_bytes,
     find_decoder_config,
     is_hub_id,
     memory_ledger,
+    micro_batch_tokens,
     model_sizes,
-    resolve_gradient_checkpointing,
-    size_text,
 )
 from train.plan import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
 from train.settings import RunConfig
+from train.units import size_text
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
@@ -62,6 +70,35 @@ def plan_with_data(
     )
 
 
+def complete(
+    config: RunConfig,
+    data: Data,
+    decoder: DecoderConfig,
+    machine: Machine,
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the completed configuration of a run, and the plan's document.
+
+    Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
+    resume) stays.
+
+    Args:
+        config: What is asked, decided for the machine.
+        data: The rows.
+        decoder: The architecture.
+        machine: Where the run computes.
+        earlier: The schedules of a resumed run's steps so far (`Resume.earlier_schedules`).
+    """
+    document = plan_with_data(config, data, decoder, machine=machine)
+    document["earlier_schedules"] = list(earlier)
+    checkpointing = document["gradient_checkpointing"]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, gradient_checkpointing=checkpointing),
+    )
+    return config, document
+
+
 def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = None) -> None:
     """Answer `--plan`: print the plan as text, or as one JSON object and nothing else.
 
@@ -69,25 +106,30 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
     counts with the rows that the seed states, and says what to pass instead.
 
     Raises:
-        UserError: A file that was named is missing, or a row or config.json is not what it must be.
+        UserError: What would end the run before its first step (`train.refuse`), or a row or
+            config.json that is not what it must be.
     """
     document = _survey(config, ranks or 1)
     print(json.dumps(document, allow_nan=False, indent=2) if as_json else render_plan(document))
 
 
 def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
+    from train.prepare import load_data, with_whole_paths
+    from train.refuse import refuse_early, refuse_model
+
+    refuse_early(config, this_machine(config), new=True)
+    config = with_whole_paths(config)
     decoder, unknown_model = find_decoder_config(config)
+    refuse_model(config, decoder)
     config = with_starting_adapter(config, decoder)
     known = {
         "decoder": decoder,
         "unknown_model": unknown_model,
         "world_size": ranks,
-        **_known_device(config),
+        "machine": machine_to_plan_for(config),
     }
     if config.data.train is None:
         return plan_document(config, **known)
-    from train.prepare import load_data
-
     try:
         folder, reason = _tokenizer_folder(config)
         if folder is None or decoder is None:
@@ -95,29 +137,12 @@ def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
             return plan_document(config, **rows, not_tokenised=reason or unknown_model, **known)
         return plan_with_data(config, load_data(config, folder, decoder), **known)
     except UserError as error:
-        if not config.data.train.startswith("hub:"):
+        specs = config.data.train
+        if not any(
+            spec.startswith("hub:") for spec in ([specs] if isinstance(specs, str) else specs)
+        ):
             raise
         return plan_document(config, missing_data=str(error), **known)
-
-
-def _known_device(config: RunConfig) -> dict[str, Any]:
-    """Return the device that is named, or the card that is here; nothing on a CPU by default."""
-    import torch
-
-    from train.precision import resolve_precision
-    from train.prepare import resolve_device
-
-    if config.train.device == "auto" and not torch.cuda.is_available():
-        return {}
-    try:
-        device = resolve_device(config.train.device)
-    except UserError:
-        return {}
-    return {
-        "device": device.type,
-        "precision": resolve_precision(config.train.precision, device),
-        "available": available_memory(device.type),
-    }
 
 
 def _tokenizer_folder(config: RunConfig) -> tuple[Path | None, str]:
@@ -136,12 +161,12 @@ def _tokenizer_folder(config: RunConfig) -> tuple[Path | None, str]:
 def _row_counts(config: RunConfig) -> dict[str, Any]:
     """Count the rows of each set, where they cannot be tokenised."""
     from data.source import read_rows
-    from train.prepare import prompt_format
+    from train.prepare import prompt_format, refuse_without_valid
 
     data = config.data
     columns = prompt_format(data).columns()
 
-    def count(spec: str | None, split: str) -> int:
+    def count(spec: str | Sequence[str] | None, split: str) -> int:
         if spec is None:
             return 0
         rows = read_rows(spec, fields=columns, split_column=data.split_column, split=split)
@@ -153,6 +178,8 @@ def _row_counts(config: RunConfig) -> dict[str, Any]:
     if not valid and data.valid_fraction:
         valid = math.ceil(train * data.valid_fraction)
         train -= valid
+    if not valid:
+        refuse_without_valid(config)
     return {
         "num_examples": train,
         "num_valid": valid,
@@ -174,9 +201,7 @@ def plan_document(
     missing_data: str = "",
     not_tokenised: str = "",
     world_size: int = 1,
-    precision: str | None = None,
-    device: str | None = None,
-    available: int | None = None,
+    machine: Machine = UNKNOWN,
 ) -> dict[str, Any]:
     """Return everything that is known of a run before it starts, ready for JSON.
 
@@ -195,10 +220,12 @@ def plan_document(
         missing_data: Why the data that was named could not be read.
         not_tokenised: Why its rows were counted but not tokenised.
         world_size: Ranks that share a step.
-        precision: What `train.precision` resolves to; without a device `auto` counts as bf16.
-        device: `cpu` or `cuda`, where known.
-        available: Bytes that the device has.
+        machine: What it is planned for; on an unknown one `train.precision=auto` counts as bf16.
+
+    Raises:
+        UserError: Settings that contradict each other on that machine, or have nothing to train.
     """
+    config = decide(config, machine)
     preset = read_preset(config.preset) if config.preset else None
     from_data = num_examples is not None
     if num_examples is None and preset is not None:
@@ -208,9 +235,6 @@ def plan_document(
     plan = None
     if num_examples is not None:
         plan = plan_run(config, num_examples, world_size, num_valid=num_valid)
-    computed_in = precision or (
-        "bf16" if config.train.precision == "auto" else config.train.precision
-    )
     sizes = model_sizes(decoder, config.train.method, config.lora) if decoder else None
     document: dict[str, Any] = {
         "preset": config.preset,
@@ -222,21 +246,23 @@ def plan_document(
         "world_size": world_size,
         "effective_batch_size": effective_batch_size(config, world_size),
         "rank_shares": list(rank_shares(effective_batch_size(config, world_size), world_size)),
+        "micro_batch_size": plan.micro_batch_size if plan else None,
+        "micro_batch_tokens": config.train.micro_batch_tokens,
         "micro_batches_per_step": plan.micro_batches_per_step if plan else None,
         **_steps_of(config, plan),
         "trainable_parameters": sizes.trainable if sizes else None,
         "total_parameters": sizes.total if sizes else None,
         "trainable_percent": sizes.trainable_percent if sizes else None,
-        "precision": precision or config.train.precision,
-        "device": device,
+        "precision": config.train.precision,
+        "device": machine.device,
+        "kernels": decide_kernels(config.train.kernels, machine.device),
+        "attention": _attention_of(config, decoder, machine, lengths, world_size),
     }
-    document |= _memory_of(
-        config, decoder, sizes, computed_in, device, available, lengths, world_size
-    )
+    document |= _memory_of(config, decoder, sizes, machine, lengths, world_size)
     document |= {
         "disk": disk_bytes(config, plan, sizes, decoder, document["memory"]),
         "compute": compute_estimate(
-            config, plan, sizes, lengths, document["gradient_checkpointing"]
+            config, plan, sizes, lengths, bool(document["gradient_checkpointing"])
         ),
         "data": {"valid_examples": num_valid, "test_examples": num_test, **(counts or {})},
         "claims": [claim_row(claim, value) for claim, value in check_claims(preset)],
@@ -244,7 +270,7 @@ def plan_document(
     }
     document["warnings"] = [
         *starting_adapter_note(config),
-        *_model_warnings(config, decoder, unknown_model, device),
+        *_model_warnings(config, decoder, unknown_model, machine),
         *_data_warnings(config, document, missing_data, not_tokenised),
         *(_step_warnings(config, document, plan) if plan else []),
         *_room_warnings(config, document),
@@ -267,6 +293,7 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
             "eval_steps": list(plan.eval_steps),
             "save_steps": list(plan.save_steps),
             "learning_rates": {str(step): plan.learning_rate(step) for step in plan.eval_steps},
+            "earlier_schedules": [],
         }
     total = config.train.max_steps
     warmup = config.schedule.warmup_steps if total is None else warmup_of(config, total)
@@ -277,45 +304,65 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
         "eval_steps": None,
         "save_steps": None,
         "learning_rates": None,
+        "earlier_schedules": [],
     }
+
+
+def _attention_of(
+    config: RunConfig,
+    decoder: DecoderConfig | None,
+    machine: Machine,
+    lengths: Sequence[int] | None,
+    world_size: int,
+) -> str | None:
+    """Return how attention runs on the longest example; None where model or device is unknown."""
+    if decoder is None or machine.device is None:
+        return None
+    longest = micro_batch_tokens(config, lengths, world_size)[1]
+    return decide_attention(config, decoder, machine.device, longest)
 
 
 def _memory_of(
     config: RunConfig,
     decoder: DecoderConfig | None,
     sizes: ModelSizes | None,
-    precision: str,
-    device: str | None,
-    available: int | None,
+    machine: Machine,
     lengths: Sequence[int] | None,
     world_size: int,
 ) -> dict[str, Any]:
+    """Return the ledger of one rank; where recomputing is not decided, without and with it."""
+    ledger: dict[str, Any] = dict.fromkeys((*MEMORY_CATEGORIES, "total"))
+    other: dict[str, Any] | None = None
     if decoder is None or sizes is None:
-        checkpointing, reason = resolve_gradient_checkpointing(config, None, available)
-        ledger: dict[str, Any] = dict.fromkeys((*MEMORY_CATEGORIES, "total"))
+        checkpointing, reason = decide_recomputing(config, None, machine)
     else:
+        precision = config.train.precision
         estimate = functools.partial(
             memory_ledger,
             config,
             decoder,
             sizes,
-            precision=precision,
-            device=device,
+            # Without a device the plan may be one for a GPU.
+            precision="bf16" if precision == "auto" else precision,
+            device=machine.device,
             lengths=lengths,
             world_size=world_size,
         )
-        checkpointing, reason = resolve_gradient_checkpointing(config, estimate(), available)
-        ledger = dict(estimate(gradient_checkpointing=checkpointing))
+        checkpointing, reason = decide_recomputing(config, estimate()["total"], machine)
+        ledger = dict(estimate(gradient_checkpointing=bool(checkpointing)))
+        if checkpointing is None:
+            other = dict(estimate(gradient_checkpointing=True))
     return {
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_because": reason,
         "memory": ledger,
-        "available_memory": available,
+        "memory_recomputing": other,
+        "available_memory": machine.memory,
     }
 
 
 def _model_warnings(
-    config: RunConfig, decoder: DecoderConfig | None, unknown_model: str, device: str | None
+    config: RunConfig, decoder: DecoderConfig | None, unknown_model: str, machine: Machine
 ) -> list[str]:
     if config.model.path is None:
         return ["model.path is not set: give a hub id or a folder"]
@@ -328,7 +375,7 @@ def _model_warnings(
     if length > trained and decoder.rope.rope_type == "default":
         found.append(f"data.max_length={length} is beyond the {trained} positions of the model")
     p = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
-    if p > 0 and attention_path(config, decoder, device, length) == "fused":
+    if p > 0 and decide_attention(config, decoder, machine.device, length) == "fused":
         found.append(
             f"attention dropout {p:g}: on CUDA the fused attention draws it by (seed, step, "
             "micro-batch, layer), so a resumed run is exact, but another cut into micro-batches "
@@ -389,9 +436,18 @@ def _data_warnings(
         share = counts.get(name)
         if share and rows:
             found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
+    turns = counts.get("assistant_turns")
+    for name, what in (
+        (
+            "untrained_turns",
+            "untrained: the chat template leaves nothing of them in the text (train.show_data "
+            "shows what it leaves)",
+        ),
+        ("left_out_turns", "kept out of the loss by their rows (weight 0, or train false)"),
+    ):
+        if turns and counts.get(name):
+            found.append(f"{counts[name]:,} of {turns:,} assistant turns are {what}")
     valid = counts.get("valid_examples")
-    if from_data and not valid and config.eval.early_stopping_patience is not None:
-        found.append("early stopping needs a valid set: give data.valid or data.valid_fraction")
     if from_data and not valid and config.checkpoint.load_best_at_end:
         found.append(
             "checkpoint.load_best_at_end has no valid set to choose by: final/ will be the last "
@@ -473,12 +529,17 @@ def _head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
             f", on {document['world_size']} ranks {'/'.join(map(str, document['rank_shares']))}"
         )
     if document["micro_batches_per_step"]:
-        batch += f", in {document['micro_batches_per_step']} micro-batches a rank"
+        micro_batches = counted(document["micro_batches_per_step"], "micro-batch", "micro-batches")
+        batch += f", in {micro_batches} of {document['micro_batch_size']}"
+    elif document["micro_batch_tokens"]:
+        batch += f", in micro-batches of at most {document['micro_batch_tokens']:,} tokens"
+    if document["world_size"] > 1:
+        batch += " a rank"
+    precision = document["precision"]
+    if precision == "auto":
+        precision = "precision auto (counted as bf16)"
     return [
-        (
-            "model",
-            f"{document['model'] or 'unknown'}, {document['method']}, {document['precision']}",
-        ),
+        ("model", f"{document['model'] or 'unknown'}, {document['method']}, {precision}"),
         ("examples", ", ".join([examples, *held])),
         ("batch", batch),
     ]
@@ -517,10 +578,22 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     memory = document["memory"]
     if memory["total"]:
-        parts = ", ".join(f"{name} {size_text(memory[name])}" for name in MEMORY_CATEGORIES)
-        rows.append(("memory", f"about {size_text(memory['total'])}: {parts}"))
-        setting = "on" if document["gradient_checkpointing"] else "off"
-        rows.append(("recomputing", f"{setting} ({document['gradient_checkpointing_because']})"))
+        rank = " a rank" if document["world_size"] > 1 else ""
+        parts = ", ".join(
+            f"{name} {size_text(memory[name])}" for name in MEMORY_CATEGORIES if memory[name]
+        )
+        recomputing = {None: "not decided", True: "on", False: "off"}
+        without = ""
+        if other := document["memory_recomputing"]:
+            without = f" without recomputing, {size_text(other['total'])} with it"
+        rows.append((f"memory{rank}", f"about {size_text(memory['total'])}{without}: {parts}"))
+        rows.append(
+            (
+                "recomputing",
+                f"{recomputing[document['gradient_checkpointing']]} "
+                f"({document['gradient_checkpointing_because']})",
+            )
+        )
     disk = document["disk"]
     if disk["total"]:
         minutes = disk["one_more_each_minutes"]
@@ -528,7 +601,7 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "disk",
-                f"{size_text(disk['total'])}: {disk['checkpoints_kept']} checkpoints of "
+                f"{size_text(disk['total'])}: {counted(disk['checkpoints_kept'], 'checkpoint')} of "
                 f"{size_text(disk['checkpoint'])}{more}, best and final "
                 f"{size_text(disk['best_and_final'])}",
             )

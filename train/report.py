@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import statistics
@@ -19,11 +20,12 @@ from files.atomic import write_text
 from files.errors import UserError, no_such_folder
 from files.strict_json import read_json_object
 from train.command import CommandParser, command, run_command
-from train.console import format_bytes, format_duration, format_list, format_loss
+from train.console import format_duration, format_list, format_loss, redrawn_text
 from train.metrics import METRICS_FILE, Row, read_metrics
 from train.plots import draw_plots
 from train.schedule import learning_rate_factor
 from train.spikes import DEVIATIONS, WINDOW
+from train.units import size_text
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
@@ -200,6 +202,10 @@ def events(record: Record) -> Iterable[str]:
     """Yield what does not happen in every run: resumes, updates left out, memory, spikes."""
     if resumed := record.status.get("resumed_from"):
         yield f"Resumed from {_steps(resumed)}."
+    earlier = record.plan.get("earlier_schedules") or []
+    for one, after in zip(earlier, [*earlier[1:], record.plan], strict=False):
+        text = redrawn_text(one, after["total_steps"])
+        yield f"{text[0].upper()}{text[1:]}."
     if damaged := sorted(path.name for path in record.folder.glob("checkpoints/corrupt-*")):
         yield f"Damaged, and set aside: {', '.join(damaged)}."
     skipped = [row for row in record.train if row.get("skipped")]
@@ -483,8 +489,12 @@ def _plan_against_actual(record: Record) -> str:
     compare("warm-up steps", plan.get("warmup_steps"), _warmup_done(record))
     for name in ("trainable_parameters", "total_parameters"):
         compare(name.replace("_", " "), plan.get(name), status.get(name))
-    memory = (plan.get("memory") or {}).get("total")
-    compare("peak memory", memory, status.get("peak_memory_bytes"), format_bytes)
+    # Of model and training alone: what surrounds them stands under "Speed and memory".
+    memory = plan.get("memory") or {}
+    if memory.get("total") is not None:
+        held = memory["total"] - memory.get("overhead", 0)
+        name = "memory of model and training"
+        compare(name, held, status.get("training_memory_bytes"), size_text)
     text = "## Plan against actual\n\n" + _table(("", "planned", "actual"), rows, "lrr")
     examples, batch, per_epoch = (
         plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")
@@ -518,13 +528,16 @@ def _learning_rate_check(record: Record) -> str:
     warmup, total = record.plan.get("warmup_steps"), record.total_steps
     if not record.train or peak is None or warmup is None or total is None:
         return ""
+    drawn = [*(record.plan.get("earlier_schedules") or [])]
+    drawn.append({"until": math.inf, "warmup_steps": warmup, "total_steps": total})
     wrong = []
     for row in record.train:
+        followed = next(one for one in drawn if row["step"] <= one["until"])
         factor = learning_rate_factor(
             schedule["name"],
             row["step"] - 1,
-            warmup_steps=warmup,
-            total_steps=total,
+            warmup_steps=followed["warmup_steps"],
+            total_steps=followed["total_steps"],
             min_lr_ratio=schedule.get("min_lr_ratio", 0.0),
         )
         if abs(row["learning_rate"] - peak * factor) > LEARNING_RATE_TOLERANCE * peak:
@@ -538,8 +551,13 @@ def _learning_rate_check(record: Record) -> str:
 
 
 def _warmup_done(record: Record) -> int | None:
-    """Return the steps before the highest learning rate, None while it may still rise."""
-    if len(record.train) <= (record.plan.get("warmup_steps") or 0):
+    """Return the steps before the highest learning rate, None while it may still rise.
+
+    None too where the schedule was redrawn: the peak may lie in either.
+    """
+    if record.plan.get("earlier_schedules") or len(record.train) <= (
+        record.plan.get("warmup_steps") or 0
+    ):
         return None
     top = max(record.train, key=lambda row: row["learning_rate"])
     return top["step"] - 1
@@ -563,7 +581,12 @@ def _speed(record: Record) -> str:
     if evaluating:
         rows.append(("time in evaluation", format_duration(evaluating)))
     if peak := record.status.get("peak_memory_bytes"):
-        rows.append(("peak memory", format_bytes(peak)))
+        rows.append(("peak memory", size_text(peak)))
+        before = record.status.get("memory_before_bytes")
+        if before and record.environment.get("device") == "cpu":
+            whole = f"{size_text(peak)}: {size_text(before)} before the model was loaded (Python, "
+            whole += "torch, libraries, rows), then model and training, and freed memory that is "
+            rows[-1] = ("peak memory of the process", f"{whole}kept for the next step")
     return "## Speed and memory\n\n" + _table(("", ""), rows)
 
 

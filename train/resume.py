@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from files.folders import damage, sweep
 from files.strict_json import read_json_object
 from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, read_state
 from train.config import check_resume_overrides, flat, load_config, resume_keys
+from train.plan import RunPlan
 from train.report import REPORT_FILE, write_report
 from train.settings import RunConfig
 
@@ -32,6 +33,47 @@ class Resume:
     checkpoint: Path | None
     state: TrainState | None
     identity: dict[str, Any] | None
+
+    def earlier_schedules(self, plan: RunPlan) -> list[dict[str, Any]]:
+        """Return the schedules that steps so far followed, where `plan` has drawn another since.
+
+        Each holds for the steps up to `until`, from the one before it on. A run whose length was
+        changed has another schedule from the next step on: beside each stands the learning rate of
+        that step, as it was drawn before and as it is now.
+
+        Args:
+            plan: The plan of what is left.
+        """
+        if self.state is None:
+            return []
+        try:
+            before = read_json_object(self.folder / "plan.json")
+            earlier = before.get("earlier_schedules", [])
+            lengths = [
+                (int(one["until"]), int(one["total_steps"]), int(one["warmup_steps"]))
+                for one in [*earlier, {**before, "until": self.state.step}]
+            ]
+        except (UserError, KeyError, TypeError, ValueError, OverflowError):
+            return []  # the plan is written anew; what it said of steps long done is lost
+        followed: list[tuple[int, RunPlan]] = []
+        for until, total, warmup in lengths:
+            # From a checkpoint before it, the steps in between are done again.
+            until = min(until, self.state.step)
+            if until > (followed[-1][0] if followed else 0):
+                followed.append((until, replace(plan, total_steps=total, warmup_steps=warmup)))
+        while followed and followed[-1][1] == plan:
+            followed.pop()
+        drawn_next = [*(schedule for _, schedule in followed[1:]), plan]
+        return [
+            {
+                "until": until,
+                "total_steps": schedule.total_steps,
+                "warmup_steps": schedule.warmup_steps,
+                "learning_rate_before": schedule.learning_rate(until + 1),
+                "learning_rate_after": after.learning_rate(until + 1),
+            }
+            for (until, schedule), after in zip(followed, drawn_next, strict=False)
+        ]
 
 
 def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resume | None]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
 from train.arguments import Arguments, list_presets_text, parse, show_text
@@ -41,12 +41,23 @@ class Outcome:
         )
 
 
-def run(config: RunConfig) -> Path:
+def run(
+    config: RunConfig,
+    rows: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+) -> Path:
     """Do the whole run that `config` describes, and return its folder.
+
+    Args:
+        config: The configuration.
+        rows: Dictionaries to train on, instead of what `data.train` names; or split → dictionaries.
 
     Raises:
         UserError: Something in the configuration, the data or the model is not what it must be.
     """
+    if rows is not None:
+        from train.prepare import with_rows
+
+        config = with_rows(config, rows)
     return execute(config).folder
 
 
@@ -55,45 +66,59 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from files.atomic import RunLock
     from models.config import read_config
     from train.adapters import with_starting_adapter
+    from train.decide import decide, this_machine
     from train.finish import before_training, finish, opening_panel
-    from train.folder import beginning, complete, new_run_folder, write_documents
+    from train.folder import beginning, new_run_folder, write_documents
     from train.loop import StepBatches, train
     from train.plan import plan_run
     from train.precision import Precision
-    from train.prepare import base_dtype, decide, find_model, load_base, load_data, make_trainable
-    from train.preview import print_plan
-    from train.session import Session
+    from train.prepare import (
+        base_dtype,
+        find_model,
+        load_base,
+        load_data,
+        make_trainable,
+        set_up,
+        with_whole_paths,
+    )
+    from train.preview import complete, print_plan
+    from train.refuse import refuse_early, refuse_model
+    from train.session import MemoryBefore, Session
     from train.signals import Signals
-    from train.world import World
 
-    World.from_environment()
-    config, device = decide(config)
+    machine = this_machine(config)
+    refuse_early(config, machine, new=resume is None)
+    asked, config = config, with_whole_paths(decide(config, machine))
+    device = set_up(config, machine)
 
     try:
         source = find_model(config, weights=False)
         decoder = read_config(source.folder)
+        refuse_model(config, decoder)
         config = with_starting_adapter(config, decoder)
         data = load_data(config, source.folder, decoder)
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything
         # else that is wrong stops the plan with the same error.
-        if config.preset is not None:
-            print_plan(config)
+        if config.preset is not None and resume is None:
+            print_plan(asked)
         raise
     plan = plan_run(config, len(data.train), num_valid=data.num_valid)
 
     folder = resume.folder if resume else new_run_folder(config)
     with RunLock(folder), Signals() as signals:
         with beginning(folder, new=resume is None):
-            config, document = complete(config, data, decoder, device)
+            earlier = resume.earlier_schedules(plan) if resume else []
+            config, document = complete(config, data, decoder, machine, earlier)
             if resume is None:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device)
             source = find_model(config, weights=True)
+            before = MemoryBefore.of(device)
             model = load_base(config, source, base_dtype(config), device)
             make_trainable(model, config)
             precision = Precision(config.train.precision, device)
-            session = Session(config, plan, data, source, model, precision, folder, resume)
+            session = Session(config, plan, data, source, model, precision, folder, resume, before)
             if resume is not None:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.examples import Examples
+import numpy as np
+
+from data.examples import IGNORED, Examples
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.strict_json import read_json_object
@@ -15,7 +17,10 @@ MOST_NEW_TOKENS = 200
 
 @dataclass
 class Sample:
-    """A prompt, what the row says comes next, and what the model says before and after training."""
+    """A prompt, what the row says comes next, and what the model says before and after training.
+
+    What comes next is the trained text behind the prompt, up to the next turn of a conversation.
+    """
 
     prompt: str
     reference: str
@@ -44,5 +49,8 @@ def choose_samples(
         # A text without a prompt is cut in the middle.
         cut = example.prompt_length or max(1, len(example.input_ids) // 2)
         ids = example.input_ids.tolist()
-        chosen.append((Sample(tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])), ids[:cut]))
+        untrained = np.flatnonzero(example.labels[cut:] == IGNORED)
+        stop = cut + int(untrained[0]) if len(untrained) and untrained[0] else len(ids)
+        reference = tokenizer.decode(ids[cut:stop])
+        chosen.append((Sample(tokenizer.decode(ids[:cut]), reference), ids[:cut]))
     return chosen

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from train.background import BackgroundWriter
 from train.checkpoint import Checkpoints, TrainState, room_on_disk
 from train.config import flat
 from train.console import Console
+from train.decide import available_memory
 from train.early_stopping import EarlyStopping
 from train.evaluate import EvalResult, evaluate
 from train.folder import (
@@ -40,8 +41,7 @@ from train.folder import (
     trained_tensors,
     write_trained,
 )
-from train.ledger import available_memory
-from train.memory import is_out_of_memory
+from train.memory import allocated_bytes, is_out_of_memory
 from train.metrics import Metrics
 from train.optimizers import build_optimizer
 from train.plan import RunPlan
@@ -51,6 +51,24 @@ from train.resume import Resume, check_identity
 from train.samples import samples_so_far
 from train.settings import RunConfig
 from train.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class MemoryBefore:
+    """What a process holds before its model is loaded, in bytes.
+
+    Attributes:
+        peak: Its highest use so far, as `peak_memory` gives it.
+        allocated: What is in use, as `allocated_bytes` gives it; None where that is not told.
+    """
+
+    peak: int
+    allocated: int | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> MemoryBefore:
+        """Return what this process holds now."""
+        return cls(peak_memory(device), allocated_bytes())
 
 
 class Session:
@@ -75,8 +93,11 @@ class Session:
         precision: Precision,
         folder: Path,
         resume: Resume | None,
+        memory_before: MemoryBefore,
     ) -> None:
         """Build the optimizer and the records, and take up the checkpoint of `resume`.
+
+        `memory_before` is what this process held before the model was loaded.
 
         Raises:
             UserError: The checkpoint does not fit the configuration, the data or the base model.
@@ -84,6 +105,7 @@ class Session:
         self.config, self.plan, self.data, self.source = config, plan, data, source
         self.model, self.precision, self.folder = model, precision, folder
         self.device = precision.device
+        self.memory_before, self._training_memory = memory_before, None
         self.optimizer = build_optimizer(
             config.optimizer.name,
             model,
@@ -164,6 +186,7 @@ class Session:
                 device=self.device,
                 draw=(self.config.train.seed, step),
                 meanwhile=meanwhile,
+                at_most=self._observe_memory if self._observes_memory else None,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -175,6 +198,21 @@ class Session:
                 f"step {step}: out of memory in the update of the weights, which cannot be undone; "
                 f"--resume {self.folder} goes on {last} where more memory is free"
             ) from None
+
+    @property
+    def _observes_memory(self) -> bool:
+        """Whether memory is looked at in each step.
+
+        CUDA counts it by itself, and recomputing needs the most in the middle of the backward pass,
+        where nobody looks.
+        """
+        return self.device.type != "cuda" and not self.model.gradient_checkpointing
+
+    def _observe_memory(self) -> None:
+        """Note how much of a processor's memory the model and its training have in use now."""
+        now, before = allocated_bytes(), self.memory_before.allocated
+        if now is not None and before is not None:
+            self._training_memory = max(self._training_memory or 0, now - before)
 
     def record_step(self, result: StepResult, learning_rate: float, spike: float | None) -> None:
         """Enter the step just done into metrics and console.
@@ -330,11 +368,16 @@ class Session:
     def status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Return the content of status.json."""
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory(self.device))
+        training = self._training_memory
+        if self.device.type == "cuda":
+            training = peak_memory(self.device) - self.memory_before.peak
         return status_document(
             self.state,
             self.plan,
             condition=condition,
             reason=reason,
+            memory_before_bytes=self.memory_before.peak,
+            training_memory_bytes=training,
             trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             total_parameters=sum(p.numel() for p in self.model.parameters()),
             samples=[asdict(sample) for sample in self.samples],

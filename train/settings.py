@@ -94,7 +94,7 @@ class TrainSettings:
     )
     seed: int = _key(42, "every random draw follows from it", minimum=0, below=2**63)
     num_train_epochs: float = _key(
-        20.0, "passes over the data; may be a fraction", above=0, on_resume=True
+        20.0, "passes over the data; may be a fraction", above=0, maximum=1e6, on_resume=True
     )
     max_steps: int | None = _key(
         None, "optimizer steps; rules over num_train_epochs if set", minimum=1, on_resume=True
@@ -138,9 +138,13 @@ class TrainSettings:
 class LoraSettings:
     """The adapters (train.method = lora)."""
 
-    r: int = _key(8, "rank of the adapters", minimum=1, recommended="8 to 32")
+    r: int = _key(8, "rank of the adapters", minimum=1, maximum=2**16, recommended="8 to 32")
     lora_alpha: int | float = _key(
-        32, "scale: the update counts lora_alpha / r", above=0, recommended="2 to 4 times r"
+        32,
+        "scale: the update counts lora_alpha / r",
+        above=0,
+        maximum=65504,  # fp16 has no larger number
+        recommended="2 to 4 times r",
     )
     lora_dropout: float = _key(0.05, "dropout on the adapter's input", minimum=0, below=1)
     target_modules: str | tuple[str, ...] = _key(
@@ -163,9 +167,12 @@ class LoraSettings:
 class DataSettings:
     """Rows, and how they become tokens and labels."""
 
-    train: str | None = _key(None, "file, folder, or hub:owner/name[:config][:split]")
-    valid: str | None = _key(None, "the same, for evaluation during the run")
-    test: str | None = _key(None, "the same, for one evaluation at the end")
+    train: str | tuple[str, ...] | None = _key(
+        None,
+        "file, folder, glob (data/*.jsonl), or hub:owner/name[:config][:split]; or a list of these",
+    )
+    valid: str | tuple[str, ...] | None = _key(None, "the same, for evaluation during the run")
+    test: str | tuple[str, ...] | None = _key(None, "the same, for one evaluation at the end")
     split_column: str | None = _key(
         None, "data.train holds all rows; this column says train, valid (validation) or test"
     )
@@ -425,61 +432,4 @@ KEYS: dict[str, Key] = {
     key.path: key
     for section, settings in SECTIONS.items()
     for key in _section_keys(section, settings)
-}
-
-# What Trainer, TRL, PEFT and the seeds call a thing, where no key here bears that name.
-STACK_SPELLINGS: dict[str, str] = {
-    "adam_beta1": "optimizer.betas",
-    "adam_beta2": "optimizer.betas",
-    "adam_epsilon": "optimizer.eps",
-    "alpha": "lora.lora_alpha",
-    "attn_implementation": "model.attention",
-    "base_model": "model.path",
-    "batch_size": "train.per_device_train_batch_size",
-    "bf16": "train.precision",
-    "completion_only_loss": "data.completion_only",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
-    "dataset_name": "data.train",
-    "dataset_text_field": "data.text_field",
-    "epochs": "train.num_train_epochs",
-    "eval_batch_size": "eval.per_device_batch_size",
-    "eval_steps": "eval.steps",
-    "eval_strategy": "eval.steps",
-    "evaluation_strategy": "eval.steps",
-    "fp16": "train.precision",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "load_best_model_at_end": "checkpoint.load_best_at_end",
-    "logging_steps": "log.steps",
-    "logging_strategy": "log.steps",
-    "lora_bias": "lora.bias",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lr": "optimizer.learning_rate",
-    "lr_scheduler": "schedule.name",
-    "lr_scheduler_type": "schedule.name",
-    "max_seq_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "mixed_precision": "train.precision",
-    "model": "model.path",
-    "model_id": "model.path",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "num_epochs": "train.num_train_epochs",
-    "optim": "optimizer.name",
-    "packing": "data.batching",
-    "padding": "data.batching",
-    "patience": "eval.early_stopping_patience",
-    "per_device_eval_batch_size": "eval.per_device_batch_size",
-    "rank": "lora.r",
-    "report_to": "log.tensorboard",
-    "save_steps": "checkpoint.steps",
-    "save_strategy": "checkpoint.steps",
-    "save_total_limit": "checkpoint.total_limit",
-    "scheduler": "schedule.name",
-    "torch_compile": "train.compile",
-    "torch_dtype": "model.dtype",
-    "train_file": "data.train",
-    "training_field": "data.text_field",
-    "validation_file": "data.valid",
 }

@@ -53,6 +53,9 @@ class Shown:
         trained: The trained strings: runs of tokens with a label.
         tokens: Tokens of the example.
         targets: Tokens that are trained: those with a label, but for the first of an example.
+        assistant_turns: Turns of the assistant in the row.
+        untrained_turns: Those of them that the chat template leaves nothing of.
+        left_out_turns: Those of them that the row keeps out of the loss.
     """
 
     row: int
@@ -64,6 +67,9 @@ class Shown:
     trained: list[str]
     tokens: int
     targets: int
+    assistant_turns: int
+    untrained_turns: int
+    left_out_turns: int
 
 
 def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, Tokenizer]]:
@@ -147,13 +153,15 @@ def _held_out(config: RunConfig) -> set[int] | None:
     return set() if data.valid is None else set(data.valid.rows.tolist())
 
 
-def _training_data(settings: DataSettings) -> str:
+def _training_data(settings: DataSettings) -> str | tuple[str, ...]:
     if settings.train is None:
         raise UserError("data.train is not set: give the rows to show, as data.train=FILE")
     return settings.train
 
 
-def _read(settings: DataSettings, spec: str, split: str, form: PromptFormat) -> Iterator[Row]:
+def _read(
+    settings: DataSettings, spec: str | tuple[str, ...], split: str, form: PromptFormat
+) -> Iterator[Row]:
     return read_rows(spec, fields=form.columns(), split_column=settings.split_column, split=split)
 
 
@@ -205,6 +213,9 @@ def _shown(
         trained=[text for text, trained in parts if trained],
         tokens=len(ids),
         targets=num_targets(labels),
+        assistant_turns=row.assistant_turns,
+        untrained_turns=row.untrained_turns,
+        left_out_turns=row.left_out_turns,
     )
 
 
@@ -219,6 +230,11 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
     counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
     head = f"row {shown.row}, {shown.source}: {counts}"
+    for turns, what in (
+        (shown.untrained_turns, "untrained"),
+        (shown.left_out_turns, "kept out of the loss"),
+    ):
+        fate += f", {turns} of {shown.assistant_turns} assistant turns {what}" if turns else ""
     parts = segments(shown.input_ids, shown.labels, tokenizer)
     body = "".join(
         f"{marks[0]}{printable(text)}{marks[1]}" if trained else printable(text)

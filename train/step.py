@@ -61,6 +61,7 @@ def train_step(
     device: torch.device,
     draw: tuple[int, int],
     meanwhile: Callable[[], object] | None = None,
+    at_most: Callable[[], object] | None = None,
 ) -> StepResult:
     """Update the model's trainable parameters once, with the gradient of the whole batch.
 
@@ -81,6 +82,7 @@ def train_step(
         draw: (seed, step) of the dropout draws.
         meanwhile: What the host does once the device has the gradient to compute: the one moment of
             a step at which it would wait is the norm of the gradient.
+        at_most: Called where a micro-batch holds the most memory: its activations are all there.
     """
     started = time.perf_counter()
     targets = sum(micro_batch.num_targets for micro_batch in batch)
@@ -108,6 +110,7 @@ def train_step(
             device=device,
             draw=draw,
             meanwhile=meanwhile,
+            at_most=at_most,
         ),
         device,
     )
@@ -137,6 +140,7 @@ def _gradient(
     device: torch.device,
     draw: tuple[int, int],
     meanwhile: Callable[[], object] | None,
+    at_most: Callable[[], object] | None,
 ) -> tuple[list[Tensor], float, float]:
     """Leave the gradient of the batch's token mean in the parameters, which have none.
 
@@ -157,6 +161,8 @@ def _gradient(
             faultpoint("step.micro_batch")
             with precision.autocast():
                 loss = loss_sum(model, micro_batch, device, draw, gradient_scale)
+            if at_most is not None:
+                at_most()
             (loss * (scale / targets)).backward()
             losses.append(loss.detach())
         if meanwhile is not None:

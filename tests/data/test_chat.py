@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from data import chat
-from data.chat import ChatTemplate, Conversation
+from data.chat import ChatTemplate, Conversation, Rendering
 from data.limited import LimitedChild
 from files.errors import UserError
 
@@ -76,7 +76,11 @@ def _quick_child() -> Iterator[None]:
 def render(source: str, messages: list, prefixes=((1, False),), **settings: object) -> list[str]:
     template = ChatTemplate(source, {"bos_token": "<s>"}, "FOLDER")
     conversation = Conversation(messages, prefixes, where="rows.jsonl:7", **settings)  # type: ignore[arg-type]
-    return template.render([conversation])[0]
+    return [rendering.text for rendering in template.render([conversation])[0]]
+
+
+def texts(renderings: list[list[Rendering]]) -> list[list[str]]:
+    return [[rendering.text for rendering in each] for each in renderings]
 
 
 def on_trigger(payload: str) -> str:
@@ -138,7 +142,7 @@ def test_the_row_that_does_the_harm_is_named():
     ]
     with pytest.raises(UserError, match=r"^r:17: the chat template of FOLDER needed more than"):
         template.render(rows)
-    assert template.render(rows[:3]) == [["ok", "ok"]] * 3
+    assert texts(template.render(rows[:3])) == [["ok", "ok"]] * 3
 
 
 def test_many_conversations_keep_their_order_across_requests(monkeypatch):
@@ -160,7 +164,7 @@ def test_many_conversations_keep_their_order_across_requests(monkeypatch):
         [f"{number}é\ud800" * length + f"[{number}]{length == 2}" for length in range(number % 4)]
         for number in range(200)
     ]
-    assert template.render(rows) == expected
+    assert texts(template.render(rows)) == expected
     assert template.render([]) == []
 
 

@@ -53,7 +53,8 @@ TOOLS_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 EVERY_KEY = (
-    "{% for m in messages %}{% for key in m %}{{ key }}={{ m[key] | tojson }};{% endfor %}\n"
+    "{{ tools | tojson }}\n{% for m in messages %}"
+    "{% for key in m %}{{ key }}={{ m[key] | tojson }};{% endfor %}\n"
     "{% endfor %}"
 )
 TOOL = {
@@ -73,8 +74,8 @@ OPENAI = [
     {"role": "assistant", "content": "Yes."},
 ]
 TRAINED = [
-    '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>\n',
-    "Yes.<|im_end|>\n",
+    '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>',
+    "Yes.<|im_end|>",
 ]
 MESSAGES = "data.format=messages"
 
@@ -297,12 +298,16 @@ def test_no_tools_are_no_tools(tmp_path, model, none):
 
 def test_what_is_not_there_is_none_for_the_template(tokenizer_folder):
     """As transformers passes on OpenAI's own form: templates ask whether a content `is none`."""
-    template = "{{ tools is none }}{% for m in messages %} {{ m.content is none }}{% endfor %}"
+    template = (
+        "{{ tools is none }}{% for m in messages %} {{ m.content is none }}{% endfor %}"
+        "|{{ messages | tojson }}"
+    )
     tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="asks"))
     form = PromptFormat(format="messages")
     for turns in (SHAREGPT, OPENAI, changed(1, content="")):
         row = Row({"conversations": turns, "tools": []}, "rows.jsonl:1")
-        assert form.render(row, tokenizer).text == "True False True False False"
+        asked = form.render(row, tokenizer).text.partition("|")[0]
+        assert asked == "True False True False False"
 
 
 def test_a_prompt_to_be_answered_has_the_tools_of_its_row(model):
@@ -412,7 +417,7 @@ def test_a_prompt_that_looks_like_json_stays_text(tmp_path, model):
         assert one["text"] == row["prompt"] + row["completion"]
     for one in found[5:]:
         assert one["text"] == theirs(model, [OPENAI[0], OPENAI[3]])
-        assert one["trained"] == ["Yes.<|im_end|>\n"]
+        assert one["trained"] == ["Yes.<|im_end|>"]
 
 
 # --- columnar files ------------------------------------------------------------------------------
@@ -505,7 +510,10 @@ def test_two_system_turns_that_differ_are_refused_with_both(tmp_path, model):
 
 NAMED = [
     {"name": "default", "template": "default{% for m in messages %} {{ m.content }}{% endfor %}"},
-    {"name": "tool_use", "template": "tools{% for m in messages %} {{ m.content }}{% endfor %}"},
+    {
+        "name": "tool_use",
+        "template": "tools{% for m in messages %} {{ m.content }}{% endfor %}{{ tools }}",
+    },
     {"name": "rag", "template": "rag{% for m in messages %} {{ m.content }}{% endfor %}"},
 ]
 PLAIN = [OPENAI[0], OPENAI[3]]
@@ -553,12 +561,12 @@ def test_the_key_overrides_with_a_name_or_a_file(tmp_path, tokenizer_folder):
     for in_files in (False, True):
         folder = named_model(tokenizer_folder, in_files)
         for asked, name in (("rag", "rag"), (str(tmp_path / "mine.jinja"), "mine")):
-            rows = [{"messages": PLAIN, "tools": tools} for tools in ([TOOL], None)]
             settings = (MESSAGES, f"data.chat_template={asked}")
-            found = shown(tmp_path, rows, *settings, model=folder)
-            assert [one["text"] for one in found] == [f"{name} Is it raining? Yes."] * 2
-            # What is trained with travels with the tokenizer's files.
+            found = shown(tmp_path, [{"messages": PLAIN}], *settings, model=folder)
+            assert found[0]["text"] == f"{name} Is it raining? Yes."
             tokenizer = Tokenizer.load(folder, asked)
+            assert tokenizer.render_chat(PLAIN, tools=[TOOL]) == found[0]["text"]
+            # What is trained with travels with the tokenizer's files.
             saved = tmp_path / f"{name}-{in_files}"
             tokenizer.save(saved)
             assert (saved / "chat_template.jinja").is_file()

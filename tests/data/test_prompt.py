@@ -4,6 +4,7 @@ import pytest
 
 from data.prompt import Part, PromptFormat, parse_template
 from data.source import Row
+from data.spans import Rendered
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 
@@ -37,6 +38,12 @@ def chatml(*turns: tuple[str, str]) -> str:
     return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
 
 
+def spans(rendered: Rendered) -> tuple[tuple[str, str], ...]:
+    """Return what stands before each span, and the span as far as it reaches at most."""
+    text = rendered.text
+    return tuple((text[: span.start], text[span.start : span.stop]) for span in rendered.trained)
+
+
 @pytest.fixture
 def tokenizer(tokenizer_folder) -> Tokenizer:
     return Tokenizer.load(tokenizer_folder({"eos_token": "<|im_end|>", "chat_template": CHATML}))
@@ -46,8 +53,8 @@ def test_seed_001_prompt(tokenizer):
     rendered = SEED_001.render(row(input="Add.", solution="def add():\n    pass"), tokenizer)
     prompt = f"{SEED_001_SYSTEM}\n\nProblem:\nAdd.\n\nSolution:\n"
     assert rendered.text == prompt + "def add():\n    pass"
-    assert rendered.trained == ((prompt, None),)
-    assert not rendered.chat
+    assert spans(rendered) == ((prompt, "def add():\n    pass"),)
+    assert rendered.prompt == len(prompt) and not rendered.chat
     assert SEED_001.generation_prompt({"input": "Add."}) == prompt
     assert SEED_001.generation_prompt("Add.") == prompt
 
@@ -96,19 +103,20 @@ def test_system_prompt_stands_first_with_a_blank_line(tokenizer, system_prompt):
 def test_what_is_trained(tokenizer):
     values = {"prompt": "P", "completion": "C", "text": "T", "p": "P", "c": "C"}
 
-    def trained(**settings: object) -> tuple:
-        return PromptFormat(**settings).render(row(**values), tokenizer).trained  # type: ignore[arg-type]
+    def trained(**settings: object) -> tuple[str, str]:
+        (span,) = spans(PromptFormat(**settings).render(row(**values), tokenizer))  # type: ignore[arg-type]
+        return span
 
-    everything = (("", None),)
-    assert trained(system_prompt="S") == everything
-    assert trained(format="completion") == (("P", None),)
-    assert trained(format="completion", system_prompt="S") == (("S\n\nP", None),)
-    assert trained(format="completion", completion_only=True) == (("P", None),)
-    assert trained(format="completion", completion_only=False) == everything
+    assert trained(system_prompt="S") == ("", "S\n\nT")
+    assert trained(format="completion") == ("P", "C")
+    assert trained(format="completion", system_prompt="S") == ("S\n\nP", "C")
+    assert trained(format="completion", completion_only=True) == ("P", "C")
+    assert trained(format="completion", completion_only=False) == ("", "PC")
     only_completion = {"format": "template", "completion_template": "{p}{c}"}
-    assert trained(**only_completion) == everything
-    assert trained(**only_completion, prompt_template="{p}") == (("P", None),)
-    assert trained(**only_completion, prompt_template="{p}", completion_only=False) == everything
+    assert trained(**only_completion) == ("", "PC")
+    assert trained(**only_completion, prompt_template="{p}") == ("P", "PC")
+    both = trained(**only_completion, prompt_template="{p}", completion_only=False)
+    assert both == ("", "PPC")
 
 
 TURNS = [turn("user", "Q1"), turn("assistant", "A1"), turn("user", "Q2"), turn("assistant", "A2")]
@@ -120,20 +128,20 @@ def test_messages_train_the_assistant(tokenizer):
     header = "<|im_start|>assistant\n"
     assert rendered.chat
     assert rendered.text == chatml(*first, *second)
-    assert rendered.trained == (
-        (chatml(first[0]) + header, chatml(*first)),
-        (chatml(*first, second[0]) + header, None),
+    assert spans(rendered) == (
+        (chatml(first[0]) + header, "A1<|im_end|>\n"),
+        (chatml(*first, second[0]) + header, "A2<|im_end|>\n"),
     )
     everything = PromptFormat(format="messages", completion_only=False)
-    assert everything.render(row(messages=TURNS), tokenizer).trained == (("", None),)
+    assert spans(everything.render(row(messages=TURNS), tokenizer)) == (("", rendered.text),)
 
 
 def test_messages_without_an_answer_at_the_end_or_the_beginning(tokenizer):
     prompt_format = PromptFormat(format="messages")
     ends = prompt_format.render(row(messages=TURNS[:3]), tokenizer)
-    assert ends.trained[-1][1] == chatml(("user", "Q1"), ("assistant", "A1"))
+    assert [text for _, text in spans(ends)] == ["A1<|im_end|>\n"] and not ends.ends
     begins = prompt_format.render(row(messages=TURNS[1:3]), tokenizer)
-    assert begins.trained == (("", chatml(("assistant", "A1"))),)
+    assert spans(begins) == (("", chatml(("assistant", "A1"))),)
     nothing = prompt_format.render(row(messages=TURNS[:1]), tokenizer)
     assert nothing.trained == ()
 
@@ -165,8 +173,8 @@ def test_completion_may_be_messages(tokenizer):
     rendered = prompt_format.render(row(prompt=TURNS[:1], completion=TURNS[1:2]), tokenizer)
     before = chatml(("system", "S"), ("user", "Q1")) + "<|im_start|>assistant\n"
     assert rendered.text == before + "A1<|im_end|>\n"
-    assert rendered.trained == ((before, None),)
-    assert rendered.chat
+    assert spans(rendered) == ((before, "A1<|im_end|>\n"),)
+    assert rendered.chat and rendered.prompt == len(before)
     assert prompt_format.generation_prompt({"prompt": TURNS[:1]}, tokenizer) == before
 
 
@@ -182,7 +190,7 @@ def test_completion_may_be_messages(tokenizer):
 def test_generation_begins_as_training_did(tokenizer, prompt_format, values):
     rendered = prompt_format.render(row(**values), tokenizer)
     prompt = prompt_format.generation_prompt(values, tokenizer)
-    assert rendered.trained[-1][0] == prompt
+    assert spans(rendered)[-1][0] == prompt
     assert rendered.text.startswith(prompt)
 
 
@@ -299,10 +307,9 @@ def test_the_row_that_a_chat_template_refuses_is_named_among_others(tokenizer_fo
 
 def test_tool_calls_need_no_content(tokenizer_folder):
     template = (
-        "{% for m in messages %}{{ m.role }}{{ m.tool_calls | tojson if m.tool_calls }};"
-        "{% endfor %}"
+        "{% for m in messages %}{{ m.role }}{{ m.content or m.tool_calls | tojson }};{% endfor %}"
     )
     tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="tools"))
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     rendered = PromptFormat(format="messages").render(row(messages=[TURNS[0], call]), tokenizer)
-    assert rendered.text == 'user;assistant[{"name": "f"}];'
+    assert rendered.text == 'userQ1;assistant[{"name": "f"}];'

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+import data.locate
 import data.source
-from data.source import Row, open_source, read_rows
+from data.locate import open_source
+from data.source import Row, read_rows
 from files.errors import UserError
 from files.hub import DatasetSource
 
@@ -353,7 +355,7 @@ def test_names_that_speak_of_splits_choose_the_files(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.jsonl", '{"text":"a"}\n')
 
     def chosen(split: str | None) -> list[str]:
-        return [path.name for path, _ in open_source(tmp_path, split).files]
+        return [file.path.name for file in open_source(tmp_path, split).files]
 
     assert chosen("train") == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
     assert chosen("valid") == chosen("validation") == ["validation.jsonl"]
@@ -452,10 +454,10 @@ def chosen(
         assert repository == "owner/name"
         return DatasetSource(Path("/cache"), tuple(choose(names)), repository, "0" * 40)
 
-    monkeypatch.setattr(data.source, "resolve_dataset", resolve)
+    monkeypatch.setattr(data.locate, "resolve_dataset", resolve)
     source = open_source(f"hub:owner/name{spec}", split)
-    assert all(name.startswith("hub:owner/name/") for _, name in source.files)
-    return [path.relative_to("/cache").as_posix() for path, _ in source.files]
+    assert all(file.name.startswith("hub:owner/name/") for file in source.files)
+    return [file.path.relative_to("/cache").as_posix() for file in source.files]
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,14 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tokenizer_folder):
         ({"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}, {}, (1, 2, 2)),
         ({}, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}, (1, 2, 2)),
         ({"eos_token": None, "pad_token": None}, {"eos_token": "</s>"}, (None, 2, 2)),
-        ({"eos_token": "<|im_end|>"}, {"eos_token": "</s>"}, (None, 4, 4)),
-        ({"eos_token": "<not there>"}, {}, (None, None, 0)),
+        # As transformers 5: the map rules, but for a configuration that lists the added tokens.
+        ({"eos_token": "<|im_end|>"}, {"eos_token": "</s>"}, (None, 2, 2)),
+        (
+            {"eos_token": "<|im_end|>", "added_tokens_decoder": {}},
+            {"eos_token": "</s>", "bos_token": "<s>"},
+            (1, 4, 4),
+        ),
+        ({"eos_token": "<not there>"}, {}, (None, 388, 388)),
         ({}, {}, (None, None, 0)),
     ],
 )

@@ -7,10 +7,12 @@ import os
 import resource
 import signal
 import stat
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from recorded import disk_calls
 
 from files import atomic
 from files.atomic import replacing, sha256_file, write_json, write_text
@@ -70,27 +72,41 @@ def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path: P
 
 
 def test_the_new_content_is_on_the_disk_before_the_rename_and_the_folder_after(
+    tmp_path: Path,
+) -> None:
+    for _ in range(2):  # a new file, and one in the place of another
+        with disk_calls(tmp_path) as calls:
+            write_text(tmp_path / "a", "12345")
+        assert calls == ["fsync .tmp-*", "rename .tmp-* a", "fsync ."]
+
+
+def test_all_bytes_are_with_the_system_when_it_is_asked_to_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[str] = []
+    """Five bytes stay in Python's buffer until they are flushed: an fsync would not see them."""
+    sizes: list[int] = []
+    fsync = os.fsync
 
-    def note(name: str):
-        function = getattr(os, name)
+    def noted(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
 
-        def noted(*arguments):
-            what = name
-            if name == "fsync":
-                is_folder = stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
-                what = "fsync folder" if is_folder else f"fsync {os.fstat(arguments[0]).st_size}"
-            events.append(what)
-            return function(*arguments)
-
-        return noted
-
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(atomic.os, name, note(name))
+    monkeypatch.setattr(os, "fsync", noted)
     write_text(tmp_path / "a", "12345")
-    assert events == ["fsync 5", "replace", "fsync folder"]
+    assert sizes == [5]
+
+
+def test_nothing_is_written_through_what_lies_at_the_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = uuid.UUID(int=7)
+    monkeypatch.setattr(atomic.uuid, "uuid4", lambda: name)
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / f".tmp-{name.hex}").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "a", "12345")
+    assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_a_symbolic_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:

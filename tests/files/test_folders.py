@@ -1,13 +1,16 @@
 """Folders are whole and verified, or not there."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
+from recorded import disk_calls
 
+from files import folders
 from files.atomic import sha256_file
 from files.faults import FAULT_POINTS, listening
-from files.folders import damage, recover_folder, replace_folder, step_of
+from files.folders import damage, recover_folder, replace_folder, step_of, sweep
 
 
 def fill(folder: Path) -> dict[str, str]:
@@ -118,3 +121,65 @@ def test_points_are_passed_in_the_order_that_the_protocol_needs(tmp_path: Path) 
     steps = ("made", "filled", "manifested", "synced", "aside", "renamed", "done")
     assert folders == [f"folder.{step}" for step in steps]
     assert set(passed) <= FAULT_POINTS
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path) -> None:
+    """The whole sequence: what a power cut leaves is one of its beginnings.
+
+    The manifest comes last of the files, every file and the list of their names are synced before
+    the rename, the list that holds the folder after it; the old folder goes when all that is done.
+    """
+    synced = [
+        "fsync .tmp-best/.tmp-*",
+        "rename .tmp-best/.tmp-* .tmp-best/manifest.json",
+        "fsync .tmp-best",
+        *sorted(
+            f"fsync .tmp-best/{name}"
+            for name in ("manifest.json", "optimizer.safetensors", "state.json")
+        ),
+        "fsync .tmp-best",
+    ]
+    with disk_calls(tmp_path) as calls:
+        replace_folder(tmp_path / "best", fill)
+    calls[3:6] = sorted(calls[3:6])  # the files in any order
+    assert calls == [*synced, "rename .tmp-best best", "fsync ."]
+    with disk_calls(tmp_path) as calls:
+        replace_folder(tmp_path / "best", fill)
+    calls[3:6] = sorted(calls[3:6])
+    assert calls == [
+        *synced,
+        "rename best .trash-best",
+        "rename .tmp-best best",
+        "fsync .",
+        "delete .trash-best",
+    ]
+
+
+def test_a_recovered_folder_s_name_is_on_the_disk(tmp_path: Path) -> None:
+    for name in (".tmp-best", ".trash-best"):
+        (tmp_path / name).mkdir()
+    with disk_calls(tmp_path) as calls:
+        recover_folder(tmp_path / "best")
+    assert calls == ["rename .tmp-best best", "fsync ."]
+
+
+def test_a_file_whose_hash_is_known_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(folders, "sha256_file", lambda path: read.append(path.name) or "0" * 64)
+    replace_folder(tmp_path / "best", fill)
+    assert read == ["optimizer.safetensors"]
+    manifest = json.loads((tmp_path / "best" / "manifest.json").read_text())
+    known = hashlib.sha256(b'{"step": 3}').hexdigest()
+    assert manifest["files"]["state.json"]["sha256"] == known
+
+
+def test_a_sweep_takes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".tmp-step-00000002", ".trash-step-00000001", "step-00000003"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / ".tmp-0f").touch()
+    (tmp_path / ".hidden").touch()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "step-00000003"]

@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import stat
+import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from files import tensors as tensors_module
 from files.errors import UserError
 from files.tensors import TensorFile, read_header, write_tensors
 
@@ -41,6 +45,7 @@ def tensors_of_every_type() -> dict[str, torch.Tensor]:
         tensors[f"scalar.{dtype}"] = torch.ones((), dtype=dtype)
         tensors[f"empty.{dtype}"] = torch.zeros((4, 0, 2), dtype=dtype)
     tensors["ünïcode/../../name"] = torch.arange(7, dtype=torch.float32)
+    tensors["three bytes"] = torch.arange(3, dtype=torch.uint8)
     tensors["special"] = torch.tensor([float("nan"), float("inf"), -0.0])
     return tensors
 
@@ -110,6 +115,39 @@ def test_the_digest_is_the_files_and_every_tensor_is_aligned(tmp_path: Path) -> 
     assert write_tensors(path, tensors) == hashlib.sha256(path.read_bytes()).hexdigest()
     for name, info in read_header(path).tensors.items():
         assert info.begin % info.dtype.itemsize == 0, name
+
+
+def test_one_tensor_at_a_time_is_held_however_slow_the_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes faster than he hashes would pile up what is still to be hashed."""
+
+    class Slow:
+        def __init__(self, start: bytes = b"") -> None:
+            self.digest = hashlib.sha256(start)
+
+        def update(self, data: memoryview) -> None:
+            time.sleep(0.01)
+            self.digest.update(data)
+
+        def hexdigest(self) -> str:
+            return self.digest.hexdigest()
+
+    made: list[weakref.ref[memoryview]] = []
+    bytes_of = tensors_module._bytes_of
+
+    def counted(tensor: torch.Tensor, dtype: torch.dtype | None) -> memoryview:
+        assert sum(one() is not None for one in made) <= 1  # the one before, hashed and written
+        data = bytes_of(tensor, dtype)
+        made.append(weakref.ref(data))
+        return data
+
+    monkeypatch.setattr(tensors_module, "_bytes_of", counted)
+    monkeypatch.setattr(tensors_module, "hashlib", SimpleNamespace(sha256=Slow))
+    path = tmp_path / "x.safetensors"
+    written = write_tensors(path, {f"{i}": torch.full((4,), float(i)) for i in range(6)})
+    assert len(made) == 6
+    assert written == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_mode_follows_the_umask_and_nothing_is_left_beside(tmp_path: Path) -> None:

@@ -100,6 +100,16 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
     compare(lambda x, w: triton_norms.rms_norm(x, w, 1e-5), exact_rms, inputs, sum(shape))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_rms_norm_rounds_before_the_weight_comes_in(dtype: torch.dtype) -> None:
+    """As the reference does: but for a quotient that fp32 puts on the other side of a tie."""
+    x, weight = draw(64, 130, dtype=dtype) * 3, draw(130, dtype=dtype, seed=1)
+    ours = triton_norms.rms_norm(x, weight, 1e-6)
+    assert (ours == reference.rms_norm(x, weight, 1e-6)).double().mean() > 0.99
+    late = x.float() * x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt() * weight.float()
+    assert (ours == late.to(dtype)).double().mean() < 0.9  # the measure does see what it should
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import torch
 from files.errors import UserError
 from kernels.dropout import keep_mask
 from kernels.segments import Segments
+from lora import LoraConfig, inject, lora_layers
 from models import build
 from models.config import DecoderConfig, parse_config
 from models.layers import CausalLM, Dropout, KeyValueCache, set_dropout
@@ -256,6 +257,13 @@ def test_set_dropout_reaches_every_place_that_the_architecture_has(family, count
     ids, layout = flat()
     plain = run(model, ids, None, **layout)
     assert torch.equal(run(model, ids, (42, 7), **layout), plain)
+
+
+def test_set_dropout_leaves_adapters_their_own():
+    model = model_of("starcoder2")
+    inject(model, LoraConfig(lora_dropout=0.2))
+    set_dropout(model, 0.0)
+    assert {layer.operands().dropout for layer in lora_layers(model).values()} == {0.2}
 
 
 # --- building ---

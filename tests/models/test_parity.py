@@ -22,7 +22,7 @@ from transformers import (
 from kernels.segments import Segments
 from models import build
 from models.config import parse_config
-from models.layers import CausalLM
+from models.layers import CausalLM, KeyValueCache
 
 ORACLES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -125,6 +125,24 @@ def test_logits_for_each_family_rope_and_attention(family, rope, attention):
 def test_short_documents_under_scaled_rope(rope):
     theirs = oracle("llama", rope)
     assert_same_logits(theirs, ours(theirs), tokens(2, 20))
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic", "yarn"])
+def test_decoding_with_a_cache(rope):
+    """Beyond the 32 positions of training, where `dynamic` stretches with every token."""
+    theirs = oracle("llama", rope)
+    model = ours(theirs)
+    input_ids = tokens(1, 50)
+    past, cache = None, KeyValueCache(50)
+    for part in input_ids.split([30, 1, 1, 1, 5, 12], dim=1):
+        segments = Segments.build([part.shape[1]], device="cpu", offset=cache.length)
+        with torch.no_grad():
+            given = theirs(part, past_key_values=past, use_cache=True)
+            hidden = model.hidden_states(part[0], segments, cache)
+        past = given.past_key_values
+        logits = hidden @ model.head_weight().T
+        error = (logits - given.logits[0]).abs().max() / given.logits.abs().max()
+        assert error <= 1e-5, f"{cache.length}: relative error {error:.2e}"
 
 
 WINDOWS = {

@@ -26,6 +26,7 @@ from lora.linear import LoraLinear
 from models.layers import CausalLM, Dropout
 from train import step
 from train.evaluate import evaluate
+from train.loss import exact_sum
 from train.optimizers import AdamW
 from train.precision import LossScaler, Precision
 from train.step import StepResult, train_step
@@ -289,6 +290,11 @@ def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
     assert result.loss == pytest.approx(total / targets, rel=1e-12)
     means = [one_step(model, cut(1, indices=[i]))[0].loss for i in range(8)]
     assert abs(sum(means) / 8 - result.loss) > 1e-3
+
+
+def test_losses_are_added_up_in_fp64() -> None:
+    """2^24 + 1 is the first whole number that fp32 does not have."""
+    assert exact_sum([torch.tensor(2.0**24), torch.tensor(1.0)]) == 2.0**24 + 1
 
 
 def test_the_gradient_is_that_of_the_token_mean() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded import disk_calls
 
 from files.errors import UserError
 from files.faults import listening
@@ -135,3 +136,39 @@ def test_without_room_for_a_copy_training_waits_for_the_writing(
     with listening(listener):
         train(settings(model_folder, rows_file, tmp_path / "run"))
     assert threads == {threading.main_thread()}
+
+
+def test_minutes_between_saves_are_minutes(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on by 25 s with each step: a save is due after the third and the sixth."""
+    now = 0.0
+
+    def step_done(name: str) -> None:
+        nonlocal now
+        now += 25.0 * (name == "step.recorded")
+
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: now)
+    values = settings(model_folder, rows_file, tmp_path / "run", **{"checkpoint.steps": "none"})
+    values |= {"checkpoint.minutes": 1, "checkpoint.total_limit": "none", "train.max_steps": 7}
+    with listening(step_done):
+        run = train(values)
+    steps = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert steps == [f"step-{step:08d}" for step in (3, 6, 7)]
+
+
+def test_what_a_save_speaks_of_is_on_the_disk_before_it(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """The best weights and the rows of metrics before the checkpoint, the status after it."""
+    run = tmp_path / "run"
+    values = settings(model_folder, rows_file, run, **{"eval.steps": 2})
+    values |= {"train.max_steps": 2, "data.valid": str(rows_file / "valid.jsonl")}
+    with disk_calls(run) as calls:
+        train(values)
+    saved = calls.index("rename checkpoints/.tmp-step-00000002 checkpoints/step-00000002")
+    metrics = calls.index("fsync metrics.jsonl")
+    best = calls.index("rename .tmp-best best")
+    status = [at for at, call in enumerate(calls) if call == "rename .tmp-* status.json"]
+    assert best < metrics < saved
+    assert sum(saved < at < calls.index("rename .tmp-final final") for at in status) == 1

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from recorded import disk_calls
 
 from files.errors import UserError
 from files.folders import damage
@@ -48,6 +49,14 @@ def test_the_newest_verified_one_is_found_and_a_damaged_one_set_aside(tmp_path: 
     assert checkpoints.steps() == [10]
 
 
+def test_a_damaged_checkpoint_of_the_same_step_is_written_anew(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, None)
+    folder = save(checkpoints, 10)
+    (folder / "optimizer.safetensors").write_bytes(b"torn")
+    assert save(checkpoints, 10) == folder
+    assert damage(folder) is None
+
+
 def test_a_half_written_checkpoint_is_swept_and_never_seen(tmp_path: Path) -> None:
     save(Checkpoints(tmp_path, None), 10)
     (tmp_path / ".tmp-step-00000020").mkdir()
@@ -75,6 +84,38 @@ def test_rotation(tmp_path: Path, limit: int | None, best: int | None, kept: lis
     assert checkpoints.steps() == kept
 
 
+def test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk(tmp_path: Path) -> None:
+    """And loses its name before its first file: what is half deleted is never taken for whole."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    save(checkpoints, 10)
+    with disk_calls(tmp_path) as calls:
+        save(checkpoints, 20)
+    new = ".tmp-step-00000020"
+    names = ("adapter_model.safetensors", "manifest.json", "optimizer.safetensors", "state.json")
+    written = [
+        call for name in ("state.json", "manifest.json") for call in written_whole(new, name)
+    ]
+    assert calls[: len(written)] == written
+    synced = calls[len(written) : len(written) + len(names)]
+    assert sorted(synced) == [f"fsync {new}/{name}" for name in names]
+    assert calls[len(written) + len(names) :] == [
+        f"fsync {new}",
+        f"rename {new} step-00000020",
+        "fsync .",
+        "rename step-00000010 .trash-step-00000010",
+        "delete .trash-step-00000010",
+    ]
+
+
+def written_whole(folder: str, name: str) -> list[str]:
+    """Return the calls that write one file."""
+    return [
+        f"fsync {folder}/.tmp-*",
+        f"rename {folder}/.tmp-* {folder}/{name}",
+        f"fsync {folder}",
+    ]
+
+
 def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_there(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 1)
     save(checkpoints, 10)
@@ -85,7 +126,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_there(tmp_path: Pa
 
     with pytest.raises(UserError, match=r"cannot save step 20.*No space left.*step-00000010"):
         checkpoints.save(state_at(20).to_dict(), {}, full, expected_bytes=1)
-    with pytest.raises(UserError, match=r"cannot save step 30: it needs .* GB"):
+    with pytest.raises(UserError, match=r"cannot save step 30: it needs .* [KMGT]iB"):
         checkpoints.save(state_at(30).to_dict(), {}, fill, expected_bytes=1 << 62)
     assert checkpoints.steps() == [10]
     assert damage(checkpoints.path(10)) is None

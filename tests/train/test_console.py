@@ -13,7 +13,6 @@ from train.console import (
     Console,
     closing_summary,
     eval_line,
-    format_bytes,
     format_count,
     format_duration,
     format_loss,
@@ -95,13 +94,7 @@ def test_counts(count: float, text: str) -> None:
     assert format_count(count) == text
 
 
-def test_bytes_and_losses() -> None:
-    assert [format_bytes(n) for n in (912, 2048, 19_084_083, 22_870_000_000)] == [
-        "912 B",
-        "2.0 KiB",
-        "18.2 MiB",
-        "21.3 GiB",
-    ]
+def test_losses() -> None:
     assert [format_loss(loss) for loss in (0.77114, None, math.nan)] == ["0.7711"] + 2 * [
         "non-finite"
     ]

@@ -21,7 +21,10 @@ def test_stops_when_patience_is_used_up_and_keeps_the_best() -> None:
 
 
 def test_an_equal_loss_is_no_improvement() -> None:
-    assert failures_after(EarlyStopping(patience=9), [2.0, 2.0, 2.0]) == [0, 1, 2]
+    stopping = EarlyStopping(patience=9)
+    assert failures_after(stopping, [2.0, 2.0, 2.0]) == [0, 1, 2]
+    assert stopping.best_step == 1
+    assert not stopping.observe(4, 2.0)
 
 
 def test_small_gains_move_the_best_but_do_not_reset_patience() -> None:

@@ -42,6 +42,15 @@ def test_all_adapters_and_their_gradients_lie_in_one_buffer(name: str) -> None:
         assert not torch.equal(parameter, values[key])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_of_any_size_begin_where_matrix_products_want_them(name: str) -> None:
+    model = nn.ModuleDict({f"{n}": nn.Linear(n, 3) for n in (1, 5, 7, 11)})
+    optimizer = build_optimizer(name, model)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in optimizer.parameters.values())
+    views = dict(optimizer._views(optimizer.gradients))
+    assert all(view.data_ptr() % 64 == 0 for view in views.values())
+
+
 def updated(optimizer: Optimizer, loss: torch.Tensor) -> None:
     loss.backward()
     optimizer.step(0.1)

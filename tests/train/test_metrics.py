@@ -152,6 +152,14 @@ def test_tensorboard_has_the_logged_steps_under_the_agreed_tags(tmp_path: Path) 
         assert shown[tag] == [(2, pytest.approx(value, rel=2**-24))], tag
 
 
+def test_the_speed_shown_is_that_since_the_last_logged_step(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, tensorboard=True)
+    for step, tokens in ((1, 1000), (2, 30), (3, 50)):
+        metrics.train(train_row(step, tokens=tokens, seconds=1.0), log=step != 2)
+    metrics.close()
+    assert scalars(tmp_path)["train/tokens_per_second"] == [(1, 1000.0), (3, (30 + 50) / 2)]
+
+
 @pytest.mark.parametrize("resume_step", [0, 2])
 def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path: Path, resume_step: int) -> None:
     for first, loss in ((1, 1.0), (resume_step + 1, 2.0)):

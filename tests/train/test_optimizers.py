@@ -11,6 +11,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -76,6 +77,7 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 # Nothing here is longer than the first, so that all lie in the buffer; with the last, none does.
 LONE = [1 << 20, 30, 0]
+ENDINGS = ("", "_row", "_col")
 
 
 @pytest.mark.parametrize("lone", LONE, ids="lone {}".format)
@@ -168,6 +170,12 @@ def test_adafactor_equals_the_stack(
         torch.testing.assert_close(
             parameter, theirs[name], rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]
         )
+    state = optimizer.state_tensors()
+    for name, parameter in theirs.items():
+        for kind in oracle.state[parameter].keys() & {f"exp_avg_sq{end}" for end in ENDINGS}:
+            expected = oracle.state[parameter][kind]
+            torch.testing.assert_close(state.pop(f"{name}.{kind}"), expected, rtol=1e-5, atol=0)
+    assert state.keys() == {"steps"}
 
 
 def test_adafactor_by_hand() -> None:
@@ -348,6 +356,40 @@ def test_the_norm_of_many_numbers_is_exact_to_a_few_roundings() -> None:
     for parameter in weights.values():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     assert optimizer.gradient_norm() == pytest.approx(doubled(weights), rel=1e-6)
+
+
+class NormLengths(TorchDispatchMode):
+    """Remembers how many numbers each norm adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.linalg_vector_norm.default:
+            x, _, dim = (*args, *(kwargs or {}).values(), None, None)[:3]
+            self.seen.append(x.numel() if dim is None else x.shape[dim[0]])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_adds_up_few_numbers_at_a_time() -> None:
+    """So that no digit is lost on any machine, however its processor adds.
+
+    The squares of the first 256 numbers are 2^24, to which fp32 adds nothing when it adds 1: as
+    soon as an accumulator has met one of them, the ones behind it are lost. They are as many as
+    the accumulators of any processor, so that over the whole buffer all are lost, and in pieces
+    only those of the first.
+    """
+    weights = {"a": Parameter(torch.zeros(1 << 20)), "b": Parameter(torch.zeros(1100, 1000))}
+    optimizer = AdamW(weights)
+    assert list(optimizer.lone) == ["b"]
+    weights["a"].grad = torch.ones(1 << 20)
+    weights["a"].grad[:256] = 4096.0
+    weights["b"].grad = torch.ones(1100, 1000)
+    with NormLengths() as lengths:
+        norm = optimizer.gradient_norm()
+    assert max(lengths.seen) <= 1 << 12
+    assert norm == pytest.approx(doubled(weights), rel=1e-6)
 
 
 @pytest.mark.parametrize("lone", LONE)

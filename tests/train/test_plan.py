@@ -15,19 +15,18 @@ from lora import LoraConfig, inject
 from models import build
 from models.config import DecoderConfig, parse_config
 from train.config import load_config
+from train.decide import Machine
 from train.ledger import (
     MEMORY_CATEGORIES,
-    available_memory,
     disk_bytes,
     find_decoder_config,
     memory_ledger,
     micro_batch_tokens,
     model_sizes,
-    resolve_gradient_checkpointing,
-    size_text,
 )
 from train.plan import plan_run, rank_shares
 from train.preview import plan_document, print_plan, render_plan
+from train.units import size_text
 
 TINY = {
     "vocab_size": 512,
@@ -359,21 +358,12 @@ def test_largest_micro_batch() -> None:
     assert rows([10, 50, 30], micro_batch_tokens=64) == (64, 50)
     assert rows([10, 90, 30], micro_batch_tokens=64) == (90, 90)
     assert rows([10], effective_batch_size=1) == (10, 10)
-
-
-def test_gradient_checkpointing_only_where_memory_needs_it() -> None:
-    config = load_config()
-    need = {"total": 100}
-    assert resolve_gradient_checkpointing(config, need, 100)[0] is False
-    assert resolve_gradient_checkpointing(config, need, 99)[0] is True
-    assert resolve_gradient_checkpointing(config, need, None) == (
-        False,
-        "auto: no device is known yet, counted without",
-    )
-    assert resolve_gradient_checkpointing(config, None, 99)[0] is False
-    for setting in (True, False):
-        chosen = load_config(overrides={"gradient_checkpointing": setting})
-        assert resolve_gradient_checkpointing(chosen, need, 99) == (setting, "as set")
+    # No more than a step holds: here 2 × 8 examples.
+    assert rows([10, 50, 30], micro_batch_tokens=1000) == (90, 50)
+    assert rows([10, 50, 30], micro_batch_tokens=1000, batching="longest") == (150, 50)
+    assert rows(None, micro_batch_tokens=1000) == (1000, 100)
+    assert rows(None, micro_batch_tokens=10_000) == (1600, 100)
+    assert rows(None, micro_batch_tokens="auto") == (200, 100)  # 2 examples of max_length
 
 
 def test_recomputing_takes_less_memory() -> None:
@@ -382,11 +372,6 @@ def test_recomputing_takes_less_memory() -> None:
     recomputed = memory_ledger(config, decoder(LLAMA), gradient_checkpointing=True)
     assert recomputed["activations"] < without["activations"] / 2
     assert recomputed["weights"] == without["weights"]
-
-
-def test_this_machine_has_memory() -> None:
-    memory = available_memory("cpu")
-    assert memory is None or memory > 2**20
 
 
 def test_disk() -> None:
@@ -480,6 +465,18 @@ def test_data_rules_over_the_claim() -> None:
     assert "no data was read" not in text
 
 
+def test_untrained_turns_are_told_from_those_that_rows_leave_out() -> None:
+    def warnings(**counts: int) -> str:
+        config = load_config("llama2-7b")
+        counts = {"rows": 4, "assistant_turns": 1200, **counts}
+        document = plan_document(config, num_examples=4, lengths=[10] * 4, counts=counts)
+        return "\n".join(document["warnings"])
+
+    assert "3 of 1,200 assistant turns are untrained" in warnings(untrained_turns=3)
+    assert "2 of 1,200 assistant turns are kept out of the loss" in warnings(left_out_turns=2)
+    assert "assistant turns" not in warnings(untrained_turns=0, left_out_turns=0)
+
+
 def test_warnings_name_what_a_reader_would_object_to() -> None:
     config = load_config("starcoder2-15b")
     document = plan_document(config, world_size=6, missing_data="the hub is away")
@@ -497,9 +494,11 @@ def test_warnings_name_what_a_reader_would_object_to() -> None:
     assert "the peak learning rate is never reached" in "\n".join(short["warnings"])
     assert "model.path is not set" in "\n".join(short["warnings"])
     full = plan_document(
-        load_config(overrides={"model.path": "x"}), decoder=decoder(LLAMA), available=10**6
+        load_config(overrides={"model.path": "x"}),
+        decoder=decoder(LLAMA),
+        machine=Machine("cpu", 10**6),
     )
-    assert "1 MB there" in "\n".join(full["warnings"])
+    assert "976.6 KiB there" in "\n".join(full["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -521,7 +520,9 @@ def test_the_plan_says_where_attention_dropout_depends_on_the_cut(
         overrides={"model.path": "x", "model.attention": attention, "model.dropout": override}
     )
     raw = STARCODER2 | {"attention_dropout": 0.1}
-    warnings = plan_document(config, decoder=decoder(raw), device=device)["warnings"]
+    warnings = plan_document(config, decoder=decoder(raw), machine=Machine(device, None))[
+        "warnings"
+    ]
     found = [warning for warning in warnings if "attention dropout" in warning]
     if noted is None:
         assert not found
@@ -540,7 +541,9 @@ def test_the_plan_says_where_attention_dropout_depends_on_the_cut(
 
 def test_attention_dropout_is_noted_for_no_model_without_it() -> None:
     config = load_config(overrides={"model.path": "x"})
-    warnings = plan_document(config, decoder=decoder(LLAMA), device="cuda")["warnings"]
+    warnings = plan_document(config, decoder=decoder(LLAMA), machine=Machine("cuda", None))[
+        "warnings"
+    ]
     assert "attention dropout" not in "\n".join(warnings)
 
 
@@ -552,6 +555,43 @@ def test_rendered_plan_checks_the_claims() -> None:
     assert "✓ steps per epoch: 284" in text
     assert "✗ learning rate ~5.3e-5 at step 700 → 1.63e-05" in text
     assert "✗ optimizer states ~12 GB → 0.295" in text
+
+
+def test_memory_is_that_of_a_rank_and_without_a_device_both_figures_are_shown() -> None:
+    config = load_config("llama2-7b")
+    architecture = find_decoder_config(config)[0]
+    assert architecture is not None
+    unknown = plan_document(config, decoder=architecture)
+    assert unknown["gradient_checkpointing"] is None
+    recomputing = memory_ledger(config, architecture, precision="fp16", gradient_checkpointing=True)
+    assert unknown["memory_recomputing"] == recomputing
+    assert unknown["memory"]["total"] > recomputing["total"]
+    text = render_plan(unknown)
+    for total in (unknown["memory"]["total"], recomputing["total"]):
+        assert size_text(total) in text
+    assert "without recomputing" in text
+    assert "not decided (auto: no device is known yet)" in text
+    assert "a rank" not in text
+    known = plan_document(config, decoder=architecture, machine=Machine("cuda", 2**40))
+    assert (known["gradient_checkpointing"], known["memory_recomputing"]) == (False, None)
+    assert "memory a rank" in render_plan(plan_document(config, decoder=architecture, world_size=4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "in 8 micro-batches of 8"),
+        ({"gradient_accumulation_steps": 1}, "in 1 micro-batch of 8"),
+        ({"micro_batch_tokens": 4096}, "in micro-batches of at most 4,096 tokens"),
+        ({"micro_batch_tokens": "auto"}, "in micro-batches of at most 8,192 tokens"),
+    ],
+)
+def test_the_plan_says_how_a_step_is_cut(keys: dict[str, object], words: str) -> None:
+    document = plan_document(load_config(overrides=keys), num_examples=100)
+    assert words in render_plan(document)
+    by_tokens = "micro_batch_tokens" in keys
+    assert (document["micro_batches_per_step"] is None) == by_tokens
+    assert (document["micro_batch_tokens"] is not None) == by_tokens
 
 
 def test_claims_speak_of_the_preset_not_of_the_run() -> None:
@@ -621,14 +661,14 @@ def test_an_architecture_is_read_from_a_folder(tmp_path: Path) -> None:
     ("size", "text"),
     [
         (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (12_345_678, "12.3 MB"),
-        (3.09e9, "3.09 GB"),
-        (4e12, "4 TB"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (12_345_678, "11.8 MiB"),
+        (3.09e9, "2.9 GiB"),
+        (4e12, "3.6 TiB"),
     ],
 )
-def test_sizes_in_decimal_units(size: float, text: str) -> None:
+def test_sizes_in_binary_units(size: float, text: str) -> None:
     assert size_text(size) == text
 
 

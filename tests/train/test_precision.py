@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from files.errors import UserError
-from train.precision import LossScaler, Precision, resolve_precision
+from train.precision import LossScaler, Precision
 
 CPU = torch.device("cpu")
 
@@ -34,50 +34,6 @@ def test_matrix_products_are_made_in_the_compute_dtype(
 def test_auto_is_no_precision_by_itself() -> None:
     with pytest.raises(ValueError, match="'auto' is not one of"):
         Precision("auto", CPU)
-
-
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
-def test_a_name_resolves_to_itself(name: str) -> None:
-    assert resolve_precision(name, CPU) == name
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
-        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
-        ({"bf16": True}, "bf16"),  # ARM64
-        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True, "avx2": True}, "fp32"),
-        ({}, "fp32"),
-    ],
-    ids=str,
-)
-def test_auto_on_a_cpu_goes_by_its_instructions(
-    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert resolve_precision("auto", CPU) == expected
-
-
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_on_cuda_does_not_count_emulation(
-    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: including_emulation or native,
-    )
-    assert resolve_precision("auto", torch.device("cuda")) == expected
-
-
-def test_auto_elsewhere_is_fp32() -> None:
-    assert resolve_precision("auto", torch.device("mps")) == "fp32"
-
-
-def test_an_unknown_precision_is_named() -> None:
-    with pytest.raises(UserError, match=r"train.precision: 'bf61' .*; did you mean 'bf16'\?"):
-        resolve_precision("bf61", CPU)
 
 
 def scales(scaler: LossScaler, overflows: list[bool]) -> list[float]:

@@ -1,16 +1,19 @@
 """Which rows become which set."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.locate import open_source
 from files.errors import UserError
 from models.config import read_config
-from train.config import load_config
-from train.prepare import Data, base_dtype, decide, load_data
+from train.config import load_config, to_toml
+from train.decide import Machine, decide
+from train.prepare import Data, base_dtype, load_data, with_whole_paths
 
 
 def load(model: Path, rows: Path, **settings: object) -> Data:
@@ -47,6 +50,55 @@ def test_a_set_that_is_named_must_have_rows(model_folder: Path, tmp_path: Path) 
         load(model_folder, rows, **{"data.valid": str(empty)})
 
 
+@pytest.mark.usefixtures("cache")
+def test_several_files_are_one_set_and_their_rows_are_counted_on(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", ["train"] * 3) for name in "ab"]
+    listed = load(model_folder, files[0], **{"data.train": [str(file) for file in files]})
+    assert listed.train.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    assert load(model_folder, tmp_path / "*.jsonl").train.fingerprint == listed.train.fingerprint
+    turned = load(model_folder, files[0], **{"data.train": [str(file) for file in files[::-1]]})
+    assert turned.train.fingerprint == listed.train.fingerprint  # the same rows in both
+    files[1].write_text('{"text": "other"}\n')
+    assert len(load(model_folder, tmp_path / "*.jsonl").train) == 4  # no older rows of a cache
+
+
+def test_paths_are_whole_wherever_the_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a[1]b"
+    folder.mkdir()
+    rows = write_rows(folder / "rows.jsonl", ["train"])
+    monkeypatch.chdir(folder)
+    specs = ["rows.jsonl", "*.jsonl", "hub:owner/name", "rows:00", "gone.jsonl"]
+    config = with_whole_paths(load_config(overrides={"data.train": specs, "data.test": "r*.jsonl"}))
+    monkeypatch.chdir(tmp_path)
+    assert config.data.train is not None
+    assert config.data.test is not None
+    assert config.data.train[0] == str(rows)
+    for spec in (config.data.train[1], config.data.test):
+        [file] = open_source(spec).files
+        assert file.path == rows
+    assert config.data.train[2:] == ("hub:owner/name", "rows:00", "gone.jsonl")
+    text = tmp_path / "config.toml"
+    text.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(file=text) == config
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_eos_for_which_the_model_has_no_row_is_refused(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Named in tokenizer_config.json and nowhere else: it gets the next id, as in transformers."""
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    rows = write_rows(tmp_path / "rows.jsonl", ["train"])
+    (copy / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    with pytest.raises(UserError, match=r"token id 257 \('<\|end\|>'\) is beyond the model's"):
+        load(copy, rows)
+
+
 @pytest.mark.parametrize(
     ("stored", "precision", "dtype"),
     [
@@ -67,10 +119,11 @@ def test_a_frozen_base_is_stored_in_fp32_or_in_what_is_computed_in(
 ) -> None:
     overrides = {"train.device": "cpu", "train.precision": precision, "model.dtype": stored}
     config = load_config(overrides=overrides)
+    machine = Machine("cpu", None)
     if dtype is None:
         with pytest.raises(UserError, match=f"model.dtype={stored} with train.precision="):
-            decide(config)
+            decide(config, machine)
     else:
-        assert base_dtype(decide(config)[0]) == dtype
+        assert base_dtype(decide(config, machine)) == dtype
     full = load_config(overrides={**overrides, "train.method": "full"})
-    assert base_dtype(decide(full)[0]) == torch.float32  # masters, whatever is asked
+    assert base_dtype(decide(full, machine)) == torch.float32  # masters, whatever is asked

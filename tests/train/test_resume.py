@@ -1,19 +1,25 @@
 """Resume is exact: stopped and taken up again, a run ends in the same bits."""
 
+import dataclasses
 import json
+import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from files.atomic import RunLock, sha256_file
 from files.errors import UserError
 from files.faults import listening
 from files.folders import replace_folder
+from files.tensors import TensorFile
+from lora import adapter_tensors
 from train import session as session_module
 from train.config import load_config
+from train.precision import LossScaler
 from train.resume import _is_finished, find_run
 from train.run import Outcome, execute, main
 
@@ -176,10 +182,101 @@ def test_one_checkpoint_can_be_resumed_from(run_copy: Path, finished: Path) -> N
     assert rows_without_time(run_copy) == rows_without_time(finished)
 
 
+def test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken(run_copy: Path) -> None:
+    """Else a kill in the new third step would be answered with the old eighth."""
+    checkpoints = run_copy / "checkpoints"
+    seen: list[list[str]] = []
+
+    def first_step(name: str) -> None:
+        if name == "step.recorded" and not seen:
+            seen.append(sorted(path.name for path in checkpoints.glob("step-*")))
+
+    with listening(first_step):
+        assert main(["--resume", str(checkpoints / "step-00000003")]) == 0
+    assert all(name <= "step-00000003" for name in seen[0])
+    assert (checkpoints / f"aside-step-{STEPS:08d}").is_dir()
+
+
+def test_a_resume_goes_on_with_the_loss_scale(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that doubles every three good steps: after two and two it is twice the first."""
+    monkeypatch.setattr(LossScaler, "initial_scale", 8.0)
+    monkeypatch.setattr(LossScaler, "growth_interval", 3)
+    run = tmp_path / "run"
+    values = settings(model_folder, rows_file, run, **{"train.precision": "fp16"})
+    train(values | {"train.max_steps": 2})
+    assert last_state(run)["scaler"] == {"scale": 8.0, "good_steps": 2}
+    execute(*find_run(run, {"train.max_steps": 4}))
+    assert last_state(run)["scaler"] == {"scale": 16.0, "good_steps": 1}
+
+
 def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
     assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
     rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
+
+
+def earlier_schedules(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "plan.json").read_text())["earlier_schedules"]
+
+
+def cosine(step: int, total: int) -> float:
+    """The rate of a step (from 1) under a peak of 1e-2 and one step of warm-up."""
+    return 1e-2 * 0.5 * (1 + math.cos(math.pi * (step - 2) / (total - 1)))
+
+
+def test_a_run_that_is_made_longer_says_what_became_of_its_learning_rate(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert earlier_schedules(run_copy) == []
+    assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
+    line = (
+        "he schedule is redrawn from step 9 on, for 10 steps instead of 8: the learning rate of "
+        "that step is 0.00117 instead of 0"
+    )
+    assert capsys.readouterr().out.count(f"t{line}\n") == 1
+    report = (run_copy / "report.md").read_text()
+    assert f"- T{line}.\n" in report
+    assert "The learning rate of all 10 steps is the schedule's (cosine)." in report
+    (one,) = earlier_schedules(run_copy)
+    assert (one["until"], one["total_steps"], one["warmup_steps"]) == (8, 8, 1)
+    rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
+    rates = {row["step"]: row["learning_rate"] for row in rows}
+    for step in range(2, 11):
+        assert rates[step] == pytest.approx(cosine(step, 8 if step <= 8 else 10), abs=1e-12)
+    assert one["learning_rate_after"] == rates[9]
+    assert one["learning_rate_before"] == 0.0
+
+
+def test_each_change_of_length_is_kept_and_what_is_done_again_follows_the_last(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--resume", str(run_copy), "num_train_epochs=3", "max_steps=none"]) == 0
+    assert [(one["until"], one["total_steps"]) for one in earlier_schedules(run_copy)] == [(8, 8)]
+    assert main(["--resume", str(run_copy), "max_steps=14"]) == 0  # 22 rows in 6s: 4 an epoch
+    lengths = [(one["until"], one["total_steps"]) for one in earlier_schedules(run_copy)]
+    assert lengths == [(8, 8), (12, 12)]
+    report = (run_copy / "report.md").read_text()
+    assert "from step 9 on, for 12 steps instead of 8" in report
+    assert "from step 13 on, for 14 steps instead of 12" in report
+    assert "The learning rate of all 14 steps is the schedule's" in report
+    capsys.readouterr()
+    # Steps 6 and on are done again, all of them under the last schedule.
+    assert main(["--resume", str(run_copy / "checkpoints" / "step-00000005")]) == 0
+    lengths = [(one["until"], one["total_steps"]) for one in earlier_schedules(run_copy)]
+    assert lengths == [(5, 8)]
+    assert "from step 6 on, for 14 steps instead of 8" in capsys.readouterr().out
+    assert "of all 14 steps is the schedule's" in (run_copy / "report.md").read_text()
+
+
+def test_a_resume_that_changes_no_length_redraws_nothing(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = run_copy / "checkpoints" / "step-00000004"
+    assert main(["--resume", str(place), "eval.steps=3"]) == 0
+    assert earlier_schedules(run_copy) == []
+    assert "redrawn" not in capsys.readouterr().out
 
 
 def damage_file(path: Path) -> None:
@@ -376,6 +473,26 @@ def test_a_best_that_is_not_that_of_its_step_is_not_handed_out(
         train(values)
     assert not (run / "final").exists()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_the_test_set_is_evaluated_with_the_weights_of_final(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first evaluation is made the best of all, so that the last step's weights are others."""
+    evaluate = session_module.evaluate
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def first_is_best(model: Any, *given: Any, **named: Any) -> Any:
+        judged.append({name: t.clone() for name, t in adapter_tensors(model).items()})
+        result = evaluate(model, *given, **named)
+        return dataclasses.replace(result, loss=0.5) if len(judged) == 1 else result
+
+    monkeypatch.setattr(session_module, "evaluate", first_is_best)
+    values = {"data.test": str(rows_file / "test.jsonl"), "checkpoint.load_best_at_end": True}
+    run = train(settings(model_folder, rows_file, tmp_path / "run", **values)).folder
+    with TensorFile(run / "final" / "adapter_model.safetensors") as file:
+        assert all(file.read(name).equal(tensor) for name, tensor in judged[-1].items())
+        assert not all(file.read(name).equal(tensor) for name, tensor in judged[-2].items())
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from files.tensors import TensorFile, write_tensors
 from models import load_model
 from train.config import load_config
 from train.run import main, run
+from train.units import size_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +127,20 @@ def test_status_plan_and_samples(folder: Path) -> None:
     assert plan["total_parameters"] == status["total_parameters"]
 
 
+def test_memory_is_planned_and_measured_of_the_same_things(folder: Path) -> None:
+    status = json.loads((folder / "status.json").read_text())
+    with TensorFile(folder / "final" / "adapter_model.safetensors") as file:
+        adapter = sum(file.read(name).nbytes for name in file.names)
+    least = 4 * (status["total_parameters"] - status["trainable_parameters"]) + 3 * adapter
+    assert least < status["training_memory_bytes"] < status["peak_memory_bytes"]
+    assert 0 < status["memory_before_bytes"] < status["peak_memory_bytes"] + 1
+    report = (folder / "report.md").read_text()
+    plan = json.loads((folder / "plan.json").read_text())
+    planned, taken = plan["memory"]["total"], status["training_memory_bytes"]
+    assert f"| memory of model and training | {size_text(planned)} | {size_text(taken)} |" in report
+    assert f"{size_text(status['memory_before_bytes'])} before the model was loaded" in report
+
+
 def test_the_recorded_configuration_decides_everything(folder: Path) -> None:
     config = tomllib.loads((folder / "config.toml").read_text())
     assert config["train"]["precision"] == "fp32"
@@ -170,8 +185,9 @@ def test_the_final_adapter_in_peft_gives_the_test_loss(
 def test_an_existing_run_is_never_overwritten(
     folder: Path, model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(model_folder, rows_file, folder)) == 2
-    assert "never overwritten" in capsys.readouterr().err
+    for asked in ([], ["--plan"]):
+        assert main([*asked, *arguments(model_folder, rows_file, folder)]) == 2
+        assert "never overwritten" in capsys.readouterr().err
 
 
 def test_a_full_run_loads_in_transformers(
@@ -308,7 +324,9 @@ EMBEDDING = "model.embed_tokens.weight"
 BAD_INPUT: dict[str, tuple[Change, str]] = {
     "preset": (lambda m, r: ["--preset", "startcoder2-3b"], "did you mean 'starcoder2-3b'"),
     "key": (lambda m, r: ["optimizer.learning_rat=1"], "did you mean 'optimizer.learning_rate'"),
-    "the stack's key": (lambda m, r: ["lora_r=8"], "lora.r"),
+    "the stack's key": (lambda m, r: ["batch_size=8"], "train.effective_batch_size"),
+    "the stack's value": (lambda m, r: ["bf16=auto"], "train.precision"),
+    "what is not supported": (lambda m, r: ["load_in_4bit=true"], "not quantised"),
     "value": (lambda m, r: ["optimizer.name=adamm"], "did you mean 'adamw'"),
     "range": (lambda m, r: ["lora.lora_dropout=1.5"], "lora.lora_dropout"),
     "missing file": (lambda m, r: ["data.train=nowhere.jsonl"], "nowhere.jsonl"),
@@ -340,6 +358,12 @@ BAD_INPUT: dict[str, tuple[Change, str]] = {
         lambda m, r: ["data.valid=none", "eval.steps=1", "early_stopping_patience=1"],
         "data.valid",
     ),
+    "no weights": (lambda m, r: (m / "model.safetensors").unlink() or [], "model.safetensors"),
+    "no adapter to start from": (lambda m, r: [f"lora.init_from={r}"], "adapter_config.json"),
+    "a base in another half precision": (
+        lambda m, r: ["precision=bf16", "model.dtype=fp16"],
+        "model.dtype=fp16 with train.precision=bf16",
+    ),
     "no device": (lambda m, r: ["train.device=cuda"], "train.device=cuda"),
     "kernels": (lambda m, r: ["train.kernels=triton"], "train.kernels"),
 }
@@ -366,6 +390,10 @@ def test_bad_input_ends_in_one_sentence(
     assert error.count("\n") == 1, error
     assert expected in error
     assert "Traceback" not in error
+    # What cannot run cannot be planned either, in the same words.
+    assert main(["--plan", *arguments(model, rows, tmp_path / "run", *more)]) == 2
+    assert capsys.readouterr() == ("", error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_equal_stray_head_is_accepted(
@@ -384,5 +412,29 @@ def test_torchrun_with_two_ranks_says_that_it_is_not_built(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    assert main(arguments(model_folder, rows_file, tmp_path / "run")) == 2
-    assert "torchrun started 2 ranks" in capsys.readouterr().err
+    for asked in ([], ["--plan"]):
+        assert main([*asked, *arguments(model_folder, rows_file, tmp_path / "run")]) == 2
+        assert "torchrun started 2 ranks" in capsys.readouterr().err
+
+
+def test_tensorboard_that_is_not_installed_is_missed_before_anything_is_read(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for asked in ([], ["--plan"]):
+        assert main([*asked, *arguments(model_folder, tmp_path / "none", tmp_path / "run")]) == 2
+        assert "log.tensorboard=false" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_weights_that_would_be_drawn(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "architecture"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = ["--plan", "--json", *arguments(bare, rows_file, tmp_path / "run")]
+    assert main([*asked, "model.random_init=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_steps"] == 6
+    assert main(asked) == 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from train.early_stopping import EarlyStopping
 from train.evaluate import evaluate
 from train.flat import Optimizer
 from train.loop import StepBatches, step_that_fits
-from train.memory import is_out_of_memory
+from train.memory import is_out_of_memory, within_memory
 from train.optimizers import AdamW, build_optimizer
 from train.plan import plan_run
 from train.precision import LossScaler, Precision
@@ -169,6 +170,27 @@ def test_another_error_is_no_lack_of_memory() -> None:
     ):
         one_step(model, build_optimizer("adamw", model), cut(4))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_what_did_not_fit_is_gone_when_memory_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error's frames hold what they had allocated: CUDA could give none of it back."""
+
+    class Activations:
+        pass
+
+    held: list[weakref.ref[Activations]] = []
+    given_back = []
+
+    def compute() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        refused_by_cuda()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(held[0]() is None))
+    assert within_memory(compute, torch.device("cuda")) is None
+    assert given_back == [True]
 
 
 # The step is done again

@@ -1,0 +1,500 @@
+"""Which files a specification of data stands for, and which of them are of a split.
+
+* A file: itself, rows of data or not a file that can be read.
+* A folder, by all files below it, hidden ones left out. Files that hold rows are data (`.jsonl`,
+  `.csv`, `.parquet`; `.json` where there are none of these and no sources, because `package.json`
+  and `dataset_infos.json` hold no rows); what is beside them in most data sets says nothing (README
+  and LICENSE, `.md`, `.yaml`, `.toml`, pictures, …); everything else is a source file. So
+    - data, and no sources: a data set, read by configuration and split as on the Hub, or as its
+      README's `data_files` say;
+    - no data: a tree of source files, a row for each;
+    - both: refused, with the two specifications to choose from.
+* A glob (`data/*.jsonl`, `src/**/*.py`): the files that match, of which the same is true, except
+  that no configuration is chosen, and that files whose names speak of another split are left out
+  only where some do not.
+* `hub:owner/name[:config][:split]`: data files of a data set of the Hub.
+* `rows:SHA256`: rows that came from memory (`data.rows_in_memory`).
+* A list of these: one after the other; a file that would come twice is refused.
+
+Where names of files speak of splits (`train-00000-of-00002.parquet`, `test.jsonl`), only the files
+of the asked split are read, so that test rows never train. A file that is named is read whatever
+its name is.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data.rows_in_memory import ROWS_PREFIX, find_rows
+from files.errors import UserError, did_you_mean
+from files.hub import read_card, resolve_dataset
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB_PREFIX = "hub:"
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "eval": "valid",
+    "test": "test",
+    "testing": "test",
+}
+_SHARD_NUMBER = re.compile(r"-\d+-of-\d+.*")
+_NAMES_IN_A_MESSAGE = 20
+# What lies beside data without being rows or sources, by its name's beginning or its ending.
+_DOCUMENTS = re.compile(
+    r"(README|LICEN[CS]E|COPYING|NOTICE|AUTHORS|CITATION|CHANGELOG|CONTRIBUTING)\b.*"
+    r"|dataset_(info|infos|dict)\.json"
+    r"|.*\.(md|rst|ya?ml|toml|cff|bib|pdf|png|jpe?g|gif|svg|webp)",
+    re.IGNORECASE,
+)
+# Rows, but in a form that is not read.
+_PACKED = re.compile(r".*\.((jsonl?|csv|parquet)\.(gz|bz2|xz|zst|zip)|arrow)", re.IGNORECASE)
+_WILDCARDS = re.compile(r"[*?[]")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file to read.
+
+    Attributes:
+        path: Where it is on this machine.
+        name: What messages call it.
+        below: For a file of sources, its path below the folder or the glob's fixed part, which is
+            the column `path` of its row; None for a data file.
+    """
+
+    path: Path
+    name: str
+    below: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a specification stands for: the files to read, in order.
+
+    Attributes:
+        spec: the specification, as the user wrote it.
+        files: the files.
+        commit: the commit of a data set of the Hub; None otherwise.
+    """
+
+    spec: str
+    files: tuple[SourceFile, ...]
+    commit: str | None = None
+
+
+def open_source(spec: str | Path | Sequence[str | Path], split: str | None = None) -> Source:
+    """Return the files that `spec` stands for, without reading a row.
+
+    Args:
+        spec: a file, a folder, a glob, `hub:owner/name[:config][:split]`, or a list of these.
+        split: the split to choose where file names speak of splits; a split in `spec` rules.
+            None takes all files.
+
+    Raises:
+        UserError: nothing is there, the kind of file is unknown, data and sources are mixed, no
+            file is of the split, or a file would be read twice.
+    """
+    if isinstance(spec, str | Path):
+        return _open_one(str(spec), split)
+    sources = [_open_one(str(part), split) for part in spec]
+    files = [file for source in sources for file in source.files]
+    asked_by: dict[Path, str] = {}
+    for source in sources:
+        for file in source.files:
+            path = file.path.resolve()
+            if path in asked_by:
+                raise UserError(
+                    f"{file.name}: would be read twice, by {asked_by[path]} and by {source.spec}, "
+                    "and its rows would count twice; leave one of them out"
+                )
+            asked_by[path] = source.spec
+    return Source(listed([str(part) for part in spec]), tuple(files))
+
+
+def has_wildcards(spec: str) -> bool:
+    """Return whether `spec` is a glob: it has a wildcard, and no file or folder bears its name."""
+    return (
+        _WILDCARDS.search(spec) is not None
+        and not spec.startswith(HUB_PREFIX)
+        and not os.path.lexists(os.path.expanduser(spec))
+    )
+
+
+def _open_one(spec: str, split: str | None) -> Source:
+    if spec.startswith(HUB_PREFIX):
+        return _open_hub(spec, split)
+    if spec.startswith(ROWS_PREFIX):
+        return Source(spec, (SourceFile(find_rows(spec), "rows"),))
+    if has_wildcards(spec):
+        return _open_glob(spec, split)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _open_folder(spec, path, split)
+    if not path.exists():
+        raise _missing(spec, path)
+    if not path.is_file():
+        raise UserError(
+            f"{spec}: neither a regular file nor a folder; save the rows to a file first"
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{spec}: files ending in '{path.suffix}' are not read; the rows must be in one of "
+            f"{', '.join(SUFFIXES)} (unpacked), or pass the folder of source files"
+        )
+    return Source(spec, (SourceFile(path, spec),))
+
+
+def _missing(spec: str, path: Path) -> UserError:
+    parent = path.parent
+    neighbours = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    hint = did_you_mean(path.name, neighbours)
+    if "," in spec:
+        several = ", ".join(f'"{part.strip()}"' for part in spec.split(","))
+        hint = f"; several files are a list: data.train='[{several}]'"
+    elif not hint and spec.count("/") == 1:
+        hint = f"; a data set of the Hub is written {HUB_PREFIX}{spec}"
+    return UserError(f"{spec}: no such file or folder (looked in {parent.resolve()}){hint}")
+
+
+# --- folders and globs ---------------------------------------------------------------------------
+
+
+def _open_folder(spec: str, folder: Path, split: str | None) -> Source:
+    names = _names_below(folder)
+    if not names:
+        raise UserError(
+            f"{spec}: holds no files to read (data files end in {', '.join(SUFFIXES)}; hidden "
+            "files are left out)"
+        )
+    data = _data_among(names, spec, glob.escape(spec.rstrip("/") or "/"))
+    if not data:
+        return _tree(spec, folder, Path(spec), names)
+    chosen = _files_of_card(folder, data, split, spec)
+    if chosen is None:
+        data = _of_one_format(data, spec)
+
+        def example(config: str) -> str:
+            return f"{spec.rstrip('/')}/{_folder_of_config(config, data)}"
+
+        chosen = _files_of_split(_files_of_config(data, "", spec, example), split, spec)
+    return Source(spec, tuple(SourceFile(folder / name, str(Path(spec) / name)) for name in chosen))
+
+
+def _open_glob(spec: str, split: str | None) -> Source:
+    parts = Path(spec).parts
+    fixed = next(i for i, part in enumerate(parts) if _WILDCARDS.search(part))
+    root, pattern = Path(*parts[:fixed]), str(Path(*parts[fixed:]))
+    folder = root.expanduser()
+    names = sorted(
+        PurePosixPath(Path(name)).as_posix()
+        for name in set(glob.iglob(pattern, root_dir=folder, recursive=True))
+        if (folder / name).is_file()
+    )
+    if not names:
+        raise UserError(
+            f"{spec}: no file matches (looked in {folder.resolve()}); * stands for letters of one "
+            "name, ** for folders, and hidden files are left out"
+        )
+    data = _data_among(names, spec, glob.escape(str(root)))
+    if not data:
+        return _tree(spec, folder, root, names)
+    if split is not None:
+        wanted = canonical_split(split)
+        ours = [name for name in data if _split_labels(name)[1] <= {wanted}]
+        data = ours or data
+    return Source(spec, tuple(SourceFile(folder / name, str(root / name)) for name in data))
+
+
+def _tree(spec: str, folder: Path, shown: Path, names: Sequence[str]) -> Source:
+    return Source(spec, tuple(SourceFile(folder / name, str(shown / name), name) for name in names))
+
+
+def _names_below(folder: Path) -> list[str]:
+    """Return the files below `folder` as sorted POSIX paths, hidden files and folders left out."""
+    names: list[str] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        names += [
+            (Path(root) / name).relative_to(folder).as_posix() for name in files if name[0] != "."
+        ]
+    return sorted(names)
+
+
+def _data_among(names: Sequence[str], spec: str, pattern: str) -> list[str]:
+    """Return the names that hold rows; none of them where these are source files.
+
+    Args:
+        names: Files, none of them hidden.
+        spec: What the user asked for.
+        pattern: The folder of the names, as the beginning of a glob.
+
+    Raises:
+        UserError: Both lie here, or rows in a form that is not read.
+    """
+    kinds: dict[str, list[str]] = {"data": [], ".json": [], "packed": [], "source": []}
+    for name in names:
+        suffix, last = PurePosixPath(name).suffix.lower(), PurePosixPath(name).name
+        if _PACKED.fullmatch(last):
+            kinds["packed"].append(name)
+        elif suffix in SUFFIXES and not _DOCUMENTS.fullmatch(last):
+            kinds[".json" if suffix == ".json" else "data"].append(name)
+        elif not _DOCUMENTS.fullmatch(last):
+            kinds["source"].append(name)
+    data, sources, packed = kinds["data"], kinds["source"], kinds["packed"]
+    if data and sources:
+        raise UserError(
+            f"{spec}: holds data ({_counted(data)}) beside other files ({_counted(sources)}), and "
+            f"which of them are the rows is not certain; pass {_as_globs(data, pattern)} to read "
+            f"the data, or {_as_globs(sources, pattern)} to read the others, a row each"
+        )
+    if packed and not sources:
+        raise UserError(
+            f"{spec}: {packed[0]} holds rows in a form that is not read; unpack it, or save it as "
+            f"one of {', '.join(SUFFIXES)}"
+        )
+    return data or ([] if sources else kinds[".json"])
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} file{'' if len(names) == 1 else 's'}, such as {names[0]}"
+
+
+def _as_globs(names: Sequence[str], pattern: str) -> str:
+    """Return the value of `data.train` that reads these files, or most of them."""
+    if len(names) == 1:
+        return f"'{os.path.join(pattern, glob.escape(names[0]))}'"
+    endings = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in names)
+    globs = [
+        os.path.join(pattern, "**", f"{'*' if ending.startswith('.') else ''}{ending}")
+        for ending, _ in endings.most_common(3)
+    ]
+    return f"'{globs[0]}'" if len(globs) == 1 else f"""'["{'", "'.join(globs)}"]'"""
+
+
+def _of_one_format(names: Sequence[str], spec: str) -> list[str]:
+    suffixes = sorted({PurePosixPath(name).suffix.lower() for name in names})
+    if len(suffixes) > 1:
+        raise UserError(
+            f"{spec}: holds data files of several formats ({', '.join(suffixes)}), which may be "
+            "the same rows twice; pass one file, or a folder with one format"
+        )
+    return sorted(names)
+
+
+def _files_of_card(
+    folder: Path, names: Sequence[str], split: str | None, spec: str
+) -> list[str] | None:
+    """Return the files that the README's `configs` give to a split; None where it gives none."""
+    card = folder / "README.md"
+    configs = (read_card(card) if card.is_file() else {}).get("configs")
+    configs = [
+        config
+        for config in (configs if isinstance(configs, list) else [])
+        if isinstance(config, dict) and config.get("data_files")
+    ]
+    if not configs:
+        return None
+    chosen = next(
+        (c for c in configs if c.get("default") is True or c.get("config_name") == "default"), None
+    )
+    if chosen is None and len(configs) > 1:
+        files = [name for part in _patterns(configs[0], card).values() for name in part]
+        raise UserError(
+            f"{spec}: README.md names several configurations "
+            f"({listed([str(config.get('config_name')) for config in configs])}); pass the files "
+            f"of one, as in {os.path.join(glob.escape(spec), files[0])}"
+        )
+    patterns = _patterns(chosen or configs[0], card)
+    wanted = {
+        name
+        for name in patterns
+        if split in (None, name) or canonical_split(name) == canonical_split(split or "")
+    }
+    if split in wanted:
+        wanted = {split}
+    if not wanted:
+        raise UserError(
+            f"{spec}: README.md names no files of the split '{split}' (it has: "
+            f"{listed(sorted(patterns))}); name the file, or leave the split out and use "
+            "data.valid_fraction"
+        )
+    files: list[str] = []
+    for pattern in (pattern for name in sorted(wanted) for pattern in patterns[name]):
+        there = glob.glob(pattern, root_dir=folder, recursive=True)
+        found = sorted({PurePosixPath(Path(name)).as_posix() for name in there} & {*names})
+        if not found:
+            raise UserError(
+                f"{spec}: README.md gives the split '{split or 'train'}' the files '{pattern}', of "
+                "which none is here; fetch them, or name the files to read"
+            )
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def _patterns(config: Mapping[str, Any], card: Path) -> dict[str, list[str]]:
+    """Return split → globs of one configuration of a README."""
+    given = config["data_files"]
+    if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
+        given = {entry.get("split"): entry.get("path") for entry in given}
+    if not isinstance(given, dict):
+        given = {"train": given}
+    patterns = {
+        split: [paths] if isinstance(paths, str) else paths for split, paths in given.items()
+    }
+    for split, paths in patterns.items():
+        whole = isinstance(split, str) and isinstance(paths, list) and paths
+        if not whole or not all(isinstance(path, str) for path in paths):
+            raise UserError(
+                f"{card}: its data_files are not understood (they are a path, or a list of split "
+                "and path); name the files to read"
+            )
+    return patterns
+
+
+def _folder_of_config(config: str, names: Sequence[str]) -> str:
+    """Return the folder that holds the configuration's files, of all its splits."""
+    folder = PurePosixPath(_configurations(names)[config][0]).parent
+    while folder.name in SPLIT_NAMES:
+        folder = folder.parent
+    return folder.as_posix()
+
+
+# --- data sets of the Hub, configurations, splits ------------------------------------------------
+
+
+def _open_hub(spec: str, split: str | None) -> Source:
+    repository, *choices = spec.removeprefix(HUB_PREFIX).split(":")
+    if len(choices) > 2:
+        raise UserError(f"{spec}: must be hub:owner/name, hub:owner/name:config or …:config:split")
+    config, asked = (choices[0], choices[1]) if len(choices) == 2 else ("", "")
+
+    def choose(names: Sequence[str]) -> list[str]:
+        found = _data_files_of_hub(names, spec)
+        if not found:
+            raise UserError(
+                f"{spec}: has no data files ({', '.join(SUFFIXES)}); fetch its rows another way "
+                "and pass the file"
+            )
+        chosen_config, chosen_split = config, asked or split
+        if len(choices) == 1:
+            # One word after the name is a configuration where there is one of that name.
+            if choices[0] in _configurations(found):
+                chosen_config = choices[0]
+            else:
+                chosen_split = choices[0]
+        chosen = _files_of_config(
+            found, chosen_config, spec, lambda configuration: f"{spec}:{configuration}"
+        )
+        return _files_of_split(chosen, chosen_split, spec)
+
+    dataset = resolve_dataset(repository, choose)
+    files = tuple(
+        SourceFile(dataset.folder / name, f"{HUB_PREFIX}{repository}/{name}")
+        for name in dataset.names
+    )
+    return Source(spec, files, commit=dataset.commit)
+
+
+def _data_files_of_hub(names: Sequence[str], spec: str) -> list[str]:
+    """Return the names that hold rows, all of one format, or nothing."""
+    found = [
+        name
+        for name in names
+        if PurePosixPath(name).suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+    ]
+    better = [name for name in found if PurePosixPath(name).suffix.lower() != ".json"]
+    return _of_one_format(better or found, spec)
+
+
+def _configurations(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the data set's configurations: folder → files. `data` and folders of a split are none.
+
+    The files that lie in no such folder are the configuration `default`.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        folders = [
+            part
+            for part in PurePosixPath(name).parts[:-1]
+            if part != "data" and part not in SPLIT_NAMES
+        ]
+        found.setdefault("/".join(folders) or "default", []).append(name)
+    return found
+
+
+def _files_of_config(
+    names: Sequence[str], config: str, spec: str, example: Callable[[str], str]
+) -> list[str]:
+    """Return the files of a configuration; `example` says how another one is asked for."""
+    configurations = _configurations(names)
+    if not config and len(configurations) == 1:
+        return next(iter(configurations.values()))
+    if (config or "default") in configurations:
+        return configurations[config or "default"]
+    there = listed(sorted(configurations))
+    if not config:
+        raise UserError(
+            f"{spec}: has several configurations ({there}); name one, as in "
+            f"{example(sorted(configurations)[0])}"
+        )
+    raise UserError(
+        f"{spec}: has no configuration '{config}' (it has: {there})"
+        f"{did_you_mean(config, configurations)}"
+    )
+
+
+def _split_labels(name: str) -> tuple[str, set[str]]:
+    """Return what a file's name says of its split: its own words, and the splits they mean.
+
+    `python/train_sft-00000-of-00003.parquet` → `("train_sft", {"train"})`.
+    """
+    path = PurePosixPath(name)
+    label = _SHARD_NUMBER.sub("", path.stem)
+    words = [*re.split(r"[^a-z0-9]+", label.lower()), *(part.lower() for part in path.parts[:-1])]
+    return label, {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+
+
+def canonical_split(split: str) -> str:
+    """Return `train`, `valid` or `test` for their other spellings, and any other word as it is."""
+    return SPLIT_NAMES.get(split.lower(), split)
+
+
+def _files_of_split(names: Sequence[str], split: str | None, spec: str) -> list[str]:
+    """Return the files of `split`; where no name speaks of a split, all are training rows."""
+    if split is None:
+        return list(names)
+    labels = {name: _split_labels(name) for name in names}
+    exact = [name for name in names if labels[name][0] == split]
+    if exact:
+        return exact
+    wanted = canonical_split(split)
+    matching = [name for name in names if wanted in labels[name][1]]
+    if matching:
+        return matching
+    if wanted == "train" and not any(splits for _, splits in labels.values()):
+        return list(names)
+    found = sorted({"/".join(sorted(splits)) or label for label, splits in labels.values()})
+    raise UserError(
+        f"{spec}: has no files of the split '{split}' (it has: {listed(found)}); name the file, "
+        "or leave the split out and use data.valid_fraction"
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message, the first twenty of them."""
+    more = len(names) - _NAMES_IN_A_MESSAGE
+    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,2330 @@
+"""What the tests hold: faults put into the code on purpose, each of which must turn a test red.
+
+    python -m tests.mutations [FILE…]      all of them, or those of the files named
+
+Each mutation is a file of the product, a piece of its text, what stands there instead, and the
+tests that are to notice. The tree is copied to a temporary folder, one mutation is applied to the
+copy, and its tests run there; the checkout is never touched. A mutation is
+
+* red        where one of its tests fails: that is what it is for;
+* survived   where none does: a hole in the tests;
+* broken     where the tests cannot run (the mutated code has no meaning), or take too long;
+* gone       where its text is not in the file exactly once: the code has moved on, and so must it.
+
+A mutation that changes nothing anybody could notice is none: it has no place here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("files", "kernels", "lora", "models", "data", "train")
+AT_ONCE = 2
+_SECONDS = 180
+# Faults of the mutation itself, which any test would meet.
+_NONSENSE = re.compile(r"- (NameError|UnboundLocalError|SyntaxError|ImportError|AttributeError)")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault.
+
+    Attributes:
+        path: The file it is put into, from the root.
+        why: What is wrong with it.
+        old: The text that it takes the place of; it stands in the file exactly once.
+        new: The text put there.
+        tests: The pytest ids that must not all pass.
+    """
+
+    path: str
+    why: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutation: `red`, `survived`, `broken` or `gone`, and pytest's last words."""
+
+    mutation: Mutation
+    result: str
+    words: str
+    seconds: float
+
+
+def _of(path: str, tests: str, *mutations: tuple[str, ...]) -> list[Mutation]:
+    """Return the mutations of a file.
+
+    Args:
+        path: The file.
+        tests: The test file that most of them are for.
+        mutations: (why, old, new, test, …); a test is a name in `tests`, or a whole pytest id.
+    """
+    return [
+        Mutation(path, why, old, new, tuple(t if "::" in t else f"{tests}::{t}" for t in names))
+        for why, old, new, *names in mutations
+    ]
+
+
+MUTATIONS = [
+    # --- files -----------------------------------------------------------------------------------
+    *_of(
+        "files/atomic.py",
+        "tests/files/test_atomic.py",
+        (
+            "a file has its name before its bytes are on the disk",
+            "                os.fsync(file.fileno())\n",
+            "",
+            "test_the_new_content_is_on_the_disk_before_the_rename_and_the_folder_after",
+        ),
+        (
+            "what Python still holds back is not flushed before the sync",
+            "                file.flush()\n",
+            "",
+            "test_all_bytes_are_with_the_system_when_it_is_asked_to_sync",
+        ),
+        (
+            "the rename itself is not brought to the disk",
+            "            raise\n        fsync_folder(destination.parent)\n",
+            "            raise\n",
+            "test_the_new_content_is_on_the_disk_before_the_rename_and_the_folder_after",
+        ),
+        (
+            "a file of the temporary name is written through",
+            "os.O_RDWR | os.O_CREAT | os.O_EXCL",
+            "os.O_RDWR | os.O_CREAT",
+            "test_nothing_is_written_through_what_lies_at_the_temporary_name",
+        ),
+        (
+            "a symbolic link is replaced instead of the file that it names",
+            "destination = Path(os.path.realpath(path))",
+            "destination = Path(os.path.abspath(path))",
+            "test_a_symbolic_link_stays_and_its_file_is_replaced",
+        ),
+        (
+            "the permissions of a replaced file are lost",
+            "    return stat.S_IMODE(mode)\n",
+            "    return None\n",
+            "test_permissions_follow_the_umask_or_the_file_that_was_there",
+        ),
+        (
+            "a broken-off write leaves its temporary file",
+            "            temporary.unlink(missing_ok=True)\n            raise\n",
+            "            raise\n",
+            "test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else",
+        ),
+        (
+            "a full disk names no file",
+            "        raise OSError(error.errno, error.strerror, str(path)) from error\n",
+            "        raise\n",
+            "test_a_full_disk_names_the_file_and_leaves_the_old_one",
+        ),
+    ),
+    *_of(
+        "files/folders.py",
+        "tests/files/test_folders.py",
+        (
+            "no file of a folder is synced before the folder has its name",
+            "            fsync_file(path)\n",
+            "            pass\n",
+            "test_all_is_on_the_disk_before_the_folder_has_its_name",
+            "tests/train/test_checkpoint.py::test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk",
+        ),
+        (
+            "the names in a folder are not synced before it has its own",
+            "            fsync_file(path)\n        fsync_folder(temporary)\n",
+            "            fsync_file(path)\n",
+            "test_all_is_on_the_disk_before_the_folder_has_its_name",
+        ),
+        (
+            "a folder's rename is not synced",
+            'faultpoint("folder.renamed")\n    fsync_folder(target.parent)\n',
+            'faultpoint("folder.renamed")\n',
+            "test_all_is_on_the_disk_before_the_folder_has_its_name",
+        ),
+        (
+            "the old folder is deleted before the new one has its name",
+            "        target.rename(trash)\n",
+            "        shutil.rmtree(target)\n",
+            "test_all_is_on_the_disk_before_the_folder_has_its_name",
+        ),
+        (
+            "an error leaves half a folder",
+            "        shutil.rmtree(temporary, ignore_errors=True)\n        raise\n",
+            "        raise\n",
+            "test_an_error_leaves_the_old_folder_and_nothing_beside_it",
+        ),
+        (
+            "after a kill between two renames the old folder is taken, not the new one",
+            "(temporary if temporary.is_dir() else trash).rename(target)",
+            "(trash if trash.is_dir() else temporary).rename(target)",
+            "test_a_kill_while_a_folder_is_replaced_loses_neither",
+        ),
+        (
+            "a recovered folder's name is not synced",
+            "else trash).rename(target)\n    fsync_folder(target.parent)\n",
+            "else trash).rename(target)\n",
+            "test_a_recovered_folder_s_name_is_on_the_disk",
+        ),
+        (
+            "what a kill left half-deleted stays",
+            '    for prefix in (".tmp-", ".trash-"):\n',
+            '    for prefix in (".tmp-",):\n',
+            "test_a_sweep_takes_what_a_kill_left_and_nothing_else",
+        ),
+        (
+            "a changed byte is not noticed",
+            "whole = path.stat().st_size == size and sha256_file(path) == digest",
+            "whole = path.stat().st_size == size",
+            "test_every_flipped_bit_and_every_truncation_is_noticed[optimizer.safetensors]",
+        ),
+        (
+            "a manifest is believed without its own hash",
+            "own != _hash_of(manifest) or as_written",
+            "as_written",
+            "test_every_flipped_bit_and_every_truncation_is_noticed[manifest.json]",
+        ),
+        (
+            "a manifest that is not written as ours is believed",
+            " or as_written != path.read_bytes()",
+            "",
+            "test_every_flipped_bit_and_every_truncation_is_noticed[manifest.json]",
+        ),
+        (
+            "a surplus file is not noticed",
+            "    if present != set(listed):\n",
+            "    if not present >= set(listed):\n",
+            "test_missing_and_surplus_files_are_damage",
+        ),
+        (
+            "files are read again to be hashed though their hash is known",
+            "hashes.get(path.name) or sha256_file(path)",
+            "sha256_file(path)",
+            "test_a_file_whose_hash_is_known_is_not_read_again",
+        ),
+    ),
+    *_of(
+        "files/tensors.py",
+        "tests/files/test_tensors.py",
+        (
+            "a tensor that lies turned is written as it lies",
+            'to("cpu", _stored_dtype(tensor, dtype)).contiguous()\n',
+            'to("cpu", _stored_dtype(tensor, dtype))\n'
+            "    host = host.as_strided((host.numel(),), (1,))\n",
+            "test_any_stride_is_written_in_row_major_order",
+        ),
+        (
+            "integers are cast with the floats",
+            "dtype if dtype is not None and tensor.is_floating_point() else",
+            "dtype if dtype is not None else",
+            "test_floats_are_cast_on_the_way_and_integers_are_not",
+        ),
+        (
+            "narrow tensors come first, so that wide ones are not aligned",
+            "(-_stored_dtype(tensors[name], dtype).itemsize, name)",
+            "(_stored_dtype(tensors[name], dtype).itemsize, name)",
+            "test_the_digest_is_the_files_and_every_tensor_is_aligned",
+        ),
+        (
+            "the hash leaves out the header",
+            "digest = hashlib.sha256(start)",
+            "digest = hashlib.sha256()",
+            "test_the_digest_is_the_files_and_every_tensor_is_aligned",
+        ),
+        (
+            "tensors pile up that are still to be hashed",
+            "            hashed.result()\n",
+            "",
+            "test_one_tensor_at_a_time_is_held_however_slow_the_hash",
+        ),
+        (
+            "the header is not padded, so that no tensor is aligned",
+            'return text + b" " * (-len(text) % 8)',
+            "return text",
+            "test_the_digest_is_the_files_and_every_tensor_is_aligned",
+        ),
+        (
+            "writing to a tensor that was read changes the file",
+            "access=mmap.ACCESS_COPY",
+            "access=mmap.ACCESS_WRITE",
+            "test_a_tensor_outlives_its_file_object_and_writing_it_does_not_reach_the_disk",
+        ),
+        (
+            "a file that is cut off is read",
+            "    if position > size:\n",
+            "    if False:\n",
+            "test_malformed_files_end_in_one_sentence_naming_the_file",
+        ),
+        (
+            "bytes behind the last tensor are passed over",
+            "    if position < size:\n",
+            "    if False:\n",
+            "test_malformed_files_end_in_one_sentence_naming_the_file",
+        ),
+        (
+            "tensors may overlap",
+            "        if info.begin != position:\n",
+            "        if info.begin > position:\n",
+            "test_malformed_files_end_in_one_sentence_naming_the_file",
+        ),
+        (
+            "a header of any length is read into memory",
+            "    if length > _MAX_HEADER_BYTES:\n",
+            "    if False:\n",
+            "test_malformed_files_end_in_one_sentence_naming_the_file",
+        ),
+    ),
+    *_of(
+        "files/hub.py",
+        "tests/files/test_hub.py",
+        (
+            "a file that arrived damaged is used",
+            "    if actual != expected:\n",
+            "    if False:\n",
+            "test_a_refusal_is_one_sentence_with_its_remedy",
+        ),
+        (
+            "a damaged file stays in the cache, and is found there again",
+            "        blob_path.unlink(missing_ok=True)\n",
+            "",
+            "test_a_damaged_file_is_gone_from_the_cache_and_fetched_again",
+        ),
+        (
+            "weights are read beside the index that leaves them out",
+            "    if indexed and not missing:\n        return indexed\n",
+            "    if indexed and not missing:\n"
+            "        return sorted({*indexed, *(n for n in top if _WEIGHTS.fullmatch(n))})\n",
+            "test_the_index_decides_what_is_fetched_whatever_the_names",
+            "tests/models/test_weights.py::test_the_files_of_an_index_may_have_any_name",
+        ),
+        (
+            "a file that the index names is missing, and nobody says so",
+            "    missing = [name for name in indexed if name not in top]\n",
+            "    missing: list[str] = []\n",
+            "test_a_refusal_is_one_sentence_with_its_remedy",
+        ),
+        (
+            "damage of a large file in the cache is not noticed",
+            " and blob.name != digest:",
+            " and not digest:",
+            "test_damage_in_the_cache_is_noticed_by_the_name_of_the_blob",
+        ),
+    ),
+    # --- kernels ---------------------------------------------------------------------------------
+    *_of(
+        "kernels/loss.py",
+        "tests/kernels/test_linear_cross_entropy.py",
+        (
+            "the head's gradient is added up over chunks in the type of the weight",
+            "torch.zeros_like(weight, dtype=exact) if needs_weight",
+            "torch.zeros_like(weight) if needs_weight",
+            "test_the_weight_s_gradient_adds_up_over_chunks_in_fp32",
+        ),
+        (
+            "losses are added up in the type of the states",
+            "losses = hidden.new_empty(len(targets), dtype=exact)",
+            "losses = hidden.new_empty(len(targets))",
+            "test_bf16_is_finite_and_close",
+        ),
+        (
+            "only the last chunk reaches the head's gradient",
+            "grad_weight.addmm_(grad_logits.t(), hidden[chunk])",
+            "grad_weight.addmm_(grad_logits.t(), hidden[chunk], beta=0)",
+            "test_value_and_gradients",
+        ),
+        (
+            "the gradient scale is left in the gradients",
+            "left = grads[0] / ctx.gradient_scale",
+            "left = grads[0]",
+            "test_the_gradient_scale_cancels",
+        ),
+        (
+            "the factor on the loss does not reach the gradients",
+            "left = grads[0] / ctx.gradient_scale",
+            "left = torch.ones_like(grads[0]) / ctx.gradient_scale",
+            "test_value_and_gradients",
+        ),
+        (
+            "the softmax is taken of logits as they are, and overflows",
+            "    largest = wanted.amax(1, keepdim=True)\n",
+            "    largest = torch.zeros_like(target_logits)\n",
+            "test_logits_of_any_size_stay_finite",
+        ),
+        (
+            "fp16 gradients are made without the scale",
+            "    wanted.div_(total / scale)\n"
+            "    wanted.scatter_add_(1, index, torch.full_like(target_logits, -scale))\n"
+            "    gradient[len(targets) :] = 0\n"
+            "    return losses.squeeze(1), gradient.to(logits.dtype)",
+            "    wanted.div_(total)\n"
+            "    wanted.scatter_add_(1, index, torch.full_like(target_logits, -1))\n"
+            "    gradient[len(targets) :] = 0\n"
+            "    return losses.squeeze(1), gradient.to(logits.dtype) * scale",
+            "test_small_fp16_gradients_live_by_the_scale",
+        ),
+        (
+            "rows behind the targets get a gradient",
+            "    gradient[len(targets) :] = 0\n",
+            "",
+            "test_rows_that_only_repeat_a_shape_count_for_nothing",
+        ),
+        (
+            "gradients of hidden states go to the wrong rows",
+            "index_copy_(0, rows, scaled)",
+            "index_copy_(0, rows.flip(0), scaled)",
+            "test_value_and_gradients",
+        ),
+        (
+            "a chunk holds twice what memory was promised",
+            "rows = _LOGITS_BYTES // (vocabulary * dtype.itemsize)",
+            "rows = _LOGITS_BYTES // (vocabulary * dtype.itemsize // 2)",
+            "test_a_chunk_is_as_long_as_its_memory_allows",
+        ),
+    ),
+    *_of(
+        "kernels/attention.py",
+        "tests/kernels/test_attention.py",
+        (
+            "a window is one key too wide",
+            "visible & (key > query - window)",
+            "visible & (key >= query - window)",
+            "test_attention_stays_inside_documents_and_windows",
+        ),
+        (
+            "blocks leave out the first key of a window",
+            "max(0, low - window + 1)",
+            "max(0, low - window + 2)",
+            "test_blocks_are_the_whole",
+        ),
+        (
+            "queries see one key of the future",
+            "    visible = key <= query\n",
+            "    visible = key <= query + 1\n",
+            "test_attention_stays_inside_documents_and_windows",
+        ),
+        (
+            "blocks make their scores in bf16",
+            "        exact = _exact(q.dtype)\n",
+            "        exact = q.dtype\n",
+            "test_under_autocast_scores_stay_in_fp32",
+        ),
+        (
+            "the gradient by the keys is not scaled",
+            "return d_q.mul_(scale), d_k.mul_(scale), d_v",
+            "return d_q.mul_(scale), d_k, d_v",
+            "test_attention_gradient",
+        ),
+        (
+            "blocks forget what earlier blocks gave the keys",
+            "d_k_[:, seen] += torch.bmm",
+            "d_k_[:, seen] = torch.bmm",
+            "test_blocks_are_the_whole",
+        ),
+        (
+            "the cache's keys are cut one too short for the window",
+            "cache_length - window + 1",
+            "cache_length - window + 2",
+            "test_attention_behind_a_cache",
+        ),
+        (
+            "rows of no document let gradients through",
+            ".index_fill_(0, layout.pads, 0)",
+            "",
+            "tests/train/test_accumulation.py::test_attention_in_rounded_blocks_is_that_without",
+        ),
+        (
+            "attention is dropped where nothing is to be",
+            "    if segments.dropout_rows is None:\n        dropout = 0.0\n",
+            "    if segments.dropout_rows is None:\n        dropout = dropout\n",
+            "test_attention_dropout_needs_a_draw",
+        ),
+    ),
+    *_of(
+        "kernels/varlen.py",
+        "tests/kernels/test_attention.py",
+        (
+            "torch's kernel is told a window that is one key too wide",
+            "behind = -1 if window is None else window - 1",
+            "behind = -1 if window is None else window",
+            "test_varlen_attention_is_told_documents_and_window",
+        ),
+        (
+            "key heads are repeated in the wrong order",
+            "x.repeat_interleave(q.shape[1] // k.shape[1], 1)",
+            "x.repeat(1, q.shape[1] // k.shape[1], 1)",
+            "test_varlen_attention_is_told_documents_and_window",
+        ),
+    ),
+    *_of(
+        "kernels/dropout.py",
+        "tests/kernels/test_dropout.py",
+        (
+            "the module plays no part in a mask",
+            "columns ^ signed(mix(module))",
+            "columns ^ signed(mix(0))",
+            "test_masks_that_differ_in_one_part_of_the_key_are_independent",
+        ),
+        (
+            "p and 1 - p are exchanged",
+            "round((1 - p) * 2**32)",
+            "round(p * 2**32)",
+            "test_keep_rate_of_the_whole_and_of_each_row_and_column",
+        ),
+        (
+            "what is kept is not scaled",
+            "return keep(x, mask).mul_(1 / (1 - p))",
+            "return keep(x, mask)",
+            "test_dropout_scales_what_it_keeps_and_its_gradient_alike",
+        ),
+        (
+            "the gradient of what is kept is not scaled",
+            "return keep(grads[0], mask).mul_(1 / (1 - ctx.p)), None, None",
+            "return keep(grads[0], mask), None, None",
+            "test_dropout_scales_what_it_keeps_and_its_gradient_alike",
+        ),
+        (
+            "a dropped NaN stays one",
+            "return (x.view(_BITS[x.dtype]) * mask.view(torch.int8)).view(x.dtype)",
+            "return x * mask",
+            "test_every_type_is_dropped_alike_and_what_is_dropped_is_zero",
+        ),
+        (
+            "one multiplier has another bit",
+            "_MULTIPLIER_2 = 0x846CA68B - 2**32",
+            "_MULTIPLIER_2 = 0x846CA68D - 2**32",
+            "test_host_and_tensor_mix_agree",
+        ),
+        (
+            "heads of attention share a mask",
+            "mix_words(rows[:, None] ^ numbers[:, None])",
+            "mix_words(rows[:, None] ^ (numbers * 0)[:, None])",
+            "test_heads_and_keys_of_attention_are_independent",
+        ),
+        (
+            "the high word of a seed plays no part",
+            "(value & WORD, value >> 32 & WORD)",
+            "(value & WORD, value & WORD)",
+            "tests/kernels/test_segments.py::test_golden_keys",
+        ),
+    ),
+    *_of(
+        "kernels/segments.py",
+        "tests/kernels/test_segments.py",
+        (
+            "positions go on from document to document",
+            "return torch.cat([torch.arange(count) for count in rows])",
+            "return torch.arange(sum(rows))",
+            "test_documents_end_to_end",
+        ),
+        (
+            "the step plays no part in a draw",
+            "step_key = fold(fold(0, seed), step)",
+            "step_key = fold(fold(0, seed), 0)",
+            "test_every_part_of_the_key_matters",
+        ),
+        (
+            "the example plays no part in a draw",
+            "keys = [fold(step_key, example) for example in examples]",
+            "keys = [fold(step_key, 0) for example in examples]",
+            "test_every_part_of_the_key_matters",
+        ),
+        (
+            "draws behind a cache begin at position 0",
+            "_draw(draw, examples, all_rows, positions + offset)",
+            "_draw(draw, examples, all_rows, positions)",
+            "test_row_keys_belong_to_example_and_position_whatever_the_layout",
+        ),
+        (
+            "an empty document is taken",
+            "if not lengths or min(lengths) < 1:",
+            "if not lengths:",
+            "test_bad_layouts_are_refused",
+        ),
+    ),
+    *_of(
+        "kernels/linears.py",
+        "tests/kernels/test_linears.py",
+        (
+            "the adapter is not scaled",
+            "alpha=scale / (1 - p))",
+            "alpha=1 / (1 - p))",
+            "test_linears_share_an_input",
+        ),
+        (
+            "the base sees the dropped input too",
+            "low_rank = torch.mm(x if mask is None else keep(x, mask), a.t())",
+            "x = x if mask is None else keep(x, mask)\n"
+            "                    low_rank = torch.mm(x, a.t())\n"
+            "                    y = F.linear(x, weight, None if bias is None else bias.to(dtype))",
+            "test_adapter_alone_sees_dropped_input",
+        ),
+        (
+            "A's gradient sees the input without its mask",
+            "torch.mm(d_low_rank.t(), kept) if needs_a",
+            "torch.mm(d_low_rank.t(), x) if needs_a",
+            "test_every_gradient_is_that_of_the_formula",
+        ),
+        (
+            "B's gradient is not scaled",
+            "torch.mm(low_rank.t(), dy).mul_(scale / (1 - p)).t()",
+            "torch.mm(low_rank.t(), dy).t()",
+            "test_every_gradient_is_that_of_the_formula",
+        ),
+        (
+            "the gradient through an adapter passes what was dropped",
+            "dx.add_(keep(torch.mm(d_low_rank, a), mask))",
+            "dx.add_(torch.mm(d_low_rank, a))",
+            "test_every_gradient_is_that_of_the_formula",
+        ),
+        (
+            "the input's gradient is that of the last layer alone",
+            "dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)",
+            "dx = torch.mm(dy, weight)",
+            "test_every_gradient_is_that_of_the_formula",
+        ),
+    ),
+    *_of(
+        "kernels/reference.py",
+        "tests/kernels/test_reference.py",
+        (
+            "RMSNorm's epsilon stands outside the root",
+            ".add_(eps).rsqrt_()",
+            ".rsqrt_().add_(eps)",
+            "test_rms_norm",
+        ),
+        (
+            "RMSNorm rounds after the weight has come in",
+            "return (exact * inverse).to(x.dtype) * weight",
+            "return (exact * inverse * weight).to(x.dtype)",
+            "test_rms_norm_rounds_before_the_weight_comes_in",
+        ),
+        (
+            "RMSNorm's gradient leaves out the norm's own",
+            "torch.addcmul(d_normed, normed, mean, value=-1)",
+            "torch.addcmul(d_normed, normed, mean, value=0)",
+            "test_rms_norm_gradient",
+        ),
+        (
+            "GELU in its exact form",
+            'F.gelu(x, approximate="tanh")',
+            "F.gelu(x)",
+            "test_activations",
+        ),
+        (
+            "the backward pass of rotary turns forward",
+            "_rotate(grads[0], cos, sin, -1.0)",
+            "_rotate(grads[0], cos, sin, 1.0)",
+            "test_rotary_gradient_and_types",
+        ),
+        (
+            "rotary turns neighbours the other way round",
+            "torch.cat((-sin_low, sin_high), -1)",
+            "torch.cat((sin_low, -sin_high), -1)",
+            "test_rotary_turns_the_two_halves_against_each_other",
+        ),
+        (
+            "SwiGLU's two inputs exchange their gradients",
+            "        return d_gate, F.silu(gate).mul_(grads[0])\n",
+            "        return F.silu(gate).mul_(grads[0]), d_gate\n",
+            "test_swiglu_gradient",
+        ),
+    ),
+    *_of(
+        "kernels/rounding.py",
+        "tests/kernels/test_rounding.py",
+        (
+            "a quarter of the rows may be pads",
+            "rows.bit_length() - 4",
+            "rows.bit_length() - 3",
+            "test_at_most_an_eighth_is_wasted_and_few_sizes_are_left",
+        ),
+        (
+            "fp32 is rounded too",
+            'return library(device, dtype) == "oneDNN"',
+            'return library(device, dtype) in ("oneDNN", "MKL")',
+            "test_nothing_else_is_rounded",
+        ),
+    ),
+    *_of(
+        "kernels/dispatch.py",
+        "tests/kernels/test_dispatch.py",
+        (
+            "triton where it cannot run falls back in silence",
+            '    if device.type != "cuda" and not interpreted:\n        raise UserError(',
+            '    if device.type != "cuda" and not interpreted:\n        return _REFERENCE\n'
+            "        raise UserError(",
+            "test_triton_says_what_to_use_instead",
+        ),
+        (
+            "auto takes Triton without a record of its gain",
+            "    if not gains or importlib",
+            "    if importlib",
+            "tests/kernels/test_triton.py::test_auto_takes_what_gains_on_a_class_of_device",
+        ),
+    ),
+    *_of(
+        "kernels/triton_norms.py",
+        "tests/kernels/test_triton.py",
+        (
+            "RMSNorm in Triton rounds after the weight has come in",
+            "normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight",
+            "normed * weight",
+            "test_rms_norm_rounds_before_the_weight_comes_in",
+        ),
+        (
+            "the residual stream's own gradient is lost",
+            "            d_x += tl.load(d_total_ptr",
+            "            d_x += 0.0 * tl.load(d_total_ptr",
+            "test_norms_with_an_addition",
+        ),
+        (
+            "the mean's part of LayerNorm's gradient is left out",
+            "            d_x -= tl.sum(gradient, axis=0) / width\n",
+            "            d_x -= 0.0\n",
+            "test_layer_norm",
+        ),
+        (
+            "the weight's gradient is that of a program's last row",
+            "            d_weight += d_out * normed\n",
+            "            d_weight = d_out * normed\n",
+            "test_rms_norm",
+        ),
+    ),
+    *_of(
+        "kernels/triton_elementwise.py",
+        "tests/kernels/test_triton.py",
+        (
+            "SwiGLU's derivative leaves out a term",
+            "sigmoid * (1.0 + gate * (1.0 - sigmoid))",
+            "sigmoid * (1.0 + gate)",
+            "test_activations",
+        ),
+        (
+            "GELU's slope has a third of its cubic term",
+            "(1.0 + 3.0 * 0.044715 * x * x)",
+            "(1.0 + 0.044715 * x * x)",
+            "test_activations",
+        ),
+        (
+            "rotary in Triton reads the rows of a slice as if they were its own",
+            "        x.stride(0),\n",
+            "        heads * d,\n",
+            "test_rotary_takes_slices_of_wider_rows",
+        ),
+    ),
+    *_of(
+        "kernels/triton_loss.py",
+        "tests/kernels/test_triton.py",
+        (
+            "the sum is not brought to the new maximum",
+            "total = total * tl.exp(before - largest) + tl.sum",
+            "total = total + tl.sum",
+            "test_the_maximum_is_carried_from_block_to_block",
+        ),
+        (
+            "rows behind the targets keep their logits as gradients",
+            "            tl.store(base + column, zeros, mask=column < vocabulary)\n",
+            "            pass\n",
+            "test_the_loss_of_a_chunk",
+        ),
+    ),
+    *_of(
+        "kernels/triton_linears.py",
+        "tests/kernels/test_triton.py",
+        (
+            "all adapters draw the mask of the first",
+            "return tl.where(j == 0, first, tl.where(j == 1, second, third))",
+            "return tl.where(j == 0, first, tl.where(j == 1, first, third))",
+            "test_linears",
+        ),
+        (
+            "an adapter without dropout drops a word in four thousand million",
+            "(word < limit) | (limit == 0x7FFFFFFF)",
+            "word < limit",
+            "test_an_adapter_without_dropout_keeps_every_word_beside_one_with",
+        ),
+        (
+            "rows at the seam of two programs count twice",
+            "there = row < tl.minimum(first + rows_each, rows)",
+            "there = row < rows",
+            "test_rows_that_several_programs_share",
+        ),
+    ),
+    *_of(
+        "kernels/triton_updates.py",
+        "tests/kernels/test_triton.py",
+        (
+            "Triton's AdamW leaves out the factor on the gradient",
+            "other=0.0) * gradient_scale\n    exp_avg = ",
+            "other=0.0)\n    exp_avg = ",
+            "test_updates[0.3-adamw]",
+        ),
+        (
+            "Triton's Adafactor forgets its epsilon",
+            "before + (total / columns + epsilon - before) * beta2_left",
+            "before + (total / columns - before) * beta2_left",
+            "test_updates[0.3-adafactor]",
+        ),
+    ),
+    # --- lora ------------------------------------------------------------------------------------
+    *_of(
+        "lora/injection.py",
+        "tests/lora/test_injection.py",
+        (
+            "rslora's scale is that without it",
+            "alpha / math.sqrt(r) if self.use_rslora",
+            "alpha / r if self.use_rslora",
+            "test_scale",
+        ),
+        (
+            "A is drawn twice as wide",
+            "bound = 1.0 / math.sqrt(factor.shape[1])",
+            "bound = 2.0 / math.sqrt(factor.shape[1])",
+            "test_a_starts_uniform_within_one_over_root_k_and_b_at_zero",
+        ),
+        (
+            "every A is the same draw",
+            'f"{seed}/{name}.lora_A"',
+            'f"{seed}/lora_A"',
+            "test_each_a_is_a_function_of_seed_and_name_alone",
+        ),
+        (
+            "the seed plays no part in A",
+            'f"{seed}/{name}.lora_A"',
+            'f"{name}.lora_A"',
+            "test_each_a_is_a_function_of_seed_and_name_alone",
+        ),
+        (
+            "the base model is trained too",
+            "    if freeze:\n        model.requires_grad_(False)\n",
+            "",
+            "test_what_is_trained_is_what_peft_trains",
+        ),
+        (
+            "all-linear adapts the head",
+            "names = [name for name in linears if not _is_head(model, name, linears[name])]",
+            "names = list(linears)",
+            "test_all_linear_leaves_the_head_out",
+        ),
+        (
+            "a target that matches nothing is passed over",
+            "        if unmatched:\n",
+            "        if len(unmatched) == len(targets):\n",
+            "test_a_target_that_cannot_be_adapted_is_named",
+        ),
+        (
+            "a name matches the end of a word",
+            'name == target or name.endswith(f".{target}")',
+            "name.endswith(target)",
+            "test_a_list_matches_whole_parts_of_a_name_and_a_string_the_whole_name",
+        ),
+        (
+            "trained biases stay in the base's half precision",
+            "parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))",
+            "parameter.data.to(parameter.dtype)",
+            "test_factors_are_fp32_over_any_narrower_base",
+        ),
+        (
+            "a second adapter goes over the first",
+            "    if any(isinstance(module, LoraLinear) for module in model.modules()):\n",
+            "    if False:\n",
+            "test_a_second_adapter_is_refused",
+        ),
+        (
+            "adapters count as part of the base",
+            "base=total - _elements(adapters)",
+            "base=total",
+            "test_seed_001_counts_on_the_meta_device",
+        ),
+    ),
+    *_of(
+        "lora/linear.py",
+        "tests/lora/test_injection.py",
+        (
+            "the factors are in the base's half precision",
+            "dtype = torch.promote_types(linear.weight.dtype, torch.float32)",
+            "dtype = linear.weight.dtype",
+            "test_factors_are_fp32_over_any_narrower_base",
+        ),
+        (
+            "all adapters draw the same masks",
+            "self.module = module_id(name)",
+            'self.module = module_id("")',
+            "test_dropout_draws_are_keyed_by_the_module",
+        ),
+        (
+            "the adapter's product is not scaled in a network that is not ours",
+            "self.lora_B) * self.scale)",
+            "self.lora_B))",
+            "test_forward_in_a_network_that_is_not_ours",
+        ),
+        (
+            "evaluation drops too",
+            "self.dropout, self.training)",
+            "self.dropout, True)",
+            "test_forward_drops_in_training_mode_alone",
+        ),
+    ),
+    *_of(
+        "lora/merging.py",
+        "tests/lora/test_merging.py",
+        (
+            "the merged sum is made in the weight's half precision",
+            "    weight = layer.weight.to(layer.lora_A.dtype)\n"
+            "    return torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)"
+            ".to(layer.weight.dtype)",
+            "    update = layer.scale * (layer.lora_B @ layer.lora_A)\n"
+            "    return layer.weight + update.to(layer.weight.dtype)",
+            "test_the_sum_is_made_in_fp32_and_rounded_once",
+        ),
+        (
+            "the merged sum leaves out the scale",
+            "layer.lora_A, alpha=layer.scale)",
+            "layer.lora_A)",
+            "test_the_merged_model_computes_what_the_adapted_one_did",
+        ),
+        (
+            "infinite weights are merged",
+            "        if not merged.isfinite().all():\n",
+            "        if merged.isnan().any():\n",
+            "test_a_merged_weight_that_is_not_finite_is_refused",
+        ),
+        (
+            "a tied weight is merged into, and changes two modules",
+            "        if others:\n",
+            "        if False:\n",
+            "test_a_tied_weight_is_refused",
+        ),
+        (
+            "trained biases stay fp32 in a half-precision model",
+            "            bias.data = bias.data.to(weight.dtype)\n",
+            "            pass\n",
+            "test_the_sum_is_made_in_fp32_and_rounded_once",
+        ),
+    ),
+    *_of(
+        "lora/adapter.py",
+        "tests/lora/test_adapter.py",
+        (
+            "a tensor that is missing keeps its starting value",
+            "    if missing := own.keys() - tensors.keys():\n",
+            "    if False and (missing := own.keys() - tensors.keys()):\n",
+            "test_every_tensor_that_does_not_fit_is_listed_at_once",
+        ),
+        (
+            "a loaded adapter is trained though nobody asked",
+            "    if not trainable:\n",
+            "    if trainable:\n",
+            "test_an_adapter_of_peft_loads_here_and_gives_its_logits",
+        ),
+        (
+            "PEFT's DoRA is taken for plain LoRA",
+            "if key not in known and _is_given(document, key)]",
+            'if key not in {*known, "use_dora"} and _is_given(document, key)]',
+            "test_what_is_not_supported_is_named",
+        ),
+    ),
+    # --- models ----------------------------------------------------------------------------------
+    *_of(
+        "models/layers.py",
+        "tests/models/test_layers.py",
+        (
+            "attention is scaled by the head's size, not its root",
+            "scale=self.head_dim**-0.5",
+            "scale=self.head_dim**-1.0",
+            "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
+        ),
+        (
+            "the second norm sees the stream without attention's change",
+            "        x, normed = self.post_attention_layernorm.add(x, change)\n",
+            "        normed = self.post_attention_layernorm.add(x, change * 0)[1]\n"
+            "        x = x + change\n",
+            "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
+        ),
+        (
+            "the final norm is left out",
+            "        return self.model.norm(x)\n",
+            "        return x\n",
+            "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
+        ),
+        (
+            "gate and up are exchanged",
+            "gate, up = run.linears(x, pair, segments)",
+            "up, gate = run.linears(x, pair, segments)",
+            "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
+        ),
+        (
+            "the cache's length moves on with each layer",
+            "        keys, values = self._layers[layer]\n",
+            "        keys, values = self._layers[layer]\n        self.length += layer\n",
+            "test_decoding_with_a_cache_equals_the_full_pass",
+        ),
+        (
+            "positions behind a cache begin at 0 in the rotary tables",
+            "        offset = 0 if cache is None else cache.length\n",
+            "        offset = 0\n",
+            "tests/models/test_parity.py::test_decoding_with_a_cache",
+        ),
+        (
+            "layers are not computed again though it is asked",
+            "recompute = self.gradient_checkpointing and torch.is_grad_enabled()",
+            "recompute = False",
+            "test_gradient_checkpointing_changes_no_bit",
+        ),
+        (
+            "the sums of StarCoder2's MLP are not dropped",
+            "            change = self.mlp_residual(change, segments)\n",
+            "            pass\n",
+            "test_dropouts_stand_where_the_architecture_has_them",
+        ),
+        (
+            "attention's dropout shares its masks among layers",
+            'name = f"model.layers.{layer}.self_attn.attention_dropout"',
+            'name = "model.layers.self_attn.attention_dropout"',
+            "test_set_dropout_reaches_every_place_that_the_architecture_has",
+        ),
+        (
+            "adapters lose their dropout with the architecture's",
+            "        if isinstance(module, Dropout):\n            module.p = p\n",
+            "        if isinstance(module, Dropout):\n            module.p = p\n"
+            '        elif hasattr(module, "lora_A"):\n            module.dropout = p\n',
+            "test_set_dropout_leaves_adapters_their_own",
+        ),
+        (
+            "a tied model reads a head of its own",
+            "return self.model.embed_tokens.weight if tied else self.lm_head.weight",
+            "return self.model.embed_tokens.weight if not tied else self.model.norm.weight",
+            "tests/models/test_parity.py::test_variants",
+        ),
+    ),
+    *_of(
+        "models/rotary.py",
+        "tests/models/test_rotary.py",
+        (
+            "linear scaling multiplies instead of dividing",
+            "return plain / rope.factor, 1.0",
+            "return plain * rope.factor, 1.0",
+            "test_frequencies_and_size",
+        ),
+        (
+            "dynamic scaling begins one factor too late",
+            "- (rope.factor - 1)\n",
+            "- rope.factor\n",
+            "test_frequencies_and_size",
+        ),
+        (
+            "llama3 stretches the frequencies that it should keep",
+            "    return _blend(plain, rope.factor, keep.clamp(0, 1))\n",
+            "    return _blend(plain, rope.factor, 1 - keep.clamp(0, 1))\n",
+            "test_frequencies_and_size",
+        ),
+        (
+            "yarn's ramp is not truncated to whole dimensions",
+            "    if rope.truncate:\n",
+            "    if not rope.truncate:\n",
+            "test_frequencies_and_size",
+        ),
+        (
+            "yarn does not sharpen attention",
+            "return 1.0 if rope.factor <= 1 else 0.1 * mscale",
+            "return 1.0 if rope.factor >= 1 else 0.1 * mscale",
+            "test_frequencies_and_size",
+        ),
+        (
+            "angles are made in half precision",
+            "angles = segments.positions[:, None].float() * frequencies",
+            "angles = (segments.positions[:, None].float() * frequencies).to(dtype)",
+            "tests/models/test_layers.py::test_rotary_tables_stay_fp32_under_autocast_and_take_the_type_asked_for",
+        ),
+        (
+            "a document's pads make its dynamic scaling longer",
+            "lengths = [max(limit, offset + length) for length in segments.lengths]",
+            "lengths = [max(limit, offset + length) for length in segments.rows]",
+            "tests/models/test_layers.py::test_dynamic_rope_follows_each_document_s_own_real_length",
+        ),
+    ),
+    *_of(
+        "models/starcoder2.py",
+        "tests/models/test_layers.py",
+        (
+            "the embedding is not dropped",
+            "return self.embedding_dropout(super().embed(input_ids, segments), segments)",
+            "return super().embed(input_ids, segments)",
+            "test_the_three_dropouts_act_exactly_where_there_is_a_draw",
+        ),
+        (
+            "both residual dropouts draw the same masks",
+            'Dropout(f"{name}.mlp.residual_dropout", p)',
+            'Dropout(f"{name}.self_attn.residual_dropout", p)',
+            "test_set_dropout_reaches_every_place_that_the_architecture_has",
+        ),
+    ),
+    *_of(
+        "models/qwen2.py",
+        "tests/models/test_parity.py",
+        (
+            "q, k and v of Qwen2 have no biases",
+            "qkv_bias=True",
+            "qkv_bias=False",
+            "test_logits_for_each_family_rope_and_attention",
+        ),
+    ),
+    *_of(
+        "models/config.py",
+        "tests/models/test_parity.py",
+        (
+            "every layer of a Qwen2 has the window of its later ones",
+            "return self.sliding_window if sliding else None",
+            "return self.sliding_window",
+            "test_window_shorter_than_the_sequence",
+        ),
+    ),
+    *_of(
+        "models/weights.py",
+        "tests/models/test_weights.py",
+        (
+            "starting weights do not depend on the seed",
+            'f"{seed}/{name}".encode()',
+            'f"{name}".encode()',
+            "test_starting_weights_depend_on_seed_and_name_alone",
+        ),
+        (
+            "a tied model's own head is passed over though it differs",
+            "    if not same:\n",
+            "    if False:\n",
+            "test_a_stray_head_is_accepted_where_it_is_the_embedding_once_more",
+        ),
+        (
+            "a link may lead out of a model's folder",
+            "    if path.resolve().parent not in allowed:\n",
+            "    if False:\n",
+            "test_links_lead_nowhere_but_to_the_hub_caches_blobs",
+        ),
+    ),
+    # --- data ------------------------------------------------------------------------------------
+    *_of(
+        "data/batch.py",
+        "tests/data/test_batch.py",
+        (
+            "labels are not shifted: each token is its own target",
+            "targets[start : start + length - 1] = document.labels[1:]",
+            "targets[start : start + length] = document.labels",
+            "test_targets_are_the_next_token_of_the_same_document",
+        ),
+        (
+            "the last token of a document predicts the first of the next",
+            "    return MicroBatch(\n        input_ids=torch.from_numpy(input_ids),\n",
+            "    targets[starts[1:-1] - 1] = input_ids[starts[1:-1]]\n"
+            "    return MicroBatch(\n        input_ids=torch.from_numpy(input_ids),\n",
+            "test_targets_are_the_next_token_of_the_same_document",
+        ),
+        (
+            "pads are targets",
+            "targets = np.full(starts[-1], IGNORED, dtype=np.int64)",
+            "targets = np.full(starts[-1], pad_id, dtype=np.int64)",
+            "test_padding_is_the_pad_token_without_targets",
+        ),
+        (
+            "padding is counted among the tokens",
+            "num_tokens=sum(lengths)",
+            "num_tokens=int(starts[-1])",
+            "test_all_cuts_hold_the_same_examples_in_the_same_order",
+        ),
+        (
+            "a micro-batch exceeds its budget by an example",
+            "rows[batching] > budget and stop > start",
+            "rows[batching] > budget + longest and stop > start",
+            "test_cut_by_tokens_takes_as_many_as_fit",
+        ),
+        (
+            "a budget counts padded rows as their tokens",
+            '"longest": count * longest,',
+            '"longest": tokens,',
+            "test_cut_by_tokens_takes_as_many_as_fit",
+        ),
+        (
+            "the last micro-batch of a step is lost",
+            "    if len(lengths):\n        yield slice(start, len(lengths))\n",
+            "",
+            "test_all_cuts_hold_the_same_examples_in_the_same_order",
+        ),
+    ),
+    *_of(
+        "data/order.py",
+        "tests/data/test_order.py",
+        (
+            "every epoch has the order of the first",
+            "manual_seed(seed + epoch)",
+            "manual_seed(seed)",
+            "test_shuffle_is_randperm_of_seed_plus_epoch",
+        ),
+        (
+            "groups go from short to long",
+            'np.argsort(-lengths[chunk], kind="stable")',
+            'np.argsort(lengths[chunk], kind="stable")',
+            "test_length_groups_equal_transformers",
+        ),
+        (
+            "equal lengths are not kept in their order",
+            'np.argsort(-lengths[chunk], kind="stable")',
+            'np.argsort(lengths[chunk], kind="stable")[::-1]',
+            "test_length_groups_equal_transformers",
+        ),
+        (
+            "the longest example is not the first of all",
+            "    grouped[[0, longest]] = grouped[[longest, 0]]\n",
+            "",
+            "test_length_groups_equal_transformers",
+        ),
+        (
+            "the global generator is drawn from",
+            "order = torch.randperm(num_examples, generator=generator).numpy()",
+            "torch.manual_seed(seed + epoch)\n        order = torch.randperm(num_examples).numpy()",
+            "test_no_global_generator_is_touched",
+        ),
+    ),
+    *_of(
+        "data/examples.py",
+        "tests/data/test_examples.py",
+        (
+            "a cached array is believed without its hash",
+            '        if _digest(arrays) != meta["fingerprint"] or meta',
+            "        if meta",
+            "test_a_damaged_cache_is_made_anew",
+        ),
+        (
+            "a token beyond the model's vocabulary is trained",
+            "    if largest >= vocab_size:\n",
+            "    if largest > vocab_size:\n",
+            "test_vocabulary_check_names_the_token",
+        ),
+        (
+            "an example of a subset is keyed by its place there",
+            "index = int(self._positions[position])",
+            "index = position",
+            "tests/data/test_batch.py::test_a_subset_keeps_the_index_that_keys_dropout",
+        ),
+    ),
+    *_of(
+        "data/tokenizer_file.py",
+        "tests/data/test_tokenizer.py",
+        (
+            "a tokenizer's own truncation cuts rows in silence",
+            "        backend.no_truncation()\n",
+            "",
+            "test_truncation_and_padding_of_the_file_are_switched_off",
+        ),
+        (
+            "a tokenizer's own padding goes into rows",
+            "        backend.no_padding()\n",
+            "",
+            "test_truncation_and_padding_of_the_file_are_switched_off",
+        ),
+    ),
+    *_of(
+        "data/cache.py",
+        "tests/data/test_examples.py",
+        (
+            "$LATHE_CACHE plays no part",
+            'os.environ.get("LATHE_CACHE")',
+            'os.environ.get("LATHE_CACHED")',
+            "test_cache_root",
+        ),
+    ),
+    *_of(
+        "data/demo/build.py",
+        "tests/data/test_demo_data.py",
+        (
+            "the docstring stays in the solution",
+            "    head = lines[first - 1 : docstring.lineno - 1]\n",
+            "    head = lines[first - 1 : docstring.end_lineno]\n",
+            "test_functions_without_their_docstrings",
+        ),
+        (
+            "rows of one module may be in two splits",
+            "share = int.from_bytes(_sha256(self.name)[:8]) % 100",
+            "share = len(self.source) % 100",
+            "test_corpus_holds_no_module_of_the_test_rows",
+            "test_no_module_is_in_two_splits",
+        ),
+    ),
+    # --- train -----------------------------------------------------------------------------------
+    *_of(
+        "train/schedule.py",
+        "tests/train/test_schedule.py",
+        (
+            "the first update has a rate above 0",
+            "return step / max(1, warmup_steps)",
+            "return (step + 1) / max(1, warmup_steps)",
+            "test_two_warm_up_steps_of_six",
+        ),
+        (
+            "the decay's length is that of the run",
+            "decay_steps = max(1, total_steps - warmup_steps)",
+            "decay_steps = max(1, total_steps)",
+            "test_two_warm_up_steps_of_six",
+        ),
+        (
+            "a cosine rises again past its end",
+            "progress = min(1.0, (step - warmup_steps) / decay_steps)",
+            "progress = (step - warmup_steps) / decay_steps",
+            "test_two_warm_up_steps_of_six",
+        ),
+        (
+            "a line goes below 0",
+            "falling = max(0.0, (total_steps - step) / decay_steps)",
+            "falling = (total_steps - step) / decay_steps",
+            "test_two_warm_up_steps_of_six",
+        ),
+        (
+            "the floor is added to the curve",
+            "return falling * (1.0 - min_lr_ratio) + min_lr_ratio",
+            "return falling + min_lr_ratio",
+            "test_a_floor_under_the_decay",
+        ),
+        (
+            "the warm-up is rounded down",
+            "return math.ceil(total_steps * warmup_ratio)",
+            "return int(total_steps * warmup_ratio)",
+            "test_the_length_of_the_warm_up",
+        ),
+    ),
+    *_of(
+        "train/plan.py",
+        "tests/train/test_plan.py",
+        (
+            "the last, smaller step of an epoch is left out",
+            "steps_per_epoch = math.ceil(num_examples / batch)",
+            "steps_per_epoch = max(1, num_examples // batch)",
+            "test_steps_per_epoch_round_up",
+        ),
+        (
+            "a step straddles two epochs",
+            "return epoch, start, min(start + self.effective_batch_size, self.num_examples)",
+            "return epoch, start, start + self.effective_batch_size",
+            "test_epochs_of_three_uneven_steps",
+        ),
+        (
+            "the plan's rate is that of the next step",
+            "            step - 1,\n            warmup_steps=self.warmup_steps",
+            "            step,\n            warmup_steps=self.warmup_steps",
+            "test_learning_rate_of_the_first_step_is_zero_with_warmup",
+        ),
+        (
+            "the last step does not evaluate unless it falls due",
+            "return steps if steps and steps[-1] == total_steps else (*steps, total_steps)",
+            "return steps or (total_steps,)",
+            "test_evaluations_include_the_last_step",
+        ),
+        (
+            "the number of ranks does not count",
+            "* train.gradient_accumulation_steps * world_size",
+            "* train.gradient_accumulation_steps",
+            "test_effective_batch_size_on_any_number_of_ranks",
+        ),
+        (
+            "five evaluations an epoch become six",
+            "return max(1, steps_per_epoch // per_epoch)",
+            "return max(1, steps_per_epoch // (per_epoch + 1))",
+            "test_evaluations_include_the_last_step",
+        ),
+        (
+            "the remainder of a batch goes to the last rank",
+            "share + (rank < rest)",
+            "share + (rest if rank == ranks - 1 else 0)",
+            "test_rank_shares",
+        ),
+        (
+            "half an epoch is rounded down",
+            "1, math.ceil(config.train.num_train_epochs * steps_per_epoch)",
+            "1, int(config.train.num_train_epochs * steps_per_epoch)",
+            "test_fractional_epochs_round_up_to_a_step",
+        ),
+    ),
+    *_of(
+        "train/step.py",
+        "tests/train/test_accumulation.py",
+        (
+            "the mean of micro-batch means",
+            "(loss * (scale / targets)).backward()",
+            "(loss * (scale / len(batch) / max(1, micro_batch.num_targets))).backward()",
+            "test_the_gradient_is_that_of_the_token_mean",
+        ),
+        (
+            "clipping measures the gradient with its loss scale",
+            "norm = optimizer.gradient_norm() / scale",
+            "norm = optimizer.gradient_norm()",
+            "test_clipping_sees_the_whole_gradient_once_and_after_unscaling",
+        ),
+        (
+            "the update takes the gradient with its loss scale",
+            "clip_factor(norm, max_grad_norm) / scale)",
+            "clip_factor(norm, max_grad_norm))",
+            "test_clipping_sees_the_whole_gradient_once_and_after_unscaling",
+        ),
+        (
+            "an update is made though the loss is not finite",
+            "if not (math.isfinite(norm) and math.isfinite(mean)):",
+            "if not math.isfinite(norm):",
+            "test_a_loss_that_is_not_finite_counts_though_its_gradient_is",
+        ),
+        (
+            "an attempt that overflowed leaves its gradient to the next",
+            "            return losses, norm, scale\n        optimizer.clear_gradients()\n",
+            "            return losses, norm, scale\n",
+            "test_an_overflow_halves_the_scale_and_redoes_the_step",
+        ),
+        (
+            "a step that was skipped changes the loss scale",
+            "            scaler.load(scaler_before)\n",
+            "            pass\n",
+            "tests/train/test_step_faults.py::test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler",
+        ),
+        (
+            "gradients of a broken-off step are added to the next",
+            "        optimizer.clear_gradients()\n        examples = ",
+            "        examples = ",
+            "tests/train/test_step_faults.py::test_out_of_memory_leaves_everything_as_it_was",
+        ),
+        (
+            "the head's gradient is made outside the loss scaler",
+            "gradient_scale = scale / targets if scaler else 1.0",
+            "gradient_scale = 1.0",
+            "test_the_head_s_own_gradient_is_under_the_scaler_too",
+        ),
+        (
+            "the next step is cut while the host could wait for nothing",
+            "            losses.append(loss.detach())\n        if meanwhile is not None:\n"
+            "            meanwhile()\n        norm = optimizer.gradient_norm() / scale\n",
+            "            losses.append(loss.detach())\n"
+            "        norm = optimizer.gradient_norm() / scale\n        if meanwhile is not None:\n"
+            "            meanwhile()\n",
+            "test_a_step_waits_for_the_device_when_its_gradient_is_there_and_for_nothing_else",
+        ),
+    ),
+    *_of(
+        "train/loss.py",
+        "tests/train/test_accumulation.py",
+        (
+            "dropout does not know of the step",
+            "        draw=draw,\n    )\n",
+            "        draw=None if draw is None else (draw[0], 0),\n    )\n",
+            "test_draws_belong_to_seed_and_step_and_to_nothing_that_ran_before",
+        ),
+        (
+            "dropout does not know of the example, but of its place in the micro-batch",
+            "examples=micro_batch.examples,",
+            "examples=range(len(micro_batch.examples)),",
+            "test_no_draw_depends_on_the_cut_the_padding_or_recomputation",
+        ),
+        (
+            "losses are added up in fp32",
+            "torch.stack(losses).cpu().double().sum().item()",
+            "torch.stack(losses).cpu().sum().item()",
+            "test_losses_are_added_up_in_fp64",
+        ),
+    ),
+    *_of(
+        "train/flat.py",
+        "tests/train/test_optimizers.py",
+        (
+            "norms are taken in pieces of 2^24",
+            "_NORM_PIECE = 1 << 12",
+            "_NORM_PIECE = 1 << 24",
+            "test_a_norm_adds_up_few_numbers_at_a_time",
+        ),
+        (
+            "the norm of a long parameter is taken at once",
+            "            torch.linalg.vector_norm(gradient, dim=-1).view(-1)\n",
+            "            torch.linalg.vector_norm(gradient).view(-1)\n",
+            "test_a_norm_adds_up_few_numbers_at_a_time",
+        ),
+        (
+            "long parameters are left out of the norm",
+            "            for parameter in self.lone.values()\n",
+            "            for parameter in list(self.lone.values())[1:]\n",
+            "test_clipping_equals_torch_after_the_loss_scale_is_divided_out",
+        ),
+        (
+            "nothing is clipped",
+            "return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0",
+            "return 1.0",
+            "test_clipping_equals_torch_after_the_loss_scale_is_divided_out",
+        ),
+        (
+            "a short gradient is lengthened to the bound",
+            "return min(1.0, max_norm / (norm + 1e-6)) if",
+            "return max_norm / (norm + 1e-6) if",
+            "test_clipping_equals_torch_after_the_loss_scale_is_divided_out",
+        ),
+        (
+            "a bound of 0 takes the gradient away",
+            "if max_norm > 0 else 1.0",
+            "if max_norm >= 0 else 1.0",
+            "test_clipping_equals_torch_after_the_loss_scale_is_divided_out",
+        ),
+        (
+            "biases are decayed",
+            're.compile(r"bias|layernorm',
+            're.compile(r"layernorm',
+            "test_which_names_decay",
+        ),
+        (
+            "parameters in the buffer are not aligned",
+            "stride = math.ceil(shape.numel() / _ALIGNMENT) * _ALIGNMENT",
+            "stride = shape.numel()",
+            "tests/train/test_flat.py::test_parameters_of_any_size_begin_where_matrix_products_want_them",
+        ),
+        (
+            "a state of which tensors are missing is taken up",
+            'faults = [f"{name} is missing" for name in own if name not in tensors]',
+            "faults: list[str] = []",
+            "test_a_state_that_does_not_fit_is_refused_whole",
+        ),
+        (
+            "the number of steps is not taken up",
+            '        self.steps = int(tensors["steps"].item())\n',
+            "",
+            "test_a_resumed_optimizer_continues_bit_for_bit",
+        ),
+        (
+            "half-precision masters are taken",
+            "        _check_masters(self.parameters)\n",
+            "",
+            "test_half_precision_parameters_are_refused",
+        ),
+        (
+            "a parameter that no gradient reached is stepped over",
+            "        if absent:\n",
+            "        if len(absent) == len(self.parameters):\n",
+            "test_a_parameter_without_a_gradient_stops_the_step_before_it_begins",
+        ),
+    ),
+    *_of(
+        "train/optimizers.py",
+        "tests/train/test_optimizers.py",
+        (
+            "decay comes after the update",
+            "            if decay != 1.0:\n                w.mul_(decay)\n"
+            "            w.addcdiv_(m, root, value=size)\n",
+            "            w.addcdiv_(m, root, value=size)\n"
+            "            if decay != 1.0:\n                w.mul_(decay)\n",
+            "test_adamw_by_hand",
+        ),
+        (
+            "epsilon is not corrected with the root",
+            ".add_(self.eps * correction)",
+            ".add_(self.eps)",
+            "test_adamw_by_hand",
+        ),
+        (
+            "the first moment is not corrected",
+            "size = -learning_rate * correction / (1.0 - beta1**self.steps)",
+            "size = -learning_rate * correction",
+            "test_adamw_by_hand",
+        ),
+        (
+            "the two betas are exchanged",
+            "beta1, beta2 = self.betas",
+            "beta2, beta1 = self.betas",
+            "test_adamw_by_hand",
+        ),
+        (
+            "what does not decay decays",
+            "self._update([t[split:] for t in flat], learning_rate, gradient_scale, 1.0)",
+            "self._update([t[split:] for t in flat], learning_rate, gradient_scale, decay)",
+            "test_weight_decay_alone_shrinks_what_is_decayed_and_nothing_else",
+        ),
+        (
+            "long parameters all decay",
+            "decay if name in self.decayed else 1.0",
+            "decay",
+            "test_adamw_equals_torch[torch.float64-0.1-block 1048576-lone 0]",
+        ),
+        (
+            "a layer norm decays where its name does not say what it is",
+            "decays(name) and name not in layer_norms",
+            "decays(name)",
+            "test_a_layer_norm_is_not_decayed_whatever_its_name",
+        ),
+    ),
+    *_of(
+        "train/adafactor.py",
+        "tests/train/test_optimizers.py",
+        (
+            "updates are not clipped to a root mean square of 1",
+            "return learning_rate / (norms / math.sqrt(elements)).clamp_(min=1.0)",
+            "return learning_rate / (norms / math.sqrt(elements)).clamp_(min=1.0, max=1.0)",
+            "test_adafactor_clips_an_update_whose_root_mean_square_exceeds_1",
+        ),
+        (
+            "the second moment remembers from the first step on",
+            "beta2 = 1.0 - self.steps**self.decay_rate",
+            "beta2 = 1.0 - (self.steps + 1) ** self.decay_rate",
+            "test_adafactor_by_hand",
+        ),
+        (
+            "row means are sums",
+            "row[..., block].lerp_(squared.mean(dim=-1)",
+            "row[..., block].lerp_(squared.sum(dim=-1)",
+            "test_adafactor_equals_the_stack[torch.float64-0.1-block 1048576-lone 1048576]",
+        ),
+        (
+            "the outer product is not divided by the rows' mean",
+            "(row / row.mean(dim=-1, keepdim=True)).rsqrt_()",
+            "row.rsqrt()",
+            "test_adafactor_by_hand",
+        ),
+        (
+            "a matrix in blocks is clipped by its last block",
+            "norm = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1)",
+            "norm = torch.linalg.vector_norm(norms[-1], dim=1)",
+            "test_adafactor_equals_the_stack",
+        ),
+        (
+            "decay comes after the update of a matrix",
+            "            if decay:\n                weight.mul_(1.0 - decay)\n"
+            "            weight.addcmul_(update, rate, value=-1.0)\n",
+            "            weight.addcmul_(update, rate, value=-1.0)\n"
+            "            if decay:\n                weight.mul_(1.0 - decay)\n",
+            "test_adafactor_by_hand",
+        ),
+    ),
+    *_of(
+        "train/decide.py",
+        "tests/train/test_decide.py",
+        (
+            "auto takes bf16 where it is emulated",
+            "is_bf16_supported(including_emulation=False)",
+            "is_bf16_supported()",
+            "test_auto_on_cuda_does_not_count_emulation",
+        ),
+        (
+            "tokens of a micro-batch are decided anew for the plan",
+            "return config.train.per_device_train_batch_size * config.data.max_length",
+            "return config.train.per_device_train_batch_size * 60",
+            "test_automatic_tokens_are_those_of_the_padded_micro_batch",
+        ),
+        (
+            "a laptop's plan is one for its processor",
+            '    if config.train.device == "auto" and device == "cpu":\n        return UNKNOWN\n',
+            "",
+            "test_a_machine_without_an_accelerator_plans_for_one_unless_the_cpu_is_named",
+        ),
+        (
+            "recomputing is decided where no device is known",
+            '        return None, "auto: no device is known yet"\n',
+            '        return False, "auto: no device is known yet"\n',
+            "test_recomputing_only_where_memory_needs_it",
+        ),
+        (
+            "attention with dropout is planned as fused on a processor",
+            'dropout > 0 and device not in (None, "cuda")',
+            'dropout > 1 and device not in (None, "cuda")',
+            "test_what_is_planned_is_what_runs",
+        ),
+        (
+            "a base in another half precision is let through",
+            "and stored not in agreeing:",
+            "and stored in agreeing and stored not in agreeing:",
+            "tests/train/test_prepare.py"
+            "::test_a_frozen_base_is_stored_in_fp32_or_in_what_is_computed_in",
+        ),
+    ),
+    *_of(
+        "train/ledger.py",
+        "tests/train/test_plan.py",
+        (
+            "a micro-batch by tokens holds more than a step",
+            "tokens = max(min(tokens, budget), longest)",
+            "tokens = max(budget, longest)",
+            "test_largest_micro_batch",
+        ),
+    ),
+    *_of(
+        "train/refuse.py",
+        "tests/train/test_run.py",
+        (
+            "a plan does not look at the weights",
+            "    if decoder is not None:\n        check_weights(",
+            "    if decoder is None:\n        check_weights(",
+            "test_bad_input_ends_in_one_sentence",
+        ),
+        (
+            "a plan does not look at the run's folder",
+            "    if new:\n        run_folder(config)",
+            "    if not new:\n        run_folder(config)",
+            "test_an_existing_run_is_never_overwritten",
+        ),
+    ),
+    *_of(
+        "train/spellings.py",
+        "tests/train/test_spellings.py",
+        (
+            "false beside nothing is fp32",
+            "if value is False and layer.get(other) is False:",
+            "if value is False and layer.get(other) is not True:",
+            "test_a_value_that_means_something_else_is_never_misread",
+        ),
+        (
+            "a number of rows is taken for a share",
+            "if not number or not 0 <= value / whole < 1:",
+            "if not number:",
+            "test_a_value_that_means_something_else_is_never_misread",
+        ),
+        (
+            "what is not supported is passed over",
+            "        if plain(value) in _OFF:\n",
+            "        if True:\n",
+            "test_what_is_not_supported_says_so",
+        ),
+    ),
+    *_of(
+        "train/precision.py",
+        "tests/train/test_precision.py",
+        (
+            "the scale grows a step too early",
+            "if self.good_steps == self.growth_interval:",
+            "if self.good_steps == self.growth_interval - 1:",
+            "test_it_doubles_after_2000_good_steps_and_not_after_1999",
+        ),
+        (
+            "an overflow does not start the count anew",
+            "            self.good_steps = 0\n            return\n",
+            "            return\n",
+            "test_an_overflow_starts_the_count_anew",
+        ),
+        (
+            "the scale grows beyond fp32",
+            "grown if grown <= torch.finfo(torch.float32).max else self.scale",
+            "grown",
+            "test_the_scale_stays_finite_in_fp32",
+        ),
+        (
+            "fp16 is trained without a loss scaler",
+            'return self.name == "fp16"',
+            'return self.name == "fp61"',
+            "tests/train/test_resume.py::test_a_resume_goes_on_with_the_loss_scale",
+        ),
+    ),
+    *_of(
+        "train/loop.py",
+        "tests/train/test_loop.py",
+        (
+            "the train loss since an evaluation is a mean of means",
+            "state.loss_since_eval += result.loss * result.targets",
+            "state.loss_since_eval += result.loss",
+            "test_the_train_loss_since_the_last_evaluation_is_a_token_mean",
+        ),
+        (
+            "losses that are not finite count on over good steps",
+            "state.non_finite_in_a_row + 1 if not_finite else 0",
+            "state.non_finite_in_a_row + not_finite",
+            "test_three_steps_in_a_row_that_are_not_finite_end_it",
+        ),
+        (
+            "a signal ends the run unsaved",
+            "ends_here = signals.stop is not None or not_finite or",
+            "ends_here = not_finite or",
+            "test_a_signal_ends_it_after_the_step_with_a_save",
+        ),
+        (
+            "every step after a request saves",
+            "            signals.save = False\n",
+            "            pass\n",
+            "test_a_request_to_save_is_answered_once",
+        ),
+        (
+            "memory that does not suffice is asked for once more",
+            "        state.micro_batch_divisor *= 2\n",
+            "        state.micro_batch_divisor *= 4\n",
+            "tests/train/test_step_faults.py::test_it_is_halved_until_it_fits",
+        ),
+        (
+            "an order of another epoch is kept",
+            "if self._order is None or self._order[0] != epoch:",
+            "if self._order is None:",
+            "test_it_does_what_the_plan_says_in_this_order",
+        ),
+        (
+            "what was cut ahead is handed out for another cut",
+            "if ahead is not None and ahead[0] == asked:",
+            "if ahead is not None:",
+            "test_the_next_step_is_cut_ahead_and_handed_out_once",
+        ),
+        (
+            "groups by length are of a micro-batch, not a step",
+            "group_size=self.effective_batch_size,",
+            "group_size=self.micro_batch_size,",
+            "test_batches_are_cut_and_ordered_as_configured",
+        ),
+    ),
+    *_of(
+        "train/early_stopping.py",
+        "tests/train/test_early_stopping.py",
+        (
+            "an equal loss is a new best",
+            "improved = finite and gain > 0",
+            "improved = finite and gain >= 0",
+            "test_an_equal_loss_is_no_improvement",
+        ),
+        (
+            "any gain resets the patience",
+            "if finite and gain > self.threshold else",
+            "if finite and gain > 0 else",
+            "test_small_gains_move_the_best_but_do_not_reset_patience",
+        ),
+        (
+            "patience lasts one evaluation longer",
+            "self.failures >= self.patience",
+            "self.failures > self.patience",
+            "test_stops_when_patience_is_used_up_and_keeps_the_best",
+        ),
+        (
+            "an infinite loss may be the best",
+            "improved = finite and gain > 0",
+            "improved = gain > 0",
+            "test_a_loss_that_is_not_finite_is_a_failure_and_never_the_best",
+        ),
+    ),
+    *_of(
+        "train/spikes.py",
+        "tests/train/test_spikes.py",
+        (
+            "the deviation is that of the whole, not of a sample",
+            "squares / (len(recent) - 1)",
+            "squares / len(recent)",
+            "test_more_than_six_deviations_above_the_mean_is_a_spike",
+        ),
+        (
+            "a spike stays out of the window",
+            "    recent.append(loss)\n",
+            "    if spike is None:\n        recent.append(loss)\n",
+            "test_the_window_moves_and_holds_spikes_too",
+        ),
+        (
+            "a loss far below is a spike",
+            "loss - mean > DEVIATIONS * deviation",
+            "abs(loss - mean) > DEVIATIONS * deviation",
+            "test_more_than_six_deviations_above_the_mean_is_a_spike",
+        ),
+    ),
+    *_of(
+        "train/evaluate.py",
+        "tests/train/test_evaluate.py",
+        (
+            "evaluation is a mean of batch means",
+            "        losses.append(loss)\n",
+            "        losses.append(loss / micro_batch.num_targets * len(examples))\n",
+            "test_it_is_the_token_mean_without_dropout",
+        ),
+        (
+            "evaluation drops",
+            "partial(loss_sum, model, micro_batch, device, draw=None)",
+            "partial(loss_sum, model, micro_batch, device, draw=(0, 1))",
+            "test_it_is_the_token_mean_without_dropout",
+        ),
+        (
+            "evaluation records a graph",
+            "@torch.no_grad()\ndef evaluate(",
+            "def evaluate(",
+            "test_longest_come_first_in_the_run_s_precision_and_nothing_is_recorded",
+        ),
+        (
+            "examples behind a batch that was halved are left out",
+            "            size = len(micro_batch.examples) // 2\n            continue\n",
+            "            size = len(micro_batch.examples) // 2\n            done += size\n"
+            "            continue\n",
+            "tests/train/test_step_faults.py::test_an_evaluation_goes_on_in_smaller_batches",
+        ),
+    ),
+    *_of(
+        "train/memory.py",
+        "tests/train/test_step_faults.py",
+        (
+            "any RuntimeError is a lack of memory",
+            "any(text in str(error) for text in _MESSAGES)",
+            "bool(_MESSAGES)",
+            "test_another_error_is_no_lack_of_memory",
+        ),
+        (
+            "what did not fit is still held while memory is given back",
+            "            raise\n"
+            "    # Below the block, not in it: up to its end the error's frames hold what did not"
+            " fit.\n    if device.type",
+            '            raise\n        if device.type == "cuda":\n'
+            "            torch.cuda.empty_cache()\n        return None\n    if device.type",
+            "test_what_did_not_fit_is_gone_when_memory_is_given_back",
+        ),
+    ),
+    *_of(
+        "train/checkpoint.py",
+        "tests/train/test_checkpoint.py",
+        (
+            "a folder beyond the limit is deleted under its name",
+            "            self.path(step).rename(trash)\n"
+            '            faultpoint("rotation.renamed")\n            shutil.rmtree(trash)\n',
+            '            faultpoint("rotation.renamed")\n'
+            "            shutil.rmtree(self.path(step))\n",
+            "test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk",
+        ),
+        (
+            "the best checkpoint is deleted with the old ones",
+            "kept = {steps[-1], *({best_step} & set(steps))}",
+            "kept = {steps[-1]}",
+            "test_rotation",
+        ),
+        (
+            "old checkpoints go before the new one is there",
+            "            replace_folder(target, fill, step=step)\n"
+            '        self.rotate(state["stopping"]["best_step"])\n',
+            '            self.rotate(state["stopping"]["best_step"])\n'
+            "            replace_folder(target, fill, step=step)\n",
+            "test_an_old_checkpoint_goes_when_the_new_one_is_on_the_disk",
+        ),
+        (
+            "a damaged checkpoint is taken",
+            "            problem = damage(self.path(step))\n",
+            "            problem = None\n",
+            "test_the_newest_verified_one_is_found_and_a_damaged_one_set_aside",
+        ),
+        (
+            "a full disk is met in the middle of writing",
+            "    if free < expected_bytes:\n",
+            "    if False:\n",
+            "test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_there",
+        ),
+        (
+            "true is taken for the number 1",
+            "if isinstance(value, bool) or (isinstance(value, int)",
+            "if (isinstance(value, int)",
+            "test_a_state_of_other_types_is_refused",
+        ),
+        (
+            "a checkpoint of the step that is damaged is not written anew",
+            "if target.exists() and damage(target) is None:",
+            "if target.exists():",
+            "test_a_damaged_checkpoint_of_the_same_step_is_written_anew",
+        ),
+    ),
+    *_of(
+        "train/resume.py",
+        "tests/train/test_resume.py",
+        (
+            "a resume goes on with other data",
+            "        if was != fingerprint:\n",
+            "        if was is None:\n",
+            "test_the_data_fingerprint_is_compared_not_only_the_path",
+        ),
+        (
+            "a resume goes on with other settings",
+            "if key not in may_change and was != value:",
+            "if key not in may_change and was is None:",
+            "test_an_edited_configuration_is_refused_with_both_values",
+        ),
+        (
+            "a resume goes on from another base model",
+            "    if differing:\n",
+            "    if len(differing) > 1:\n",
+            "test_another_base_model_of_the_same_size_is_refused",
+        ),
+        (
+            "other threads are not spoken of",
+            'if saved["machine"].get(name) != value',
+            'if name not in saved["machine"]',
+            "test_other_threads_are_warned_about",
+        ),
+        (
+            "a run that is finished at an older step counts as finished",
+            ' and status.get("step") == step',
+            "",
+            "test_a_run_killed_before_its_resume_said_so_is_not_finished",
+        ),
+        (
+            "steps that are done again count as done under the schedule before",
+            "            until = min(until, self.state.step)\n",
+            "",
+            "test_each_change_of_length_is_kept_and_what_is_done_again_follows_the_last",
+        ),
+        (
+            "a resume without a change is told as one",
+            "        while followed and followed[-1][1] == plan:\n            followed.pop()\n",
+            "",
+            "test_a_resume_that_changes_no_length_redraws_nothing",
+        ),
+        (
+            "a checkpoint that was named is taken though it is damaged",
+            "        problem = damage(place)\n",
+            "        problem = None\n",
+            "test_a_damaged_checkpoint_that_was_named_is_an_error",
+        ),
+    ),
+    *_of(
+        "train/config.py",
+        "tests/train/test_run_config.py",
+        (
+            "what decides results may change with a resume",
+            "        if not KEYS[path].rule.on_resume:\n",
+            "        if False:\n",
+            "test_only_length_cadence_and_logging_may_change_on_resume",
+        ),
+        (
+            "of two names of one key the later rules in silence",
+            "    if before is None or same or not (before.spelled or entry.spelled):\n",
+            "    if before is None or same or before.spelled or entry.spelled:\n",
+            "tests/train/test_spellings.py"
+            "::test_two_names_of_one_key_with_two_values_are_a_contradiction",
+        ),
+        (
+            "an accident decides between several keys",
+            "    if not section and name in SEVERAL:\n",
+            "    if section and name in SEVERAL:\n",
+            "tests/train/test_spellings.py::test_what_could_mean_several_keys_is_refused_naming_them",
+        ),
+        (
+            "what is taken is not said",
+            "    if taken:\n",
+            "    if not taken:\n",
+            "tests/train/test_spellings.py::test_what_is_certain_is_taken_and_said",
+        ),
+    ),
+    *_of(
+        "train/session.py",
+        "tests/train/test_background.py",
+        (
+            "what is saved in the background is what training goes on with",
+            "            tensors, moments = _copied(tensors), _copied(moments)\n",
+            "            pass\n",
+            "test_a_save_holds_the_weights_of_its_step_though_training_goes_on",
+        ),
+        (
+            "rows of metrics are not on the disk when a checkpoint relies on them",
+            "            self.metrics.sync()\n            self.checkpoints.save(",
+            "            self.checkpoints.save(",
+            "test_what_a_save_speaks_of_is_on_the_disk_before_it",
+        ),
+        (
+            "the state does not know of the loss scaler",
+            "state.scaler = self.scaler.state() if self.scaler is not None else None",
+            "state.scaler = None",
+            "tests/train/test_resume.py::test_a_resume_goes_on_with_the_loss_scale",
+        ),
+        (
+            "moments are not taken up",
+            "self.optimizer.load_state({name: file.read(name) for name in file.names})",
+            "[file.read(name) for name in file.names]",
+            "tests/train/test_resume.py::test_one_checkpoint_can_be_resumed_from",
+        ),
+        (
+            "minutes between saves are seconds",
+            "> 60 * minutes",
+            "> minutes",
+            "test_minutes_between_saves_are_minutes",
+        ),
+        (
+            "a stopped run's patience begins anew",
+            "        self.state = resume.state\n",
+            "        self.state = resume.state\n        self.state.stopping.failures = 0\n",
+            "tests/train/test_resume.py::test_stopped_and_resumed_equals_uninterrupted"
+            "[early stopping counting, eager]",
+        ),
+        (
+            "newer checkpoints stay where a run goes on from an older one",
+            "        self.checkpoints.set_newer_aside(state.step)\n",
+            "",
+            "tests/train/test_resume.py::test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken",
+        ),
+    ),
+    *_of(
+        "train/background.py",
+        "tests/train/test_background.py",
+        (
+            "an error of the writer is told to nobody",
+            "            job.result()\n",
+            "            job.exception()\n",
+            "test_what_a_job_ended_with_is_raised_once",
+        ),
+        (
+            "two saves are in flight at once",
+            "        self.wait()\n        self._job",
+            "        self._job",
+            "test_a_job_runs_while_the_caller_goes_on",
+        ),
+    ),
+    *_of(
+        "train/metrics.py",
+        "tests/train/test_metrics.py",
+        (
+            "a row waits in Python's buffer",
+            "        self._file.flush()\n",
+            "",
+            "test_rows_are_written_whole_unrounded_and_at_once",
+        ),
+        (
+            "steps stand twice after a resume",
+            'row["step"] <= resume_step)',
+            'row["step"] <= resume_step + 1)',
+            "test_a_resume_drops_what_lies_beyond_the_checkpoint",
+        ),
+        (
+            "rows are synced nowhere",
+            "        os.fsync(self._file.fileno())\n",
+            "",
+            "tests/train/test_background.py::test_what_a_save_speaks_of_is_on_the_disk_before_it",
+        ),
+        (
+            "NaN is written, which is not JSON",
+            "return None if isinstance(value, float) and not math.isfinite(value) else value",
+            "return value",
+            "test_a_number_that_is_not_finite_is_null",
+        ),
+        (
+            "the speed that is shown counts steps of before the last logged one",
+            "        self._tokens, self._seconds = 0, 0.0\n",
+            "",
+            "test_the_speed_shown_is_that_since_the_last_logged_step",
+        ),
+        (
+            "TensorBoard shows the steps before a kill a second time",
+            "purge_step = resume_step + 1 if resume_step else 0",
+            "purge_step = resume_step + 9 if resume_step else 0",
+            "test_tensorboard_shows_no_step_twice_after_a_resume",
+        ),
+    ),
+    *_of(
+        "train/signals.py",
+        "tests/train/test_signals.py",
+        (
+            "a second Ctrl-C waits as the first one does",
+            "        if self.stop is not None:\n",
+            "        if False:\n",
+            "test_the_second_signal_exits_at_once",
+        ),
+        (
+            "handlers stay after the run",
+            "            signal.signal(number, handler)\n",
+            "            pass\n",
+            "test_requests_are_noted_and_handlers_given_back",
+        ),
+    ),
+    *_of(
+        "train/merge.py",
+        "tests/train/test_merge.py",
+        (
+            "tokenizer files of two models are mixed",
+            "    places = [tokenizer / name for name in _TOKENIZER_FILES]\n",
+            "    places = [\n"
+            "        tokenizer / name if (tokenizer / name).is_file() else base / name\n"
+            "        for name in _TOKENIZER_FILES\n    ]\n",
+            "test_a_run_gives_its_final_else_its_best_with_the_tokenizer_beside_it",
+        ),
+        (
+            "best/ comes before final/",
+            '(run_or_adapter / "final", run_or_adapter / "best")',
+            '(run_or_adapter / "best", run_or_adapter / "final")',
+            "test_a_run_gives_its_final_else_its_best_with_the_tokenizer_beside_it",
+        ),
+        (
+            "the dtype is that of most tensors, not of most numbers",
+            "elements[info.dtype] += info.num_bytes // info.dtype.itemsize",
+            "elements[info.dtype] += 1",
+            "test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers",
+        ),
+        (
+            "OUT is written over what is there",
+            "    _require_vacant(out)\n",
+            "",
+            "test_out_must_be_vacant",
+        ),
+    ),
+    *_of(
+        "train/finish.py",
+        "tests/train/test_resume.py",
+        (
+            "final/ is made of a best/ that is damaged or another step's",
+            "        if not whole_best(best, best_step):\n",
+            "        if not best.exists():\n",
+            "test_a_best_that_is_not_that_of_its_step_is_not_handed_out",
+        ),
+        (
+            "the test set is evaluated with the last weights where final/ holds the best",
+            "        session.load_trained(best)\n",
+            "",
+            "test_the_test_set_is_evaluated_with_the_weights_of_final",
+        ),
+        (
+            "a signal after the last step is not answered",
+            "    if signals.stop is not None:\n",
+            "    if False:\n",
+            "test_a_signal_after_the_last_step_is_answered",
+        ),
+    ),
+    *_of(
+        "train/world.py",
+        "tests/train/test_world.py",
+        (
+            "several ranks train as if each were alone",
+            "        if size > 1:\n",
+            "        if size > 1024:\n",
+            "test_more_ranks_are_refused_in_one_sentence",
+        ),
+    ),
+]
+
+
+def _python_environment(copy: Path) -> dict[str, str]:
+    """Return the environment in which tests see the copy and nothing of the checkout."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        # A mutated file may have the size and the second of the one before it.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "1000",  # else pytest cuts off what a test failed with
+        "TMPDIR": str(copy.parent),
+    }
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    """Copy what tests need to a temporary folder, and delete it at the end."""
+    with tempfile.TemporaryDirectory(prefix="lathe-mutations-") as folder:
+        copy = Path(folder) / "tree"
+        left_out = shutil.ignore_patterns("__pycache__", ".*", "runs", "shared", "*.egg-info")
+        shutil.copytree(ROOT, copy, ignore=left_out)
+        yield copy
+
+
+def _pytest(copy: Path, tests: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    options = ["-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=copy,
+        env=_python_environment(copy),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+
+
+def try_out(mutation: Mutation, copy: Path) -> Outcome:
+    """Put one mutation into a copy of the tree, run its tests there, and take it out again."""
+    started = time.monotonic()
+    path = copy / mutation.path
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text.count(mutation.old) != 1:
+        return Outcome(mutation, "gone", "its text is not in the file exactly once", 0.0)
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        done = _pytest(copy, mutation.tests, _SECONDS)
+    except subprocess.TimeoutExpired:
+        return Outcome(
+            mutation, "broken", f"not done after {_SECONDS} s", time.monotonic() - started
+        )
+    finally:
+        path.write_text(text, encoding="utf-8")
+    words = next(
+        (line for line in reversed(done.stdout.splitlines()) if line.startswith("FAILED")),
+        (done.stdout + done.stderr).strip()[-300:],
+    )
+    if done.returncode == 0:
+        result = "survived"
+    elif done.returncode == 1 and words.startswith("FAILED") and not _NONSENSE.search(words):
+        result = "red"
+    else:
+        result = "broken"
+    return Outcome(mutation, result, words, time.monotonic() - started)
+
+
+def check_that_all_pass(mutations: Sequence[Mutation]) -> None:
+    """Run the tests of all mutations on a copy without any.
+
+    Raises:
+        RuntimeError: A test fails by itself, so that its failing would say nothing.
+    """
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    with copied_tree() as copy:
+        done = _pytest(copy, tests, 10 * _SECONDS)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"without a mutation, already:\n{done.stdout[-3000:]}{done.stderr[-500:]}"
+        )
+
+
+def run(
+    mutations: Sequence[Mutation], say: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
+    """Try mutations out, some at a time; `say` is called with each outcome as it comes."""
+    copies: Queue[Path] = Queue()
+
+    def one(mutation: Mutation) -> Outcome:
+        copy = copies.get()
+        try:
+            outcome = try_out(mutation, copy)
+        finally:
+            copies.put(copy)
+        say(outcome)
+        return outcome
+
+    with copied_tree() as first, copied_tree() as second, ThreadPoolExecutor(AT_ONCE) as pool:
+        for copy in (first, second):
+            copies.put(copy)
+        return list(pool.map(one, mutations))
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return counts by folder, and every mutation that is not red."""
+    results = ("red", "survived", "broken", "gone")
+    lines = [f"{'':10}" + "".join(f"{result:>10}" for result in results)]
+    for folder in (*FOLDERS, "all"):
+        counts = Counter(
+            o.result for o in outcomes if folder == "all" or o.mutation.path.startswith(folder)
+        )
+        lines.append(f"{folder:10}" + "".join(f"{counts[result]:>10}" for result in results))
+    for outcome in outcomes:
+        if outcome.result != "red":
+            one = outcome.mutation
+            lines.append(f"{outcome.result}: {one.path}: {one.why} ({', '.join(one.tests)})")
+            lines.append(f"    {outcome.words}")
+    return "\n".join(lines)
+
+
+def main(paths: Sequence[str]) -> int:
+    """Try out the mutations of the files named, all where none is; 0 where all are red."""
+    unknown = set(paths) - {mutation.path for mutation in MUTATIONS}
+    if unknown:
+        print(f"no mutation is of {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    chosen = [mutation for mutation in MUTATIONS if not paths or mutation.path in paths]
+
+    def say(outcome: Outcome) -> None:
+        mutation = outcome.mutation
+        print(
+            f"{outcome.result:9}{outcome.seconds:5.1f} s  {mutation.path}: {mutation.why}",
+            flush=True,
+        )
+
+    check_that_all_pass(chosen)
+    outcomes = run(chosen, say)
+    print(table(outcomes))
+    return 0 if all(outcome.result == "red" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

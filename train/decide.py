@@ -1,0 +1,255 @@
+"""Every `auto` becomes a value here, for `--plan` and the run alike.
+
+Each rule is static: a function of the configuration, the machine and the plan, never a timing. What
+was decided is written to the run's folder, and a resumed run decides nothing anew. What is not
+known is None: of a plan made where the run is not to be, `UNKNOWN` is the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from files.errors import UserError, did_you_mean
+from train.settings import RunConfig
+from train.units import size_text
+
+if TYPE_CHECKING:
+    from models.config import DecoderConfig
+
+PRECISIONS = ("bf16", "fp16", "fp32")
+# Instruction sets that multiply bf16 natively, as `torch.cpu.get_capabilities` names them on x86-64
+# and ARM64.
+_NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes.
+
+    Attributes:
+        device: `cpu`, `cuda` or `mps`; None where it is not known.
+        memory: Bytes that a run may use there; None where that is not known.
+    """
+
+    device: str | None
+    memory: int | None
+
+
+UNKNOWN = Machine(None, None)
+
+
+def this_machine(config: RunConfig) -> Machine:
+    """Return the machine that a run would compute on, started here and now.
+
+    Raises:
+        UserError: `train.device` is not to be had here.
+    """
+    device = decide_device(config.train.device)
+    return Machine(device, available_memory(device))
+
+
+def machine_to_plan_for(config: RunConfig) -> Machine:
+    """Return the machine that a plan counts with: this one, or an unknown one.
+
+    It is unknown where `train.device=auto` finds no more than a CPU: so a laptop plans the run of a
+    GPU. `train.device=cpu` plans for the CPU.
+
+    Raises:
+        UserError: `train.device` is not to be had here.
+    """
+    device = decide_device(config.train.device)
+    if config.train.device == "auto" and device == "cpu":
+        return UNKNOWN
+    return Machine(device, available_memory(device))
+
+
+def decide(config: RunConfig, machine: Machine) -> RunConfig:
+    """Return the configuration with every `auto` decided that needs no look at the model.
+
+    On an unknown machine `train.precision=auto` stays. Deciding twice changes nothing.
+    Recomputing is decided by the plan's ledger: `decide_recomputing`.
+
+    Raises:
+        UserError: The base would be stored in a half precision other than the one that is computed
+            in, or the kernels cannot run there.
+    """
+    precision = decide_precision(config.train.precision, machine.device)
+    stored, agreeing = config.model.dtype, (None, "fp32", precision)
+    if config.train.method == "lora" and precision != "auto" and stored not in agreeing:
+        # Layers compute in their weights' type where autocast leaves them alone.
+        raise UserError(
+            f"model.dtype={stored} with train.precision={precision}: the base would compute partly "
+            f"in {stored}; use model.dtype=none (stored in {precision}), model.dtype=fp32, or "
+            f"train.precision={stored}"
+        )
+    decide_kernels(config.train.kernels, machine.device)
+    settings = dataclasses.replace(
+        config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
+    )
+    return dataclasses.replace(config, train=settings)
+
+
+def decide_device(name: str) -> str:
+    """Return the type of the device that `train.device` means: with `auto` the best that is here.
+
+    Raises:
+        UserError: A device that this machine does not have.
+    """
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(device for device, there in available.items() if there)
+        raise UserError(
+            f"train.device={name}: torch {torch.__version__} sees no such device here "
+            f"(it sees {there}); use train.device=auto"
+        )
+    return name
+
+
+def decide_precision(name: str, device: str | None) -> str:
+    """Return `bf16`, `fp16` or `fp32`: `name` itself, or the rule behind `auto`.
+
+    It is bf16 where the device multiplies it natively (CUDA from Ampere on, a CPU with AVX512-BF16,
+    AMX or an ARM equivalent), else fp32. `auto` stays where no device is known.
+
+    Raises:
+        UserError: `name` is no precision.
+    """
+    if name in PRECISIONS:
+        return name
+    if name != "auto":
+        names = ["auto", *PRECISIONS]
+        raise UserError(
+            f"train.precision: '{name}' is not one of {', '.join(names)}{did_you_mean(name, names)}"
+        )
+    if device is None:
+        return name
+    return "bf16" if _computes_bf16_natively(device) else "fp32"
+
+
+def _computes_bf16_natively(device: str) -> bool:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in _NATIVE_BF16_CPU)
+    return False
+
+
+def decide_micro_batch_tokens(config: RunConfig) -> int | None:
+    """Return the rows of a micro-batch, None where `per_device_train_batch_size` cuts a step.
+
+    `auto` is as many as the padded micro-batch of that many examples would hold.
+    """
+    tokens = config.train.micro_batch_tokens
+    if isinstance(tokens, str):
+        return config.train.per_device_train_batch_size * config.data.max_length
+    return tokens
+
+
+def decide_kernels(name: str, device: str | None) -> str | None:
+    """Return the name of the operations that `train.kernels` means, None where it is not known.
+
+    Raises:
+        UserError: `triton`, which cannot run on the device.
+    """
+    from kernels.dispatch import operations
+
+    if device is None:
+        return None if name == "auto" else name
+    return operations(name, device).name
+
+
+def decide_attention(
+    config: RunConfig, decoder: DecoderConfig, device: str | None, longest: int
+) -> str:
+    """Return how attention runs: `fused`, `blocks` or `written out` (kernels/attention.py).
+
+    Args:
+        config: What is asked.
+        decoder: The architecture.
+        device: Type of the device; one that is not known may be a GPU.
+        longest: Rows of the longest document.
+    """
+    from kernels.attention import BLOCKS_MAX_LENGTH
+
+    dropout = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
+    if config.model.attention == "eager" or (dropout > 0 and device not in (None, "cuda")):
+        return "written out"
+    return "blocks" if device == "cpu" and longest <= BLOCKS_MAX_LENGTH else "fused"
+
+
+def decide_recomputing(
+    config: RunConfig, needed: int | None, machine: Machine
+) -> tuple[bool | None, str]:
+    """Return `model.gradient_checkpointing` and, in words, why; None where it is not known.
+
+    `auto` recomputes where memory does not suffice without.
+
+    Args:
+        config: What is asked.
+        needed: Bytes of a step that recomputes nothing; None where the model is not known.
+        machine: Where it runs.
+    """
+    setting = config.model.gradient_checkpointing
+    if isinstance(setting, bool):
+        return setting, "as set"
+    if needed is None:
+        return None, "auto: the model is not known yet"
+    if machine.device is None:
+        return None, "auto: no device is known yet"
+    if machine.memory is None:
+        return False, "auto: this system does not tell its memory"
+    there = f"{size_text(needed)} needed without it, {size_text(machine.memory)} there"
+    return needed > machine.memory, f"auto: {there}"
+
+
+def available_memory(device: str) -> int | None:
+    """Return the bytes that a run may use: a CUDA card's memory, or the RAM that is free now.
+
+    None where the system does not tell.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    limits = [bytes_ for bytes_ in (_free_ram(), _cgroup_room()) if bytes_ is not None]
+    return min(limits, default=None)
+
+
+def _free_ram() -> int | None:
+    try:
+        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        told = None
+    if told:
+        return int(told.group(1)) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
+def _cgroup_room() -> int | None:
+    """Return what a container's limit still allows."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = (folder / "memory.current").read_text().strip()
+    except OSError:
+        return None
+    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
