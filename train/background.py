@@ -30,6 +30,11 @@ class BackgroundWriter:
         if self._job is not None and self._job.done():
             self.wait()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is in flight."""
+        return self._job is not None and not self._job.done()
+
     def wait(self) -> None:
         """Wait until nothing is in flight.
 

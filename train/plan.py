@@ -18,7 +18,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from files.errors import UserError
+from files.errors import UserError, counted
 from train.decide import decide_micro_batch_tokens
 from train.schedule import learning_rate_factor, warmup_step_count
 from train.settings import RunConfig
@@ -80,9 +80,9 @@ class RunPlan:
     @property
     def micro_batch_text(self) -> str:
         """What a micro-batch holds, in words."""
-        if self.micro_batch_tokens is not None:
+        if self.micro_batch_size is None:
             return f"micro-batches of at most {self.micro_batch_tokens:,} tokens"
-        return f"micro-batches of {self.micro_batch_size} examples"
+        return f"micro-batches of {counted(self.micro_batch_size, 'example')}"
 
     def logs_at(self, step: int) -> bool:
         """Return whether `step` goes to TensorBoard and the console."""

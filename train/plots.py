@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from files.atomic import replacing
+from files.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,8 @@ def draw_plots(
         axes.plot(*_xy(rate), color=BLUE, lw=2, **_dots(rate))
         if warmup_steps:
             # Rows count steps from 1, and the first one uses the schedule's value at 0.
-            _mark_step(axes, warmup_steps + 1, f"peak, after {warmup_steps} steps of warm-up")
+            warmup = counted(warmup_steps, "step")
+            _mark_step(axes, warmup_steps + 1, f"peak, after {warmup} of warm-up")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.2e}" if rate else "0")
 

@@ -466,18 +466,19 @@ def _step_warnings(config: RunConfig, document: Mapping[str, Any], plan: RunPlan
     shares = document["rank_shares"]
     if len(set(shares)) > 1:
         found.append(
-            f"{plan.effective_batch_size} examples over {plan.world_size} ranks are "
+            f"{counted(plan.effective_batch_size, 'example')} over {plan.world_size} ranks are "
             f"{', '.join(str(share) for share in shares)}: uneven, and exact all the same"
         )
     last = plan.num_examples - (plan.steps_per_epoch - 1) * plan.effective_batch_size
     if 2 * last < plan.effective_batch_size:
         found.append(
-            f"the last step of an epoch holds {last} of {plan.effective_batch_size} examples"
+            f"the last step of an epoch holds {last} of "
+            f"{counted(plan.effective_batch_size, 'example')}"
         )
     if plan.warmup_steps >= plan.total_steps:
         found.append(
-            f"the warm-up ({plan.warmup_steps} steps) is as long as the run "
-            f"({plan.total_steps} steps): the peak learning rate is never reached"
+            f"the warm-up ({counted(plan.warmup_steps, 'step')}) is as long as the run "
+            f"({counted(plan.total_steps, 'step')}): the peak learning rate is never reached"
         )
     if config.checkpoint.total_limit is None and len(plan.save_steps) > 20:
         found.append(
@@ -523,7 +524,7 @@ def _head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name in ("valid", "test")
         if data.get(f"{name}_examples")
     ]
-    batch = f"{document['effective_batch_size']} examples a step"
+    batch = f"{counted(document['effective_batch_size'], 'example')} a step"
     if document["world_size"] > 1:
         batch += (
             f", on {document['world_size']} ranks {'/'.join(map(str, document['rank_shares']))}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic import write_text
-from files.errors import UserError, no_such_folder
+from files.errors import UserError, counted, no_such_folder
 from files.strict_json import read_json_object
 from train.command import CommandParser, command, run_command
 from train.console import format_duration, format_list, format_loss, redrawn_text
@@ -212,14 +212,15 @@ def events(record: Record) -> Iterable[str]:
     for reason in sorted({row["skipped"] for row in skipped}):
         rows = [row for row in skipped if row["skipped"] == reason]
         yield (
-            f"{len(rows)} of {record.step} steps changed nothing ({reason}): "
+            f"{len(rows)} of {counted(record.step, 'step')} changed nothing ({reason}): "
             f"{_places(rows, lambda row: '')}."
         )
     yield from _memory_events(record)
     spikes = [row for row in record.train if row.get("spike")]
     if spikes:
         yield (
-            f"The loss of {len(spikes)} of {record.step} steps was more than {DEVIATIONS:g} "
+            f"The loss of {len(spikes)} of {counted(record.step, 'step')} was more than "
+            f"{DEVIATIONS:g} "
             f"standard deviations above the mean of the up to {WINDOW} losses before: "
             f"{_places(spikes, _spike)}."
         )
@@ -289,8 +290,8 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
     finite = [row for row in record.valid if row["loss"] is not None]
     if len(finite) < len(record.valid):
         yield (
-            f"{len(record.valid) - len(finite)} of {len(record.valid)} evaluations gave a loss "
-            "that is not finite."
+            f"{len(record.valid) - len(finite)} of {counted(len(record.valid), 'evaluation')} gave "
+            "a loss that is not finite."
         )
     best, last = record.best, finite[-1] if finite else None
     if best is None or last is None:
@@ -317,7 +318,7 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
         if share < BEST_EARLY and worse > WORSE_SINCE:
             yield (
                 f"The best evaluation came at step {best['step']}, {share:.0%} of the "
-                f"{last['step']} steps; at the end "
+                f"{counted(last['step'], 'step')}; at the end "
                 f"the valid loss was {worse:.1%} above it: overfitting. `best/` holds step "
                 f"{best['step']}."
             )
@@ -338,12 +339,13 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
     rows = (record.plan.get("data") or {}).get("valid_examples") or last.get("examples")
     if rows is not None and rows < FEW_ROWS:
         yield (
-            f"The valid set has {rows} rows (below {FEW_ROWS}): its loss is noisy, "
+            f"The valid set has {counted(rows, 'row')} (below {FEW_ROWS}): its loss is noisy, "
             "and small differences or early stopping on it mean little."
         )
     elif last["targets"] < FEW_TARGETS:
         yield (
-            f"The valid set has {last['targets']:,} targets (below {FEW_TARGETS:,}): its loss is "
+            f"The valid set has {counted(last['targets'], 'target')} (below {FEW_TARGETS:,}): its "
+            "loss is "
             "noisy, "
             "and small differences or early stopping on it mean little."
         )
@@ -352,7 +354,7 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
 def _notes_on_steps(record: Record) -> Iterable[str]:
     done = {row["step"] for row in record.train}
     if missing := sorted(set(range(1, record.step + 1)) - done):
-        yield f"{len(missing)} of {record.step} steps have no row: {_steps(missing)}."
+        yield f"{len(missing)} of {counted(record.step, 'step')} without a row: {_steps(missing)}."
     bound = record.section("optimizer").get("max_grad_norm")
     norms = [row["grad_norm"] for row in record.train if row["grad_norm"] is not None]
     clipped = sum(norm > bound for norm in norms) / len(norms) if bound and norms else 0.0
@@ -368,8 +370,10 @@ def _notes_on_steps(record: Record) -> Iterable[str]:
 
 def _outcome(record: Record) -> str:
     state, reason = record.status.get("state", "no status"), record.status.get("reason")
-    of_total = f" of {record.total_steps:,}" if record.total_steps else ""
-    return f"{state}{f' ({reason})' if reason else ''} after {record.step:,}{of_total} steps"
+    steps = counted(record.step, "step")
+    if record.total_steps:
+        steps = f"{record.step:,} of {counted(record.total_steps, 'step')}"
+    return f"{state}{f' ({reason})' if reason else ''} after {steps}"
 
 
 def _heading(record: Record) -> str:
@@ -401,11 +405,13 @@ def _results(record: Record) -> str:
 def _test_result(record: Record) -> str:
     first, last = record.test[0], record.test[-1]
     if last["step"] == 0:
-        return f"{format_loss(last['loss'])} before training ({last['targets']:,} targets)"
+        return f"{format_loss(last['loss'])} before training ({counted(last['targets'], 'target')})"
     before = f"{format_loss(first['loss'])} before, " if first["step"] == 0 else ""
     loads_best = record.section("checkpoint").get("load_best_at_end") and record.best
     of = f", of step {record.best['step']:,}, the best" if loads_best and record.best else ""
-    return f"{before}**{format_loss(last['loss'])}** after{of} ({last['targets']:,} targets)"
+    return (
+        f"{before}**{format_loss(last['loss'])}** after{of} ({counted(last['targets'], 'target')})"
+    )
 
 
 def _at(row: Row) -> str:
@@ -502,7 +508,8 @@ def _plan_against_actual(record: Record) -> str:
     sentences = []
     if examples and batch and per_epoch:
         sentences.append(
-            f"{examples:,} examples in batches of {batch:,} make {per_epoch:,} steps an epoch."
+            f"{counted(examples, 'example')} in batches of {batch:,} make "
+            f"{counted(per_epoch, 'step')} an epoch."
         )
     sentences.append(_learning_rate_check(record))
     return "\n\n".join([text, " ".join(sentences).strip()]).strip()
@@ -570,7 +577,7 @@ def _speed(record: Record) -> str:
     tokens, targets = (sum(row[name] for row in record.train) for name in ("tokens", "targets"))
     evaluating = sum(row.get("seconds") or 0.0 for row in record.valid + record.test)
     rows = [
-        ("tokens trained on", f"{tokens:,} ({targets:,} targets)"),
+        ("tokens trained on", f"{tokens:,} ({counted(targets, 'target')})"),
         (
             "throughput",
             f"{tokens / sum(seconds):,.0f} tokens/s, {targets / sum(seconds):,.0f} targets/s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,9 @@ from lora import fill_adapter
 from models.layers import CausalLM
 from models.weights import fill, weights_files
 from train.background import BackgroundWriter
+from train.busy_cores import BusyCores, busy_text, threads_spin
 from train.checkpoint import Checkpoints, TrainState, room_on_disk
+from train.command import command
 from train.config import flat
 from train.console import Console
 from train.decide import available_memory
@@ -134,6 +137,7 @@ class Session:
         self.metrics = Metrics(
             folder, tensorboard=config.log.tensorboard, resume_step=self.state.step
         )
+        self._cores = BusyCores(threads_spin(self.device.type, torch.get_num_threads()))
         self._saved_at = time.monotonic()
         if resume is not None and resume.state is not None:
             # Not before: a resume that is refused changes nothing.
@@ -249,6 +253,11 @@ class Session:
         memory = {"memory/peak_gib": peak_memory(self.device) / 2**30} if log else None
         self.metrics.train(row, log=log, extra=memory)
         self.console.train(row, log=log)
+        if self.writer.busy:
+            self._cores.restart()
+        elif (waiting := self._cores.waiting()) is not None:
+            resume = f"{command()} --resume {shlex.quote(str(self.folder))}"
+            self.console.say(busy_text(waiting, resume))
 
     def evaluate(self, examples: Examples) -> EvalResult:
         """Return the token mean of the loss over a set."""

@@ -293,7 +293,7 @@ def test_missing_and_clipped_steps_are_counted(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", grad_norm=2.0)
     rewrite(folder, [row for row in rows_of(folder) if row["step"] != 7])
     text = notes_of(folder)
-    assert "1 of 120 steps have no row: step 7." in text
+    assert "1 of 120 steps without a row: step 7." in text
     assert "clipped to 1 in 100% of the steps (median norm 1.99)" in text
 
 
