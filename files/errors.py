@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -41,6 +42,18 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the candidate nearest to `name`, or an empty string."""
     nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def no_such_folder(place: Path) -> str:
+    """Return the predicate for a folder that is not there: where it was looked for, what is near.
+
+    `no such folder (looked in /home/me/runs); did you mean 'demo-2'?`, or that it is a file.
+    """
+    if place.exists():
+        return "is a file, and a folder is needed"
+    parent = place.parent
+    neighbours = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    return f"no such folder (looked in {parent.resolve()}){did_you_mean(place.name, neighbours)}"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

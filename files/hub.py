@@ -544,9 +544,10 @@ def _explain(
             f"{constants.HF_HUB_CACHE}, so run once more, or {folder}"
         )
     at = "" if revision is None else f" of revision {revision!r}"
+    here = f"no such folder here (looked in {Path.cwd()}), " if kind == "model" else ""
     return UserError(
-        f"{where}: {constants.ENDPOINT} cannot be reached ({reason}) and there is no copy{at} in "
-        f"the cache{_nearest(repository, kind)}; {folder}"
+        f"{where}: {here}{constants.ENDPOINT} cannot be reached ({reason}) and there is no copy{at}"
+        f" in the cache{_nearest(repository, kind)}; {folder}"
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
-from files.errors import UserError, counted
+from files.errors import UserError, counted, no_such_folder
 from files.folders import damage
 from files.hub import resolve_model
 from files.strict_json import read_json_object
@@ -33,6 +33,7 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
+from train.checkpoint import STEP_FOLDER
 from train.command import CommandParser, command, run_command
 from train.config import load_config
 from train.decide import decide_device, decide_precision
@@ -220,16 +221,24 @@ class Generator:
 def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
     """Return what a run has trained: its final model, else its best one, else its last checkpoint.
 
+    Args:
+        run: The run's folder; or in it `final`, `best` or `checkpoints/step-…`, which is taken.
+        device: Where the model goes.
+        dtype: What it is stored in.
+
     Raises:
         UserError: The folder is no run's, nothing is trained yet, or files are missing or damaged.
     """
+    if not run.is_dir():
+        raise UserError(f"{run}: {no_such_folder(run)}")
+    run, named = _within_run(run)
     if not (run / "config.toml").is_file():
         raise UserError(
             f"{run}: not the folder of a run, which has a config.toml; "
             "for an adapter use --adapter, for a model --model"
         )
     config = load_config(file=run / "config.toml")
-    trained = _trained_folder(run)
+    trained = named or _trained_folder(run)
     if config.train.method == "lora":
         base = find_model(config, weights=True)
         source = base.folder
@@ -255,6 +264,8 @@ def load_from_adapter(
         UserError: The folder is no adapter's, no base is named, or files are missing or damaged.
     """
     path = adapter / "adapter_config.json"
+    if not adapter.is_dir():
+        raise UserError(f"{adapter}: {no_such_folder(adapter)}")
     if not path.is_file():
         raise UserError(
             f"{adapter}: not an adapter, which has an adapter_config.json; "
@@ -304,6 +315,19 @@ def _generator(
     tokenizer = Tokenizer.load(place, None if place == trained else chat_template)
     stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     return Generator(model, tokenizer, form, stop_ids, name)
+
+
+def _within_run(place: Path) -> tuple[Path, Path | None]:
+    """Return a run's folder, and what was named in it: `final`, `best` or a checkpoint."""
+    whole = place.resolve()
+    if whole.name in ("final", "best") and (whole.parent / "config.toml").is_file():
+        return whole.parent, whole
+    if STEP_FOLDER.fullmatch(whole.name) is None or whole.parent.name != "checkpoints":
+        return place, None
+    problem = damage(whole)
+    if problem is not None:
+        raise UserError(f"{place}: {problem}; name the run's folder, or another checkpoint")
+    return whole.parent.parent, whole
 
 
 def _trained_folder(run: Path) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic import write_text
-from files.errors import UserError
+from files.errors import UserError, no_such_folder
 from files.strict_json import read_json_object
 from train.command import CommandParser, command, run_command
 from train.console import format_duration, format_list, format_loss, redrawn_text
@@ -111,6 +111,8 @@ def read_record(folder: Path) -> Record:
     written = [
         name for name in ("plan.json", "status.json", METRICS_FILE) if (folder / name).is_file()
     ]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {no_such_folder(folder)}")
     if not (folder / "config.toml").is_file() or not written:
         raise UserError(
             f"{folder}: not the folder of a run: that has a config.toml and a metrics.jsonl "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic import RunLock
-from files.errors import UserError
+from files.errors import UserError, no_such_folder
 from files.folders import damage, sweep
 from files.strict_json import read_json_object
 from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, read_state
@@ -91,6 +91,8 @@ def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resu
     whole = place.resolve()
     named = STEP_FOLDER.fullmatch(whole.name) is not None and whole.parent.name == "checkpoints"
     folder = whole.parent.parent if named else place
+    if not place.is_dir():
+        raise UserError(f"--resume {place}: {no_such_folder(place)}")
     if not (folder / "config.toml").is_file():
         raise UserError(
             f"--resume {place}: no run is there (its folder has a config.toml); give the folder "

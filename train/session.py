@@ -26,6 +26,7 @@ from lora import fill_adapter
 from models.layers import CausalLM
 from models.weights import fill, weights_files
 from train.background import BackgroundWriter
+from train.busy import BusyCores
 from train.checkpoint import Checkpoints, TrainState, room_on_disk
 from train.config import flat
 from train.console import Console
@@ -134,6 +135,7 @@ class Session:
         self.metrics = Metrics(
             folder, tensorboard=config.log.tensorboard, resume_step=self.state.step
         )
+        self.busy = BusyCores()
         self._saved_at = time.monotonic()
         if resume is not None and resume.state is not None:
             # Not before: a resume that is refused changes nothing.
@@ -249,6 +251,8 @@ class Session:
         memory = {"memory/peak_gib": peak_memory(self.device) / 2**30} if log else None
         self.metrics.train(row, log=log, extra=memory)
         self.console.train(row, log=log)
+        if (busy := self.busy.observe()) is not None:
+            self.console.say(busy)
 
     def evaluate(self, examples: Examples) -> EvalResult:
         """Return the token mean of the loss over a set."""

@@ -22,7 +22,7 @@ from data.examples import IGNORED, LabelledRow, NoRowsError, label_rows, num_tar
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
-from files.errors import UserError, counted
+from files.errors import UserError, counted, no_such_folder
 from train.arguments import parse
 from train.command import CommandParser, command, run_command
 from train.config import load_config
@@ -301,9 +301,12 @@ def _configuration(argv: Sequence[str]) -> RunConfig:
             )
     if arguments.resume is None:
         return load_config(arguments.preset, arguments.config_file, arguments.overrides)
-    file = Path(arguments.resume) / "config.toml"
+    run = Path(arguments.resume)
+    if not run.is_dir():
+        raise UserError(f"--resume {run}: {no_such_folder(run)}")
+    file = run / "config.toml"
     if not file.is_file():
-        raise UserError(f"--resume {arguments.resume}: no run is there (it has no config.toml)")
+        raise UserError(f"--resume {run}: no run is there (it has no config.toml)")
     return load_config(file=file, overrides=arguments.overrides)
 
 

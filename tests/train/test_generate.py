@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.atomic import write_json
 from files.errors import UserError
+from files.folders import replace_folder
 from lora import LoraConfig, inject, load_adapter, save_adapter
 from models import load_model
 from models.config import RopeConfig
@@ -309,6 +311,40 @@ def test_a_run_uses_what_it_trained_and_the_base_of_its_configuration(
     (tmp_path / "best").rename(tmp_path / "final")
     (tmp_path / "best").mkdir()
     assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
+
+
+def test_a_place_within_a_run_is_the_one_that_is_taken(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"model.path": str(base), "train.method": "lora", "data.format": "text"}
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
+    checkpoint = tmp_path / "checkpoints" / "step-00000003"
+    checkpoint.parent.mkdir()
+    replace_folder(checkpoint, lambda folder: _copied(adapter, folder), step=3)
+    (tmp_path / "final").mkdir()
+    expected = adapted(base, adapter, "Q: why\nA: ")
+    assert completed(capsys, "--run", checkpoint, "--prompt", "why") == expected
+    (tmp_path / "final").rmdir()
+    shutil.copytree(adapter, tmp_path / "best")
+    assert completed(capsys, "--run", tmp_path / "best", "--prompt", "why") == expected
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
+    message = refused(capsys, "--run", checkpoint, "--prompt", "why")
+    assert "step-00000003" in message and "another checkpoint" in message
+
+
+def _copied(source: Path, target: Path) -> dict[str, str]:
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+    return {}
+
+
+@pytest.mark.parametrize("option", ["--run", "--adapter"])
+def test_a_folder_that_is_not_there_is_said_to_be_not_there(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo-1").mkdir()
+    message = refused(capsys, option, tmp_path / "demo-2", "--prompt", "why")
+    assert "no such folder" in message and "did you mean 'demo-1'" in message
 
 
 def test_a_run_of_full_fine_tuning_needs_no_base(

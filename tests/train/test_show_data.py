@@ -123,7 +123,7 @@ def test_only_the_tokenizer_is_needed(tmp_path: Path) -> None:
         (["--split", "dev"], "--split dev"),
         (["--rows", "0"], "--rows 0"),
         (["--plan"], "--plan belongs to a run"),
-        (["--resume", "nowhere"], "no run is there"),
+        (["--resume", "nowhere"], "nowhere: no such folder"),
         (["--bogus"], "unknown option"),
         (["model.path=nowhere/at/all"], "nowhere/at/all"),
     ],
