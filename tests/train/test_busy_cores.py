@@ -1,4 +1,4 @@
-"""That others want the cores is said once, from the kernel's own count, and nothing else changes."""
+"""That others want the cores is said once, from the kernel's own count."""
 
 from pathlib import Path
 
