@@ -47,7 +47,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def no_such_folder(place: Path) -> str:
     """Return the predicate for a folder that is not there: where it was looked for, what is near.
 
-    `no such folder (looked in /home/me/runs); did you mean 'demo-2'?`, or that it is a file.
+    `no such folder (looked in /home/me/runs); did you mean 'demo-2'?`, or `is a file`.
     """
     if place.exists():
         return "is a file, and a folder is needed"

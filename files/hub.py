@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from files.atomic import sha256_file
-from files.errors import UserError, counted, did_you_mean
+from files.errors import UserError, counted, did_you_mean, no_such_folder
 from files.strict_json import read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -191,12 +191,9 @@ def _missing_folder(path: str | Path, folder: Path) -> UserError:
         return UserError(
             f"model.path={str(path)!r}: is a file; pass the folder that holds it and config.json"
         )
-    parent = folder.parent
-    neighbours = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     return UserError(
-        f"model.path={str(path)!r}: no such folder (looked in {parent.resolve()})"
-        f"{did_you_mean(folder.name, neighbours)}; pass a folder that is there, "
-        "or a repository of the Hub as owner/name"
+        f"model.path={str(path)!r}: {no_such_folder(folder)}; pass a folder that is there, or a "
+        "repository of the Hub as owner/name"
     )
 
 
@@ -503,6 +500,9 @@ def _explain(
     from huggingface_hub import constants, errors
 
     where = _where(repository, kind)
+    # What may have been meant as a folder is said to be none, before the network is blamed.
+    here = f"{no_such_folder(Path(repository))}; as a repository: " if kind == "model" else ""
+    absent = f"{where}: {here}"
     folder = _FOLDER_REMEDY[kind]
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
     if fetching and isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
@@ -515,7 +515,7 @@ def _explain(
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(
-            f"{where}: not found on the Hub, or private{_nearest(repository, kind)}; check the "
+            f"{absent}not found on the Hub, or private{_nearest(repository, kind)}; check the "
             f"spelling, set HF_TOKEN or run 'hf auth login' if it is private, or {folder}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -527,7 +527,7 @@ def _explain(
         return UserError(f"{where}: not the name of a repository (owner/name); {folder}")
     if status in (401, 403):
         return UserError(
-            f"{where}: the Hub refused access (HTTP {status}); set HF_TOKEN to a token that may "
+            f"{absent}the Hub refused access (HTTP {status}); set HF_TOKEN to a token that may "
             f"read it, accept the licence at {page} if there is one, or {folder}"
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -544,10 +544,9 @@ def _explain(
             f"{constants.HF_HUB_CACHE}, so run once more, or {folder}"
         )
     at = "" if revision is None else f" of revision {revision!r}"
-    here = f"no such folder here (looked in {Path.cwd()}), " if kind == "model" else ""
     return UserError(
-        f"{where}: {here}{constants.ENDPOINT} cannot be reached ({reason}) and there is no copy{at}"
-        f" in the cache{_nearest(repository, kind)}; {folder}"
+        f"{absent}{constants.ENDPOINT} cannot be reached ({reason}) and there is no copy{at} in "
+        f"the cache{_nearest(repository, kind)}; {folder}"
     )
 
 

@@ -35,9 +35,9 @@ def command(name: str = "run") -> str:
     if module == "lathe":
         start = f"{python} -m lathe"
     elif program.name == "lathe.py":
-        start = f"{python} {shlex.quote(str(program))}"
+        start = f"{python} {shlex.quote(sys.argv[0])}"
     elif program.name == "lathe" and not (installed and Path(installed).samefile(program)):
-        start = shlex.quote(str(program))
+        start = shlex.quote(sys.argv[0])
     elif installed:
         start = "lathe"
     else:

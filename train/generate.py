@@ -222,23 +222,15 @@ def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
     """Return what a run has trained: its final model, else its best one, else its last checkpoint.
 
     Args:
-        run: The run's folder; or in it `final`, `best` or `checkpoints/step-…`, which is taken.
+        run: The run's folder, or one of a run's: a checkpoint, `best/` or `final/`.
         device: Where the model goes.
-        dtype: What it is stored in.
+        dtype: What it computes in.
 
     Raises:
         UserError: The folder is no run's, nothing is trained yet, or files are missing or damaged.
     """
-    if not run.is_dir():
-        raise UserError(f"{run}: {no_such_folder(run)}")
-    run, named = _within_run(run)
-    if not (run / "config.toml").is_file():
-        raise UserError(
-            f"{run}: not the folder of a run, which has a config.toml; "
-            "for an adapter use --adapter, for a model --model"
-        )
+    run, trained = _run_and_trained(run)
     config = load_config(file=run / "config.toml")
-    trained = named or _trained_folder(run)
     if config.train.method == "lora":
         base = find_model(config, weights=True)
         source = base.folder
@@ -265,7 +257,7 @@ def load_from_adapter(
     """
     path = adapter / "adapter_config.json"
     if not adapter.is_dir():
-        raise UserError(f"{adapter}: {no_such_folder(adapter)}")
+        raise UserError(f"--adapter {adapter}: {no_such_folder(adapter)}")
     if not path.is_file():
         raise UserError(
             f"{adapter}: not an adapter, which has an adapter_config.json; "
@@ -317,17 +309,24 @@ def _generator(
     return Generator(model, tokenizer, form, stop_ids, name)
 
 
-def _within_run(place: Path) -> tuple[Path, Path | None]:
-    """Return a run's folder, and what was named in it: `final`, `best` or a checkpoint."""
+def _run_and_trained(place: Path) -> tuple[Path, Path]:
+    """Return a run's folder and what is taken of it; `place` is the run's, or the one to take."""
+    if not place.is_dir():
+        raise UserError(f"--run {place}: {no_such_folder(place)}")
+    if (place / "config.toml").is_file():
+        return place, _trained_folder(place)
     whole = place.resolve()
-    if whole.name in ("final", "best") and (whole.parent / "config.toml").is_file():
-        return whole.parent, whole
-    if STEP_FOLDER.fullmatch(whole.name) is None or whole.parent.name != "checkpoints":
-        return place, None
-    problem = damage(whole)
-    if problem is not None:
-        raise UserError(f"{place}: {problem}; name the run's folder, or another checkpoint")
-    return whole.parent.parent, whole
+    run = whole.parent.parent if whole.parent.name == "checkpoints" else whole.parent
+    is_checkpoint = STEP_FOLDER.fullmatch(whole.name) is not None
+    of_a_run = is_checkpoint or whole.name in ("final", "best")
+    if not of_a_run or not (run / "config.toml").is_file():
+        raise UserError(
+            f"{place}: not the folder of a run, which has a config.toml, and none of a run's: "
+            "for an adapter use --adapter, for a model --model"
+        )
+    if is_checkpoint and (problem := damage(place)) is not None:
+        raise UserError(f"--run {problem}; take another one, or the run's folder")
+    return run, place
 
 
 def _trained_folder(run: Path) -> Path:
@@ -376,7 +375,7 @@ def _parser() -> CommandParser:
         description="Complete a prompt with a run's final model, an adapter, or a model folder.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="a run's folder")
+    source.add_argument("--run", type=Path, help="a run's folder, or one of its checkpoints")
     source.add_argument("--adapter", type=Path, help="an adapter's folder")
     source.add_argument("--model", help="a model's folder or hub id")
     parser.add_argument("--base", help="the adapter's base, if not as adapter_config.json says")

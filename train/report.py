@@ -108,11 +108,11 @@ def read_record(folder: Path) -> Record:
     Raises:
         UserError: The folder is no run's, or a file in it is damaged.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {no_such_folder(folder)}")
     written = [
         name for name in ("plan.json", "status.json", METRICS_FILE) if (folder / name).is_file()
     ]
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {no_such_folder(folder)}")
     if not (folder / "config.toml").is_file() or not written:
         raise UserError(
             f"{folder}: not the folder of a run: that has a config.toml and a metrics.jsonl "

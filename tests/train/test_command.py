@@ -1,62 +1,173 @@
-"""How commands end: one sentence and an exit code, whatever happens."""
+"""How commands are called and what they answer, whichever of them it is."""
 
-import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from files.errors import UserError
-from train.command import run_command
+from files.errors import counted, note
+from train import command as command_module
+from train import evaluate, generate, merge, report, run, show_data
+from train.command import command
 
-ROOT = Path(__file__).resolve().parents[2]
+Main = Callable[[list[str]], int]
+COMMANDS: dict[str, Main] = {
+    "run": run.main,
+    "show-data": show_data.main,
+    "generate": generate.main,
+    "merge": merge.main,
+    "report": report.main,
+    "evaluate": evaluate.main,
+}
 
 
-def raising(error: BaseException) -> int:
-    raise error
+def complaint(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str] | str) -> str:
+    """Return the one sentence that a command ends with."""
+    words = arguments.split() if isinstance(arguments, str) else arguments
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "sentence"),
+    ("name", "arguments", "option"),
     [
-        (UserError("rows.jsonl:3: no"), 2, "error: rows.jsonl:3: no\n"),
-        (OSError(28, "No space left on device", "a/b"), 2, "error: a/b: No space left on device\n"),
-        (OSError("the disk is gone"), 2, "error: the disk is gone\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        ("run", "--preset demo --preset default", "--preset"),
+        ("run", "--config a.toml seed=1 --config b.toml", "--config"),
+        ("run", "--resume a --resume a", "--resume"),
+        ("show-data", "--rows 1 --rows 2", "--rows"),
+        ("show-data", "--preset demo --preset default", "--preset"),
+        ("generate", "--run x --prompt a --prompt b", "--prompt"),
+        ("generate", "--run x --run y --prompt a", "--run"),
+        ("generate", "--model x --prompt a --top-p 0.1 --top-p=0.2", "--top-p"),
+        ("merge", "a b --base c --base d", "--base"),
     ],
 )
-def test_an_error_is_one_sentence(
-    error: BaseException, code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+def test_an_option_given_twice_is_refused_for_one_value_would_be_lost(
+    name: str, arguments: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(lambda: raising(error)) == code
-    assert capsys.readouterr().err == sentence
-
-
-def test_what_is_a_fault_of_ours_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 // 0)
-
-
-def lathe(*arguments: str, **changes: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "train.run", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **changes},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    assert f"{option} is given twice" in complaint(capsys, COMMANDS[name], arguments).replace(
+        ":", ""
     )
 
 
-def test_a_terminal_that_knows_ascii_alone_is_answered() -> None:
-    out, err = lathe("--show", "qwen2.5-coder-1.5b", PYTHONIOENCODING="ascii").communicate()
-    assert (b"[train]" in out, err) == (True, b"")
+def test_what_may_be_given_several_times_still_may() -> None:
+    asked = generate._parser().parse_args(["--run", "x", "--field", "a=1", "--field", "b=2"])
+    assert asked.field == ["a=1", "b=2"]
 
 
-def test_a_reader_that_has_had_enough_is_no_error() -> None:
-    process = lathe("--show", "qwen2.5-coder-1.5b")
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.wait() == 141
-    assert process.stderr.read() == b""
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("run", "--bogus"),
+        ("show-data", "--bogus"),
+        ("generate", "--prompt x"),
+        ("generate", "--run x --prompt y --max-new-tokens many"),
+        ("merge", "a"),
+        ("report", ""),
+    ],
+)
+def test_every_command_s_complaint_is_one_sentence(
+    name: str, arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--help" in complaint(capsys, COMMANDS[name], arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("run", "--resume runs/demo-2"),
+        ("run", "--resume runs/demo-2/checkpoints/step-00000001"),
+        ("run", "model.path=runs/demo-2 data.train=x"),
+        ("show-data", "--resume runs/demo-2"),
+        ("generate", "--prompt x --run runs/demo-2"),
+        ("generate", "--prompt x --adapter runs/demo-2"),
+        ("generate", "--prompt x --model runs/demo-2"),
+        ("merge", "runs/demo-2 out"),
+        ("report", "runs/demo-2"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_said_to_be_not_there(
+    name: str,
+    arguments: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Before the network is blamed, or a file that would be in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "runs" / "demo-1").mkdir(parents=True)
+    said = complaint(capsys, COMMANDS[name], arguments)
+    assert "no such folder" in said.partition("cannot be reached")[0]
+    if "step" not in arguments:
+        assert "did you mean 'demo-1'?" in said
+
+
+def test_evaluate_says_what_it_is_and_what_to_do_instead() -> None:
+    """It used to end with 0 and no word, as if it had evaluated something."""
+    done = subprocess.run(
+        [sys.executable, "-m", "train.evaluate", "runs/a"],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "-m train.evaluate` is not built yet" in done.stderr
+    assert "eval.steps" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "on_path", "run", "merge"),
+    [
+        ("/env/bin/lathe", True, "lathe", "lathe merge"),
+        ("./lathe", False, "./lathe", "./lathe merge"),
+        ("/a b/lathe", False, "'/a b/lathe'", "'/a b/lathe' merge"),
+        ("/src/lathe.py", False, "py3 /src/lathe.py", "py3 /src/lathe.py merge"),
+        ("notebook", True, "lathe", "lathe merge"),
+        ("notebook", False, "py3 -m train.run", "py3 -m train.merge"),
+    ],
+)
+def test_a_command_is_named_as_this_process_was_started(
+    program: str,
+    on_path: bool,
+    run: str,
+    merge: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", ["py3", program])
+    monkeypatch.setattr(
+        command_module.shutil, "which", lambda _: "/env/bin/lathe" if on_path else None
+    )
+    monkeypatch.setattr(Path, "samefile", lambda one, other: str(one) == str(other))
+    assert (command(), command("merge")) == (run, merge)
+
+
+def test_a_number_has_its_noun() -> None:
+    numbers = (0, 1, 2, 12_345)
+    assert [counted(number, "micro-batch", "micro-batches") for number in numbers] == [
+        "0 micro-batches",
+        "1 micro-batch",
+        "2 micro-batches",
+        "12,345 micro-batches",
+    ]
+    assert counted(1, "row") == "1 row" and counted(2, "row") == "2 rows"
+
+
+def test_a_note_is_a_plain_line_and_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        note("a\x1b[2Jb")
+    assert capsys.readouterr().err == "note: a\\x1b[2Jb\n"
+
+
+def test_nothing_of_ours_warns_with_a_source_line() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for folder in ("files", "kernels", "lora", "models", "data", "train"):
+        for path in (root / folder).rglob("*.py"):
+            assert "warnings.warn" not in path.read_text(encoding="utf-8"), path

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -313,38 +312,45 @@ def test_a_run_uses_what_it_trained_and_the_base_of_its_configuration(
     assert completed(capsys, "--run", tmp_path, "--prompt", "why") == expected
 
 
-def test_a_place_within_a_run_is_the_one_that_is_taken(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("part", ["checkpoints/step-00000002", "best", "final"])
+def test_a_part_of_a_run_is_taken_as_it_is(
+    part: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    overrides = {"model.path": str(base), "train.method": "lora", "data.format": "text"}
+    """With the base and the prompt format of the run's configuration; from inside it too."""
+    overrides = {"model.path": str(base), "data.format": "text"}
     (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
-    checkpoint = tmp_path / "checkpoints" / "step-00000003"
-    checkpoint.parent.mkdir()
-    replace_folder(checkpoint, lambda folder: _copied(adapter, folder), step=3)
-    (tmp_path / "final").mkdir()
-    expected = adapted(base, adapter, "Q: why\nA: ")
-    assert completed(capsys, "--run", checkpoint, "--prompt", "why") == expected
-    (tmp_path / "final").rmdir()
-    shutil.copytree(adapter, tmp_path / "best")
-    assert completed(capsys, "--run", tmp_path / "best", "--prompt", "why") == expected
-    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
-    message = refused(capsys, "--run", checkpoint, "--prompt", "why")
-    assert "step-00000003" in message and "another checkpoint" in message
+
+    def fill(folder: Path) -> dict[str, str]:
+        for file in adapter.glob("adapter_*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        return {}
+
+    replace_folder(tmp_path / part, fill)
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)  # newer, and not asked for
+    expected = adapted(base, adapter, "why")
+    assert completed(capsys, "--run", tmp_path / part, "--prompt", "why") == expected
+    monkeypatch.chdir(tmp_path / part)
+    assert completed(capsys, "--run", ".", "--prompt", "why") == expected
 
 
-def _copied(source: Path, target: Path) -> dict[str, str]:
-    for file in source.iterdir():
-        shutil.copyfile(file, target / file.name)
-    return {}
-
-
-@pytest.mark.parametrize("option", ["--run", "--adapter"])
-def test_a_folder_that_is_not_there_is_said_to_be_not_there(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_checkpoint_and_what_is_no_run_s_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "demo-1").mkdir()
-    message = refused(capsys, option, tmp_path / "demo-2", "--prompt", "why")
-    assert "no such folder" in message and "did you mean 'demo-1'" in message
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides={"model.path": str(base)})))
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    assert "there is no manifest.json; take another one" in refused(
+        capsys, "--run", checkpoint, "--prompt", "x"
+    )
+    other = tmp_path / "elsewhere" / "final"
+    other.mkdir(parents=True)
+    for place in (other, tmp_path / "checkpoints"):
+        assert "and none of a run's" in refused(capsys, "--run", place, "--prompt", "x")
 
 
 def test_a_run_of_full_fine_tuning_needs_no_base(
