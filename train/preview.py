@@ -110,7 +110,14 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
             config.json that is not what it must be.
     """
     document = _survey(config, ranks or 1)
-    print(json.dumps(document, allow_nan=False, indent=2) if as_json else render_plan(document))
+    if as_json:
+        print(json.dumps(document, allow_nan=False, indent=2))
+        return
+    print(render_plan(document))
+    if "tokens" in document["data"]:
+        from train.show_data import first_example
+
+        print(f"An example, as it will be trained\n{first_example(config)}")
 
 
 def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ is cut, split or dropped. Everything else is given as to train.run; no weights a
 """
 ROWS = 3
 _SPLITS = ("train", "valid", "test")
+_MOST_IN_A_PLAN = 1500
 _COLOUR, _PLAIN = ("\x1b[32m", "\x1b[0m"), ("⟦", "⟧")
 
 
@@ -72,8 +73,15 @@ class Shown:
     left_out_turns: int
 
 
-def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, Tokenizer]]:
-    """Yield what becomes of the rows of a split, in the order of the data, and the tokenizer.
+def show_rows(
+    config: RunConfig, split: str = "train", most: int | None = None
+) -> Iterator[tuple[Shown, Tokenizer]]:
+    """Yield what becomes of a split's rows, in the order of the data, and the tokenizer.
+
+    Args:
+        config: The run's configuration.
+        split: `train`, `valid` or `test`.
+        most: Rows to read; None reads all.
 
     Raises:
         NoRowsError: The split has no row.
@@ -82,14 +90,11 @@ def show_rows(config: RunConfig, split: str = "train") -> Iterator[tuple[Shown, 
     settings = config.data
     tokenizer = Tokenizer.load(_tokenizer_folder(config), settings.chat_template)
     form = prompt_format(settings)
-    numbered = _rows_of(config, split, form)
     none = True
-    while batch := list(islice(numbered, ROWS)):
+    for number, row in islice(_rows_of(config, split, form), most):
         none = False
-        labelled = label_rows([row for _, row in batch], tokenizer, form)
-        for (number, _), row in zip(batch, labelled, strict=True):
-            for shown in _examples(number, row, settings, tokenizer):
-                yield shown, tokenizer
+        for shown in _examples(number, label_rows([row], tokenizer, form)[0], settings, tokenizer):
+            yield shown, tokenizer
     if none:
         raise NoRowsError(f"data.{split}: no rows")
 
@@ -219,6 +224,17 @@ def _shown(
     )
 
 
+def first_example(config: RunConfig) -> str:
+    """Return the first row that leaves an example, for the plan; a long text is cut short."""
+    for shown, tokenizer in show_rows(config):
+        if shown.targets:
+            text = shown_text(shown, tokenizer).rstrip("\n")
+            left = len(text) - _MOST_IN_A_PLAN
+            more = f"…\n({left:,} more characters: {command('show-data')} shows them)"
+            return text if left <= 0 else text[:_MOST_IN_A_PLAN] + more
+    raise NoRowsError("data.train: no row leaves an example")
+
+
 def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLAIN) -> str:
     """Return an example for a reader: a line about it, then its text with the trained parts marked.
 
@@ -290,7 +306,7 @@ def _configuration(argv: Sequence[str]) -> RunConfig:
         raise UserError(f"--resume {run}: {no_such_folder(run)}")
     file = run / "config.toml"
     if not file.is_file():
-        raise UserError(f"--resume {arguments.resume}: no run is there (it has no config.toml)")
+        raise UserError(f"--resume {run}: no run is there (it has no config.toml)")
     return load_config(file=file, overrides=arguments.overrides)
 
 
@@ -303,11 +319,7 @@ def _answer(argv: Sequence[str]) -> int:
     asked, rest = _split_arguments(argv)
     most = asked.rows or (None if asked.json else ROWS)
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    rows: set[int] = set()
-    for shown, tokenizer in show_rows(_configuration(rest), asked.split):
-        rows.add(shown.row)
-        if most is not None and len(rows) > most:
-            break
+    for shown, tokenizer in show_rows(_configuration(rest), asked.split, most):
         if asked.json:
             print(json.dumps(dataclasses.asdict(shown), ensure_ascii=False))
         else:

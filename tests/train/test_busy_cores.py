@@ -38,36 +38,36 @@ class Machine:
 
 def test_it_is_told_once_how_long_threads_waited() -> None:
     machine = Machine()
-    assert machine.passes(12, waiting=0.5) == pytest.approx(0.5)
-    assert [machine.passes(12, waiting=0.9) for _ in range(5)] == [None] * 5
+    assert machine.passes(24, waiting=0.5) == pytest.approx(0.5)
+    assert [machine.passes(24, waiting=0.9) for _ in range(5)] == [None] * 5
 
 
 def test_a_little_waiting_is_no_matter_and_what_was_before_is_forgotten() -> None:
     machine = Machine()
-    assert [machine.passes(30, waiting=0.15) for _ in range(5)] == [None] * 5
-    assert machine.passes(11, waiting=0.4) == pytest.approx(0.4)
+    assert [machine.passes(60, waiting=0.15) for _ in range(5)] == [None] * 5
+    assert machine.passes(22, waiting=0.4) == pytest.approx(0.4)
 
 
 def test_a_short_while_says_nothing_and_counts_with_the_next() -> None:
     machine = Machine()
-    assert machine.passes(6, waiting=0.8) is None
-    assert machine.passes(6, waiting=0.0) == pytest.approx(0.4)
+    assert machine.passes(12, waiting=0.8) is None
+    assert machine.passes(12, waiting=0.0) == pytest.approx(0.4)
 
 
 def test_what_the_run_s_own_writing_took_is_left_out() -> None:
     machine = Machine()
-    machine.passes(9, waiting=0.9)
+    machine.passes(18, waiting=0.9)
     machine.cores.restart()
-    assert machine.passes(11, waiting=0.0) is None
+    assert machine.passes(22, waiting=0.0) is None
 
 
 def test_threads_that_come_and_go_do_not_count() -> None:
     """The ends of their accounts are not known."""
     machine = Machine()
     machine.threads["3"] = [0, 500 * SECOND]
-    assert machine.passes(11, waiting=0.1) is None
+    assert machine.passes(22, waiting=0.1) is None
     del machine.threads["3"]
-    assert machine.passes(11, waiting=0.1) is None
+    assert machine.passes(22, waiting=0.1) is None
 
 
 def test_where_nothing_spins_or_is_accounted_for_nothing_is_said() -> None:

@@ -161,7 +161,15 @@ def test_the_speed_shown_is_that_since_the_last_logged_step(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("resume_step", [0, 2])
-def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path: Path, resume_step: int) -> None:
+def test_tensorboard_shows_no_step_twice_after_a_resume(
+    tmp_path: Path, resume_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files are read in the order of their names: the second, the process, then the number of the
+    # writer in it, as text. Two writers of one process and second, the ninth and tenth of all,
+    # would be read in the wrong order; a resumed run is a process of its own.
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for first, loss in ((1, 1.0), (resume_step + 1, 2.0)):
         metrics = Metrics(tmp_path, tensorboard=True, resume_step=first - 1)
         for step in range(first, 5):

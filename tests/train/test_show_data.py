@@ -9,6 +9,7 @@ from shown import DEMO_MODEL, shown
 from data.examples import cache_root, load_examples
 from data.tokenizer import Tokenizer
 from files.errors import UserError
+from train import run as train_run
 from train.config import load_config
 from train.prepare import prompt_format
 from train.show_data import main, printable, segments
@@ -122,8 +123,7 @@ def test_only_the_tokenizer_is_needed(tmp_path: Path) -> None:
         (["--split", "dev"], "--split dev"),
         (["--rows", "0"], "--rows 0"),
         (["--plan"], "--plan belongs to a run"),
-        (["--resume", "nowhere"], "--resume nowhere: no such folder (looked in "),
-        (["--resume", "."], "no run is there"),
+        (["--resume", "nowhere"], "nowhere: no such folder"),
         (["--bogus"], "unknown option"),
         (["model.path=nowhere/at/all"], "nowhere/at/all"),
     ],
@@ -140,3 +140,24 @@ def _written(folder: Path, rows: list[dict[str, str]]) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def test_the_plan_shows_one_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = {"prompt": "a", "completion": ""}
+    long = {"prompt": "Say\n", "completion": "word " * 1000}
+    path = _written(tmp_path, [empty, long])
+    settings = [f"model.path={DEMO_MODEL}", f"data.train={path}", "data.format=completion"]
+    arguments = [*settings, "data.append_eos=false", "data.max_length=2000", "--plan"]
+    assert train_run.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "rows.jsonl:2: " in text and "Say\n⟦word word" in text
+    assert "more characters: " in text and len(text) < 6000
+    assert train_run.main([*arguments, "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_a_row_behind_those_that_are_asked_for_is_not_read(tmp_path: Path) -> None:
+    rows = [*ROWS, {"prompt": 3, "completion": "x"}]
+    assert len(shown(tmp_path, rows, "data.format=completion", "--rows", "2")) == 2
+    with pytest.raises(UserError, match=r"rows\.jsonl:3"):
+        shown(tmp_path, rows, "data.format=completion", "--rows", "3")
