@@ -33,7 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.rows_in_memory import ROWS_PREFIX, find_rows
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, counted, did_you_mean, note
 from files.hub import read_card, resolve_dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -214,7 +214,9 @@ def _open_glob(spec: str, split: str | None) -> Source:
     if split is not None:
         wanted = canonical_split(split)
         ours = [name for name in data if _split_labels(name)[1] <= {wanted}]
-        data = ours or data
+        if ours:
+            _note_left_out([name for name in data if name not in ours], split, spec)
+            data = ours
     return Source(spec, tuple(SourceFile(folder / name, str(root / name)) for name in data))
 
 
@@ -468,6 +470,14 @@ def _split_labels(name: str) -> tuple[str, set[str]]:
     return label, {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
 
 
+def _note_left_out(names: Sequence[str], split: str, spec: str) -> None:
+    if names:
+        note(
+            f"{spec}: {counted(len(names), 'data file')} left out of the split '{split}' by name, "
+            f"such as {names[0]}; to read what was left out as well, name the files in a list"
+        )
+
+
 def canonical_split(split: str) -> str:
     """Return `train`, `valid` or `test` for their other spellings, and any other word as it is."""
     return SPLIT_NAMES.get(split.lower(), split)
@@ -478,12 +488,13 @@ def _files_of_split(names: Sequence[str], split: str | None, spec: str) -> list[
     if split is None:
         return list(names)
     labels = {name: _split_labels(name) for name in names}
-    exact = [name for name in names if labels[name][0] == split]
-    if exact:
-        return exact
     wanted = canonical_split(split)
-    matching = [name for name in names if wanted in labels[name][1]]
+    exact = [name for name in names if labels[name][0] == split]
+    matching = exact or [name for name in names if wanted in labels[name][1]]
     if matching:
+        ours = [{wanted}, set()] if wanted == "train" else [{wanted}]
+        others = [name for name in names if labels[name][1] in ours and name not in matching]
+        _note_left_out(others, split, spec)
         return matching
     if wanted == "train" and not any(splits for _, splits in labels.values()):
         return list(names)

@@ -97,6 +97,21 @@ def test_shards_are_read_in_order_and_documents_never(tmp_path: Path) -> None:
     assert "no files of the split 'test' (it has: train)" in refusal(folder, "test")
 
 
+@pytest.mark.parametrize("other", ["more", "train_2"])
+def test_files_that_the_names_leave_out_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    folder = clone(tmp_path / "set", {"train.jsonl": ["a"], "test.jsonl": ["t"]})
+    assert texts(folder) == ["a"]
+    assert not capsys.readouterr().err  # test rows are nobody's loss
+    clone(folder, {f"{other}.jsonl": ["b"]})
+    assert texts(folder) == ["a"]
+    told = f"{folder}: 1 data file left out of the split 'train' by name, such as {other}.jsonl"
+    assert told in capsys.readouterr().err
+    assert texts(folder, "test") == ["t"]
+    assert not capsys.readouterr().err
+
+
 def test_configurations_are_asked_for_by_their_folder(tmp_path: Path) -> None:
     names = {
         "data/java/train.jsonl": ["j"],

@@ -182,16 +182,20 @@ def test_a_file_whose_name_has_wildcards_is_itself(tmp_path: Path) -> None:
 
 
 def test_a_glob_leaves_out_the_files_of_other_splits_where_some_are_of_none(
-    tmp_path: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("train-1", "more", "test", "dev"):
         write(tmp_path / f"{name}.jsonl", [A])
     glob = tmp_path / "*.jsonl"
     assert names(glob, "train") == ["more.jsonl", "train-1.jsonl"]
+    told = f"note: {glob}: 2 data files left out of the split 'train' by name, such as dev.jsonl;"
+    assert capsys.readouterr().err.startswith(told)
     assert names(glob, "test") == ["more.jsonl", "test.jsonl"]
     assert names(glob) == ["dev.jsonl", "more.jsonl", "test.jsonl", "train-1.jsonl"]
+    capsys.readouterr()
     # Who names test files alone means them.
     assert names(tmp_path / "te*.jsonl", "train") == ["test.jsonl"]
+    assert not capsys.readouterr().err
 
 
 def test_a_glob_of_sources_is_a_row_a_file(tmp_path: Path) -> None:
