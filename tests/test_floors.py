@@ -1,6 +1,9 @@
 """The floors of the house: which folder may import which, read from the source itself."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,3 +143,15 @@ def test_no_two_modules_import_each_other() -> None:
         for name in free:
             del left[name]
     assert not left, f"modules import each other: {sorted(left)}"
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Nothing outside the declared dependencies may be needed to train."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    listed = [*project["dependencies"], *extras["report"], *extras["parquet"], *extras["triton"]]
+    declared = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in listed}
+    for path in [*product_files(), ROOT / "lathe.py"]:
+        if not path.is_relative_to(ROOT / "benchmarks"):
+            foreign = {name.split(".")[0] for name in imports(path)} - {*FLOORS, "lathe"}
+            assert foreign <= declared | set(sys.stdlib_module_names), path

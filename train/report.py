@@ -175,7 +175,7 @@ def render_report(record: Record, plots: Sequence[Path] | None) -> str:
         _results(record),
         _bullets("Notes", notes(record)),
         _bullets("What happened on the way", list(events(record))),
-        _curves(plots),
+        _curves(record, plots),
         _evaluations(record),
         _plan_against_actual(record),
         _bullets("Warned before the run", record.plan.get("warnings") or []),
@@ -418,11 +418,11 @@ def _at(row: Row) -> str:
     return f"{format_loss(row['loss'])} at step {row['step']:,}"
 
 
-def _curves(plots: Sequence[Path] | None) -> str:
+def _curves(record: Record, plots: Sequence[Path] | None) -> str:
     if plots is None:
         return (
             "## Curves\n\nPlots need matplotlib: `pip install matplotlib`, then "
-            f"`{command('report')}` again."
+            f"`{command('report')} {shlex.quote(str(record.folder))}`."
         )
     images = [f"![{path.stem}]({PLOTS_FOLDER}/{path.name})" for path in plots]
     return "## Curves\n\n" + "\n\n".join(images) if images else ""
