@@ -151,7 +151,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         kind = "a model, not an adapter" if (folder / "config.json").exists() else "no adapter"
         raise UserError(
             f"{folder}: holds {kind}: there is no {CONFIG_FILE}; give the folder "
-            "that PEFT or a run wrote"
+            "that PEFT wrote, or final/ of a run"
         )
     if not (folder / WEIGHTS_FILE).exists():
         pickled = (folder / "adapter_model.bin").exists()

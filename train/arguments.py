@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, did_you_mean, note
 from train.command import CommandParser, command
 from train.config import Preset, preset_names, read_preset, to_toml
 from train.plan import effective_batch_size, plan_run
@@ -152,6 +153,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     values = vars(asked)
     overrides = _overrides(values.pop("settings"))
     if not argv:
+        note(f"no arguments: running the preset {EMBEDDED_PRESET} (--help shows what is possible)")
         values["preset"] = EMBEDDED_PRESET
     arguments = Arguments(**values, overrides=overrides)
     _check(arguments)
@@ -207,6 +209,7 @@ def _overrides(settings: Sequence[str]) -> dict[str, str]:
             meant = f" (or --preset {setting}?)" if setting in preset_names() else ""
             names = difflib.get_close_matches(setting.replace("_", "-"), OTHER_COMMANDS, n=1)
             meant = f" (or `{command(names[0])} …`?)" if names else meant
+            meant = f" (or data.train={setting}?)" if os.path.exists(setting) else meant
             raise UserError(f"'{setting}' is not a setting: write section.key=value{meant}")
         # A key given again comes later in the order too, so that the last one rules.
         overrides.pop(key, None)

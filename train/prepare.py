@@ -89,12 +89,13 @@ def with_rows(
     """Return the configuration with rows of memory as its data.
 
     Args:
-        config: A configuration; what it says of the sets given here no longer counts.
+        config: A configuration; what a preset says of the sets given here no longer counts.
         rows: Dictionaries to train on; or split (`train`, `valid`, `test`) → dictionaries. A
             `datasets.Dataset` or `DatasetDict` is such a thing.
 
     Raises:
-        UserError: A row is no dictionary of what JSON holds, or a split has an unknown name.
+        UserError: A row is no dictionary of what JSON holds, a split has an unknown name, or the
+            configuration was given rows of its own for it.
     """
     sets: dict[str, str] = {}
     by_split: Mapping[Any, Any] = rows if isinstance(rows, Mapping) else {"train": rows}
@@ -105,6 +106,10 @@ def with_rows(
                 f"rows: '{name}' is {'no split' if split is None else 'a split given twice'}; give "
                 "a list of dictionaries, or a dictionary of such lists with the keys train, valid "
                 "and test"
+            )
+        if f"data.{split}" in config.given and getattr(config.data, split) is not None:
+            raise UserError(
+                f"rows and data.{split} both name the {split} rows; leave one of them out"
             )
         if hasattr(some, "features"):  # a `datasets.Dataset` is made of columns
             some = (without_absent(row) for row in some)

@@ -460,6 +460,15 @@ def _data_warnings(
             "checkpoint.load_best_at_end has no valid set to choose by: final/ will be the last "
             "state; give data.valid or data.valid_fraction"
         )
+    if from_data and not valid and (config.eval.steps or config.eval.per_epoch) is not None:
+        found.append(
+            "evaluations are asked for, and there is no valid set: give data.valid or "
+            "data.valid_fraction"
+        )
+    # A folder may hold files of both, and a column may tell them apart.
+    same = data.valid == data.train and data.split_column is None
+    if same and isinstance(data.valid, str) and Path(data.valid).is_file():
+        found.append("data.valid is data.train: the valid loss will not show overfitting")
     if valid and valid < FEW_VALID_EXAMPLES and config.eval.early_stopping_patience is not None:
         found.append(
             f"{valid} valid examples decide early stopping: their noise may be larger than the "
@@ -477,7 +486,13 @@ def _step_warnings(config: RunConfig, document: Mapping[str, Any], plan: RunPlan
             f"{', '.join(str(share) for share in shares)}: uneven, and exact all the same"
         )
     last = plan.num_examples - (plan.steps_per_epoch - 1) * plan.effective_batch_size
-    if 2 * last < plan.effective_batch_size:
+    if plan.num_examples < plan.effective_batch_size:
+        found.append(
+            f"all {counted(plan.num_examples, 'example')} are fewer than the "
+            f"{plan.effective_batch_size} of one step: lower train.gradient_accumulation_steps or "
+            "train.per_device_train_batch_size"
+        )
+    elif 2 * last < plan.effective_batch_size:
         found.append(
             f"the last step of an epoch holds {last} of "
             f"{counted(plan.effective_batch_size, 'example')}"

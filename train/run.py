@@ -54,6 +54,11 @@ def run(
     Raises:
         UserError: Something in the configuration, the data or the model is not what it must be.
     """
+    if not isinstance(config, RunConfig):
+        raise UserError(
+            f"a run is described by what train.config.load_config returns, not by a "
+            f"{type(config).__name__}: load_config(overrides={{'model.path': …}})"
+        )
     if rows is not None:
         from train.prepare import with_rows
 

@@ -36,7 +36,7 @@ is cut, split or dropped. Everything else is given as to train.run; no weights a
 """
 ROWS = 3
 _SPLITS = ("train", "valid", "test")
-_MOST_IN_A_PLAN = 1500
+_MOST_IN_A_PLAN, _MOST_LINES_IN_A_PLAN = 1500, 30
 _COLOUR, _PLAIN = ("\x1b[32m", "\x1b[0m"), ("⟦", "⟧")
 
 
@@ -229,9 +229,10 @@ def first_example(config: RunConfig) -> str:
     for shown, tokenizer in show_rows(config):
         if shown.targets:
             text = shown_text(shown, tokenizer).rstrip("\n")
-            left = len(text) - _MOST_IN_A_PLAN
-            more = f"…\n({left:,} more characters: {command('show-data')} shows them)"
-            return text if left <= 0 else text[:_MOST_IN_A_PLAN] + more
+            start = "\n".join(text[:_MOST_IN_A_PLAN].split("\n")[:_MOST_LINES_IN_A_PLAN])
+            left = counted(len(text) - len(start), "more character")
+            more = f"…\n({left}: {command('show-data')} shows all)"
+            return text if start == text else start + more
     raise NoRowsError("data.train: no row leaves an example")
 
 

@@ -142,3 +142,14 @@ def test_looking_around_never_imports_torch(
     assert done.returncode == code, done.stderr
     assert out in (done.stdout if code == 0 else done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_alone_is_answered_with_the_setting_and_nothing_with_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(UserError, match=r"or data\.train=rows\.jsonl\?"):
+        parse(["rows.jsonl"])
+    assert parse([]).preset == "demo"
+    assert "running the preset demo" in capsys.readouterr().err

@@ -477,6 +477,21 @@ def test_untrained_turns_are_told_from_those_that_rows_leave_out() -> None:
     assert "assistant turns" not in warnings(untrained_turns=0, left_out_turns=0)
 
 
+def test_few_rows_and_valid_sets_that_say_little_are_said(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    overrides = {"data.train": str(rows), "data.valid": str(rows), "eval.steps": 5}
+    held = {"counts": {"rows": 20}, "num_valid": 20}
+    few = plan_document(load_config(overrides=overrides), num_examples=20, **held)
+    text = "\n".join(few["warnings"])
+    assert "all 20 examples are fewer than the 64 of one step" in text
+    assert "data.valid is data.train" in text and "there is no valid set" not in text
+    without = load_config(overrides={"data.train": str(rows), "eval.steps": 5})
+    text = "\n".join(plan_document(without, num_examples=64, lengths=[4] * 64)["warnings"])
+    assert "evaluations are asked for, and there is no valid set" in text
+    assert "fewer than" not in text and "data.valid is" not in text
+
+
 def test_warnings_name_what_a_reader_would_object_to() -> None:
     config = load_config("starcoder2-15b")
     document = plan_document(config, world_size=6, missing_data="the hub is away")

@@ -76,7 +76,7 @@ def test_a_run_of_rows_is_the_run_of_the_file_that_holds_them(
 
 @pytest.mark.usefixtures("cache")
 def test_a_list_takes_the_place_of_the_training_data_alone(tmp_path: Path) -> None:
-    config = load_config(overrides={"data.train": "other.jsonl", "data.valid": "valid.jsonl"})
+    config = load_config(overrides={"data.valid": "valid.jsonl"})
     data = with_rows(config, ROWS).data
     assert str(data.train).startswith("rows:") and data.valid == "valid.jsonl"
     assert [row.values for row in read_rows(str(data.train))] == ROWS
@@ -169,3 +169,12 @@ def test_rows_in_another_shape_say_which_is_right(model_folder: Path, tmp_path: 
     with pytest.raises(UserError, match=r"holds rows, which train.run.run\(config, rows=...\) tak"):
         load_config(overrides={"data.train": ROWS})
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_given_twice_and_what_is_no_configuration_are_refused() -> None:
+    config = load_config(overrides={"data.train": "text.jsonl"})
+    with pytest.raises(UserError, match=r"rows and data\.train both name the train rows"):
+        with_rows(config, [{"text": "x"}])
+    with_rows(config, {"valid": [{"text": "x"}]})
+    with pytest.raises(UserError, match="load_config"):
+        run({"model.path": "x"}, rows=[{"text": "x"}])  # type: ignore[arg-type]

@@ -152,6 +152,9 @@ def test_the_plan_shows_one_example(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert "rows.jsonl:2: " in text and "Say\n⟦word word" in text
     assert "more characters: " in text and len(text) < 6000
+    path.write_text(json.dumps({"prompt": "Say\n", "completion": "word\n" * 200}) + "\n")
+    assert train_run.main(arguments) == 0
+    assert capsys.readouterr().out.count("word\n") < 30
     assert train_run.main([*arguments, "--json"]) == 0
     json.loads(capsys.readouterr().out)
 
