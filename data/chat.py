@@ -101,8 +101,10 @@ class ChatTemplate:
 
     def render(
         self, conversations: Sequence[Conversation], date: datetime.datetime | None = None
-    ) -> list[list[Rendering]]:
+    ) -> list[list[Rendering | None]]:
         """Return what the template makes of each prefix of each conversation.
+
+        The first must be possible; None stands for a later one that the template refuses.
 
         Args:
             conversations: The conversations.
@@ -152,30 +154,36 @@ class ChatTemplate:
         )
 
 
-def _renderings(answers: Iterable[Any]) -> list[Rendering]:
+def _renderings(answers: Iterable[Any]) -> list[Rendering | None]:
     """Return one conversation's renderings from what the child says of them."""
-    renderings: list[Rendering] = []
-    for shared, rest, turns, marked, knows_tools in answers:
-        text = renderings[0].text[:shared] + rest if shared else rest
+    renderings: list[Rendering | None] = []
+    whole = ""
+    for said in answers:
+        if said is None:
+            renderings.append(None)
+            continue
+        shared, rest, turns, marked, knows_tools = said
+        text = whole[:shared] + rest
+        whole = whole or text
         places = tuple(None if place is None else (place[0], place[1]) for place in turns)
         blocks = tuple((turn, start, stop) for turn, start, stop in marked)
         renderings.append(Rendering(text, places, blocks, knows_tools))
     return renderings
 
 
-def answer(request: list[Any]) -> Iterator[list[Any]]:
+def answer(request: list[Any]) -> Iterator[list[Any] | None]:
     """Yield each prefix's rendering; the child's side of `ChatTemplate.render`.
 
     It is [characters shared with the conversation's first rendering, the text behind them, turns,
     marked, whether it knows tools]: most prefixes are prefixes of the first rendering too, and need
-    not be sent again.
+    not be sent again. Of a row that the template takes it may refuse a prefix: that is None.
     """
     (source, special_tokens, name), day, conversations = request
     template = _compile(source, name)
     date = day and datetime.datetime.fromisoformat(day)
     for subject, messages, prefixes, tools in conversations:
         template.notices.numbers = {id(message): n for n, message in enumerate(messages)}
-        first = ""
+        first = None
         for length, add_generation_prompt in prefixes:
             try:
                 pieces = template.program.generate(
@@ -191,12 +199,15 @@ def answer(request: list[Any]) -> Iterator[list[Any]]:
             except MemoryError:
                 raise
             except Exception as error:  # a template is a program: it may fail in any way
+                if first is not None:
+                    yield None
+                    continue
                 reason = one_line(str(error)) or type(error).__name__
                 raise UserError(f"{subject}{name} failed on the messages: {reason}") from None
-            shared = common_characters(first, text)
+            shared = common_characters(first or "", text)
             turns, marked = _turns(notes, length), _marked(notes)
             yield [shared, text[shared:], turns, marked, template.knows_tools]
-            first = first or text
+            first = text if first is None else first
 
 
 def common_characters(first: str, second: str) -> int:

@@ -41,7 +41,7 @@ _CACHE_VERSION = 4
 _ROWS_AT_ONCE = 1000
 _CHARACTERS_AT_ONCE = 2**20
 # What is counted of turns.
-_TURNS = ("assistant_turns", "untrained_turns", "left_out_turns")
+_TURNS = ("assistant_turns", "untrained_turns", "left_out_turns", "thoughtless_turns")
 # Bits of an example's flags.
 _TRUNCATED, _EOS_LOST = 1, 2
 
@@ -87,6 +87,7 @@ class Counts:
         untrained_turns: Those of them that should be trained and of which the text, as the chat
             template makes it, holds nothing.
         left_out_turns: Those of them that the rows themselves keep out of the loss.
+        thoughtless_turns: Those of them whose thinking the chat template leaves out.
     """
 
     rows: int
@@ -101,6 +102,7 @@ class Counts:
     assistant_turns: int = 0
     untrained_turns: int = 0
     left_out_turns: int = 0
+    thoughtless_turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class LabelledRow:
         labels: (T,) int32, as `Example.labels`.
         ends: The last target is the EOS that ends the row.
         prompt_length: As `Example.prompt_length`.
-        assistant_turns: As in `Counts`, of this row; so are the next two.
+        assistant_turns: As in `Counts`, of this row; so are the next three.
     """
 
     where: str
@@ -127,6 +129,7 @@ class LabelledRow:
     assistant_turns: int
     untrained_turns: int
     left_out_turns: int
+    thoughtless_turns: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class _Arrays:
     rows: np.ndarray  # (examples,) int64: number of the row in the data, from 0
     prompts: np.ndarray  # (examples,) int64: tokens before the completion
     flags: np.ndarray  # (examples,) uint8
-    turns: np.ndarray  # (examples, 3) int32: the last three of `Counts`
+    turns: np.ndarray  # (examples, 4) int32: the last four of `Counts`
 
 
 class Examples:
@@ -789,6 +792,7 @@ def _label(row: _EncodedRow, append_eos: bool) -> LabelledRow:
         item.assistant_turns,
         item.untrained_turns,
         item.left_out_turns,
+        item.thoughtless_turns,
     )
 
 

@@ -8,7 +8,8 @@ though, and where a template writes earlier turns in another way (without their 
 prefixes are no prefixes of the whole. So the template itself tells where its turns are
 (`data/chat.py`), and prefixes are rendered for the headers alone: of those that follow a turn of
 one role the first and the last, the others being alike if these are. Where a template does not
-tell, or a turn is not where it says, all prefixes are rendered after all.
+tell, or a turn is not where it says, all prefixes are rendered after all. A turn that nothing
+stands before, or whose prefix the template refuses, has a header like the others'.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Rendered:
         assistant_turns: Turns of the assistant in a row of messages.
         untrained_turns: Those of them that are to be trained and of which the text holds nothing.
         left_out_turns: Those of them that the row keeps out of the loss.
+        thoughtless_turns: Those of them whose thinking is not in the text.
     """
 
     text: str
@@ -74,6 +76,7 @@ class Rendered:
     assistant_turns: int = 0
     untrained_turns: int = 0
     left_out_turns: int = 0
+    thoughtless_turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def _located(
     answers = tokenizer.render_chats(asked, date=TRAINING_DATE)
     located = []
     for chat, conversation, renderings in zip(chats, asked, answers, strict=True):
-        by_prefix = dict(zip(conversation.prefixes, renderings, strict=True))
+        pairs = zip(conversation.prefixes, renderings, strict=True)
+        by_prefix = {prefix: rendering for prefix, rendering in pairs if rendering is not None}
         search = _Search(chat, by_prefix, tokenizer)
         places = search.by_prefixes() if every_prefix else search.by_turns()
         located.append((search.whole, places))
@@ -187,7 +191,13 @@ def _few_prefixes(chat: Chat) -> list[Prefix]:
         role = chat.role(turn - 1)
         last[role] = (turn, True)
         first.setdefault(role, last[role])
-    return [*first.values(), *last.values()]
+    return [*first.values(), *last.values(), *_headers_alone(chat)]
+
+
+def _headers_alone(chat: Chat) -> list[Prefix]:
+    """Return the prefixes that show a header where an answer stands first: nothing, and all."""
+    begins = 0 in chat.sought and chat.role(0) == "assistant"
+    return [(0, True), (len(chat.messages), True)] if begins else []
 
 
 def _all_prefixes(chat: Chat) -> list[Prefix]:
@@ -197,7 +207,7 @@ def _all_prefixes(chat: Chat) -> list[Prefix]:
         found += [(turn, False)] if turn else []
         found += [(turn, True)] if chat.has_header(turn) else []
         found.append((turn + 1, False))
-    return found
+    return [*found, *_headers_alone(chat)]
 
 
 class _Search:
@@ -216,6 +226,8 @@ class _Search:
         self._chat = chat
         self._renderings = renderings
         self._tokenizer = tokenizer
+        self._eos: str | None = tokenizer.special_tokens.get("eos_token")
+        self._headers: list[str] = []  # those that prefixes have shown
         self._ends: dict[str, list[int]] = {}  # where the tokens of a header end
 
     def by_turns(self) -> dict[int, _Place] | None:
@@ -224,33 +236,35 @@ class _Search:
         if self.whole.marked and not chat.everything and chat.completion is None:
             return {}  # what is trained is marked
         places: dict[int, _Place] = {}
-        headers: dict[Any, str] = {}
+        headers: dict[Any, str] = {}  # by who spoke before
         for turn in chat.sought:
             place = self._told(turn)
             if place is None:
                 return None
             places[turn] = place
-            if (turn, True) in self._renderings:
+            if chat.has_header(turn) and (turn, True) in self._renderings:
                 header = self._header(turn, place[0])
                 if header is None or headers.setdefault(chat.role(turn - 1), header) != header:
                     return None
+        self._headers += headers.values()
         return {
             turn: self._answer(
-                turn, place, headers[chat.role(turn - 1)] if chat.has_header(turn) else ""
+                turn, place, headers.get(chat.role(turn - 1)) if chat.has_header(turn) else None
             )
             for turn, place in places.items()
         }
 
     def by_prefixes(self) -> dict[int, _Place]:
         """Return where each turn's answer is, by rendered prefixes; without those not found."""
-        found: dict[int, _Place] = {}
+        places: dict[int, tuple[_Place, str | None]] = {}
         for turn in self._chat.sought:
             place = self._told(turn) or self._defined(turn)
             if place is None:
                 continue
-            header = self._header(turn, place[0]) if self._chat.has_header(turn) else ""
-            found[turn] = self._answer(turn, place, header or "")
-        return found
+            header = self._header(turn, place[0]) if self._chat.has_header(turn) else None
+            places[turn] = place, header
+            self._headers += [] if header is None else [header]
+        return {turn: self._answer(turn, *found) for turn, found in places.items()}
 
     def _told(self, turn: int) -> _Place | None:
         """Return where the template says that it wrote a turn, if it did."""
@@ -258,6 +272,10 @@ class _Search:
         if place is None or place[0] == place[1]:
             return None  # even an empty answer has an end; this one is written elsewhere
         text = self.whole.text[slice(*place)]
+        if turn + 1 < len(self._chat.messages) and self._chat.role(turn + 1) == "tool":
+            answered = self.whole.turns[turn + 1] or (0, 0)
+            if answered[0] == answered[1] and holds(text, self._chat.messages[turn + 1]):
+                return None  # the tool's answer is in it too
         return place if holds(text, self._chat.messages[turn]) else None
 
     def _defined(self, turn: int) -> _Place | None:
@@ -270,31 +288,85 @@ class _Search:
             if not texts:
                 return None
             start = min(len(one) for one in texts)
-        stop = common_characters(text, self._renderings[turn + 1, False].text)
+        upto = self._renderings.get((turn + 1, False))
+        if upto is None:
+            return None
+        stop = common_characters(text, upto.text)
         place = (start, stop)
         return place if holds(text[start:stop], self._chat.messages[turn]) else None
 
     def _header(self, turn: int, start: int) -> str | None:
         """Return what a template writes after the turns before `turn` when it is asked to."""
-        before = self._renderings[turn, True]
+        before = self._renderings.get((turn, True))
+        if before is None:
+            return None
         if before.text[:start] == self.whole.text[:start]:
             return before.text[start:]
         place = before.turns[turn - 1] if before.turns else None
         return None if place is None else before.text[place[1] :]
 
-    def _answer(self, turn: int, place: _Place, header: str) -> _Place:
-        """Return a turn without its header, and with what ends the text if it is the last."""
+    def _answer(self, turn: int, place: _Place, header: str | None) -> _Place:
+        """Return a turn without its header, and with what ends the text if it is the last.
+
+        Args:
+            turn: The turn.
+            place: Where it is, header and all.
+            header: Its header; None where it is not known.
+        """
         text = self.whole.text
         start, stop = place
         if turn == len(self._chat.messages) - 1 and text[stop:] != header:
-            stop = len(text)
-        shared = common_characters(header, text[start:stop][: len(header)])
-        if shared < len(header):  # some header tokens are there, others are not
+            stop = self._end(turn, place)
+        return start + self._header_length(turn, text[start:stop], header), stop
+
+    def _end(self, turn: int, place: _Place) -> int:
+        """Return where the last turn ends: behind its own EOS, or with the text."""
+        text, eos = self.whole.text, self._eos
+        if not eos:
+            return len(text)
+        said = said_until(self._chat.messages[turn], text, place, eos)
+        if eos in text[said : place[1]]:
+            return place[1]
+        behind = text.find(eos, place[1])
+        return len(text) if behind < 0 else behind + len(eos)
+
+    def _header_length(self, turn: int, written: str, header: str | None) -> int:
+        """Return how many characters of a turn, as it was written, are its header."""
+        if header is None:
+            return self._length_like_others(turn, written)
+        shared = common_characters(header, written[: len(header)])
+        # What a template always ends with may stand before the header, at the end alone.
+        starts = (n for n in range(len(header)) if written.startswith(header[n:]))
+        if (end := len(header) - next(starts, len(header))) > shared:
+            return end
+        if shared < len(header):
+            # Some of the header is there. What comes next is what is said, which may begin like the
+            # rest of the header.
+            said = self._chat.messages[turn].get("content")
+            said = said.strip() if isinstance(said, str) else ""
+            begins = written.rfind(said, 0, shared + len(said)) if said else -1
+            shared = shared if begins < 0 else min(shared, begins)
             if header not in self._ends:
                 (encoding,) = self._tokenizer.encode_chats([header])
                 self._ends[header] = [stop for _, stop in encoding.offsets]
             shared = max((end for end in self._ends[header] if end <= shared), default=0)
-        return start + shared, stop
+        return shared
+
+    def _length_like_others(self, turn: int, written: str) -> int:
+        """Return the header's length where no prefix tells it, from the headers that are known."""
+        if self._chat.role(turn) != "assistant":
+            return 0
+        every = (len(self._chat.messages), True)
+        known = [*self._headers]
+        if every in self._renderings:
+            known.append(self._renderings[every].text[len(self.whole.text) :])
+        if (0, True) in self._renderings:
+            known.append(self._renderings[0, True].text)
+        for header in filter(None, known):
+            place = written.find(header)
+            if place >= 0:
+                return place + len(header)
+        return 0
 
 
 # --- what is trained -----------------------------------------------------------------------------
@@ -333,6 +405,7 @@ def _rendered(
         assistant_turns=len(chat.answers),
         untrained_turns=len(untrained),
         left_out_turns=len(chat.left_out.intersection(chat.answers)),
+        thoughtless_turns=sum(_loses_thinking(chat.messages[turn], text) for turn in chat.answers),
     )
 
 
@@ -341,12 +414,20 @@ def _span(chat: Chat, turn: int, whole: Rendering, place: _Place, eos: str | Non
     start, stop = place
     if chat.role(turn) != "assistant":
         return Span(start, stop, stop)
-    said = chat.messages[turn].get("content")
     settled = start
-    if isinstance(said, str) and eos and eos in said:
-        line = _last_line(said)
-        settled = max(start, whole.text.rfind(line, start, stop) + len(line))
+    if eos:
+        settled = said_until(chat.messages[turn], whole.text, place, eos)
     return Span(start, settled, stop)
+
+
+def said_until(message: Mapping[str, Any], text: str, place: _Place, eos: str) -> int:
+    """Return up to where a turn's text is what was said, so that an EOS in it ends nothing."""
+    start, stop = place
+    said = message.get("content")
+    if not isinstance(said, str) or eos not in said:
+        return start
+    line = _last_line(said)
+    return max(start, text.rfind(line, start, stop) + len(line))
 
 
 def _blocks(turn: int, whole: Rendering) -> list[Span]:
@@ -404,11 +485,8 @@ def _check_traces(chat: Chat, whole: Rendering) -> None:
     remedy = (
         "use a chat template that writes it (data.chat_template=FILE), or take it out of the row"
     )
-    for turn, message in enumerate(chat.messages):
-        place = whole.turns[turn] if whole.turns else None
-        if place is not None and holds(whole.text[slice(*place)], message):
-            continue
-        if not holds(whole.text, message):
+    for turn in range(len(chat.messages)):
+        if not _leaves_trace(turn, chat, whole):
             raise UserError(
                 f"{chat.where}: {chat.name(turn)} leaves no trace in what the chat template makes "
                 f"of the row; {remedy}"
@@ -424,27 +502,70 @@ def _check_traces(chat: Chat, whole: Rendering) -> None:
         )
 
 
+def _leaves_trace(turn: int, chat: Chat, whole: Rendering) -> bool:
+    """Return whether a turn is in the text, and not only what others say alike."""
+    message = chat.messages[turn]
+    place = whole.turns[turn] if whole.turns else None
+    written = "" if place is None else whole.text[slice(*place)]
+    content = message.get("content")
+    content = content.strip() if isinstance(content, str) else ""
+    if not (written and says(written, message)):
+        if not says(whole.text, message):
+            return False
+        signs = [sign for sign in _signs(content, message.get("role")) if sign in whole.text]
+        if signs and not any(_is_said_more(sign, chat, whole, but=turn) for sign in signs):
+            return False
+    for name in _names(message.get("tool_calls")):
+        # A name that the content speaks of is not the call.
+        spoken = content.count(name) if content in written else 0
+        if written.count(name) <= spoken and not _is_said_more(name, chat, whole):
+            return False
+    return True
+
+
+def _is_said_more(sign: str, chat: Chat, whole: Rendering, but: int | None = None) -> bool:
+    """Return whether the text says something more often than the contents of turns, `but` one, do.
+
+    What the descriptions of tools say is known too; a content that is not in the text is not.
+    """
+    known = json.dumps(chat.tools, ensure_ascii=False).count(sign) if chat.tools else 0
+    for number, message in enumerate(chat.messages):
+        content = message.get("content")
+        if number != but and isinstance(content, str) and content.strip() in whole.text:
+            known += content.count(sign)
+    return whole.text.count(sign) > known
+
+
+def _loses_thinking(message: Mapping[str, Any], text: str) -> bool:
+    """Return whether an answer's thinking, in its content or beside it, is not in the text."""
+    content, beside = (message.get(key) for key in ("content", "reasoning_content"))
+    within = content.partition("</think>") if isinstance(content, str) else ("", "", "")
+    thoughts = [within[0].replace("<think>", "")] if within[1] else []
+    thoughts += [beside] if isinstance(beside, str) else []
+    return not all(says(text, {"content": thought}) for thought in thoughts)
+
+
 def holds(text: str, message: Mapping[str, Any]) -> bool:
-    """Return whether `text` can be what a template made of `message`.
+    """Return whether `text` can be what a template made of `message`, its calls included."""
+    return all(name in text for name in _names(message.get("tool_calls"))) and says(text, message)
+
+
+def says(text: str, message: Mapping[str, Any]) -> bool:
+    """Return whether the content of `message` can be in `text`.
 
     White space may differ, and the beginning of what an assistant says may be missing (most
     templates leave the thinking out of earlier turns). Other contents must be there by their
     longest line, perhaps as JSON.
     """
-    if not all(name in text for name in _names(message.get("tool_calls"))):
-        return False
     content = message.get("content")
     if not isinstance(content, str):
         return True
     content = content.strip()
     if content in text:
         return True
-    lines = [max(content.splitlines(), key=len)]
-    if message.get("role") == "assistant":
-        answer = content.rpartition("</think>")[2]
-        if not answer:
-            return True
-        lines.append(_last_line(answer))
+    lines = _signs(content, message.get("role"))
+    if not lines[-1]:
+        return True  # an assistant that thinks and says nothing
     words = " ".join(text.split())
     for line in lines:
         line = " ".join(line.split())
@@ -452,6 +573,15 @@ def holds(text: str, message: Mapping[str, Any]) -> bool:
         if line in words or any(form in words for form in escaped):
             return True
     return False
+
+
+def _signs(content: str, role: Any = None) -> list[str]:
+    """Return the lines by which a content is known in a text; the last is empty if all is thought.
+
+    The longest line; of an assistant, whose thinking may be left out, the answer's last one too.
+    """
+    lines = [max(content.strip().splitlines() or [""], key=len)]
+    return [*lines, _last_line(content.rpartition("</think>")[2])] if role == "assistant" else lines
 
 
 def _last_line(content: str) -> str:

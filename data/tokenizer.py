@@ -195,11 +195,13 @@ class Tokenizer:
                 long or too much memory.
         """
         prefix = (len(messages), add_generation_prompt)
-        return self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0][0].text
+        (whole,) = self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0]
+        assert whole is not None  # the first of a conversation's prefixes is there, or an error
+        return whole.text
 
     def render_chats(
         self, conversations: Sequence[Conversation], *, date: datetime.datetime | None = None
-    ) -> list[list[Rendering]]:
+    ) -> list[list[Rendering | None]]:
         """Return the rendering of each prefix of each conversation, as `render_chat` would.
 
         Raises:
@@ -208,7 +210,7 @@ class Tokenizer:
         chosen = [
             chosen_name(self.chat_templates, bool(c.tools), self._where) for c in conversations
         ]
-        rendered: list[list[Rendering]] = [[]] * len(chosen)
+        rendered: list[list[Rendering | None]] = [[]] * len(chosen)
         for name in dict.fromkeys(chosen):
             places = [place for place, other in enumerate(chosen) if other == name]
             asked = [self._for_template(conversations[place], name) for place in places]

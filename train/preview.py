@@ -451,6 +451,10 @@ def _data_warnings(
             "shows what it leaves)",
         ),
         ("left_out_turns", "kept out of the loss by their rows (weight 0, or train false)"),
+        (
+            "thoughtless_turns",
+            "trained without their thinking, which the chat template leaves out of the text",
+        ),
     ):
         if turns and counts.get(name):
             found.append(f"{counts[name]:,} of {turns:,} assistant turns are {what}")

@@ -57,6 +57,7 @@ class Shown:
         assistant_turns: Turns of the assistant in the row.
         untrained_turns: Those of them that the chat template leaves nothing of.
         left_out_turns: Those of them that the row keeps out of the loss.
+        thoughtless_turns: Those of them whose thinking the chat template leaves out.
     """
 
     row: int
@@ -71,6 +72,7 @@ class Shown:
     assistant_turns: int
     untrained_turns: int
     left_out_turns: int
+    thoughtless_turns: int
 
 
 def show_rows(
@@ -221,6 +223,7 @@ def _shown(
         assistant_turns=row.assistant_turns,
         untrained_turns=row.untrained_turns,
         left_out_turns=row.left_out_turns,
+        thoughtless_turns=row.thoughtless_turns,
     )
 
 
@@ -250,6 +253,7 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
     for turns, what in (
         (shown.untrained_turns, "untrained"),
         (shown.left_out_turns, "kept out of the loss"),
+        (shown.thoughtless_turns, "without their thinking"),
     ):
         fate += f", {turns} of {shown.assistant_turns} assistant turns {what}" if turns else ""
     parts = segments(shown.input_ids, shown.labels, tokenizer)

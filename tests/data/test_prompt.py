@@ -141,7 +141,7 @@ def test_messages_without_an_answer_at_the_end_or_the_beginning(tokenizer):
     ends = prompt_format.render(row(messages=TURNS[:3]), tokenizer)
     assert [text for _, text in spans(ends)] == ["A1<|im_end|>\n"] and not ends.ends
     begins = prompt_format.render(row(messages=TURNS[1:3]), tokenizer)
-    assert spans(begins) == (("", chatml(("assistant", "A1"))),)
+    assert spans(begins) == (("<|im_start|>assistant\n", "A1<|im_end|>\n"),)
     nothing = prompt_format.render(row(messages=TURNS[:1]), tokenizer)
     assert nothing.trained == ()
 

@@ -71,6 +71,81 @@ def examples(folder: Path, template: str, *rows: list[dict[str, Any]], **setting
     )
 
 
+# --- what begins and ends an answer --------------------------------------------------------------
+
+BEGINS = turns("Q", "Welcome.", "Q", "B")[1:]
+DEFAULT_SYSTEM = (
+    """\
+{%- if messages and messages[0].role != 'system' %}
+{{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{% endif %}"""
+    + CHATML
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, "{{ bos_token }}" + CHATML, QWEN3])
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_the_header_of_an_answer_that_comes_first_is_not_trained(
+    tmp_path: Path, template: str, last: int
+) -> None:
+    expected = ["Welcome.<|im_end|>", "B<|im_end|>"]
+    found = trained(tmp_path, template, BEGINS[:last], bos="<s>")
+    assert [text.rstrip("\n") for text in found] == expected[: 1 + last // 3]
+
+
+@pytest.mark.parametrize("answer", ["<div>x</div>", "<thinking hard>", "<", "plain"])
+def test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole(
+    tmp_path: Path, answer: str
+) -> None:
+    """The generation prompt opens `<think>`, which is several tokens here, and no answer does."""
+    asked = "<|im_start|>assistant\\n"
+    template = CHATML.replace(asked, asked + "<thi" + "nk>\\n")
+    found = trained(tmp_path, template, turns("Q", answer, "Q", answer))
+    assert found == [f"{answer}{END}", f"{answer}{END}"]
+
+
+def test_a_fixed_tail_with_ends_of_its_own_is_not_trained(tmp_path: Path) -> None:
+    tail = "{{- '<|im_start|>system\\nWrite an action.<|im_end|>\\n<|im_start|>assistant\\n' }}"
+    template = CHATML.replace("{%- if add_generation_prompt %}", tail + "{%- if false %}")
+    assert trained(tmp_path, template, turns("Q", "A", "Q", "B")) == ["A<|im_end|>", "B<|im_end|>"]
+
+
+def test_the_answer_of_a_tool_within_an_assistant_s_turn_is_not_trained(tmp_path: Path) -> None:
+    """One turn of the model: what it calls, what the tool says, what it makes of it."""
+    template = """\
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>assistant\\n' }}{%- endif %}
+{%- for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}
+{%- if m.tool_calls %}
+{%- if not loop.last %}{{ '<result>' + messages[loop.index0 + 1].content + '</result>' }}{% endif %}
+{%- else %}{{ m.content + '<|im_end|>\\n' }}{%- endif %}
+{%- elif m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role == 'user' %}{{ '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "SECRET"},
+        {"role": "assistant", "content": "ok"},
+    ]
+    one = row(tmp_path, template, {"messages": messages})
+    assert "SECRET" in one["text"] and not any("SECRET" in text for text in one["trained"])
+    assert any("look" in text for text in one["trained"])
+    assert one["trained"][-1].endswith("ok<|im_end|>")
+
+
+def test_prefixes_that_a_template_refuses_are_not_needed(tmp_path: Path) -> None:
+    refuses = """\
+{%- set ns = namespace(asked=false) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.asked = true %}{% endif %}{% endfor %}
+{%- if not ns.asked %}{{ raise_exception('No user query found in messages.') }}{%- endif %}"""
+    messages = [{"role": "system", "content": "S"}, *BEGINS]
+    found = trained(tmp_path, refuses + CHATML, messages)
+    assert found == ["Welcome.<|im_end|>", "B<|im_end|>"]
+
+
 # --- thinking ------------------------------------------------------------------------------------
 
 THOUGHT = turns("Q1", "<think>\nhm\n</think>\n\nA1", "Q2", "<think>\nso\n</think>\n\nA2")
@@ -117,6 +192,26 @@ def test_the_system_turn_may_move(tmp_path: Path) -> None:
     assert one["text"].endswith("[INST] S\n\nQ3[/INST] A3</s>")
 
 
+def test_thinking_that_a_template_leaves_out_is_counted(tmp_path: Path) -> None:
+    beside = turns("Q", "A", "Q", "A")
+    beside[1] = {**beside[1], "reasoning_content": "because of it"}
+    thinks = "{%- if message.reasoning_content %}{{ message.reasoning_content }}{% endif %}"
+    for template, messages, lost in (
+        (QWEN3, THOUGHT, 1),  # of an earlier turn
+        (DEEPSEEK, THOUGHT, 2),
+        (CHATML, THOUGHT, 0),
+        (CHATML, beside, 1),
+        (
+            CHATML.replace("{{- '<|im_start|>' + message.role", thinks + "{{- message.role"),
+            beside,
+            0,
+        ),
+        (CHATML, turns("Q", "<think>\n\n</think>\n\nA"), 0),
+    ):
+        counts = examples(tmp_path, template, messages).counts
+        assert counts.thoughtless_turns == lost, template
+
+
 def test_turns_that_cannot_be_found_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,22 +220,26 @@ def test_turns_that_cannot_be_found_are_counted(
     assert (one["assistant_turns"], one["untrained_turns"]) == (2, 1)
     model = tmp_path / "model"
     assert main([f"data.train={tmp_path / 'rows.jsonl'}", f"model.path={model}", MESSAGES]) == 0
-    assert "targets, 1 of 2 assistant turns untrained\n" in capsys.readouterr().out
+    said = "1 of 2 assistant turns untrained, 1 of 2 assistant turns without their thinking\n"
+    assert f"targets, {said}" in capsys.readouterr().out
     counts = examples(tmp_path, SILENT, THOUGHT, turns("Q", "A"), THOUGHT[:3]).counts
     assert (counts.assistant_turns, counts.untrained_turns) == (4, 2)
 
 
 def test_after_an_answer_that_cannot_be_found_no_eos_is_due(tmp_path: Path) -> None:
-    """It would end the answer before it, and cut off what stands between them."""
+    """It would end the answer before it, and cut off what stands between them.
+
+    The template says what the last answer says, so that it may have left a trace.
+    """
     template = (
         "{%- macro all(messages) %}{% for m in messages %}"
         "{{ '<' + m.role + '>' + ('' if loop.length == 4 and loop.last else m.content) }}"
-        "{% endfor %}{% endmacro %}{{ all(messages) }}"
+        "{% endfor %}{% endmacro %}A1 or A2?{{ all(messages) }}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    one = row(tmp_path, template, {"messages": turns("Q1", "A1", "A2 Q2", "A2")})
+    one = row(tmp_path, template, {"messages": turns("Q1", "A1", "Q2", "A2")})
     assert one["trained"] == ["A1"] and one["untrained_turns"] == 1
-    assert one["text"] == "<user>Q1<assistant>A1<user>A2 Q2<assistant>"
+    assert one["text"] == "A1 or A2?<user>Q1<assistant>A1<user>Q2<assistant>"
     assert one["input_ids"][-1] != one["labels"][-1]
 
 
@@ -455,3 +554,47 @@ def test_turns_are_counted_once_for_pieces_and_subsets(tmp_path: Path) -> None:
         (2, 1, 0),
         (2, 0, 1),
     ]
+
+
+# --- traces that others leave --------------------------------------------------------------------
+
+NO_TOOLS = CHATML.replace(
+    "{%- for message in messages %}",
+    "{%- for message in messages if message.role in ('user', 'assistant') %}",
+)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [
+            *turns("How much is 2+3?", "I look."),
+            {"role": "tool", "content": "5"},
+            {"role": "assistant", "content": "It is 5."},
+        ],
+        [
+            {"role": "system", "content": "Answer in French"},
+            *turns("Answer in French: hi", "Salut"),
+        ],
+        [
+            turns("Q")[0],
+            {
+                "role": "assistant",
+                "content": "ok",
+                "tool_calls": [{"type": "function", "function": {"name": "ok", "arguments": {}}}],
+            },
+        ],
+    ],
+    ids=["a tool's answer", "a system turn", "a call"],
+)
+def test_what_others_say_alike_is_no_trace(tmp_path: Path, messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="leaves no trace"):
+        trained(tmp_path, NO_TOOLS, messages)
+
+
+def test_the_same_words_twice_are_two_traces(tmp_path: Path) -> None:
+    messages = turns("hi", "hi", "hi there, hi", "hi")
+    assert trained(tmp_path, NO_TOOLS, messages) == ["hi<|im_end|>", "hi<|im_end|>"]
+    assert trained(tmp_path, SILENT, messages) == ["hi<|im_end|>", "hi<|im_end|>"]
+    system = [{"role": "system", "content": "hi"}, *messages]
+    assert len(trained(tmp_path, LLAMA2, system, eos="</s>", bos="<s>")) == 2

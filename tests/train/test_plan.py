@@ -474,6 +474,7 @@ def test_untrained_turns_are_told_from_those_that_rows_leave_out() -> None:
 
     assert "3 of 1,200 assistant turns are untrained" in warnings(untrained_turns=3)
     assert "2 of 1,200 assistant turns are kept out of the loss" in warnings(left_out_turns=2)
+    assert "4 of 1,200 assistant turns are trained without" in warnings(thoughtless_turns=4)
     assert "assistant turns" not in warnings(untrained_turns=0, left_out_turns=0)
 
 
