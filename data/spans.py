@@ -344,7 +344,11 @@ class _Search:
             # rest of the header.
             said = self._chat.messages[turn].get("content")
             said = said.strip() if isinstance(said, str) else ""
-            begins = written.rfind(said, 0, shared + len(said)) if said else -1
+            # With its end first: a short content may stand in the header too.
+            ended = said + (self._eos or "")
+            begins = written.rfind(ended, 0, shared + len(ended)) if said else -1
+            if said and begins < 0:
+                begins = written.rfind(said, 0, shared + len(said))
             shared = shared if begins < 0 else min(shared, begins)
             if header not in self._ends:
                 (encoding,) = self._tokenizer.encode_chats([header])

@@ -96,17 +96,34 @@ def test_the_header_of_an_answer_that_comes_first_is_not_trained(
 def test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole(
     tmp_path: Path, answer: str
 ) -> None:
-    """The generation prompt opens `<think>`, which is several tokens here, and no answer does."""
+    """The generation prompt opens a tag of several tokens, and no answer does."""
     asked = "<|im_start|>assistant\\n"
-    template = CHATML.replace(asked, asked + "<thi" + "nk>\\n")
+    template = CHATML.replace(asked, asked + "<thought>\\n")
     found = trained(tmp_path, template, turns("Q", answer, "Q", answer))
     assert found == [f"{answer}{END}", f"{answer}{END}"]
+    if len(answer) > 1:  # where something stands between an answer and its end
+        apart = template.replace(
+            "message.content + '<|im_end|>'", "message.content + ' <|im_end|>'"
+        )
+        found = trained(tmp_path, apart, turns("Q", answer, "Q", answer))
+        assert found == [f"{answer} {END}", f"{answer} {END}"]
 
 
-def test_a_fixed_tail_with_ends_of_its_own_is_not_trained(tmp_path: Path) -> None:
-    tail = "{{- '<|im_start|>system\\nWrite an action.<|im_end|>\\n<|im_start|>assistant\\n' }}"
-    template = CHATML.replace("{%- if add_generation_prompt %}", tail + "{%- if false %}")
-    assert trained(tmp_path, template, turns("Q", "A", "Q", "B")) == ["A<|im_end|>", "B<|im_end|>"]
+@pytest.mark.parametrize("end", ["<|im_end|>\\n", ""], ids=["of its own", "behind the loop"])
+@pytest.mark.parametrize("asked", ["<|im_start|>assistant\\n", ""])
+def test_a_fixed_tail_with_ends_of_its_own_is_not_trained(
+    tmp_path: Path, asked: str, end: str
+) -> None:
+    header = "<|im_start|>assistant\\n"
+    tail = f"<|im_start|>system\\nWrite an action.<|im_end|>\\n{asked}"
+    template = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}"
+        f"{{%- if not loop.last %}}{{{{- '<|im_end|>\\n' }}}}{{%- endif %}}"
+        f"{{%- if loop.last %}}{{{{- '{end}' }}}}{{%- endif %}}{{%- endfor %}}"
+        f"{'' if end else '<|im_end|>'}{{{{- '{tail}' }}}}"
+        f"{{%- if add_generation_prompt %}}{{{{- '{'' if asked else header}' }}}}{{%- endif %}}"
+    )
+    assert trained(tmp_path, template, turns("Q", "A", "Q", "B"))[-1] == "B<|im_end|>"
 
 
 def test_the_answer_of_a_tool_within_an_assistant_s_turn_is_not_trained(tmp_path: Path) -> None:
@@ -590,6 +607,14 @@ NO_TOOLS = CHATML.replace(
 def test_what_others_say_alike_is_no_trace(tmp_path: Path, messages: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="leaves no trace"):
         trained(tmp_path, NO_TOOLS, messages)
+
+
+def test_a_tool_that_is_described_has_not_been_called(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {}}}
+    messages = [turns("Q")[0], {"role": "assistant", "content": "I do.", "tool_calls": [call]}]
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    with pytest.raises(UserError, match=r"turn 2 \(assistant\) leaves no trace"):
+        trained(tmp_path, "{{- tools | tojson }}" + NO_TOOLS, messages, tools=[tool])
 
 
 def test_the_same_words_twice_are_two_traces(tmp_path: Path) -> None:
