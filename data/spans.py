@@ -341,20 +341,23 @@ class _Search:
             return end
         if shared < len(header):
             # Some of the header is there. What comes next is what is said, which may begin like the
-            # rest of the header.
+            # rest of the header; with its end first, for a short content may stand anywhere.
             said = self._chat.messages[turn].get("content")
             said = said.strip() if isinstance(said, str) else ""
-            # With its end first: a short content may stand in the header too.
-            ended = said + (self._eos or "")
-            begins = written.rfind(ended, 0, shared + len(ended)) if said else -1
-            if said and begins < 0:
-                begins = written.rfind(said, 0, shared + len(said))
-            shared = shared if begins < 0 else min(shared, begins)
-            if header not in self._ends:
-                (encoding,) = self._tokenizer.encode_chats([header])
-                self._ends[header] = [stop for _, stop in encoding.offsets]
-            shared = max((end for end in self._ends[header] if end <= shared), default=0)
+            for sought in (said + (self._eos or ""), said) if said else ():
+                begins = written.rfind(sought, 0, shared + len(sought))
+                if begins >= 0 and shared <= begins + len(said):
+                    shared = min(shared, begins)
+                    break
+            shared = max((end for end in self._token_ends(header) if end <= shared), default=0)
         return shared
+
+    def _token_ends(self, header: str) -> list[int]:
+        """Return where the tokens of a header end, in characters."""
+        if header not in self._ends:
+            (encoding,) = self._tokenizer.encode_chats([header])
+            self._ends[header] = [stop for _, stop in encoding.offsets]
+        return self._ends[header]
 
     def _length_like_others(self, turn: int, written: str) -> int:
         """Return the header's length where no prefix tells it, from the headers that are known."""
@@ -366,11 +369,15 @@ class _Search:
             known.append(self._renderings[every].text[len(self.whole.text) :])
         if (0, True) in self._renderings:
             known.append(self._renderings[0, True].text)
-        for header in filter(None, known):
-            place = written.find(header)
-            if place >= 0:
-                return place + len(header)
-        return 0
+        known = [header for header in known if header]
+        found = [place + len(header) for header in known if (place := written.find(header)) >= 0]
+        if not found:
+            # As much of one as is there, but its first token, which other turns begin with too.
+            for header in known:
+                for end in self._token_ends(header)[:0:-1]:
+                    if (place := written.find(header[:end])) >= 0:
+                        return place + end
+        return max(found, default=0)
 
 
 # --- what is trained -----------------------------------------------------------------------------

@@ -109,6 +109,24 @@ def test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole(
         assert found == [f"{answer} {END}", f"{answer} {END}"]
 
 
+def test_a_short_answer_that_the_header_spells_too_is_no_end_of_the_header(tmp_path: Path) -> None:
+    """The generation prompt goes on behind CHATBOT, and the answer ends with a word before its EOS."""
+    template = (
+        "{%- for m in messages %}{{- '<|header|>' + m.role + '|CHATBOT|' + m.content + '|over|' }}"
+        "{{- '<|im_end|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|header|>assistant|CHATBOT|<think>' }}{%- endif %}"
+    )
+    found = trained(tmp_path, template, turns("Q", "B", "Q", "T"))
+    assert found == ["B|over|<|im_end|>", "T|over|<|im_end|>"]
+
+
+def test_a_header_that_no_prefix_shows_whole_is_known_by_its_part(tmp_path: Path) -> None:
+    """What is asked for opens the thinking; the answer that comes first does not think."""
+    asked = "<|im_start|>assistant\\n"
+    template = DEFAULT_SYSTEM.replace(asked, asked + "<think>\\n")
+    assert trained(tmp_path, template, BEGINS) == ["Welcome.<|im_end|>", "B<|im_end|>"]
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>\\n", ""], ids=["of its own", "behind the loop"])
 @pytest.mark.parametrize("asked", ["<|im_start|>assistant\\n", ""])
 def test_a_fixed_tail_with_ends_of_its_own_is_not_trained(
