@@ -110,14 +110,14 @@ def test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole(
 
 
 def test_a_short_answer_that_the_header_spells_too_is_no_end_of_the_header(tmp_path: Path) -> None:
-    """The generation prompt goes on behind CHATBOT, and the answer ends with a word before its EOS."""
+    """The generation prompt and the turn go on behind CHATBOT, each in its own way."""
     template = (
-        "{%- for m in messages %}{{- '<|header|>' + m.role + '|CHATBOT|' + m.content + '|over|' }}"
+        "{%- for m in messages %}{{- '<|header|>' + m.role + '|CHATBOT|<|begin|>' + m.content + '|' }}"
         "{{- '<|im_end|>' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|header|>assistant|CHATBOT|<think>' }}{%- endif %}"
     )
     found = trained(tmp_path, template, turns("Q", "B", "Q", "T"))
-    assert found == ["B|over|<|im_end|>", "T|over|<|im_end|>"]
+    assert found == ["<|begin|>B|<|im_end|>", "<|begin|>T|<|im_end|>"]
 
 
 def test_a_header_that_no_prefix_shows_whole_is_known_by_its_part(tmp_path: Path) -> None:
