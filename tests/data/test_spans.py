@@ -112,7 +112,8 @@ def test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole(
 def test_a_short_answer_that_the_header_spells_too_is_no_end_of_the_header(tmp_path: Path) -> None:
     """The generation prompt and the turn go on behind CHATBOT, each in its own way."""
     template = (
-        "{%- for m in messages %}{{- '<|header|>' + m.role + '|CHATBOT|<|begin|>' + m.content + '|' }}"
+        "{%- for m in messages %}{{- '<|header|>' + m.role + '|CHATBOT|<|begin|>' }}"
+        "{{- m.content + '|' }}"
         "{{- '<|im_end|>' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|header|>assistant|CHATBOT|<think>' }}{%- endif %}"
     )
