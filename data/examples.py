@@ -40,8 +40,11 @@ _CACHE_VERSION = 4
 # Rows tokenised at once: enough for the library's threads, few enough to keep memory flat.
 _ROWS_AT_ONCE = 1000
 _CHARACTERS_AT_ONCE = 2**20
-# What is counted of turns.
-_TURNS = ("assistant_turns", "untrained_turns", "left_out_turns", "thoughtless_turns")
+# What is counted in each row.
+_IN_A_ROW = (
+    *("merged_prompts", "assistant_turns", "untrained_turns", "left_out_turns"),
+    "thoughtless_turns",
+)
 # Bits of an example's flags.
 _TRUNCATED, _EOS_LOST = 1, 2
 
@@ -83,6 +86,8 @@ class Counts:
         eos_lost: Examples whose EOS was cut off.
         longest: Tokens of the longest example.
         longest_row: Tokens of the longest row before anything was cut.
+        merged_prompts: Rows whose completion begins inside a token of the prompt: its first token,
+            or part of the prompt, is not what a model that is given the prompt goes on from.
         assistant_turns: Turns of the assistant in rows of messages.
         untrained_turns: Those of them that should be trained and of which the text, as the chat
             template makes it, holds nothing.
@@ -99,6 +104,7 @@ class Counts:
     eos_lost: int
     longest: int
     longest_row: int
+    merged_prompts: int = 0
     assistant_turns: int = 0
     untrained_turns: int = 0
     left_out_turns: int = 0
@@ -117,7 +123,7 @@ class LabelledRow:
         labels: (T,) int32, as `Example.labels`.
         ends: The last target is the EOS that ends the row.
         prompt_length: As `Example.prompt_length`.
-        assistant_turns: As in `Counts`, of this row; so are the next three.
+        merged_prompts: As in `Counts`, of this row, 0 or 1; so are the next four.
     """
 
     where: str
@@ -126,6 +132,7 @@ class LabelledRow:
     labels: np.ndarray
     ends: bool
     prompt_length: int
+    merged_prompts: int
     assistant_turns: int
     untrained_turns: int
     left_out_turns: int
@@ -143,7 +150,7 @@ class _Arrays:
     rows: np.ndarray  # (examples,) int64: number of the row in the data, from 0
     prompts: np.ndarray  # (examples,) int64: tokens before the completion
     flags: np.ndarray  # (examples,) uint8
-    turns: np.ndarray  # (examples, 4) int32: the last four of `Counts`
+    in_a_row: np.ndarray  # (examples, 5) int32: the last five of `Counts`
 
 
 class Examples:
@@ -204,7 +211,7 @@ class Examples:
         chosen = np.asarray(indices, dtype=np.int64)
         positions = self._positions[chosen]
         lengths, flags = self.lengths[chosen], self._arrays.flags[positions]
-        turns = self._arrays.turns[positions].sum(axis=0).tolist()
+        counted = self._arrays.in_a_row[positions].sum(axis=0).tolist()
         counts = Counts(
             rows=len(positions),
             examples=len(positions),
@@ -215,7 +222,7 @@ class Examples:
             eos_lost=int(np.count_nonzero(flags & _EOS_LOST)),
             longest=int(lengths.max(initial=0)),
             longest_row=int(lengths.max(initial=0)),
-            **dict(zip(_TURNS, turns, strict=True)),
+            **dict(zip(_IN_A_ROW, counted, strict=True)),
         )
         digest = hashlib.sha256(self.fingerprint.encode() + positions.astype("<i8").tobytes())
         return Examples(self._arrays, counts, digest.hexdigest(), positions)
@@ -532,8 +539,8 @@ class _Writer:
         self._input_ids = _ArrayFile(folder / "input_ids.npy", "<i4")
         self._labels = _ArrayFile(folder / "labels.npy", "<i4")
         self._offsets, self._targets, self._rows = [0], [], []
-        self._prompts, self._flags, self._turns = [], [], []
-        self._all_turns = np.zeros(len(_TURNS), dtype=np.int64)
+        self._prompts, self._flags, self._in_a_row = [], [], []
+        self._in_rows = np.zeros(len(_IN_A_ROW), dtype=np.int64)
         self.num_rows = self.longest_row = 0
         self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
 
@@ -542,8 +549,8 @@ class _Writer:
         number, length, limit = self.num_rows, len(row.input_ids), self._max_length
         self.num_rows += 1
         self.longest_row = max(self.longest_row, length)
-        turns = np.array([getattr(row, name) for name in _TURNS], dtype=np.int32)
-        self._all_turns += turns
+        counted = np.array([getattr(row, name) for name in _IN_A_ROW], dtype=np.int32)
+        self._in_rows += counted
         if length > limit and self._on_overflow == "error":
             raise UserError(
                 f"{row.where}: {length} tokens, more than data.max_length={limit}; raise it, or "
@@ -567,8 +574,8 @@ class _Writer:
                 self._rows.append(number)
                 self._prompts.append(min(max(row.prompt_length - start, 0), stop - start))
                 self._flags.append(flags)
-                self._turns.append(turns)
-                turns = np.zeros_like(turns)  # the first example of a row has all its turns
+                self._in_a_row.append(counted)
+                counted = np.zeros_like(counted)  # the first example of a row has all of it
         if len(self._targets) == before:
             self.dropped_cut += truncated
             self.dropped_masked += not truncated
@@ -594,7 +601,7 @@ class _Writer:
             ("flags", self._flags, "u1"),
         ):
             np.save(self._folder / f"{array}.npy", np.array(values, dtype=dtype))
-        np.save(self._folder / "turns.npy", np.array(self._turns, dtype="<i4"))
+        np.save(self._folder / "in_a_row.npy", np.array(self._in_a_row, dtype="<i4"))
         flags = np.array(self._flags)
         counts = Counts(
             rows=self.num_rows,
@@ -606,7 +613,7 @@ class _Writer:
             eos_lost=int(np.count_nonzero(flags & _EOS_LOST)),
             longest=int(np.diff(self._offsets).max()),
             longest_row=self.longest_row,
-            **dict(zip(_TURNS, self._all_turns.tolist(), strict=True)),
+            **dict(zip(_IN_A_ROW, self._in_rows.tolist(), strict=True)),
         )
         arrays = {
             field.name: np.lib.format.open_memmap(self._folder / f"{field.name}.npy", mode="r")
@@ -699,6 +706,7 @@ class _EncodedRow:
         ids: The text's tokens.
         prompt: In a row of texts, how many of them the prompt alone has too: a model that is given
             the prompt is given these, and has to say the others.
+        merges: The prompt alone has other tokens than at the beginning of the row.
         encoding: In a row of messages, where each token lies in the text.
     """
 
@@ -707,6 +715,7 @@ class _EncodedRow:
     tokenizer: Tokenizer
     ids: list[int]
     prompt: int = 0
+    merges: bool = False
     encoding: tokenizers.Encoding | None = None
 
     def before(self, place: int) -> int:
@@ -750,12 +759,14 @@ def _encode_rows(
     for row, item in zip(rows, rendered, strict=True):
         if item.chat:
             encoding = next(encodings)
-            ids, prompt = encoding.ids, 0
+            ids, prompt, merges = encoding.ids, 0, False
         else:
             ids = next(ids_of_texts)
             encoding = None
-            prompt = common_prefix(next(ids_of_prompts), ids) if item.prompt else 0
-        encoded.append(_EncodedRow(row.where, item, tokenizer, ids, prompt, encoding))
+            alone = next(ids_of_prompts) if item.prompt else []
+            prompt = common_prefix(alone, ids)
+            merges = prompt < len(alone)
+        encoded.append(_EncodedRow(row.where, item, tokenizer, ids, prompt, merges, encoding))
     return encoded
 
 
@@ -789,6 +800,7 @@ def _label(row: _EncodedRow, append_eos: bool) -> LabelledRow:
         labels,
         due,
         row.before(item.prompt),
+        int(row.merges and any(span.start for span in item.trained)),
         item.assistant_turns,
         item.untrained_turns,
         item.left_out_turns,

@@ -443,6 +443,13 @@ def _data_warnings(
         share = counts.get(name)
         if share and rows:
             found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
+    merged = counts.get("merged_prompts")
+    if merged and rows:
+        found.append(
+            f"in {merged:,} of {rows:,} rows ({merged / rows:.1%}) the completion begins inside a "
+            "token of the prompt, and a model that is given the prompt reads other tokens: end the "
+            "prompt with a line break"
+        )
     turns = counts.get("assistant_turns")
     for name, what in (
         (

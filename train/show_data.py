@@ -54,6 +54,7 @@ class Shown:
         trained: The trained strings: runs of tokens with a label.
         tokens: Tokens of the example.
         targets: Tokens that are trained: those with a label, but for the first of an example.
+        merged_prompts: 1 where the completion begins inside a token of the prompt.
         assistant_turns: Turns of the assistant in the row.
         untrained_turns: Those of them that the chat template leaves nothing of.
         left_out_turns: Those of them that the row keeps out of the loss.
@@ -69,6 +70,7 @@ class Shown:
     trained: list[str]
     tokens: int
     targets: int
+    merged_prompts: int
     assistant_turns: int
     untrained_turns: int
     left_out_turns: int
@@ -220,6 +222,7 @@ def _shown(
         trained=[text for text, trained in parts if trained],
         tokens=len(ids),
         targets=num_targets(labels),
+        merged_prompts=row.merged_prompts,
         assistant_turns=row.assistant_turns,
         untrained_turns=row.untrained_turns,
         left_out_turns=row.left_out_turns,
@@ -250,6 +253,8 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
     counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
     head = f"row {shown.row}, {shown.source}: {counts}"
+    if shown.merged_prompts:
+        fate += ", the completion begins inside a token of the prompt"
     for turns, what in (
         (shown.untrained_turns, "untrained"),
         (shown.left_out_turns, "kept out of the loss"),

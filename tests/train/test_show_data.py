@@ -164,3 +164,25 @@ def test_a_row_behind_those_that_are_asked_for_is_not_read(tmp_path: Path) -> No
     assert len(shown(tmp_path, rows, "data.format=completion", "--rows", "2")) == 2
     with pytest.raises(UserError, match=r"rows\.jsonl:3"):
         shown(tmp_path, rows, "data.format=completion", "--rows", "3")
+
+
+def test_a_completion_that_begins_inside_a_token_of_the_prompt_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "def retu", "completion": "rn_it"},  # `return` is one token
+        {"prompt": "def\n", "completion": "return"},
+    ]
+    tokenizer = Tokenizer.load(DEMO_MODEL)
+    assert tokenizer.encode(" return") != [*tokenizer.encode(" retu"), *tokenizer.encode("rn")]
+    found = shown(tmp_path, rows, "data.format=completion")
+    assert [one["merged_prompts"] for one in found] == [1, 0]
+    path = _written(tmp_path, rows)
+    settings = [f"model.path={DEMO_MODEL}", f"data.train={path}", "data.format=completion"]
+    assert main([*settings, "--rows", "1"]) == 0
+    assert "the completion begins inside a token of the prompt\n" in capsys.readouterr().out
+    assert train_run.main([*settings, "--plan"]) == 0
+    assert "in 1 of 2 rows (50.0%) the completion begins inside" in capsys.readouterr().out
+    # Where all of the text is trained, nothing is asked of the border.
+    whole = shown(tmp_path, rows, "data.format=completion", "data.completion_only=false")
+    assert [one["merged_prompts"] for one in whole] == [0, 0]
