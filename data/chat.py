@@ -15,7 +15,7 @@ import datetime
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -54,12 +54,14 @@ class Conversation:
         prefixes: What is rendered of them.
         tools: Descriptions of tools, for templates that know them.
         where: The row that messages of errors begin with; empty where there is none.
+        variables: What else the template is told.
     """
 
     messages: Sequence[Mapping[str, Any]]
     prefixes: Sequence[Prefix]
     tools: Sequence[Any] | None = None
     where: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def subject(self) -> str:
@@ -131,7 +133,9 @@ class ChatTemplate:
 
     def _encode(self, item: Conversation) -> str:
         try:
-            return json.dumps([item.subject, item.messages, item.prefixes, item.tools])
+            return json.dumps(
+                [item.subject, item.messages, item.prefixes, item.tools, item.variables]
+            )
         except (TypeError, ValueError, RecursionError) as error:
             reason = one_line(str(error))
         raise UserError(
@@ -181,16 +185,16 @@ def answer(request: list[Any]) -> Iterator[list[Any] | None]:
     (source, special_tokens, name), day, conversations = request
     template = _compile(source, name)
     date = day and datetime.datetime.fromisoformat(day)
-    for subject, messages, prefixes, tools in conversations:
+    for subject, messages, prefixes, tools, variables in conversations:
         template.notices.numbers = {id(message): n for n, message in enumerate(messages)}
         first = None
         for length, add_generation_prompt in prefixes:
             try:
                 pieces = template.program.generate(
-                    special_tokens,
+                    special_tokens | variables,
                     messages=messages[:length],
                     tools=tools,
-                    documents=None,
+                    documents=variables.get("documents"),
                     add_generation_prompt=add_generation_prompt,
                     strftime_now=(date or datetime.datetime.now()).strftime,
                     raise_exception=_raise_exception,

@@ -10,7 +10,7 @@ trace in the text, and what follows would be trained without it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from files.errors import UserError, did_you_mean
@@ -35,6 +35,7 @@ _NAMES = {
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 # The turns of ShareGPT's dialects whose whole text is a call: {"name": …, "arguments": …}.
 _CALL_TURNS = ("function_call", "tool_call")
+_THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _COLUMNS = ("messages", "conversations", "conversation")
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
@@ -211,11 +212,79 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     for key in ("from", "value", "tool_calls", "function_call"):
         message.pop(key, None)
     message["role"] = role
-    # None, and not absent: so OpenAI writes a turn that calls a tool, and templates ask for it.
-    message["content"] = None if calls and not content else _text(content, role, where)
+    if calls and content is None:
+        message.pop("content", None)  # as transformers leaves out what is null
+    else:
+        message["content"] = _text(content, role, where)
     if calls:
         message["tool_calls"] = calls
-    return message
+    return _with_thinking(message)
+
+
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose thinking has each of the names that a template may ask for.
+
+    As transformers does: `reasoning_content` is filled from the others, and gpt-oss's `thinking`.
+    """
+    thinking = next((message[key] for key in _THINKING_KEYS if key in message), None)
+    if thinking is None:
+        return message
+    return {"thinking": thinking, **message, "reasoning_content": thinking}
+
+
+def other_forms(messages: Messages) -> Iterator[Messages]:
+    """Yield the other forms in which messages that call tools are written.
+
+    A turn that calls and says nothing has no content in transformers, and null in OpenAI's form;
+    arguments are objects in transformers, and JSON text in OpenAI's form. Templates are written for
+    one or the other.
+    """
+    if not any("tool_calls" in message for message in messages):
+        return
+    for null, text in ((True, False), (False, True), (True, True)):
+        yield [_in_form(message, null, text) for message in messages]
+
+
+def _in_form(message: dict[str, Any], null: bool, text: bool) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    changed = dict(message)
+    if null and not message.get("content"):
+        changed["content"] = None
+    if text:
+        changed["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+    return changed
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_text_arguments(call["function"])}
+    if "arguments" not in call:
+        return call
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+
+
+def read_variables(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row tells its chat template besides messages and tools, as TRL's rows do.
+
+    Raises:
+        UserError: The column `chat_template_kwargs` holds no object, or names what a template is
+            given in any case.
+    """
+    given = values.get("chat_template_kwargs")
+    variables = {} if given is None else _decoded(given)
+    if not isinstance(variables, dict):
+        raise UserError(
+            "the column 'chat_template_kwargs' must hold an object, or its JSON text, holds "
+            f"{_undecoded(given)}"
+        )
+    for name in ("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception"):
+        if name in variables:
+            raise UserError(
+                f"the column 'chat_template_kwargs' names '{name}', which a template has from the "
+                "row itself; leave it out"
+            )
+    return variables
 
 
 def _key(turn: dict[str, Any], names: tuple[str, str], where: str) -> str | None:

@@ -15,6 +15,7 @@ from data.messages import (
     read_conversation,
     read_messages,
     read_tools,
+    read_variables,
     with_system_turn,
 )
 from data.source import Row
@@ -167,7 +168,9 @@ class PromptFormat:
         if messages is not None:
             if tokenizer is None:
                 raise ValueError("messages are rendered by the tokenizer's chat template")
-            return tokenizer.render_chat(messages, True, tools=read_tools(values))
+            return tokenizer.render_chat(
+                messages, True, tools=read_tools(values), variables=read_variables(values)
+            )
         if self.format == "text":
             return self._system() + text_column(values, self.text_field, "data.text_field")
         return self._prompt(values)
@@ -269,6 +272,7 @@ class PromptFormat:
             everything=not self.trains_completion_only,
             tools=read_tools(values),
             added=added,
+            variables=read_variables(values),
         )
 
     def _generation_values(self, values: str | Mapping[str, Any]) -> Mapping[str, Any]:

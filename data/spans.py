@@ -14,15 +14,16 @@ stands before, or whose prefix the template refuses, has a header like the other
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.chat import Conversation, Prefix, Rendering, common_characters
-from data.messages import Messages
+from data.messages import Messages, other_forms
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 
@@ -92,6 +93,7 @@ class Chat:
         everything: All of the text is trained (`data.completion_only=false`).
         tools: Descriptions of tools.
         added: Turns at the beginning that stand in no list of messages: the system turn.
+        variables: What else the row tells its template.
     """
 
     where: str
@@ -101,6 +103,7 @@ class Chat:
     everything: bool = False
     tools: Any = None
     added: int = 0
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def answers(self) -> list[int]:
@@ -147,6 +150,27 @@ def render_chats(chats: Sequence[Chat], tokenizer: Tokenizer) -> list[Rendered]:
         UserError: The chat template refuses a row, or leaves one of its turns or tools out; the
             message begins with the row's place.
     """
+    try:
+        return _render(chats, tokenizer)
+    except UserError:
+        if not any(True for chat in chats for _ in other_forms(chat.messages)):
+            raise
+    return [_in_the_form_that_fits(chat, tokenizer) for chat in chats]
+
+
+def _in_the_form_that_fits(chat: Chat, tokenizer: Tokenizer) -> Rendered:
+    """Return a row in the first form of its calls that the template takes and writes whole."""
+    try:
+        return _render([chat], tokenizer)[0]
+    except UserError as error:
+        first = error
+    for messages in other_forms(chat.messages):
+        with contextlib.suppress(UserError):
+            return _render([replace(chat, messages=messages)], tokenizer)[0]
+    raise first
+
+
+def _render(chats: Sequence[Chat], tokenizer: Tokenizer) -> list[Rendered]:
     found = _located(chats, tokenizer, every_prefix=False)
     rest = [number for number, (_, places) in enumerate(found) if places is None]
     slowly = _located([chats[number] for number in rest], tokenizer, every_prefix=True)
@@ -171,7 +195,9 @@ def _located(
     asked = []
     for chat in chats:
         prefixes = dict.fromkeys([(len(chat.messages), False), *choose(chat)])
-        asked.append(Conversation(chat.messages, list(prefixes), chat.tools, chat.where))
+        asked.append(
+            Conversation(chat.messages, list(prefixes), chat.tools, chat.where, chat.variables)
+        )
     answers = tokenizer.render_chats(asked, date=TRAINING_DATE)
     located = []
     for chat, conversation, renderings in zip(chats, asked, answers, strict=True):
@@ -526,12 +552,22 @@ def _leaves_trace(turn: int, chat: Chat, whole: Rendering) -> bool:
         signs = [sign for sign in _signs(content, message.get("role")) if sign in whole.text]
         if signs and not any(_is_said_more(sign, chat, whole, but=turn) for sign in signs):
             return False
+    if any(_is_python(call, whole.text) for call in message.get("tool_calls") or []):
+        return False
     for name in _names(message.get("tool_calls")):
         # A name that the content speaks of is not the call.
         spoken = content.count(name) if content in written else 0
         if written.count(name) <= spoken and not _is_said_more(name, chat, whole):
             return False
     return True
+
+
+def _is_python(call: Mapping[str, Any], text: str) -> bool:
+    """Return whether a template wrote a call's arguments as Python does, and not as JSON."""
+    arguments = call.get("function", call).get("arguments")
+    if not isinstance(arguments, dict) or not arguments:
+        return False
+    return str(arguments) in text and str(arguments) != json.dumps(arguments, ensure_ascii=False)
 
 
 def _is_said_more(sign: str, chat: Chat, whole: Rendering, but: int | None = None) -> bool:
@@ -612,8 +648,8 @@ def _names(calls: Any) -> list[str]:
 
 # --- turns that a row leaves out -----------------------------------------------------------------
 
-# Keys of a message that say whether it is trained: OpenAI's, and axolotl's.
-_SAYS = re.compile(r"weight|train(ing)?(_detail)?")
+# Keys of a message that say whether it is trained: OpenAI's, ms-swift's, and axolotl's.
+_SAYS = re.compile(r"weight|loss|train(ing)?(_detail)?")
 
 
 def without_weights(messages: Messages) -> tuple[Messages, list[int]]:

@@ -178,6 +178,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         *,
         tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
         date: datetime.datetime | None = None,
     ) -> str:
         """Return the text that the chat template makes of `messages`.
@@ -188,6 +189,7 @@ class Tokenizer:
             messages: Turns with `role` and `content`.
             add_generation_prompt: End with the header of an assistant's turn.
             tools: Descriptions of tools, for templates that know them.
+            variables: What else the template is told.
             date: What `strftime_now` tells the template; None is the present.
 
         Raises:
@@ -195,7 +197,8 @@ class Tokenizer:
                 long or too much memory.
         """
         prefix = (len(messages), add_generation_prompt)
-        (whole,) = self.render_chats([Conversation(messages, [prefix], tools)], date=date)[0]
+        conversation = Conversation(messages, [prefix], tools, variables=variables or {})
+        ((whole,),) = self.render_chats([conversation], date=date)
         assert whole is not None  # the first of a conversation's prefixes is there, or an error
         return whole.text
 

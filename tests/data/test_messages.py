@@ -296,18 +296,106 @@ def test_no_tools_are_no_tools(tmp_path, model, none):
     assert found["text"] == theirs(model, OPENAI)
 
 
-def test_what_is_not_there_is_none_for_the_template(tokenizer_folder):
-    """As transformers passes on OpenAI's own form: templates ask whether a content `is none`."""
+def test_a_turn_that_calls_and_says_nothing_is_as_transformers_passes_it_on(tokenizer_folder):
+    """No content where it is null or absent, and the empty text where that is what the row says."""
+    template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    folder = tokenizer_folder({"chat_template": template}, name="asks")
+    tokenizer = Tokenizer.load(folder)
+    absent = [{k: v for k, v in m.items() if v is not None} for m in OPENAI]
+    for turns in (SHAREGPT, OPENAI, absent, changed(1, content="")):
+        row = Row({"conversations": turns}, "rows.jsonl:1")
+        text = PromptFormat(format="messages", completion_only=False).render(row, tokenizer).text
+        expected = OPENAI if turns is SHAREGPT else turns
+        decoder, theirs_, ours = json.JSONDecoder(), theirs(folder, expected), text
+        while ours:
+            one, stop = decoder.raw_decode(ours)
+            other, their_stop = decoder.raw_decode(theirs_)
+            assert one == other
+            ours, theirs_ = ours[stop:], theirs_[their_stop:]
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}CALLS{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        # asks for null, as OpenAI writes it
+        "{% if m.content is none %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}",
+        # takes a part of the content
+        "{{ m.content.split('x')[0] }}{{ m.tool_calls | tojson }}",
+        # joins texts, as OpenAI writes arguments
+        "{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}",
+        # prints what it is given
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}",
+        "{% if m.content is none %}{{ m.tool_calls[0].function.name + "
+        "m.tool_calls[0].function.arguments }}{% endif %}",
+        "{{ m.tool_calls[0].function | tojson }}",
+    ],
+)
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_call_is_written_once_and_as_json_whatever_form_a_template_wants(
+    tokenizer_folder, calls, content, as_text
+):
+    content = "" if "split" in calls else content  # transformers fails without one too
+    name = f"calls-{calls.translate(str.maketrans('', '', '/{}% '))[-40:]}"
+    settings = {"chat_template": CALLS.replace("CALLS", calls), "eos_token": "<|im_end|>"}
+    tokenizer = Tokenizer.load(tokenizer_folder(settings, name=name))
+    arguments = {"city": "Zürich"}
+    given = json.dumps(arguments) if as_text else arguments
+    call = {"type": "function", "function": {"name": "weather", "arguments": given}}
+    messages = changed(1, content=content, tool_calls=[call])
+    row = Row({"messages": messages}, "rows.jsonl:1")
+    text = PromptFormat(format="messages").render(row, tokenizer).text
+    assert text.count('{"city": "Zürich"}') == 1 and text.count("weather") == 1
+    assert "None" not in text and "null" not in text and "\\" not in text
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_has_each_name_that_a_template_asks_for(tokenizer_folder, key):
+    """As transformers 5 does: of several, the first of these three rules."""
+    for asked in ("reasoning_content", "thinking"):
+        template = (
+            "{% for m in messages %}{{ m.role }}:{% if m.ASKED is defined %}<{{ m.ASKED }}>"
+            "{% endif %}{{ m.content }};{% endfor %}"
+        ).replace("ASKED", asked)
+        folder = tokenizer_folder({"chat_template": template}, name=f"thinks-{asked}")
+        messages = [turn("user", "Q"), turn("assistant", "A") | {key: "so", "reasoning": "so"}]
+        row = Row({"messages": messages}, "rows.jsonl:1")
+        text = PromptFormat(format="messages").render(row, Tokenizer.load(folder)).text
+        assert text == theirs(folder, messages) == "user:Q;assistant:<so>A;"
+
+
+def test_a_row_tells_its_template_more(tmp_path, tokenizer_folder):
     template = (
-        "{{ tools is none }}{% for m in messages %} {{ m.content is none }}{% endfor %}"
-        "|{{ messages | tojson }}"
+        "{{ tone or 'plain' }};{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="asks"))
-    form = PromptFormat(format="messages")
-    for turns in (SHAREGPT, OPENAI, changed(1, content="")):
-        row = Row({"conversations": turns, "tools": []}, "rows.jsonl:1")
-        asked = form.render(row, tokenizer).text.partition("|")[0]
-        assert asked == "True False True False False"
+    folder = tokenizer_folder({"chat_template": template, "eos_token": ";"}, name="told")
+    messages = [turn("user", "Q"), turn("assistant", "A")]
+    rows = [
+        {"messages": messages, "chat_template_kwargs": {"tone": "loud"}},
+        {"messages": messages, "chat_template_kwargs": '{"tone": "soft"}'},
+        {"messages": messages, "chat_template_kwargs": None},
+        {"messages": messages},
+    ]
+    found = shown(tmp_path, rows, MESSAGES, "data.append_eos=false", model=folder)
+    assert [one["text"].split(";")[0] for one in found] == ["loud", "soft", "plain", "plain"]
+    assert theirs(folder, messages, tone="loud") == found[0]["text"]
+    prompt = PromptFormat("messages").generation_prompt(rows[0], Tokenizer.load(folder))
+    assert prompt == "loud;user:Q;assistant:"
+    for wrong in ("loud", [1], {"messages": []}, {"tools": []}):
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: the column 'chat_template_kwargs'"):
+            shown(
+                tmp_path,
+                [{"messages": messages, "chat_template_kwargs": wrong}],
+                MESSAGES,
+                model=folder,
+            )
 
 
 def test_a_prompt_to_be_answered_has_the_tools_of_its_row(model):

@@ -305,6 +305,7 @@ def test_a_header_behind_turns_that_move_is_still_a_header(tmp_path: Path) -> No
         ({"weight": 0.0}, {"weight": 1.0}),
         ({"train": False}, {"train": True}),
         ({"training": False}, {"training": True}),
+        ({"loss": False}, {"loss": True}),
         ({"weight": 0, "train": None}, {"weight": None}),
     ],
 )
