@@ -25,6 +25,7 @@ from train.spellings import (
     SEVERAL,
     UNSUPPORTED_VALUES,
     keys_of,
+    plain,
     translate,
     unsupported,
 )
@@ -193,6 +194,7 @@ def _assemble(
             written[path] = entry
             places[path] = (number, entry.where)
         _settle_cadences(values, written)
+        _refuse_no_warmup(values, written)
     sections = {
         section: settings(**{key.name: values[key.path] for key in _keys_of(section)})
         for section, settings in SECTIONS.items()
@@ -211,6 +213,10 @@ def _translated(layer: Sequence[_Entry], taken: list[str]) -> Iterator[_Entry]:
     bare = {key.name for key in KEYS.values()}
     for entry in layer:
         name, written = entry.key, f"{entry.key}={_plainly(entry.value)}"
+        if name.removeprefix("train.") == "max_steps" and plain(entry.value) == -1:
+            taken.append(f"{written} as train.max_steps=none")  # the stack's word for it
+            yield dataclasses.replace(entry, value="none")
+            continue
         if name in bare:
             yield entry
             continue
@@ -253,6 +259,18 @@ def _resolve_in(entry: _Entry) -> str:
         raise UserError(f"{entry.where}: {error}") from None
 
 
+def _refuse_no_warmup(values: Mapping[str, Any], given: Mapping[str, _Entry]) -> None:
+    """Refuse 0 steps of warm-up beside a ratio: to the stack it says nothing, here it rules."""
+    steps, ratio = "schedule.warmup_steps", "schedule.warmup_ratio"
+    # What `--show` or a run wrote holds every key, whatever was asked for.
+    some = steps in given and ratio in given and len(given) < len(KEYS)
+    if some and values[steps] == 0 and values[ratio]:
+        raise UserError(
+            f"{given[steps].where}: {steps}=0 means no warm-up, and {ratio}={values[ratio]} means "
+            f"one: leave out {steps} for the ratio, or the ratio for none"
+        )
+
+
 def _settle_cadences(values: dict[str, Any], given: Mapping[str, _Entry]) -> None:
     """`steps` and `per_epoch` are two ways to say one thing: the layer that came last rules."""
     for section in ("eval", "checkpoint", "log"):
@@ -281,7 +299,7 @@ def _checked(key: Key, entry: _Entry) -> Any:
     if fault:
         spelled = f"{entry.spelled}: " if entry.spelled else ""
         pattern, sentence = UNSUPPORTED_VALUES.get(key.path, ("", ""))
-        if isinstance(value, str) and re.fullmatch(pattern, value):
+        if isinstance(value, str | float) and re.fullmatch(pattern, str(value)):
             fault = f"is not supported: {sentence}"
         raise UserError(
             f"{entry.where}: {spelled}{key.path} = {_shown(value)} {fault} "

@@ -59,7 +59,6 @@ RENAMED: dict[str, str] = {
     "lora_bias": "lora.bias",
     "lora_r": "lora.r",
     "lora_rank": "lora.r",
-    "lora_target_modules": "lora.target_modules",
     "peft_use_rslora": "lora.use_rslora",
     "rank": "lora.r",
     # data
@@ -67,7 +66,6 @@ RENAMED: dict[str, str] = {
     "dataset_text_field": "data.text_field",
     "default_system": "data.system_prompt",
     "default_system_message": "data.system_prompt",
-    "assistant_only_loss": "data.completion_only",
     "completion_only_loss": "data.completion_only",
     "max_seq_len": "data.max_length",
     "max_seq_length": "data.max_length",
@@ -121,6 +119,7 @@ _KERNELS = "the fused operations are this project's own: train.kernels"
 _BEST = "the best state is the one with the lowest loss on the valid set"
 _LORA_ALONE = "adapters are plain LoRA (lora.use_rslora=true for its scaling)"
 _CURVES = "curves are TensorBoard's and report.md's; metrics.jsonl has every step"
+_EACH_ANSWER = 'each answer of an assistant is trained; {"train": false} on a message leaves it out'
 _LOSS_ALONE = "evaluation is the loss on data.valid and data.test"
 _ALL_IS_LOGGED = "every step stands in metrics.jsonl, whatever is shown (log.steps)"
 
@@ -279,6 +278,18 @@ UNSUPPORTED: dict[str, str] = {
     "{column} placeholders",
     "overwrite_cache": _LOADER,
     "pad_to_multiple_of": "lengths are rounded where the device needs it, without a setting",
+    "mask_history": _EACH_ANSWER,
+    "max_samples": "all rows are read; train.max_steps bounds a run, or give a shorter file",
+    "pad_token": "special tokens are those of the model's tokenizer, and unpadded rows need no pad "
+    "token",
+    "roles_to_train": _EACH_ANSWER,
+    "rope_scaling": "it is read from the model's config.json",
+    "test_size": "say data.valid_fraction=SHARE, or give rows of their own as data.valid and "
+    "data.test",
+    "tokenizer_name": "the tokenizer is the one that lies in model.path",
+    "tokenizer_name_or_path": "the tokenizer is the one that lies in model.path",
+    "train_on_eos": "the EOS that ends an answer is trained; data.append_eos=false adds none",
+    "truncation": "rows longer than data.max_length are cut, or what data.on_overflow says",
     "pad_to_sequence_len": "say data.batching=max_length to pad each row to data.max_length",
     "preprocessing_num_workers": _LOADER,
     "remove_unused_columns": "columns that data.format does not name are never read",
@@ -307,7 +318,6 @@ UNSUPPORTED: dict[str, str] = {
     "skip_memory_metrics": "the peak of memory stands in status.json and report.md",
     "use_cache": "keys and values are kept for generation alone",
     "compute_metrics": _LOSS_ALONE,
-    "do_eval": "what is named is done: data.valid is evaluated during the run",
     "do_predict": "what is named is done: data.test is evaluated at the end",
     "do_train": "what is named is done: data.train is trained on",
     "eval_accumulation_steps": "evaluation keeps sums, not logits; eval.per_device_batch_size is "
@@ -318,14 +328,15 @@ UNSUPPORTED: dict[str, str] = {
     "include_tokens_per_second": _ALL_IS_LOGGED,
     "logging_dir": "TensorBoard's files lie in the run's folder",
     "logging_first_step": _ALL_IS_LOGGED,
+    "min_lr": "say schedule.min_lr_ratio, the share of the peak that is left at the end",
     "lr_scheduler_kwargs": "the end of a schedule is schedule.min_lr_ratio",
-    "metric_for_best_model": _BEST,
     "ignore_data_skip": "a resumed run goes on with the next example, always",
     "overwrite_output_dir": "an existing run is never overwritten; choose another "
     "train.output_dir, or --resume it",
     "prediction_loss_only": _LOSS_ALONE,
     "resume_from_checkpoint": "say --resume FOLDER, a run or one of its checkpoints",
     "save_only_model": "a checkpoint is whole, so that a run can be resumed",
+    "use_wandb": _CURVES,
     "wandb_entity": _CURVES,
     "wandb_name": "curves are TensorBoard's and report.md's; a run's name is train.run_name",
     "wandb_project": _CURVES,
@@ -356,6 +367,15 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
     "model.attention": (
         r"flash_attention_3|xformers|flex_attention|.*/.*",
         _ATTENTION,
+    ),
+    "data.format": (
+        "sharegpt|chatml|chat|alpaca",
+        "sharegpt, chatml and chat are data.format=messages, alpaca is data.format=instruction",
+    ),
+    "schedule.warmup_steps": (r"0?\.\d+", "a share of the steps is schedule.warmup_ratio"),
+    "schedule.name": (
+        "cosine_with.*|polynomial|inverse_sqrt|reduce.*|.*restarts",
+        "schedules are cosine, linear and constant, each with a warm-up",
     ),
     "model.gradient_checkpointing": ("unsloth", "say model.gradient_checkpointing=true"),
 }
@@ -526,7 +546,28 @@ def _rows(key: str) -> Translator:
 
 
 def _targets(value: Any, layer: Mapping[str, Any]) -> Settings:
-    return {"lora.target_modules": "all-linear" if value == "all" else value}
+    every = ("all", "all-linear", ["all-linear"], '["all-linear"]', "['all-linear']")
+    return {"lora.target_modules": "all-linear" if value in every else value}
+
+
+def _answers_alone(value: Any, layer: Mapping[str, Any]) -> Settings:
+    """TRL's false, its default, is of messages; prompt and completion have a key of their own."""
+    if value is True or layer.get("format", layer.get("data.format")) == "messages":
+        return {"data.completion_only": value}
+    return {}
+
+
+def _evaluates(value: Any, layer: Mapping[str, Any]) -> Settings:
+    asked = [name for name in _EVALUATION if layer.get(name) not in (*_OFF, "none")]
+    if value is False and asked:
+        raise UserError(f"{asked[0]} asks for evaluations beside it: leave one of them out")
+    return {}
+
+
+_EVALUATION = (
+    *("eval_steps", "eval.steps", "eval_strategy", "evaluation_strategy", "eval.per_epoch"),
+    *("evals_per_epoch", "valid", "data.valid", "validation_file", "eval_on_start"),
+)
 
 
 def _report(value: Any, layer: Mapping[str, Any]) -> Settings:
@@ -585,6 +626,10 @@ TRANSLATED: dict[str, tuple[tuple[str, ...], Translator]] = {
     "data_path": (("data.train",), _rows("data.train")),
     "dataset": (("data.train",), _rows("data.train")),
     "dataset_name": (("data.train",), _rows("data.train")),
+    "assistant_only_loss": (("data.completion_only",), _answers_alone),
+    "do_eval": ((), _evaluates),
+    "metric_for_best_model": ((), _words({"eval_loss": {}, "loss": {}}, _BEST)),
+    "lora_target_modules": (("lora.target_modules",), _targets),
     "disable_tqdm": (
         ("log.progress",),
         _words(

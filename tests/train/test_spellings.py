@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from files.errors import UserError
-from train.config import flat, load_config
+from train.config import flat, load_config, to_toml
 from train.settings import KEYS
 from train.spellings import (
     RENAMED,
@@ -301,6 +301,77 @@ def test_nested_values_of_a_file_are_refused_by_name(tmp_path: Path) -> None:
     file.write_text("[quantization_config]\nload_in_4bit = true\n")
     with pytest.raises(UserError, match=r"axolotl\.toml:1: 'quantization_config' is not supported"):
         load_config(file=file)
+
+
+# --- what the stack's own defaults mean ---
+
+
+def test_no_steps_of_warm_up_beside_a_ratio_are_refused_and_either_alone_is_taken(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match=r"schedule\.warmup_steps=0 means no warm-up, and"):
+        load_config(overrides={"warmup_ratio": "0.1", "warmup_steps": "0"})
+    assert load_config(overrides={"warmup_steps": "0"}).schedule.warmup_steps == 0
+    both = load_config(overrides={"warmup_ratio": "0.1", "warmup_steps": "5"}).schedule
+    assert (both.warmup_ratio, both.warmup_steps) == (0.1, 5)
+    # A run's own file holds every key.
+    config = load_config(overrides={"warmup_steps": "0"})
+    (tmp_path / "config.toml").write_text(to_toml(config, comments=False))
+    assert load_config(file=tmp_path / "config.toml").schedule == config.schedule
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"assistant_only_loss": "false"}, {}),
+        (
+            {"assistant_only_loss": "false", "data.format": "completion"},
+            {"data.format": "completion"},
+        ),
+        (
+            {"assistant_only_loss": "false", "data.format": "messages"},
+            {"data.format": "messages", "data.completion_only": False},
+        ),
+        (
+            {"assistant_only_loss": "true", "data.format": "messages"},
+            {"data.format": "messages", "data.completion_only": True},
+        ),
+        ({"max_steps": "-1"}, {}),
+        ({"train.max_steps": -1}, {}),
+        ({"do_eval": "true"}, {}),
+        ({"do_eval": "false"}, {}),
+        ({"metric_for_best_model": "eval_loss"}, {}),
+        ({"lora_target_modules": "all"}, {}),
+        ({"lora_target_modules": ["all-linear"]}, {}),
+        ({"lora_target_modules": '["q_proj"]'}, {"lora.target_modules": ("q_proj",)}),
+    ],
+)
+def test_values_that_say_nothing_here(settings: dict, expected: dict) -> None:
+    assert changes(settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"do_eval": "false", "eval_steps": "10"}, "eval_steps asks for evaluations"),
+        ({"do_eval": "false", "data.valid": "v.jsonl"}, "data.valid asks for evaluations"),
+        ({"metric_for_best_model": "accuracy"}, "lowest loss"),
+        ({"warmup_steps": "0.1"}, "schedule.warmup_ratio"),
+        ({"lr_scheduler_type": "cosine_with_restarts"}, "schedules are cosine, linear"),
+        ({"lr_scheduler_type": "polynomial"}, "schedules are cosine, linear"),
+        ({"data.format": "sharegpt"}, "data.format=messages"),
+        ({"data.format": "alpaca"}, "data.format=instruction"),
+        ({"data.format": "chatml"}, "data.format=messages"),
+        ({"mask_history": "true"}, '"train": false'),
+        ({"pad_token": "<pad>"}, "model's tokenizer"),
+        ({"min_lr": "1e-6"}, "schedule.min_lr_ratio"),
+        ({"max_samples": "100"}, "train.max_steps"),
+    ],
+)
+def test_what_is_said_in_another_way_here(settings: dict, sentence: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config(overrides=settings)
+    assert sentence in str(raised.value)
 
 
 # --- the tables ---
