@@ -1119,6 +1119,78 @@ MUTATIONS = [
     ),
     # --- data ------------------------------------------------------------------------------------
     *_of(
+        "data/spans.py",
+        "tests/data/test_spans.py",
+        (
+            "an answer that comes first is trained with its header",
+            "known = [header for header in known if header]",
+            "known = []",
+            "test_the_header_of_an_answer_that_comes_first_is_not_trained",
+        ),
+        (
+            "a part of a header is no header",
+            "                    if (place := written.find(header[:end])) >= 0:",
+            "                    if (place := written.find(header[:end])) > 10**9:",
+            "test_a_header_that_no_prefix_shows_whole_is_known_by_its_part",
+        ),
+        (
+            "what others say is a turn's trace",
+            "return whole.text.count(sign) > known",
+            "return True",
+            "test_what_others_say_alike_is_no_trace",
+        ),
+        (
+            "the description of a tool is a call's trace",
+            ".count(sign) if chat.tools else 0",
+            ".count(sign) * 0",
+            "test_a_tool_that_is_described_has_not_been_called",
+        ),
+        (
+            "a tool's answer within a turn is trained",
+            "                return None  # the tool's answer is in it too\n",
+            "                return place\n",
+            "test_the_answer_of_a_tool_within_an_assistant_s_turn_is_not_trained",
+        ),
+        (
+            "a fixed tail with an EOS of its own is trained",
+            "        if eos in text[said : place[1]]:\n            return place[1]\n",
+            "",
+            "test_a_fixed_tail_with_ends_of_its_own_is_not_trained",
+        ),
+        (
+            "an answer loses what it shares with the rest of the header",
+            "shared = min(shared, begins)",
+            "shared = max(shared, begins)",
+            "test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole",
+        ),
+        (
+            "arguments are written as Python writes them",
+            "    if any(_is_python(call, whole.text) for call in",
+            "    if any(False for call in",
+            "tests/data/test_messages.py::test_a_call_is_written_once_and_as_json_whatever_form_"
+            "a_template_wants",
+        ),
+        (
+            "calls have one form alone",
+            "    return [_in_the_form_that_fits(chat, tokenizer) for chat in chats]",
+            "    return [_render([chat], tokenizer)[0] for chat in chats]",
+            "tests/data/test_messages.py::test_a_call_is_written_once_and_as_json_whatever_form_"
+            "a_template_wants",
+        ),
+        (
+            "thinking that is left out is not counted",
+            'return not all(says(text, {"content": thought}) for thought in thoughts)',
+            "return False",
+            "test_thinking_that_a_template_leaves_out_is_counted",
+        ),
+        (
+            "a message with loss: false is trained",
+            '_SAYS = re.compile(r"weight|loss|train',
+            '_SAYS = re.compile(r"weight|train',
+            "test_a_message_is_kept_out_of_the_loss",
+        ),
+    ),
+    *_of(
         "data/batch.py",
         "tests/data/test_batch.py",
         (
