@@ -26,7 +26,7 @@ COMMANDS = {
     "show-data": "train.show_data",
     "generate": "train.generate",
     "merge": "train.merge",
-    "report": "train.report",
+    "report": "train.report.__main__",
     "evaluate": "train.evaluate",
 }
 

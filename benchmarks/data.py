@@ -424,9 +424,9 @@ class Lengths:
 
 def plan(rounds: int) -> None:
     """Milliseconds to plan an epoch of 100,000 rows, and to cut it into micro-batches."""
-    from train.config import load_config
+    from train.config.load import load_config
     from train.loop import StepBatches
-    from train.plan import plan_run
+    from train.plan.steps import plan_run
 
     random = np.random.default_rng(0)
     examples = Lengths(random.integers(16, MAX_LENGTH, 100_000))

@@ -193,7 +193,7 @@ def run_configuration(
     fixture: Fixture, folder: Path, order: str, steps: int, settings: Mapping[str, Any]
 ) -> Any:
     """Return the configuration of a run of Lathe over rows in a fixed order."""
-    from train.config import load_config
+    from train.config.load import load_config
 
     method: dict[str, Any] = {"train.method": fixture.method}
     if fixture.method == "lora":

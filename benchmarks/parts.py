@@ -92,7 +92,7 @@ def trainer(
     from models.config import parse_config
     from models.layers import set_dropout
     from models.weights import initialise
-    from train.optimizers import AdamW
+    from train.optim.adamw import AdamW
     from train.precision import Precision
     from train.step import train_step
 
@@ -176,7 +176,7 @@ def compare_steps(
 
 def adamw() -> None:
     """One AdamW step over 196 LoRA tensors of three sizes."""
-    from train.optimizers import AdamW
+    from train.optim.adamw import AdamW
 
     for width in (256, 1024, 3072):
         shapes = {f"l{i}": s for i, s in enumerate([(16, width), (width, 16)] * 98)}
@@ -196,7 +196,7 @@ def adafactor() -> None:
     """One update by Adafactor and by transformers', which takes the parameters one by one."""
     from transformers.optimization import Adafactor as StackAdafactor
 
-    from train.adafactor import Adafactor
+    from train.optim.adafactor import Adafactor
 
     cases = {
         "196 LoRA tensors": {f"l{i}": s for i, s in enumerate([(16, 256), (256, 16)] * 98)},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from train.folder import device_name, package_versions
+from train.saving.folder import device_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")

@@ -33,11 +33,11 @@ from torch import Tensor
 from benchmarks import record
 from files.folders import damage
 from files.tensors import write_tensors
-from train.checkpoint import Checkpoints, TrainState
-from train.config import load_config
+from train.config.load import load_config
 from train.early_stopping import EarlyStopping
-from train.folder import trained_tensors
 from train.run import run
+from train.saving.checkpoints import Checkpoints, TrainState
+from train.saving.folder import trained_tensors
 from train.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent

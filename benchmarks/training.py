@@ -189,10 +189,10 @@ def profiled(model_name: str, folder: Path, steps: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from models.config import read_config
-    from train.decide import decide, this_machine
     from train.loop import StepBatches
-    from train.optimizers import build_optimizer
-    from train.plan import plan_run
+    from train.optim.adamw import build_optimizer
+    from train.plan.decide import decide, this_machine
+    from train.plan.steps import plan_run
     from train.precision import Precision
     from train.prepare import (
         base_dtype,

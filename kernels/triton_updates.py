@@ -2,9 +2,9 @@
 
 Legend: E elements of a flat buffer · n matrices of one shape · R rows · C columns · P parts of R
 
-Everything is fp32, masters and states alike; the formulas are those of `train.optimizers.AdamW` and
-`train.adafactor.Adafactor`. The factor on the gradients, clipping's and the loss scale's, is taken
-into the pass that reads them.
+Everything is fp32, masters and states alike; the formulas are those of `train.optim.adamw.AdamW`
+and `train.optim.adafactor.Adafactor`. The factor on the gradients, clipping's and the loss scale's,
+is taken into the pass that reads them.
 
     AdamW       reads w, g, m, v and writes w, m, v: 28 bytes an element
     Adafactor   squares   reads g: the row means into R, sums of P parts of the columns

@@ -1338,7 +1338,7 @@ MUTATIONS = [
     ),
     # --- train -----------------------------------------------------------------------------------
     *_of(
-        "train/schedule.py",
+        "train/plan/schedule.py",
         "tests/train/test_schedule.py",
         (
             "the first update has a rate above 0",
@@ -1378,7 +1378,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/plan.py",
+        "train/plan/steps.py",
         "tests/train/test_plan.py",
         (
             "the last, smaller step of an epoch is left out",
@@ -1513,7 +1513,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/flat.py",
+        "train/optim/buffers.py",
         "tests/train/test_optimizers.py",
         (
             "norms are taken in pieces of 2^24",
@@ -1589,7 +1589,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/optimizers.py",
+        "train/optim/adamw.py",
         "tests/train/test_optimizers.py",
         (
             "decay comes after the update",
@@ -1637,7 +1637,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/adafactor.py",
+        "train/optim/adafactor.py",
         "tests/train/test_optimizers.py",
         (
             "updates are not clipped to a root mean square of 1",
@@ -1679,7 +1679,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/decide.py",
+        "train/plan/decide.py",
         "tests/train/test_decide.py",
         (
             "auto takes bf16 where it is emulated",
@@ -1720,7 +1720,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/ledger.py",
+        "train/plan/ledger.py",
         "tests/train/test_plan.py",
         (
             "a micro-batch by tokens holds more than a step",
@@ -1730,7 +1730,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/refuse.py",
+        "train/plan/refuse.py",
         "tests/train/test_run.py",
         (
             "a plan does not look at the weights",
@@ -1746,7 +1746,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/spellings.py",
+        "train/config/spellings.py",
         "tests/train/test_spellings.py",
         (
             "false beside nothing is fp32",
@@ -1946,7 +1946,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/checkpoint.py",
+        "train/saving/checkpoints.py",
         "tests/train/test_checkpoint.py",
         (
             "a folder beyond the limit is deleted under its name",
@@ -1996,7 +1996,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/resume.py",
+        "train/saving/resume.py",
         "tests/train/test_resume.py",
         (
             "a resume goes on with other data",
@@ -2048,7 +2048,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/config.py",
+        "train/config/load.py",
         "tests/train/test_run_config.py",
         (
             "what decides results may change with a resume",
@@ -2124,7 +2124,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/background.py",
+        "train/saving/background.py",
         "tests/train/test_background.py",
         (
             "an error of the writer is told to nobody",
@@ -2140,7 +2140,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/metrics.py",
+        "train/log/metrics.py",
         "tests/train/test_metrics.py",
         (
             "a row waits in Python's buffer",

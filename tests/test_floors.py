@@ -22,8 +22,8 @@ FLOORS = {
 # A package of others that one place alone may import: prefix of the import → paths that may.
 KEEPERS = {
     "triton": ("kernels/",),
-    "tensorboard": ("train/metrics.py",),
-    "torch.utils.tensorboard": ("train/metrics.py",),
+    "tensorboard": ("train/log/metrics.py",),
+    "torch.utils.tensorboard": ("train/log/metrics.py",),
     "torch.distributed": ("train/world.py",),
 }
 NEVER_IN_PRODUCT = (

@@ -9,13 +9,13 @@ import math
 import pytest
 
 from models.config import parse_config
-from train.claims import agrees, check_claims, measure
-from train.config import load_config, preset_names, read_preset
+from train.config.load import load_config, preset_names, read_preset
+from train.config.schema import LoraSettings
 from train.early_stopping import EarlyStopping
-from train.ledger import find_decoder_config, memory_ledger, model_sizes
-from train.plan import plan_run, rank_shares
-from train.preview import plan_document
-from train.settings import LoraSettings
+from train.plan.claims import agrees, check_claims, measure
+from train.plan.document import plan_document
+from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
+from train.plan.steps import plan_run, rank_shares
 
 
 def planned(name: str, overrides: dict | None = None, world_size: int = 1):

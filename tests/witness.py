@@ -55,9 +55,9 @@ def runs(folder: Path) -> Iterator[str]:
     from conftest import model_folder, rows_file
 
     from train.config import load_config
-    from train.prove import results
-    from train.resume import find_run
     from train.run import execute, run
+    from train.saving.prove import results
+    from train.saving.resume import find_run
 
     torch.set_num_threads(1)
 
@@ -99,8 +99,8 @@ def runs(folder: Path) -> Iterator[str]:
 
 def texts() -> Iterator[str]:
     """Yield hashes of what the command says without a model: presets, help, plans."""
-    from train.arguments import list_presets_text, show_text
-    from train.config import load_config, preset_names
+    from train.config.command_line import list_presets_text, show_text
+    from train.config.load import load_config, preset_names
     from train.run import main
 
     def said(*arguments: str) -> str:
@@ -119,7 +119,7 @@ def texts() -> Iterator[str]:
         yield f"plan {name} {sha(without_machine(plan))}"
         yield f"config {name} {sha(repr(load_config(name)).encode())}"
         plan = said("--preset", name, "--plan")
-        yield f"plan-text {name} {sha(re.sub(r'[0-9.]+ GiB there', '', plan).encode())}"
+        yield f"plan-text {name} {sha(re.sub(r'[0-9.]+ GiB (free|there)', '', plan).encode())}"
 
 
 def without_machine(value: Any) -> Any:
@@ -131,7 +131,7 @@ def without_machine(value: Any) -> Any:
     if isinstance(value, list):
         return [without_machine(part) for part in value]
     return (
-        re.sub(r"[0-9.]+ [KMGT]iB (are free|there)", "", value) if isinstance(value, str) else value
+        re.sub(r"[0-9.]+ [KMGT]iB (free|there)", "", value) if isinstance(value, str) else value
     )
 
 
@@ -140,7 +140,7 @@ def reports(folder: Path) -> Iterator[str]:
     sys.path.insert(0, str(ROOT / "tests" / "train"))
     from test_report import make_run
 
-    from train.report import write_report
+    from train.report.page import write_report
 
     made = {
         "finished": {},

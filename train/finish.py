@@ -13,11 +13,11 @@ from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.rounding import library
 from lora import adapter_config
-from train.console import closing_summary, format_count, redrawn_text
 from train.generate import find_stop_ids, generate
+from train.log.console import closing_summary, format_count, redrawn_text
+from train.log.samples import MOST_NEW_TOKENS, choose_samples
 from train.precision import COMPUTE_DTYPES
-from train.report import write_report
-from train.samples import MOST_NEW_TOKENS, choose_samples
+from train.report.page import write_report
 from train.session import Session, whole_best
 from train.signals import Signals
 

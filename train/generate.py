@@ -33,12 +33,12 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
-from train.checkpoint import STEP_FOLDER
 from train.command import CommandParser, command, run_command
-from train.config import load_config
-from train.decide import decide_device, decide_precision
+from train.config.load import load_config
+from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES
 from train.prepare import find_model, load_base, prompt_format
+from train.saving.checkpoints import STEP_FOLDER
 
 PROMPT_FORMAT_FILE = "prompt_format.json"
 MAX_NEW_TOKENS = 256

@@ -13,11 +13,11 @@ from data.batch import MicroBatch, micro_batches
 from data.examples import Examples
 from data.order import epoch_order
 from files.faults import faultpoint
-from train.checkpoint import TrainState
+from train.config.schema import RunConfig
 from train.memory import does_not_fit
-from train.plan import RunPlan
+from train.plan.steps import RunPlan
 from train.prepare import Data
-from train.settings import RunConfig
+from train.saving.checkpoints import TrainState
 from train.signals import Signals
 from train.spikes import observe_loss
 from train.step import StepResult

@@ -32,11 +32,11 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
-from train.adapters import lora_config
-from train.decide import Machine
+from train.config.schema import DataSettings, RunConfig
 from train.memory import keep_freed_memory
+from train.plan.adapters import lora_config
+from train.plan.decide import Machine
 from train.precision import COMPUTE_DTYPES
-from train.settings import DataSettings, RunConfig
 
 
 @dataclass(frozen=True)

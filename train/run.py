@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.arguments import Arguments, list_presets_text, parse, show_text
 from train.command import run_command
-from train.config import load_config
-from train.settings import RunConfig
+from train.config.command_line import Arguments, list_presets_text, parse, show_text
+from train.config.load import load_config
+from train.config.schema import RunConfig
 
 if TYPE_CHECKING:
-    from train.resume import Resume
+    from train.saving.resume import Resume
 
 EXIT_CODES = {"non_finite": 3, "sigint": 130, "sigterm": 143}
 
@@ -70,12 +70,13 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     """Do a run, or with `resume` what is left of one, and return how it ended."""
     from files.atomic import RunLock
     from models.config import read_config
-    from train.adapters import with_starting_adapter
-    from train.decide import decide, this_machine
     from train.finish import before_training, finish, opening_panel
-    from train.folder import beginning, new_run_folder, write_documents
     from train.loop import StepBatches, train
-    from train.plan import plan_run
+    from train.plan.adapters import with_starting_adapter
+    from train.plan.decide import decide, this_machine
+    from train.plan.document import complete, print_plan
+    from train.plan.refuse import refuse_early, refuse_model
+    from train.plan.steps import plan_run
     from train.precision import Precision
     from train.prepare import (
         base_dtype,
@@ -86,8 +87,7 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
         set_up,
         with_whole_paths,
     )
-    from train.preview import complete, print_plan
-    from train.refuse import refuse_early, refuse_model
+    from train.saving.folder import beginning, new_run_folder, write_documents
     from train.session import MemoryBefore, Session
     from train.signals import Signals
 
@@ -148,7 +148,7 @@ def _answer(arguments: Arguments) -> int:
         print(show_text(arguments.show))
         return 0
     if arguments.resume:
-        from train.resume import find_run
+        from train.saving.resume import find_run
 
         config, resume = find_run(Path(arguments.resume), arguments.overrides)
         if resume is None:
@@ -156,12 +156,12 @@ def _answer(arguments: Arguments) -> int:
         return execute(config, resume).exit_code
     config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
     if arguments.plan:
-        from train.preview import print_plan
+        from train.plan.document import print_plan
 
         print_plan(config, as_json=arguments.json, ranks=arguments.ranks)
         return 0
     if arguments.prove_resume is not None:
-        from train.prove import prove_resume
+        from train.saving.prove import prove_resume
 
         return prove_resume(config, arguments.prove_resume)
     return execute(config).exit_code

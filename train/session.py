@@ -26,16 +26,24 @@ from files.tensors import TensorFile, write_tensors
 from lora import fill_adapter
 from models.layers import CausalLM
 from models.weights import fill, weights_files
-from train.background import BackgroundWriter
-from train.busy_cores import BusyCores, busy_text, threads_spin
-from train.checkpoint import Checkpoints, TrainState, room_on_disk
 from train.command import command
-from train.config import flat
-from train.console import Console
-from train.decide import available_memory
+from train.config.load import flat
+from train.config.schema import RunConfig
 from train.early_stopping import EarlyStopping
 from train.evaluate import EvalResult, evaluate
-from train.folder import (
+from train.log.busy_cores import BusyCores, busy_text, threads_spin
+from train.log.console import Console
+from train.log.metrics import Metrics
+from train.log.samples import samples_so_far
+from train.memory import allocated_bytes, is_out_of_memory
+from train.optim.adamw import build_optimizer
+from train.plan.decide import available_memory
+from train.plan.steps import RunPlan
+from train.precision import LossScaler, Precision
+from train.prepare import Data
+from train.saving.background import BackgroundWriter
+from train.saving.checkpoints import Checkpoints, TrainState, room_on_disk
+from train.saving.folder import (
     device_name,
     export,
     package_versions,
@@ -44,15 +52,7 @@ from train.folder import (
     trained_tensors,
     write_trained,
 )
-from train.memory import allocated_bytes, is_out_of_memory
-from train.metrics import Metrics
-from train.optimizers import build_optimizer
-from train.plan import RunPlan
-from train.precision import LossScaler, Precision
-from train.prepare import Data
-from train.resume import Resume, check_identity
-from train.samples import samples_so_far
-from train.settings import RunConfig
+from train.saving.resume import Resume, check_identity
 from train.step import StepResult, train_step
 
 

@@ -23,11 +23,11 @@ from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted, no_such_folder
-from train.arguments import parse
 from train.command import CommandParser, command, run_command
-from train.config import load_config
+from train.config.command_line import parse
+from train.config.load import load_config
+from train.config.schema import DataSettings, RunConfig
 from train.prepare import find_model, load_data, prompt_format
-from train.settings import DataSettings, RunConfig
 
 DESCRIPTION = """\
 Show the rows as they will be trained: special tokens and all, the trained parts marked (in colour

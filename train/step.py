@@ -18,9 +18,9 @@ from torch import Tensor
 from data.batch import MicroBatch
 from files.faults import faultpoint
 from models.layers import CausalLM
-from train.flat import Optimizer, clip_factor
 from train.loss import exact_sum, loss_sum
 from train.memory import within_memory
+from train.optim.buffers import Optimizer, clip_factor
 from train.precision import LossScaler, Precision
 
 

@@ -18,7 +18,7 @@ from data.source import Row
 from data.spans import holds
 from data.tokenizer import Tokenizer
 from files.errors import UserError
-from train.samples import choose_samples
+from train.log.samples import choose_samples
 from train.show_data import main
 
 END = "<|im_end|>"

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 import data.chat
-import train.config
+import train.config.load as config_load
 from data.examples import Examples, load_examples
 from data.limited import LimitedChild
 from data.prompt import PromptFormat
@@ -42,14 +42,14 @@ from lora import LoraConfig, inject, load_adapter, save_adapter
 from models import build
 from models.config import read_config
 from models.weights import fill, initialise, save_model
-from train.arguments import parse
-from train.checkpoint import TrainState, read_state
-from train.config import load_config, read_preset, to_toml
+from train.config.command_line import parse
+from train.config.load import load_config, read_preset, to_toml
 from train.early_stopping import EarlyStopping
-from train.metrics import Metrics, read_metrics
-from train.report import read_record
-from train.resume import _is_finished
-from train.samples import samples_so_far
+from train.log.metrics import Metrics, read_metrics
+from train.log.samples import samples_so_far
+from train.report.page import read_record
+from train.saving.checkpoints import TrainState, read_state
+from train.saving.resume import _is_finished
 
 
 @dataclass(frozen=True)
@@ -448,17 +448,17 @@ def _use_overrides(_: Path, path: Path) -> None:
 
 def _prepare_preset(folder: Path) -> None:
     for name in ("codellama-7b", "codellama-7b-improved"):
-        text = (train.config.PRESET_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+        text = (config_load.PRESET_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
 
 
 def _use_preset(folder: Path, path: Path) -> None:
-    shipped = train.config.PRESET_FOLDER
-    train.config.PRESET_FOLDER = folder
+    shipped = config_load.PRESET_FOLDER
+    config_load.PRESET_FOLDER = folder
     try:
         read_preset(path.stem)
     finally:
-        train.config.PRESET_FOLDER = shipped
+        config_load.PRESET_FOLDER = shipped
 
 
 # --- a run's folder ------------------------------------------------------------------------------

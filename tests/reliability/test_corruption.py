@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from trials import Reference, reference, settings
 
 from files.folders import MANIFEST, damage
-from train import report
-from train.checkpoint import Checkpoints
-from train.resume import find_run
+from train.report import page as report
 from train.run import execute, main
+from train.saving.checkpoints import Checkpoints
+from train.saving.resume import find_run
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},

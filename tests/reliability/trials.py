@@ -21,12 +21,12 @@ import pytest
 from files.atomic import sha256_file
 from files.faults import listening
 from files.folders import damage
-from train import report
 from train import session as session_module
 from train.command import run_command
-from train.config import load_config
-from train.resume import find_run
+from train.config.load import load_config
+from train.report import page as report
 from train.run import execute
+from train.saving.resume import find_run
 
 # A child that takes longer than this hangs, however busy the machine is; its alarm ends it.
 MAX_SECONDS = 300

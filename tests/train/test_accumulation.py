@@ -27,7 +27,7 @@ from models.layers import CausalLM, Dropout
 from train import step
 from train.evaluate import evaluate
 from train.loss import exact_sum
-from train.optimizers import AdamW
+from train.optim.adamw import AdamW
 from train.precision import LossScaler, Precision
 from train.step import StepResult, train_step
 

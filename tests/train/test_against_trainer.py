@@ -17,10 +17,10 @@ import lora
 from models import load_model
 from models.layers import CausalLM
 from models.weights import save_model
-from train.config import load_config
+from train.config.load import load_config
 from train.loop import StepBatches
-from train.optimizers import build_optimizer
-from train.plan import plan_run
+from train.optim.adamw import build_optimizer
+from train.plan.steps import plan_run
 from train.precision import Precision
 from train.step import train_step
 

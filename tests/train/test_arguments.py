@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from train.arguments import Arguments, list_presets_text, parse, show_text
-from train.config import load_config, preset_names
+from train.config.command_line import Arguments, list_presets_text, parse, show_text
+from train.config.load import load_config, preset_names
 
 ROOT = Path(__file__).resolve().parents[2]
 

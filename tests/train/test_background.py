@@ -10,9 +10,9 @@ from recorded import disk_calls
 from files.errors import UserError
 from files.faults import listening
 from train import session as session_module
-from train.background import BackgroundWriter
-from train.config import load_config
+from train.config.load import load_config
 from train.run import execute
+from train.saving.background import BackgroundWriter
 
 
 @pytest.fixture(autouse=True)

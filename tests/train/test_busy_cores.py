@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import busy_cores, session
-from train.busy_cores import BusyCores, busy_text, thread_times, threads_spin
-from train.config import load_config
+from train import session
+from train.config.load import load_config
+from train.log import busy_cores
+from train.log.busy_cores import BusyCores, busy_text, thread_times, threads_spin
 from train.run import run
 
 SECOND = 10**9

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from data.tokenizer import Tokenizer
-from train.config import load_config
+from train.config.load import load_config
 from train.generate import load_run
 from train.merge import merge_adapter
 from train.run import main

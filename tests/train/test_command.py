@@ -10,8 +10,9 @@ import pytest
 
 from files.errors import counted, note
 from train import command as command_module
-from train import evaluate, generate, merge, report, run, show_data
+from train import evaluate, generate, merge, run, show_data
 from train.command import command
+from train.report import __main__ as report
 
 Main = Callable[[list[str]], int]
 COMMANDS: dict[str, Main] = {

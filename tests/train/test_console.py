@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from train.command import command
-from train.console import (
+from train.log.console import (
     Console,
     closing_summary,
     eval_line,

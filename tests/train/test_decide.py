@@ -11,12 +11,12 @@ import torch
 from small import FAMILIES, SMALL
 
 import kernels.attention as attention_module
-import train.checkpoint as checkpoint_module
+import train.saving.checkpoints as checkpoint_module
 import train.session as session_module
 from files.errors import UserError
 from models.config import parse_config
-from train.config import load_config, preset_names
-from train.decide import (
+from train.config.load import load_config, preset_names
+from train.plan.decide import (
     UNKNOWN,
     Machine,
     available_memory,
@@ -30,8 +30,8 @@ from train.decide import (
     machine_to_plan_for,
     this_machine,
 )
-from train.ledger import micro_batch_tokens
-from train.preview import print_plan
+from train.plan.document import print_plan
+from train.plan.ledger import micro_batch_tokens
 from train.run import execute
 
 ON_A_CPU_ALONE = pytest.mark.skipif(
@@ -282,7 +282,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
     monkeypatch.setattr(session_module.Session, "step", watched_step)
     monkeypatch.setattr(checkpoint_module.Checkpoints, "save", watched_save)
-    monkeypatch.setattr("train.report.draw_plots", lambda *_, **__: None)
+    monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: None)
     return seen
 
 

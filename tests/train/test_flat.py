@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import Parameter
 
 from lora import LoraConfig, inject
-from train import flat
-from train.adafactor import Adafactor
-from train.flat import Optimizer
-from train.optimizers import AdamW, build_optimizer
+from train.optim import buffers as flat
+from train.optim.adafactor import Adafactor
+from train.optim.adamw import AdamW, build_optimizer
+from train.optim.buffers import Optimizer
 
 NAMES = ("adamw", "adafactor")
 

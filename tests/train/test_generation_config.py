@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, inject, save_adapter
 from models import load_model
-from train.folder import GENERATION_CONFIG
 from train.generate import find_stop_ids, load_from_adapter, load_from_model, load_run
 from train.merge import merge_adapter
 from train.run import main
+from train.saving.folder import GENERATION_CONFIG
 
 # Odd spacing and a key of another version: a file that is read and written again loses them.
 TEXT = '{\n "eos_token_id" : [0, 98],"a_key_of_tomorrow": null}\n'

@@ -20,10 +20,10 @@ from files.errors import UserError
 from lora import LoraConfig, inject, save_adapter
 from models import load_model
 from models.config import read_config
-from train import prove
-from train.adapters import with_starting_adapter
-from train.config import load_config, to_toml
+from train.config.load import load_config, to_toml
+from train.plan.adapters import with_starting_adapter
 from train.run import main, run
+from train.saving import prove
 
 # StarCoder2's layers, in two others' words than the defaults'.
 TARGETS = ["q_proj", "c_fc"]

@@ -11,13 +11,13 @@ from small import RaggedExamples
 from data.batch import MicroBatch
 from data.order import epoch_order
 from train import loop
-from train.checkpoint import TrainState
-from train.config import load_config
+from train.config.load import load_config
+from train.config.schema import RunConfig
 from train.early_stopping import EarlyStopping
 from train.loop import StepBatches, advance, train
-from train.plan import RunPlan, plan_run
+from train.plan.steps import RunPlan, plan_run
 from train.prepare import Data
-from train.settings import RunConfig
+from train.saving.checkpoints import TrainState
 from train.signals import Signals
 from train.step import StepResult
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from files.errors import UserError
-from train.metrics import Metrics, read_metrics
+from train.log.metrics import Metrics, read_metrics
 
 
 def train_row(step: int, **changes: Any) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def test_a_missing_tensorboard_is_one_sentence_with_the_way_out(
 
 def test_neither_torch_nor_tensorboard_is_imported_before_it_is_wanted(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from train.metrics import Metrics;"
+        "import sys; from pathlib import Path; from train.log.metrics import Metrics;"
         f"Metrics(Path({str(tmp_path)!r}), tensorboard=False).close();"
         "assert not {'torch', 'tensorboard'} & set(sys.modules)"
     )

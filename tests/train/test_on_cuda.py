@@ -18,12 +18,12 @@ from kernels.dispatch import operations
 from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
-from train.config import load_config
-from train.ledger import memory_ledger
-from train.optimizers import build_optimizer
+from train.config.load import load_config
+from train.optim.adamw import build_optimizer
+from train.plan.ledger import memory_ledger
 from train.precision import Precision
-from train.resume import find_run
 from train.run import execute
+from train.saving.resume import find_run
 from train.step import StepResult, train_step
 
 pytestmark = pytest.mark.gpu

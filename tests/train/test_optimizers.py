@@ -24,15 +24,17 @@ from transformers.optimization import Adafactor as StackAdafactor
 
 from files.errors import UserError
 from files.tensors import TensorFile, write_tensors
-from train import adafactor, flat, optimizers
-from train.flat import Optimizer, clip_factor
-from train.optimizers import (
+from train.optim import adafactor
+from train.optim import adamw as optimizers
+from train.optim import buffers as flat
+from train.optim.adamw import (
     Adafactor,
     AdamW,
     build_optimizer,
     decayed_parameters,
     decays,
 )
+from train.optim.buffers import Optimizer, clip_factor
 
 SHAPES = {
     "a.weight": (7, 5),

@@ -14,9 +14,10 @@ from kernels.segments import Segments
 from lora import LoraConfig, inject
 from models import build
 from models.config import DecoderConfig, parse_config
-from train.config import load_config
-from train.decide import Machine
-from train.ledger import (
+from train.config.load import load_config
+from train.plan.decide import Machine
+from train.plan.document import plan_document, print_plan, render_plan
+from train.plan.ledger import (
     MEMORY_CATEGORIES,
     disk_bytes,
     find_decoder_config,
@@ -24,9 +25,8 @@ from train.ledger import (
     micro_batch_tokens,
     model_sizes,
 )
-from train.plan import plan_run, rank_shares
-from train.preview import plan_document, print_plan, render_plan
-from train.units import size_text
+from train.plan.steps import plan_run, rank_shares
+from train.text import size_text
 
 TINY = {
     "vocab_size": 512,

@@ -11,8 +11,8 @@ import torch
 from data.locate import open_source
 from files.errors import UserError
 from models.config import read_config
-from train.config import load_config, to_toml
-from train.decide import Machine, decide
+from train.config.load import load_config, to_toml
+from train.plan.decide import Machine, decide
 from train.prepare import Data, base_dtype, load_data, with_whole_paths
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from train import prove
-from train.config import load_config
-from train.prove import print_comparison, prove_resume
+from train.config.load import load_config
+from train.saving import prove
+from train.saving.prove import print_comparison, prove_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +86,7 @@ def test_the_error_of_a_run_is_that_of_the_proof_and_nothing_is_left(
 
 def test_the_process_that_watches_holds_no_torch() -> None:
     """Nor a GPU's memory, which the runs need."""
-    program = "import sys, train.prove; assert 'torch' not in sys.modules"
+    program = "import sys, train.saving.prove; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 

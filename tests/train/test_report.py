@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from files.errors import UserError
-from train.plots import running_mean
-from train.report import events, main, notes, read_record, render_report, write_report
-from train.schedule import learning_rate_factor
+from train.plan.schedule import learning_rate_factor
+from train.report.__main__ import main
+from train.report.page import events, notes, read_record, render_report, write_report
+from train.report.plots import running_mean
 
 CONFIG = """preset = "demo"
 [model]

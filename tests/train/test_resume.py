@@ -18,10 +18,10 @@ from files.folders import replace_folder
 from files.tensors import TensorFile
 from lora import adapter_tensors
 from train import session as session_module
-from train.config import load_config
+from train.config.load import load_config
 from train.precision import LossScaler
-from train.resume import _is_finished, find_run
 from train.run import Outcome, execute, main
+from train.saving.resume import _is_finished, find_run
 
 STEPS = 8
 
@@ -349,7 +349,7 @@ def test_other_data_is_refused(
 
 
 def test_other_threads_are_warned_about() -> None:
-    from train.resume import check_identity
+    from train.saving.resume import check_identity
 
     saved = {
         "config": {},
@@ -389,7 +389,7 @@ def test_a_run_without_a_checkpoint_starts_from_the_first_step(
 
 
 def test_the_data_fingerprint_is_compared_not_only_the_path() -> None:
-    from train.resume import check_identity
+    from train.saving.resume import check_identity
 
     saved = {"config": {}, "data": {"train": "abc"}, "model": {}, "machine": {}}
     with pytest.raises(UserError, match=r"data\.train is not the data"):

@@ -14,10 +14,10 @@ from data.rows_in_memory import keep_rows
 from data.source import read_rows
 from files.atomic import sha256_file
 from files.errors import UserError
-from train.config import load_config
+from train.config.load import load_config
 from train.prepare import with_rows
-from train.resume import find_run
 from train.run import execute, run
+from train.saving.resume import find_run
 
 ROWS = [{"text": f"def f{i}(x): return x + {i}"} for i in range(9)]
 VALID = [{"text": f"class C{i}: pass"} for i in range(3)]

@@ -14,9 +14,9 @@ import torch
 
 from files.tensors import TensorFile, write_tensors
 from models import load_model
-from train.config import load_config
+from train.config.load import load_config
 from train.run import main, run
-from train.units import size_text
+from train.text import size_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from train.config import (
+from train.config.load import (
     PACKAGE_ROOT,
     check_resume_overrides,
     flat,
@@ -20,8 +20,8 @@ from train.config import (
     resume_keys,
     to_toml,
 )
-from train.settings import KEYS, SECTIONS
-from train.spellings import SEVERAL
+from train.config.schema import KEYS, SECTIONS
+from train.config.spellings import SEVERAL
 
 # The whole of the design's table of keys, with its defaults.
 DEFAULTS = {
@@ -531,7 +531,7 @@ def test_such_values_on_the_command_line(text: str) -> None:
 
 
 def test_presets_that_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.config.PRESET_FOLDER", tmp_path)
+    monkeypatch.setattr("train.config.load.PRESET_FOLDER", tmp_path)
     (tmp_path / "a.toml").write_text("extends = 'b'")
     (tmp_path / "b.toml").write_text("extends = 'a'")
     with pytest.raises(UserError, match=r"extends itself \(a → b → a\)"):

@@ -6,7 +6,7 @@ from shown import DEMO_MODEL
 
 from data.examples import Example
 from data.tokenizer import Tokenizer
-from train.samples import choose_samples
+from train.log.samples import choose_samples
 
 
 @pytest.mark.parametrize(

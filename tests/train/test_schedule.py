@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from files.errors import UserError
-from train.schedule import learning_rate_factor, warmup_step_count
+from train.plan.schedule import learning_rate_factor, warmup_step_count
 
 LINEAR = [
     (0, 0.0),  # the first update has rate 0 whenever there is a warm-up

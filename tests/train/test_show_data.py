@@ -10,7 +10,7 @@ from data.examples import cache_root, load_examples
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from train import run as train_run
-from train.config import load_config
+from train.config.load import load_config
 from train.prepare import prompt_format
 from train.show_data import main, printable, segments
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from files.errors import UserError
-from train.config import flat, load_config, to_toml
-from train.settings import KEYS
-from train.spellings import (
+from train.config.load import flat, load_config, to_toml
+from train.config.schema import KEYS
+from train.config.spellings import (
     RENAMED,
     SEVERAL,
     TRANSLATED,

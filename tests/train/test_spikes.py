@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from train import step as step_module
-from train.checkpoint import TrainState
-from train.config import load_config
+from train.config.load import load_config
 from train.early_stopping import EarlyStopping
 from train.loop import advance
-from train.resume import find_run
 from train.run import execute
+from train.saving.checkpoints import TrainState
+from train.saving.resume import find_run
 from train.spikes import DEVIATIONS, MIN_LOSSES, WINDOW, observe_loss
 from train.step import StepResult
 
@@ -94,7 +94,7 @@ def test_a_run_records_its_spikes_and_a_resumed_one_the_same(
         return loss + 10.0 * micro_batch.num_targets if draw[1] == 37 else loss
 
     monkeypatch.setattr(step_module, "loss_sum", spiked)
-    monkeypatch.setattr("train.report.draw_plots", lambda *_, **__: [])
+    monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: [])
 
     def settings(output: Path, **changes: Any) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from files.atomic import RunLock
 from files.errors import UserError
 from files.folders import make_free_folder
 from train import session as session_module
-from train.config import load_config
+from train.config.load import load_config
 from train.run import main, run
 
 

@@ -21,18 +21,18 @@ from lora import LoraConfig, inject
 from models.layers import CausalLM
 from train import evaluate as evaluate_module
 from train import step as step_module
-from train.checkpoint import TrainState
-from train.config import load_config
+from train.config.load import load_config
 from train.early_stopping import EarlyStopping
 from train.evaluate import evaluate
-from train.flat import Optimizer
 from train.loop import StepBatches, step_that_fits
 from train.memory import is_out_of_memory, within_memory
-from train.optimizers import AdamW, build_optimizer
-from train.plan import plan_run
+from train.optim.adamw import AdamW, build_optimizer
+from train.optim.buffers import Optimizer
+from train.plan.steps import plan_run
 from train.precision import LossScaler, Precision
-from train.resume import find_run
 from train.run import execute, main
+from train.saving.checkpoints import TrainState
+from train.saving.resume import find_run
 from train.step import StepResult, train_step
 
 CPU = torch.device("cpu")
@@ -406,7 +406,7 @@ def test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler(
 @pytest.fixture(autouse=True)
 def _own_cache_and_no_plots(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tokenised rows out of the user's cache, and drawing, most of a short run's time, out."""
-    monkeypatch.setattr("train.report.draw_plots", lambda *_, **__: [])
+    monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: [])
 
 
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:

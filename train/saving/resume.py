@@ -11,11 +11,11 @@ from files.atomic import RunLock
 from files.errors import UserError, no_such_folder
 from files.folders import damage, sweep
 from files.strict_json import read_json_object
-from train.checkpoint import STEP_FOLDER, Checkpoints, TrainState, read_state
-from train.config import check_resume_overrides, flat, load_config, resume_keys
-from train.plan import RunPlan
-from train.report import REPORT_FILE, write_report
-from train.settings import RunConfig
+from train.config.load import check_resume_overrides, flat, load_config, resume_keys
+from train.config.schema import RunConfig
+from train.plan.steps import RunPlan
+from train.report.page import REPORT_FILE, write_report
+from train.saving.checkpoints import STEP_FOLDER, Checkpoints, TrainState, read_state
 
 
 @dataclass(frozen=True)

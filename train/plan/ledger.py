@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.adapters import lora_config
-from train.decide import decide_attention, decide_micro_batch_tokens
-from train.plan import RunPlan, effective_batch_size, rank_shares
-from train.settings import LoraSettings, RunConfig
+from train.config.schema import LoraSettings, RunConfig
+from train.plan.adapters import lora_config
+from train.plan.decide import decide_attention, decide_micro_batch_tokens
+from train.plan.steps import RunPlan, effective_batch_size, rank_shares
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.config import load_config
-from train.settings import LoraSettings, RunConfig
+from train.config.load import load_config
+from train.config.schema import LoraSettings, RunConfig
 
 if TYPE_CHECKING:
     from lora import LoraConfig

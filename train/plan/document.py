@@ -1,8 +1,8 @@
 """`--plan` and plan.json: everything that is known of a run before it starts.
 
-The parts: `train.plan` (how many steps, and when what happens), `train.ledger` (parameters,
-memory, disk, work), `train.claims` (what the seed document says, checked). Here they become one
-document, with what a careful reader would object to.
+The parts: `train.plan.steps` (how many steps, and when what happens), `train.plan.ledger`
+(parameters, memory, disk, work), `train.plan.claims` (what the seed document says, checked). Here
+they become one document, with what a careful reader would object to.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError, counted
-from train.adapters import starting_adapter_note, with_starting_adapter
-from train.claims import check_claims, claim_row
-from train.config import read_preset
-from train.decide import (
+from train.config.load import read_preset
+from train.config.schema import RunConfig
+from train.plan.adapters import starting_adapter_note, with_starting_adapter
+from train.plan.claims import check_claims, claim_row
+from train.plan.decide import (
     UNKNOWN,
     Machine,
     decide,
@@ -30,7 +31,7 @@ from train.decide import (
     machine_to_plan_for,
     this_machine,
 )
-from train.ledger import (
+from train.plan.ledger import (
     MEMORY_CATEGORIES,
     SHARE_OF_PEAK,
     ModelSizes,
@@ -42,9 +43,8 @@ from train.ledger import (
     micro_batch_tokens,
     model_sizes,
 )
-from train.plan import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
-from train.settings import RunConfig
-from train.units import size_text
+from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
+from train.text import size_text
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
@@ -106,7 +106,7 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
     counts with the rows that the seed states, and says what to pass instead.
 
     Raises:
-        UserError: What would end the run before its first step (`train.refuse`), or a row or
+        UserError: What would end the run before its first step (`train.plan.refuse`), or a row or
             config.json that is not what it must be.
     """
     document = _survey(config, ranks or 1)
@@ -121,8 +121,8 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
 
 
 def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
+    from train.plan.refuse import refuse_early, refuse_model
     from train.prepare import load_data, with_whole_paths
-    from train.refuse import refuse_early, refuse_model
 
     refuse_early(config, this_machine(config), new=True)
     config = with_whole_paths(config)

@@ -18,8 +18,8 @@ from torch.nn import Parameter
 
 from files.errors import UserError, did_you_mean
 from kernels.dispatch import Operations
-from train.adafactor import Adafactor
-from train.flat import Optimizer, decays
+from train.optim.adafactor import Adafactor
+from train.optim.buffers import Optimizer, decays
 
 OPTIMIZERS = ("adamw", "paged_adamw", "adafactor")
 

@@ -11,10 +11,10 @@ from files.hub import resolve_model
 from models import build
 from models.config import DecoderConfig
 from models.weights import check_weights
-from train.decide import Machine, decide
-from train.folder import run_folder
-from train.metrics import require_tensorboard
-from train.settings import RunConfig
+from train.config.schema import RunConfig
+from train.log.metrics import require_tensorboard
+from train.plan.decide import Machine, decide
+from train.saving.folder import run_folder
 from train.world import World
 
 
@@ -23,7 +23,7 @@ def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:
 
     Args:
         config: What is asked.
-        machine: The machine that the run would compute on, from `train.decide.this_machine`.
+        machine: The machine that the run would compute on, from `train.plan.decide.this_machine`.
         new: Whether the run would begin; a resumed one has its folder.
 
     Raises:

@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 import statistics
-import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from typing import Any
 from files.atomic import write_text
 from files.errors import UserError, counted, no_such_folder
 from files.strict_json import read_json_object
-from train.command import CommandParser, command, run_command
-from train.console import format_duration, format_list, format_loss, redrawn_text
-from train.metrics import METRICS_FILE, Row, read_metrics
-from train.plots import draw_plots
-from train.schedule import learning_rate_factor
+from train.command import command
+from train.log.console import format_duration, format_list, format_loss, redrawn_text
+from train.log.metrics import METRICS_FILE, Row, read_metrics
+from train.plan.schedule import learning_rate_factor
+from train.report.plots import draw_plots
 from train.spikes import DEVIATIONS, WINDOW
-from train.units import size_text
+from train.text import size_text
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
@@ -661,20 +660,3 @@ def _fenced(text: str, language: str = "") -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of each run named on the command line; return the exit code."""
-
-    def answer() -> int:
-        parser = CommandParser("report", description=(__doc__ or "").split("\n")[0])
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-        for run in parser.parse_args(arguments).runs:
-            print(write_report(run))
-        return 0
-
-    return run_command(answer)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

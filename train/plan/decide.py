@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from files.errors import UserError, did_you_mean
-from train.settings import RunConfig
-from train.units import size_text
+from train.config.schema import RunConfig
+from train.text import size_text
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig

@@ -19,9 +19,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from files.errors import UserError, counted
-from train.decide import decide_micro_batch_tokens
-from train.schedule import learning_rate_factor, warmup_step_count
-from train.settings import RunConfig
+from train.config.schema import RunConfig
+from train.plan.decide import decide_micro_batch_tokens
+from train.plan.schedule import learning_rate_factor, warmup_step_count
 
 # A plan lists its steps; a billion-token epoch in steps of a thousand tokens has a million.
 MAX_STEPS = 10_000_000

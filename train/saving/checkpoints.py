@@ -21,7 +21,7 @@ from files.faults import faultpoint
 from files.folders import damage, replace_folder, sweep
 from files.strict_json import read_json_object
 from train.early_stopping import EarlyStopping
-from train.units import size_text
+from train.text import size_text
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 

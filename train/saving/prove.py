@@ -35,18 +35,18 @@ from files.child import python
 from files.errors import UserError
 from files.faults import listening
 from files.folders import make_free_folder
-from train.adapters import with_starting_adapter
-from train.checkpoint import read_state
-from train.config import to_toml
-from train.ledger import find_decoder_config
-from train.metrics import METRICS_FILE, read_metrics
-from train.settings import RunConfig
+from train.config.load import to_toml
+from train.config.schema import RunConfig
+from train.log.metrics import METRICS_FILE, read_metrics
+from train.plan.adapters import with_starting_adapter
+from train.plan.ledger import find_decoder_config
+from train.saving.checkpoints import read_state
 
 # What a resumed run need not share with an uninterrupted one.
 _STATE_OF_THE_PROCESS = ("seconds", "resumed_from", "peak_memory_bytes")
 _RUN = "from train.run import main; sys.exit(main())"
 _UNTIL_SAVED = """
-from train.prove import killed_when_saved
+from train.saving.prove import killed_when_saved
 from train.run import main
 with killed_when_saved(sys.argv.pop(1)): sys.exit(main())
 """

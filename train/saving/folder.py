@@ -28,13 +28,13 @@ from kernels.rounding import library
 from lora import adapter_tensors, save_adapter
 from models.layers import CausalLM
 from models.weights import save_model
-from train.checkpoint import TrainState
-from train.config import to_toml
-from train.metrics import METRICS_FILE
-from train.plan import RunPlan
+from train.config.load import to_toml
+from train.config.schema import RunConfig
+from train.log.metrics import METRICS_FILE
+from train.plan.steps import RunPlan
 from train.precision import COMPUTE_DTYPES
 from train.prepare import Data
-from train.settings import RunConfig
+from train.saving.checkpoints import TrainState
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
 # What lies in a run's folder before the run has a status.
@@ -43,7 +43,7 @@ _OF_A_START = (
     *(METRICS_FILE, HOLDER_NAME, LOCK_NAME),
 )
 GENERATION_CONFIG = "generation_config.json"
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
 def utc_now() -> str:

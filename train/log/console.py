@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from files.errors import counted
 from train.command import command
-from train.metrics import read_metrics
-from train.units import size_text
+from train.log.metrics import read_metrics
+from train.text import size_text
 
 Rows = Sequence[tuple[str, str]]
 

@@ -2,7 +2,7 @@
 
 Values are gathered in layers, a later one over an earlier one:
 defaults < preset < file < `key=value`. `none` unsets a key. Every value is checked against the
-rules of `train.settings`, with the place where it was written. This module never imports torch.
+rules of `train.config.schema`, with the place where it was written. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from files.errors import UserError, did_you_mean
-from train.settings import KEYS, SECTIONS, Key, RunConfig
-from train.spellings import (
+from train.config.schema import KEYS, SECTIONS, Key, RunConfig
+from train.config.spellings import (
     SEVERAL,
     UNSUPPORTED_VALUES,
     keys_of,
@@ -30,8 +30,8 @@ from train.spellings import (
     unsupported,
 )
 
-PRESET_FOLDER = Path(__file__).resolve().parent / "presets"
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent.parent
+PRESET_FOLDER = PACKAGE_ROOT / "train" / "presets"
 _COMMAND_LINE = "on the command line"
 # Texts that become tokens, in which a line break is common.
 _TRAINED_TEXTS = ("data.prompt_template", "data.completion_template", "data.system_prompt")
@@ -42,8 +42,8 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 class Claim:
     """A number (or a sentence) that a seed document states, and whether the formulas confirm it.
 
-    `quantity` names what `train.claims.measure` computes for it (none: not computable from a plan);
-    the claim agrees where the computed number is within `tolerance` (absolute) of `value`.
+    `quantity` names what `train.plan.claims.measure` computes for it (none: not computable from a
+    plan); the claim agrees where the computed number is within `tolerance` (absolute) of `value`.
     `holds` is our verdict; where it is false, `right` is the right value.
     """
 
@@ -124,8 +124,8 @@ def load_config(
 ) -> RunConfig:
     """Gather and check a configuration: defaults < preset < file < overrides.
 
-    What is taken under a name of the stack's (`train.spellings`) is said in one line on standard
-    error.
+    What is taken under a name of the stack's (`train.config.spellings`) is said in one line on
+    standard error.
 
     Args:
         preset: name of a preset; see `preset_names`.

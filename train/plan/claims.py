@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config import Claim, Preset
-from train.ledger import find_decoder_config, memory_ledger, model_sizes
-from train.plan import effective_batch_size, plan_run, rank_shares
-from train.settings import RunConfig
+from train.config.load import Claim, Preset
+from train.config.schema import RunConfig
+from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
+from train.plan.steps import effective_batch_size, plan_run, rank_shares
 
 
 def check_claims(preset: Preset | None) -> list[tuple[Claim, float | None]]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from files.errors import UserError, did_you_mean, note
 from train.command import CommandParser, command
-from train.config import Preset, preset_names, read_preset, to_toml
-from train.plan import effective_batch_size, plan_run
-from train.settings import KEYS
-from train.spellings import keys_of, unsupported
+from train.config.load import Preset, preset_names, read_preset, to_toml
+from train.config.schema import KEYS
+from train.config.spellings import keys_of, unsupported
+from train.plan.steps import effective_batch_size, plan_run
 
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3

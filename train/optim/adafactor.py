@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from train.flat import Optimizer
+from train.optim.buffers import Optimizer
 
 # Elements that are worked on at a time, and so the size of the update's working memory. On a CPU
 # what a block touches stays in the shared cache, and shorter blocks (2^15 to 2^19 were tried) cost

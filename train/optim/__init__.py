@@ -1,0 +1,1 @@
+"""The update rules, and the buffers that they work on."""

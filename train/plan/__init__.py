@@ -1,0 +1,1 @@
+"""Everything that is known of a run before it starts; the room where every `auto` is decided."""
