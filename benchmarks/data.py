@@ -42,7 +42,7 @@ from benchmarks.fixtures import (
 
 _BATCH_ROWS = 1000  # what `datasets.map(batched=True)` hands to its function
 # What a run imports once it begins (`train.run` itself imports none of it).
-_RUN_IMPORTS = "from train import finish, loop, prepare, session"
+_RUN_IMPORTS = "from train import finish, loop"
 
 
 def report(part: str, side: str, figures: Sequence[float], unit: str, **more: Any) -> None:
@@ -424,8 +424,9 @@ class Lengths:
 
 def plan(rounds: int) -> None:
     """Milliseconds to plan an epoch of 100,000 rows, and to cut it into micro-batches."""
+    from data.batch import Batching
+    from train.batches import StepBatches
     from train.config.load import load_config
-    from train.loop import StepBatches
     from train.plan.steps import plan_run
 
     random = np.random.default_rng(0)
@@ -438,11 +439,13 @@ def plan(rounds: int) -> None:
         shuffle=True,
         group_by_length=True,
         effective_batch_size=planned.effective_batch_size,
-        micro_batch_size=8,
-        micro_batch_tokens=4096,
-        batching="unpadded",
-        max_length=MAX_LENGTH,
-        pad_id=0,
+        batching=Batching(
+            micro_batch_size=8,
+            micro_batch_tokens=4096,
+            layout="unpadded",
+            max_length=MAX_LENGTH,
+            pad_id=0,
+        ),
     )
     taken: dict[str, list[float]] = {"plan": [], "order, grouped by length": [], "cut": []}
     for number in range(rounds):

@@ -224,7 +224,7 @@ def run_configuration(
 def run_lathe(fixture: Fixture, side: LatheSide, folder: Path, steps: int) -> dict[str, Any]:
     """Train with Lathe and return loss, seconds and tokens of each step."""
     # What `run` imports only when it begins, so that the figure below is that of all imports.
-    from train import finish, loop, prepare, session  # noqa: F401
+    from train import finish, loop  # noqa: F401
     from train.run import run
 
     imports = record.resident_bytes()

@@ -55,7 +55,7 @@ from benchmarks.fixtures import (
     ragged_rows,
 )
 from benchmarks.peer import PeftSide, train_with_trainer
-from data.batch import micro_batches
+from data.batch import Batching, micro_batches
 from data.examples import Example
 from data.tokenizer import Tokenizer
 from files.strict_json import read_json_object
@@ -358,11 +358,13 @@ class Ours:
         batch = micro_batches(
             examples,
             range(len(ids)),
-            micro_batch_size=len(ids),
-            micro_batch_tokens=tokens,
-            batching=self.side.batching,
-            max_length=self.max_length,
-            pad_id=0,
+            Batching(
+                micro_batch_size=len(ids),
+                micro_batch_tokens=tokens,
+                layout=self.side.batching,
+                max_length=self.max_length,
+                pad_id=0,
+            ),
         )
         return train_step(
             self.model,
@@ -372,7 +374,6 @@ class Ours:
             max_grad_norm=1.0,
             precision=self.precision,
             scaler=None,
-            device=self.device,
             draw=(42, number),
         )
 
@@ -509,11 +510,7 @@ def gate(work: Work, dry: bool) -> dict[str, Any]:
         (batch,) = micro_batches(
             examples,
             range(len(ids)),
-            micro_batch_size=len(ids),
-            micro_batch_tokens=None,
-            batching="unpadded",
-            max_length=LENGTH,
-            pad_id=0,
+            Batching(micro_batch_size=len(ids), layout="unpadded", max_length=LENGTH, pad_id=0),
         )
         (loss_sum(ours, batch, device, (42, 1)) / targets).backward()
         found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}

@@ -83,7 +83,7 @@ def trainer(
 
     The model has 3.8 M parameters (StarCoder2 style) or 5.4 M (Qwen2 style).
     """
-    from data.batch import micro_batches
+    from data.batch import Batching, micro_batches
     from data.examples import load_examples
     from data.prompt import PromptFormat
     from data.tokenizer import Tokenizer
@@ -119,11 +119,7 @@ def trainer(
         micro_batches(
             examples,
             range(8 * i, 8 * i + 8),
-            micro_batch_size=4,
-            micro_batch_tokens=None,
-            batching="unpadded",
-            max_length=512,
-            pad_id=0,
+            Batching(micro_batch_size=4, layout="unpadded", max_length=512, pad_id=0),
         )
         for i in range(8)
     ]
@@ -138,7 +134,6 @@ def trainer(
             max_grad_norm=1.0,
             precision=precision,
             scaler=None,
-            device=device,
             draw=(42, number),
         )
 

@@ -34,11 +34,11 @@ from benchmarks import record
 from files.folders import damage
 from files.tensors import write_tensors
 from train.config.load import load_config
-from train.early_stopping import EarlyStopping
 from train.run import run
-from train.saving.checkpoints import Checkpoints, TrainState
+from train.saving.checkpoints import Checkpoints
 from train.saving.folder import trained_tensors
-from train.session import Session
+from train.saving.saver import Saver
+from train.state import EarlyStopping, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = "tests/reliability/test_kill.py::test_a_run_killed"
@@ -180,17 +180,17 @@ def stall() -> dict[str, float]:
     """
     copying: list[float] = []
     saving: list[float] = []
-    plain = Session.save
+    plain = Saver.save
 
-    def timed(session: Session, **what: bool) -> None:
-        session.writer.wait()
-        live = [trained_tensors(session.model, session.config), session.optimizer.state_tensors()]
+    def timed(saver: Saver, **what: bool) -> None:
+        saver.writer.wait()
+        live = [trained_tensors(saver.model, saver.config), saver.optimizer.state_tensors()]
         started = time.perf_counter()
         copies = [tensor.clone() for tensors in live for tensor in tensors.values()]
         copying.append(time.perf_counter() - started)
         del copies
         started = time.perf_counter()
-        plain(session, **what)
+        plain(saver, **what)
         saving.append(time.perf_counter() - started)
 
     demo = ROOT / "data" / "demo"
@@ -198,7 +198,7 @@ def stall() -> dict[str, float]:
         tempfile.TemporaryDirectory(dir=ROOT, prefix=".tmp-") as name,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(Session, "save", timed)
+        patch.setattr(Saver, "save", timed)
         patch.setenv("LATHE_CACHE", f"{name}/cache")
         base = Path(shutil.copytree(demo / "base", f"{name}/base"))
         (base / "model.safetensors").unlink()

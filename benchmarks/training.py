@@ -189,19 +189,14 @@ def profiled(model_name: str, folder: Path, steps: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from models.config import read_config
-    from train.loop import StepBatches
+    from train.assemble import set_up
+    from train.base_model import base_dtype, find_model, load_base, make_trainable
+    from train.batches import StepBatches
+    from train.dataset import load_data
     from train.optim.adamw import build_optimizer
     from train.plan.decide import decide, this_machine
     from train.plan.steps import plan_run
     from train.precision import Precision
-    from train.prepare import (
-        base_dtype,
-        find_model,
-        load_base,
-        load_data,
-        make_trainable,
-        set_up,
-    )
     from train.step import train_step
 
     fixture = MODELS[model_name]
@@ -234,7 +229,6 @@ def profiled(model_name: str, folder: Path, steps: int) -> dict[str, Any]:
                 max_grad_norm=config.optimizer.max_grad_norm,
                 precision=precision,
                 scaler=None,
-                device=device,
                 draw=(config.train.seed, step),
             )
             seconds += time.perf_counter() - started

@@ -7,7 +7,7 @@ order and the same targets: only speed and memory differ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,44 @@ from torch import Tensor
 
 from data.examples import IGNORED, Example, Examples
 
-BATCHINGS = ("unpadded", "longest", "max_length")
+LAYOUTS = ("unpadded", "longest", "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How examples become micro-batches.
+
+    Attributes:
+        micro_batch_size: Examples in a micro-batch, where `micro_batch_tokens` is None.
+        micro_batch_tokens: Rows in a micro-batch, padding included: each takes as many consecutive
+            examples as fit. One example alone may exceed it.
+        layout: `unpadded` (documents end to end), `longest` (each padded to the longest of its
+            micro-batch) or `max_length` (each padded to `max_length`).
+        max_length: Rows of a document under `max_length`.
+        pad_id: Token that fills padded rows.
+    """
+
+    micro_batch_size: int
+    micro_batch_tokens: int | None = None
+    layout: str
+    max_length: int
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is not one of {LAYOUTS}")
+        tokens = self.micro_batch_tokens
+        if self.micro_batch_size < 1 or (tokens is not None and tokens < 1):
+            raise ValueError("a micro-batch holds at least one example and one token")
+
+    def divided_by(self, divisor: int) -> Batching:
+        """Return the same with micro-batches of that share of their size."""
+        tokens = self.micro_batch_tokens
+        return replace(
+            self,
+            micro_batch_size=max(1, self.micro_batch_size // divisor),
+            micro_batch_tokens=None if tokens is None else max(1, tokens // divisor),
+        )
 
 
 @dataclass(frozen=True)
@@ -48,64 +85,40 @@ class MicroBatch:
 
 
 def micro_batches(
-    examples: Examples,
-    indices: Sequence[int] | np.ndarray,
-    *,
-    micro_batch_size: int,
-    micro_batch_tokens: int | None,
-    batching: str,
-    max_length: int,
-    pad_id: int,
+    examples: Examples, indices: Sequence[int] | np.ndarray, batching: Batching
 ) -> list[MicroBatch]:
-    """Return the examples at `indices`, in this order, cut into micro-batches.
-
-    Args:
-        examples: The set.
-        indices: Positions in it.
-        micro_batch_size: Examples in a micro-batch, where `micro_batch_tokens` is None.
-        micro_batch_tokens: Rows in a micro-batch, padding included: each takes as many consecutive
-            examples as fit. One example alone may exceed it.
-        batching: `unpadded` (documents end to end), `longest` (each padded to the longest of its
-            micro-batch) or `max_length` (each padded to `max_length`).
-        max_length: Rows of a document under `max_length`.
-        pad_id: Token that fills padded rows.
-
-    Raises:
-        ValueError: An unknown `batching`, or a size below 1.
-    """
-    if batching not in BATCHINGS:
-        raise ValueError(f"batching {batching!r} is not one of {BATCHINGS}")
-    if micro_batch_size < 1 or (micro_batch_tokens is not None and micro_batch_tokens < 1):
-        raise ValueError("a micro-batch holds at least one example and one token")
+    """Return the examples at `indices`, positions in the set, in this order, cut."""
     indices = np.asarray(indices, dtype=np.int64)
     lengths = examples.lengths[indices]
-    if micro_batch_tokens is None:
-        starts = range(0, len(indices), micro_batch_size)
-        cuts = [slice(start, start + micro_batch_size) for start in starts]
-    else:
-        cuts = list(_cut_by_tokens(lengths, micro_batch_tokens, batching, max_length))
     batches = []
-    for cut in cuts:
+    for cut in _cuts(lengths, batching):
         padded_length = {
             "unpadded": None,
             "longest": int(lengths[cut].max()),
-            "max_length": max_length,
-        }[batching]
-        batches.append(_assemble([examples[int(i)] for i in indices[cut]], padded_length, pad_id))
+            "max_length": batching.max_length,
+        }[batching.layout]
+        documents = [examples[int(i)] for i in indices[cut]]
+        batches.append(_assemble(documents, padded_length, batching.pad_id))
     return batches
 
 
-def _cut_by_tokens(
-    lengths: np.ndarray, budget: int, batching: str, max_length: int
-) -> Iterator[slice]:
-    """Yield consecutive cuts, each as long as its rows stay within `budget`."""
+def _cuts(lengths: np.ndarray, batching: Batching) -> Iterator[slice]:
+    """Yield consecutive cuts; with a budget of tokens, each as long as its rows stay within it."""
+    budget, size = batching.micro_batch_tokens, batching.micro_batch_size
+    if budget is None:
+        yield from (slice(start, start + size) for start in range(0, len(lengths), size))
+        return
     start, tokens, longest = 0, 0, 0
     for stop, length in enumerate(lengths.tolist()):
         tokens += length
         longest = max(longest, length)
         count = stop - start + 1
-        rows = {"unpadded": tokens, "longest": count * longest, "max_length": count * max_length}
-        if rows[batching] > budget and stop > start:
+        rows = {
+            "unpadded": tokens,
+            "longest": count * longest,
+            "max_length": count * batching.max_length,
+        }
+        if rows[batching.layout] > budget and stop > start:
             yield slice(start, stop)
             start, tokens, longest = stop, length, length
     if len(lengths):

@@ -1220,8 +1220,8 @@ MUTATIONS = [
         ),
         (
             "a micro-batch exceeds its budget by an example",
-            "rows[batching] > budget and stop > start",
-            "rows[batching] > budget + longest and stop > start",
+            "rows[batching.layout] > budget and stop > start",
+            "rows[batching.layout] > budget + longest and stop > start",
             "test_cut_by_tokens_takes_as_many_as_fit",
         ),
         (
@@ -1828,6 +1828,10 @@ MUTATIONS = [
             "        state.micro_batch_divisor *= 4\n",
             "tests/train/test_step_faults.py::test_it_is_halved_until_it_fits",
         ),
+    ),
+    *_of(
+        "train/batches.py",
+        "tests/train/test_loop.py",
         (
             "an order of another epoch is kept",
             "if self._order is None or self._order[0] != epoch:",
@@ -1843,12 +1847,12 @@ MUTATIONS = [
         (
             "groups by length are of a micro-batch, not a step",
             "group_size=self.effective_batch_size,",
-            "group_size=self.micro_batch_size,",
+            "group_size=self.batching.micro_batch_size,",
             "test_batches_are_cut_and_ordered_as_configured",
         ),
     ),
     *_of(
-        "train/early_stopping.py",
+        "train/state.py",
         "tests/train/test_early_stopping.py",
         (
             "an equal loss is a new best",
@@ -1876,7 +1880,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/spikes.py",
+        "train/state.py",
         "tests/train/test_spikes.py",
         (
             "the deviation is that of the whole, not of a sample",
@@ -1983,12 +1987,6 @@ MUTATIONS = [
             "test_a_full_disk_ends_in_one_sentence_and_leaves_what_was_there",
         ),
         (
-            "true is taken for the number 1",
-            "if isinstance(value, bool) or (isinstance(value, int)",
-            "if (isinstance(value, int)",
-            "test_a_state_of_other_types_is_refused",
-        ),
-        (
             "a checkpoint of the step that is damaged is not written anew",
             "if target.exists() and damage(target) is None:",
             "if target.exists():",
@@ -1996,7 +1994,45 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/state.py",
+        "tests/train/test_checkpoint.py",
+        (
+            "true is taken for the number 1",
+            "if isinstance(value, bool) or (isinstance(value, int)",
+            "if (isinstance(value, int)",
+            "test_a_state_of_other_types_is_refused",
+        ),
+    ),
+    *_of(
         "train/saving/resume.py",
+        "tests/train/test_resume.py",
+        (
+            "a run that is finished at an older step counts as finished",
+            ' and status.get("step") == step',
+            "",
+            "test_a_run_killed_before_its_resume_said_so_is_not_finished",
+        ),
+        (
+            "steps that are done again count as done under the schedule before",
+            "            until = min(until, self.state.step)\n",
+            "",
+            "test_each_change_of_length_is_kept_and_what_is_done_again_follows_the_last",
+        ),
+        (
+            "a resume without a change is told as one",
+            "        while followed and followed[-1][1] == plan:\n            followed.pop()\n",
+            "",
+            "test_a_resume_that_changes_no_length_redraws_nothing",
+        ),
+        (
+            "a checkpoint that was named is taken though it is damaged",
+            "        problem = damage(place)\n",
+            "        problem = None\n",
+            "test_a_damaged_checkpoint_that_was_named_is_an_error",
+        ),
+    ),
+    *_of(
+        "train/saving/identity.py",
         "tests/train/test_resume.py",
         (
             "a resume goes on with other data",
@@ -2021,30 +2057,6 @@ MUTATIONS = [
             'if saved["machine"].get(name) != value',
             'if name not in saved["machine"]',
             "test_other_threads_are_warned_about",
-        ),
-        (
-            "a run that is finished at an older step counts as finished",
-            ' and status.get("step") == step',
-            "",
-            "test_a_run_killed_before_its_resume_said_so_is_not_finished",
-        ),
-        (
-            "steps that are done again count as done under the schedule before",
-            "            until = min(until, self.state.step)\n",
-            "",
-            "test_each_change_of_length_is_kept_and_what_is_done_again_follows_the_last",
-        ),
-        (
-            "a resume without a change is told as one",
-            "        while followed and followed[-1][1] == plan:\n            followed.pop()\n",
-            "",
-            "test_a_resume_that_changes_no_length_redraws_nothing",
-        ),
-        (
-            "a checkpoint that was named is taken though it is damaged",
-            "        problem = damage(place)\n",
-            "        problem = None\n",
-            "test_a_damaged_checkpoint_that_was_named_is_an_error",
         ),
     ),
     *_of(
@@ -2077,7 +2089,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/session.py",
+        "train/saving/saver.py",
         "tests/train/test_background.py",
         (
             "what is saved in the background is what training goes on with",
@@ -2087,7 +2099,7 @@ MUTATIONS = [
         ),
         (
             "rows of metrics are not on the disk when a checkpoint relies on them",
-            "            self.metrics.sync()\n            self.checkpoints.save(",
+            "            self.sync()\n            self.checkpoints.save(",
             "            self.checkpoints.save(",
             "test_what_a_save_speaks_of_is_on_the_disk_before_it",
         ),
@@ -2098,29 +2110,32 @@ MUTATIONS = [
             "tests/train/test_resume.py::test_a_resume_goes_on_with_the_loss_scale",
         ),
         (
-            "moments are not taken up",
-            "self.optimizer.load_state({name: file.read(name) for name in file.names})",
-            "[file.read(name) for name in file.names]",
-            "tests/train/test_resume.py::test_one_checkpoint_can_be_resumed_from",
-        ),
-        (
             "minutes between saves are seconds",
             "> 60 * minutes",
             "> minutes",
             "test_minutes_between_saves_are_minutes",
         ),
+    ),
+    *_of(
+        "train/saving/restore.py",
+        "tests/train/test_resume.py",
+        (
+            "moments are not taken up",
+            "optimizer.load_state({name: file.read(name) for name in file.names})",
+            "[file.read(name) for name in file.names]",
+            "test_one_checkpoint_can_be_resumed_from",
+        ),
         (
             "a stopped run's patience begins anew",
-            "        self.state = resume.state\n",
-            "        self.state = resume.state\n        self.state.stopping.failures = 0\n",
-            "tests/train/test_resume.py::test_stopped_and_resumed_equals_uninterrupted"
-            "[early stopping counting, eager]",
+            "    state = resume.state\n",
+            "    state = resume.state\n    state.stopping.failures = 0\n",
+            "test_stopped_and_resumed_equals_uninterrupted[early stopping counting, eager]",
         ),
         (
             "newer checkpoints stay where a run goes on from an older one",
-            "        self.checkpoints.set_newer_aside(state.step)\n",
+            "    saver.checkpoints.set_newer_aside(state.step)\n",
             "",
-            "tests/train/test_resume.py::test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken",
+            "test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken",
         ),
     ),
     *_of(
@@ -2236,7 +2251,7 @@ MUTATIONS = [
         ),
         (
             "the test set is evaluated with the last weights where final/ holds the best",
-            "        session.load_trained(best)\n",
+            "        run.saver.load_trained(best)\n",
             "",
             "test_the_test_set_is_evaluated_with_the_weights_of_final",
         ),

@@ -11,11 +11,11 @@ import pytest
 from models.config import parse_config
 from train.config.load import load_config, preset_names, read_preset
 from train.config.schema import LoraSettings
-from train.early_stopping import EarlyStopping
 from train.plan.claims import agrees, check_claims, measure
 from train.plan.document import plan_document
 from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
 from train.plan.steps import plan_run, rank_shares
+from train.state import EarlyStopping
 
 
 def planned(name: str, overrides: dict | None = None, world_size: int = 1):

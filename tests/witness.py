@@ -130,9 +130,7 @@ def without_machine(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [without_machine(part) for part in value]
-    return (
-        re.sub(r"[0-9.]+ [KMGT]iB (free|there)", "", value) if isinstance(value, str) else value
-    )
+    return re.sub(r"[0-9.]+ [KMGT]iB (free|there)", "", value) if isinstance(value, str) else value
 
 
 def reports(folder: Path) -> Iterator[str]:

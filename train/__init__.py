@@ -1,12 +1,15 @@
-"""The run. Read run.py, the table of contents; then loop.py and step.py.
+"""The run. The walk: run.py, assemble.py, loop.py, batches.py, step.py, loss.py, evaluate.py.
 
-run.py arguments.py command.py      the command line
-settings.py config.py presets/      what a run is asked to do
-plan.py ledger.py claims.py preview.py   what it will take, before it starts
-prepare.py world.py signals.py      data, model, device, processes, requests to stop
-loop.py step.py loss.py evaluate.py early_stopping.py samples.py   training
-flat.py optimizers.py adafactor.py schedule.py precision.py   the update
-session.py checkpoint.py resume.py folder.py finish.py   state, files, and the end of a run
-metrics.py console.py report.py plots.py   what is said of it
-generate.py merge.py                using the result
+run.py command.py world.py signals.py   the table of contents; the command line's manners
+config/      what a run is asked to do, and the command line that asks
+plan/        what it will take before it starts; where every `auto` is decided
+dataset.py base_model.py assemble.py    rows, model, and all that a run works with
+loop.py batches.py step.py loss.py evaluate.py   training
+state.py precision.py memory.py         what a resume continues from; what is computed in
+optim/       the update rules and their buffers
+saving/      checkpoints, best/, final/, resume, the proof that it is exact
+log/         metrics.jsonl, TensorBoard, the console
+report/      report.md and its plots
+finish.py    before the first step and after the last
+generate.py merge.py show_data.py       using the result; looking at the rows
 """

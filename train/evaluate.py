@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import micro_batches
+from data.batch import Batching, micro_batches
 from data.examples import Examples
 from files.errors import UserError
 from models.layers import CausalLM
@@ -42,15 +42,7 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM,
-    examples: Examples,
-    *,
-    precision: Precision,
-    device: torch.device,
-    batch_size: int,
-    batching: str,
-    max_length: int,
-    pad_id: int,
+    model: CausalLM, examples: Examples, batching: Batching, precision: Precision
 ) -> EvalResult:
     """Return the token mean of the loss over `examples`, without dropout.
 
@@ -60,29 +52,20 @@ def evaluate(
     Args:
         model: The decoder to judge.
         examples: The set.
-        precision: What to compute in.
-        device: Where the model is.
-        batch_size: Examples in a forward pass; it changes speed and memory, never the result.
-        batching: `unpadded`, `longest` or `max_length`.
-        max_length: Rows of a document under `max_length`.
-        pad_id: Token that fills padded rows.
+        batching: Examples in a forward pass, and how they lie.
+        precision: What to compute in, and where.
 
     Raises:
         UserError: Memory does not suffice for a single example.
     """
     started = time.perf_counter()
+    device = precision.device
     order = np.argsort(-examples.lengths, kind="stable")
     losses: list[Tensor] = []
-    targets, done, size = 0, 0, batch_size
+    targets, done, size = 0, 0, batching.micro_batch_size
     while done < len(order):
         (micro_batch,) = micro_batches(
-            examples,
-            order[done : done + size],
-            micro_batch_size=size,
-            micro_batch_tokens=None,
-            batching=batching,
-            max_length=max_length,
-            pad_id=pad_id,
+            examples, order[done : done + size], replace(batching, micro_batch_size=size)
         )
         with precision.autocast():
             loss = within_memory(partial(loss_sum, model, micro_batch, device, draw=None), device)
@@ -98,7 +81,7 @@ def evaluate(
         loss=exact_sum(losses) / max(1, targets),
         targets=targets,
         seconds=time.perf_counter() - started,
-        reduced_batch_size=size if size < batch_size else None,
+        reduced_batch_size=size if size < batching.micro_batch_size else None,
     )
 
 

@@ -8,29 +8,32 @@ from pathlib import Path
 
 import torch
 
+from data.examples import Examples
 from files.errors import UserError, counted
 from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.rounding import library
 from lora import adapter_config
+from train.assemble import Run
+from train.evaluate import evaluate
 from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, format_count, redrawn_text
 from train.log.samples import MOST_NEW_TOKENS, choose_samples
 from train.precision import COMPUTE_DTYPES
 from train.report.page import write_report
-from train.session import Session, whole_best
+from train.saving.restore import whole_best
 from train.signals import Signals
 
 
-def opening_panel(session: Session) -> None:
+def opening_panel(run: Run) -> None:
     """Say what is about to be trained, on what, and how."""
-    config, plan, data = session.config, session.plan, session.data
-    trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in session.model.parameters())
+    config, plan, data = run.config, run.plan, run.data
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in run.model.parameters())
     method = "every weight"
     if config.train.method == "lora":
         # Those of the adapter itself: lora.init_from brings its own.
-        lora = adapter_config(session.model)
+        lora = adapter_config(run.model)
         targets = lora.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)
         method = f"LoRA r={lora.r} alpha={lora.lora_alpha} on {named}"
@@ -40,10 +43,10 @@ def opening_panel(session: Session) -> None:
         for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test))
         if examples is not None
     )
-    products = library(session.device, COMPUTE_DTYPES[config.train.precision])
+    products = library(run.precision.device, COMPUTE_DTYPES[config.train.precision])
     steps = f"{counted(plan.total_steps, 'step')}, {plan.steps_per_epoch} an epoch"
     evaluations = f"{counted(len(plan.eval_steps), 'evaluation')}, " if plan.eval_steps else ""
-    session.console.panel(
+    run.records.console.panel(
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
         [
             ("model", f"{config.model.path} ({format_count(total)} parameters)"),
@@ -70,59 +73,62 @@ def opening_panel(session: Session) -> None:
             ),
             (
                 "computes in",
-                f"{config.train.precision} on {session.device.type} "
+                f"{config.train.precision} on {run.precision.device.type} "
                 f"({counted(torch.get_num_threads(), 'thread')}), products {products}, attention "
-                f"{session.model.attention_implementation}, kernels {session.model.operations.name}"
-                f"{', gradient checkpointing' if session.model.gradient_checkpointing else ''}",
+                f"{run.model.attention_implementation}, kernels {run.model.operations.name}"
+                f"{', gradient checkpointing' if run.model.gradient_checkpointing else ''}",
             ),
-            ("folder", str(session.folder)),
+            ("folder", str(run.folder)),
         ],
     )
-    plan_document = json.loads((session.folder / "plan.json").read_bytes())
+    plan_document = json.loads((run.folder / "plan.json").read_bytes())
     for warning in plan_document["warnings"]:
-        session.console.say(f"note: {warning}")
-    if session.state.step:
-        session.console.say(f"resumed at step {session.state.step} of {plan.total_steps}")
+        run.records.say(f"note: {warning}")
+    if run.state.step:
+        run.records.say(f"resumed at step {run.state.step} of {plan.total_steps}")
     for earlier in plan_document["earlier_schedules"]:
-        if earlier["until"] == session.state.step:
-            session.console.say(redrawn_text(earlier, plan.total_steps))
+        if earlier["until"] == run.state.step:
+            run.records.say(redrawn_text(earlier, plan.total_steps))
 
 
-def before_training(session: Session) -> None:
+def before_training(run: Run) -> None:
     """Do what `eval.on_start` and `eval.samples` ask for before the first step.
 
-    A resumed run has done so before it stopped; its session holds the samples of then.
+    A resumed run has done so before it stopped; it holds the samples of then.
     """
-    session.write_status("running", "started")
-    if session.state.step > 0:
+    run.saver.write_status("running", "started")
+    if run.state.step > 0:
         return
-    if session.config.eval.on_start:
-        for split, examples in (("valid", session.data.valid), ("test", session.data.test)):
+    if run.config.eval.on_start:
+        for split, examples in (("valid", run.data.valid), ("test", run.data.test)):
             if examples is not None:
-                session.record_evaluation(split, session.evaluate(examples))
-    complete_samples(session, "before")
+                _evaluate(run, split, examples)
+    complete_samples(run, "before")
 
 
-def complete_samples(session: Session, when: str) -> None:
+def _evaluate(run: Run, split: str, examples: Examples) -> None:
+    result = evaluate(run.model, examples, run.evaluation_batching, run.precision)
+    run.records.evaluation(split, result)
+
+
+def complete_samples(run: Run, when: str) -> None:
     """Complete the prompts of `eval.samples` held-out rows, `before` or `after` training."""
-    examples = session.data.test or session.data.valid
-    count = session.config.eval.samples
+    examples = run.data.test or run.data.valid
+    count = run.config.eval.samples
     if count == 0 or examples is None:
         return
-    tokenizer = session.data.tokenizer
-    stop_ids = find_stop_ids(session.model.config, tokenizer, session.source.folder)
+    tokenizer = run.data.tokenizer
+    stop_ids = find_stop_ids(run.model.config, tokenizer, run.source.folder)
     chosen = choose_samples(examples, tokenizer, count)
-    if len(session.samples) != len(chosen):
-        session.samples = [sample for sample, _ in chosen]
-    for sample, (_, prompt_ids) in zip(session.samples, chosen, strict=True):
-        with session.precision.autocast():
-            ids = generate(
-                session.model, prompt_ids, max_new_tokens=MOST_NEW_TOKENS, stop_ids=stop_ids
-            )
+    if len(run.samples) != len(chosen):
+        run.samples[:] = [sample for sample, _ in chosen]
+    for sample, (_, prompt_ids) in zip(run.samples, chosen, strict=True):
+        with run.precision.autocast():
+            ids = generate(run.model, prompt_ids, max_new_tokens=MOST_NEW_TOKENS, stop_ids=stop_ids)
         setattr(sample, when, tokenizer.decode(ids))
 
 
-def finish(session: Session, reason: str, signals: Signals) -> str:
+def finish(run: Run, reason: str, signals: Signals) -> str:
     """Write `final/`, evaluate the test set on it, and leave status, report and summary.
 
     A run that was stopped keeps its checkpoint and says how to go on.
@@ -130,36 +136,36 @@ def finish(session: Session, reason: str, signals: Signals) -> str:
     Returns:
         `reason`, or the name of a signal that came after the last step.
     """
-    session.writer.wait()
+    run.saver.writer.wait()
     faultpoint("run.ends")
     if signals.stop is not None:
         reason = signals.stop.name.lower()
     if reason not in ("completed", "early_stopping"):
         condition = "failed" if reason == "non_finite" else "preempted"
-        status = session.write_status(condition, reason)
-        write_report(session.folder)
-        session.console.summary(*closing_summary(status, session.folder))
+        status = run.saver.write_status(condition, reason)
+        write_report(run.folder)
+        run.records.console.summary(*closing_summary(status, run.folder))
         return reason
-    best, best_step = session.folder / "best", session.state.stopping.best_step
-    if session.config.checkpoint.load_best_at_end and best_step is not None:
+    best, best_step = run.folder / "best", run.state.stopping.best_step
+    if run.config.checkpoint.load_best_at_end and best_step is not None:
         if not whole_best(best, best_step):
             raise UserError(
                 f"{best}: missing, damaged or not that of step {best_step}, but "
                 "checkpoint.load_best_at_end=true promises it as final/; resume the run from a "
                 "checkpoint at or before its best step"
             )
-        session.load_trained(best)
-        session.write_final(lambda folder: _copy_files(best, folder), best_step)
+        run.saver.load_trained(best)
+        run.saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
     else:
-        session.write_final(session.export, session.state.step)
+        run.saver.replace("final", run.saver.export, run.state.step)
     faultpoint("run.final")
-    if session.data.test is not None:
-        session.record_evaluation("test", session.evaluate(session.data.test))
-    complete_samples(session, "after")
-    session.metrics.sync()
-    status = session.write_status("finished", reason)
-    write_report(session.folder)
-    session.console.summary(*closing_summary(status, session.folder))
+    if run.data.test is not None:
+        _evaluate(run, "test", run.data.test)
+    complete_samples(run, "after")
+    run.records.metrics.sync()
+    status = run.saver.write_status("finished", reason)
+    write_report(run.folder)
+    run.records.console.summary(*closing_summary(status, run.folder))
     return reason
 
 

@@ -33,11 +33,12 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
+from train.base_model import find_model, load_base
 from train.command import CommandParser, command, run_command
 from train.config.load import load_config
+from train.dataset import prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES
-from train.prepare import find_model, load_base, prompt_format
 from train.saving.checkpoints import STEP_FOLDER
 
 PROMPT_FORMAT_FILE = "prompt_format.json"

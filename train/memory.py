@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -91,6 +92,51 @@ def allocated_bytes() -> int | None:
         return None
     told = mallinfo()
     return told.uordblks + told.hblkhd
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory (bytes) in use so far: the card's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such counter
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+class MemoryUse:
+    """The memory that a model and its training take, beside what the process held before.
+
+    Made before the model is loaded. CUDA counts by itself; on other devices `observe` is called
+    where a micro-batch holds the most.
+
+    Attributes:
+        peak_before: Highest use of the process by then (bytes), as `peak_memory` gives it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_before = peak_memory(device)
+        self._allocated_before = allocated_bytes()
+        self._most: int | None = None
+
+    def observe(self) -> None:
+        """Note how much is in use now."""
+        now, before = allocated_bytes(), self._allocated_before
+        if self._device.type != "cuda" and now is not None and before is not None:
+            self._most = max(self._most or 0, now - before)
+
+    @property
+    def peak(self) -> int:
+        """The most memory of the process so far (bytes)."""
+        return peak_memory(self._device)
+
+    @property
+    def training(self) -> int | None:
+        """The most that model and training have taken (bytes); None where nobody could look."""
+        return self.peak - self.peak_before if self._device.type == "cuda" else self._most
 
 
 # Parameters of glibc's mallopt(3): when freed memory goes back to the system, how much more than

@@ -60,7 +60,7 @@ def run(
             f"{type(config).__name__}: load_config(overrides={{'model.path': …}})"
         )
     if rows is not None:
-        from train.prepare import with_rows
+        from train.dataset import with_rows
 
         config = with_rows(config, rows)
     return execute(config).folder
@@ -70,25 +70,18 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     """Do a run, or with `resume` what is left of one, and return how it ended."""
     from files.atomic import RunLock
     from models.config import read_config
+    from train.assemble import assemble, closing, set_up
+    from train.base_model import find_model
+    from train.config.paths import with_whole_paths
+    from train.dataset import load_data
     from train.finish import before_training, finish, opening_panel
-    from train.loop import StepBatches, train
+    from train.loop import train
     from train.plan.adapters import with_starting_adapter
     from train.plan.decide import decide, this_machine
     from train.plan.document import complete, print_plan
     from train.plan.refuse import refuse_early, refuse_model
     from train.plan.steps import plan_run
-    from train.precision import Precision
-    from train.prepare import (
-        base_dtype,
-        find_model,
-        load_base,
-        load_data,
-        make_trainable,
-        set_up,
-        with_whole_paths,
-    )
     from train.saving.folder import beginning, new_run_folder, write_documents
-    from train.session import MemoryBefore, Session
     from train.signals import Signals
 
     machine = this_machine(config)
@@ -118,20 +111,15 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
             if resume is None:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device)
-            source = find_model(config, weights=True)
-            before = MemoryBefore.of(device)
-            model = load_base(config, source, base_dtype(config), device)
-            make_trainable(model, config)
-            precision = Precision(config.train.precision, device)
-            session = Session(config, plan, data, source, model, precision, folder, resume, before)
+            run = assemble(config, plan, data, device, folder, resume)
             if resume is not None:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device)
-        with session:
-            opening_panel(session)
-            before_training(session)
-            reason = train(session, plan, StepBatches.of(config, plan, data), signals)
-            reason = finish(session, reason, signals)
+        with closing(run):
+            opening_panel(run)
+            before_training(run)
+            reason = train(run, signals)
+            reason = finish(run, reason, signals)
     return Outcome(folder, reason)
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from data.batch import MicroBatch
@@ -30,6 +29,7 @@ class StepResult:
 
     Attributes:
         loss: Token mean over the step's targets (nats): the number that was differentiated.
+        learning_rate: The rate of the update.
         grad_norm: Global L2 norm of the gradient before clipping.
         targets: Tokens with a label.
         tokens: Real tokens, padding left out.
@@ -41,6 +41,7 @@ class StepResult:
     """
 
     loss: float
+    learning_rate: float
     grad_norm: float
     targets: int
     tokens: int
@@ -58,7 +59,6 @@ def train_step(
     max_grad_norm: float,
     precision: Precision,
     scaler: LossScaler | None,
-    device: torch.device,
     draw: tuple[int, int],
     meanwhile: Callable[[], object] | None = None,
     at_most: Callable[[], object] | None = None,
@@ -76,9 +76,8 @@ def train_step(
         batch: The step's micro-batches, in order.
         learning_rate: The rate of this step.
         max_grad_norm: Bound of the global gradient norm; 0 clips nothing.
-        precision: What to compute in.
+        precision: What to compute in, and where.
         scaler: The loss scaler under fp16, else None.
-        device: Where the model is.
         draw: (seed, step) of the dropout draws.
         meanwhile: What the host does once the device has the gradient to compute: the one moment of
             a step at which it would wait is the norm of the gradient.
@@ -94,7 +93,7 @@ def train_step(
         optimizer.clear_gradients()
         examples = tuple(index for micro_batch in of for index in micro_batch.examples)
         seconds = time.perf_counter() - started
-        return StepResult(loss, norm, targets, tokens, seconds, skipped, examples)
+        return StepResult(loss, learning_rate, norm, targets, tokens, seconds, skipped, examples)
 
     if targets == 0:
         return result(0.0, 0.0, "no targets")
@@ -107,12 +106,11 @@ def train_step(
             targets,
             precision=precision,
             scaler=scaler,
-            device=device,
             draw=draw,
             meanwhile=meanwhile,
             at_most=at_most,
         ),
-        device,
+        precision.device,
     )
     losses, norm, scale = computed or ([], math.nan, 1.0)
     mean = exact_sum(losses) / targets if losses else math.nan
@@ -137,7 +135,6 @@ def _gradient(
     *,
     precision: Precision,
     scaler: LossScaler | None,
-    device: torch.device,
     draw: tuple[int, int],
     meanwhile: Callable[[], object] | None,
     at_most: Callable[[], object] | None,
@@ -160,7 +157,7 @@ def _gradient(
         for micro_batch in batch:
             faultpoint("step.micro_batch")
             with precision.autocast():
-                loss = loss_sum(model, micro_batch, device, draw, gradient_scale)
+                loss = loss_sum(model, micro_batch, precision.device, draw, gradient_scale)
             if at_most is not None:
                 at_most()
             (loss * (scale / targets)).backward()

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data.batch import BATCHINGS, MicroBatch, micro_batches
+from data.batch import LAYOUTS, Batching, MicroBatch, micro_batches
 from data.examples import Examples, tokenise
 from data.prompt import PromptFormat
 from data.source import Row
@@ -39,11 +39,13 @@ def cut(
     return micro_batches(
         examples,
         indices,
-        micro_batch_size=size,
-        micro_batch_tokens=tokens,
-        batching=batching,
-        max_length=MAX_LENGTH,
-        pad_id=0,
+        Batching(
+            micro_batch_size=size,
+            micro_batch_tokens=tokens,
+            layout=batching,
+            max_length=MAX_LENGTH,
+            pad_id=0,
+        ),
     )
 
 
@@ -76,7 +78,7 @@ def test_targets_are_the_next_token_of_the_same_document(examples):
 
 
 def test_eos_is_a_target_though_the_pad_has_its_id(examples):
-    for batching in BATCHINGS:
+    for batching in LAYOUTS:
         for batch in cut(examples, range(40), batching=batching):
             for example, ids, targets in documents([batch]):
                 assert ids[-1] == 0 or len(ids) == MAX_LENGTH, example
@@ -99,8 +101,8 @@ def test_padding_is_the_pad_token_without_targets(examples, batching):
 
 
 CUTS = [
-    *({"size": size, "batching": b} for size in (1, 3, 8, 40, 100) for b in BATCHINGS),
-    *({"tokens": tokens, "batching": b} for tokens in (1, 60, 200, 10**6) for b in BATCHINGS),
+    *({"size": size, "batching": b} for size in (1, 3, 8, 40, 100) for b in LAYOUTS),
+    *({"tokens": tokens, "batching": b} for tokens in (1, 60, 200, 10**6) for b in LAYOUTS),
 ]
 
 
@@ -123,7 +125,7 @@ def test_cut_by_examples(examples):
     assert cut(examples, []) == []
 
 
-@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("batching", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 48, 100, 250])
 def test_cut_by_tokens_takes_as_many_as_fit(examples, batching, budget):
     indices = list(range(40))
@@ -145,7 +147,7 @@ def test_a_subset_keeps_the_index_that_keys_dropout(examples):
 
 
 def test_impossible_requests(examples):
-    with pytest.raises(ValueError, match="batching 'packed'"):
+    with pytest.raises(ValueError, match="layout 'packed'"):
         cut(examples, [0], batching="packed")
     with pytest.raises(ValueError, match="at least one example"):
         cut(examples, [0], size=0)
@@ -156,9 +158,5 @@ def test_impossible_requests(examples):
         micro_batches(
             examples,
             [longest],
-            micro_batch_size=1,
-            micro_batch_tokens=None,
-            batching="max_length",
-            max_length=3,
-            pad_id=0,
+            Batching(micro_batch_size=1, layout="max_length", max_length=3, pad_id=0),
         )

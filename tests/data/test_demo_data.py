@@ -6,7 +6,7 @@ import json
 import pytest
 from tokenizers import Tokenizer as Library
 
-from data.batch import micro_batches
+from data.batch import Batching, micro_batches
 from data.demo.build import (
     CHAT_TEMPLATE,
     DEMO,
@@ -122,11 +122,7 @@ def test_the_shipped_rows_make_batches():
     batches = micro_batches(
         examples,
         range(len(examples)),
-        micro_batch_size=8,
-        micro_batch_tokens=None,
-        batching="unpadded",
-        max_length=512,
-        pad_id=tokenizer.pad_id,
+        Batching(micro_batch_size=8, layout="unpadded", max_length=512, pad_id=tokenizer.pad_id),
     )
     assert sum(batch.num_tokens for batch in batches) == examples.counts.tokens
     assert examples.counts.examples == 80

@@ -5,7 +5,7 @@ import torch
 from interpreted import DEVICE, TRITON
 from small import FAMILIES, RaggedExamples, small_model
 
-from data.batch import micro_batches
+from data.batch import Batching, micro_batches
 from kernels.dispatch import operations
 from lora import LoraConfig, inject
 from models.layers import CausalLM
@@ -37,13 +37,9 @@ def test_loss_and_gradients_are_those_of_the_reference(
     family: str, method: str, checkpointing: bool
 ) -> None:
     batch = micro_batches(
-        RaggedExamples(LENGTHS),  # type: ignore[arg-type]
+        RaggedExamples(LENGTHS),
         [0, 1, 2],
-        micro_batch_size=3,
-        micro_batch_tokens=None,
-        batching="unpadded",
-        max_length=48,
-        pad_id=0,
+        Batching(micro_batch_size=3, layout="unpadded", max_length=48, pad_id=0),
     )[0]
     sides = []
     for backend in ("reference", "triton"):

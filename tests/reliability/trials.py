@@ -21,7 +21,7 @@ import pytest
 from files.atomic import sha256_file
 from files.faults import listening
 from files.folders import damage
-from train import session as session_module
+from train import loop
 from train.command import run_command
 from train.config.load import load_config
 from train.report import page as report
@@ -157,16 +157,16 @@ def attempt(values: Mapping[str, Any], listener: Callable[[str], None] | None = 
     """
     folder = Path(values["train.output_dir"])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    plain = session_module.Session.step
+    plain = loop.train_step
 
-    def entered(self: Any, step: int, batch: Any, *rest: Any) -> Any:
+    def entered(model: Any, optimizer: Any, batch: Any, **rest: Any) -> Any:
         ids = [int(example) for cut in batch for example in cut.examples]
         with open(folder.with_name("ledger.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps([step, ids]) + "\n")
-        return plain(self, step, batch, *rest)
+            file.write(json.dumps([rest["draw"][1], ids]) + "\n")
+        return plain(model, optimizer, batch, **rest)
 
     def work() -> int:
-        session_module.Session.step = entered
+        loop.train_step = entered
         report.draw_plots = lambda *_, **__: None
         with listening(listener or (lambda _: None)):
             return run_command(lambda: begin_or_resume(values))

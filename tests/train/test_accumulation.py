@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels.dropout
 import kernels.linears
 import kernels.rounding
-from data.batch import MicroBatch, micro_batches
+from data.batch import Batching, MicroBatch, micro_batches
 from kernels.attention import attention
 from kernels.dropout import module_id
 from kernels.segments import Segments
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]
 EXAMPLES = RaggedExamples(LENGTHS)
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
-BATCHINGS = ["unpadded", "longest", "max_length"]
+LAYOUTS = ["unpadded", "longest", "max_length"]
 
 
 class GradientsOnly(AdamW):
@@ -77,13 +77,15 @@ def cut(
     tokens: int | None = None,
 ) -> list[MicroBatch]:
     return micro_batches(
-        EXAMPLES,  # type: ignore[arg-type]
+        EXAMPLES,
         list(indices),
-        micro_batch_size=size,
-        micro_batch_tokens=tokens,
-        batching=batching,
-        max_length=48,
-        pad_id=0,
+        Batching(
+            micro_batch_size=size,
+            micro_batch_tokens=tokens,
+            layout=batching,
+            max_length=48,
+            pad_id=0,
+        ),
     )
 
 
@@ -104,7 +106,6 @@ def one_step(
         max_grad_norm=max_grad_norm,
         precision=Precision("fp32", CPU),
         scaler=scaler,
-        device=CPU,
         draw=draw,
     )
     return result, optimizer.seen
@@ -121,7 +122,7 @@ def assert_same(one: tuple, other: tuple, tolerance: float = 1e-12) -> None:
         assert difference <= tolerance, name
 
 
-@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("batching", LAYOUTS)
 @pytest.mark.parametrize(("size", "windows"), CUTS)
 def test_every_cut_and_every_padding_gives_one_loss_and_one_gradient(
     size: int, windows: int, batching: str
@@ -134,7 +135,7 @@ def test_every_cut_and_every_padding_gives_one_loss_and_one_gradient(
 
 @pytest.mark.parametrize("rope", [None, "dynamic"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("batching", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_and_lengths_that_are_rounded_up_change_nothing(
     family: str, batching: str, attention: str, rope: str | None, monkeypatch: pytest.MonkeyPatch
@@ -182,7 +183,7 @@ def dropped_step() -> tuple[StepResult, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("batching", LAYOUTS)
 @pytest.mark.parametrize(("size", "windows"), CUTS)
 def test_no_draw_depends_on_the_cut_the_padding_or_recomputation(
     size: int, windows: int, batching: str, checkpointing: bool, dropped_step: tuple
@@ -352,7 +353,6 @@ def test_a_batch_without_targets_is_skipped() -> None:
         max_grad_norm=1.0,
         precision=Precision("fp32", CPU),
         scaler=None,
-        device=CPU,
         draw=(0, 1),
     )
     assert result.skipped == "no targets"
@@ -379,12 +379,8 @@ def test_the_device_needs_no_fp64() -> None:
         evaluated = evaluate(
             model,
             examples,
-            precision=Precision("fp32", CPU),
-            device=CPU,
-            batch_size=3,
-            batching="unpadded",
-            max_length=48,
-            pad_id=0,
+            Batching(micro_batch_size=3, layout="unpadded", max_length=48, pad_id=0),
+            Precision("fp32", CPU),
         )
     assert result.targets == evaluated.targets
 
@@ -423,7 +419,6 @@ def test_a_step_waits_for_the_device_when_its_gradient_is_there_and_for_nothing_
             max_grad_norm=1.0,
             precision=Precision("fp32", CPU),
             scaler=None,
-            device=CPU,
             draw=(0, 1),
             meanwhile=lambda: at.append(len(waits.seen)),
         )
@@ -443,7 +438,6 @@ def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, A
         max_grad_norm=1.0,
         precision=Precision("fp32", CPU),
         scaler=scaler,
-        device=CPU,
         draw=(0, 1),
     )
     return result, optimizer
@@ -515,7 +509,6 @@ def test_the_head_s_own_gradient_is_under_the_scaler_too() -> None:
             max_grad_norm=0.0,
             precision=Precision(name, CPU),
             scaler=scaler,
-            device=CPU,
             draw=(0, 1),
         )
         assert result.skipped is None, name

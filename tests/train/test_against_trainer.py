@@ -17,8 +17,8 @@ import lora
 from models import load_model
 from models.layers import CausalLM
 from models.weights import save_model
+from train.batches import StepBatches
 from train.config.load import load_config
-from train.loop import StepBatches
 from train.optim.adamw import build_optimizer
 from train.plan.steps import plan_run
 from train.precision import Precision
@@ -123,7 +123,6 @@ def our_rows(model: CausalLM, **settings: Any) -> Rows:
             max_grad_norm=config.optimizer.max_grad_norm,
             precision=Precision("fp32", torch.device("cpu")),
             scaler=None,
-            device=torch.device("cpu"),
             draw=(42, step),
         )
         rows.append(

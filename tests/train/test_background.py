@@ -9,9 +9,9 @@ from recorded import disk_calls
 
 from files.errors import UserError
 from files.faults import listening
-from train import session as session_module
 from train.config.load import load_config
 from train.run import execute
+from train.saving import saver
 from train.saving.background import BackgroundWriter
 
 
@@ -115,7 +115,7 @@ def test_a_save_holds_the_weights_of_its_step_though_training_goes_on(
     with listening(late):
         background = train(settings(model_folder, rows_file, tmp_path / "a"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_module, "available_memory", lambda _: 0)
+        patch.setattr(saver, "available_memory", lambda _: 0)
         foreground = train(settings(model_folder, rows_file, tmp_path / "b"))
     for step in ("step-00000002", "step-00000004"):
         for file in ("adapter_model.safetensors", "optimizer.safetensors"):
@@ -126,7 +126,7 @@ def test_a_save_holds_the_weights_of_its_step_though_training_goes_on(
 def test_without_room_for_a_copy_training_waits_for_the_writing(
     model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "available_memory", lambda _: 0)
+    monkeypatch.setattr(saver, "available_memory", lambda _: 0)
     threads = set()
 
     def listener(name: str) -> None:
@@ -148,7 +148,7 @@ def test_minutes_between_saves_are_minutes(
         nonlocal now
         now += 25.0 * (name == "step.recorded")
 
-    monkeypatch.setattr(session_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(saver.time, "monotonic", lambda: now)
     values = settings(model_folder, rows_file, tmp_path / "run", **{"checkpoint.steps": "none"})
     values |= {"checkpoint.minutes": 1, "checkpoint.total_limit": "none", "train.max_steps": 7}
     with listening(step_done):

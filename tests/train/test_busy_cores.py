@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import session
 from train.config.load import load_config
-from train.log import busy_cores
+from train.log import busy_cores, records
 from train.log.busy_cores import BusyCores, busy_text, thread_times, threads_spin
 from train.run import run
 
@@ -118,7 +117,7 @@ def test_a_run_says_it_once_and_names_what_to_type(
     def busy(spinning: bool) -> BusyCores:
         return BusyCores(spinning, lambda: {"1": ((at := next(ticks)) * SECOND, at * SECOND)})
 
-    monkeypatch.setattr(session, "BusyCores", busy)
+    monkeypatch.setattr(records, "BusyCores", busy)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     settings = {
         "model.path": str(model_folder),

@@ -8,8 +8,8 @@ from recorded import disk_calls
 
 from files.errors import UserError
 from files.folders import damage
-from train.early_stopping import EarlyStopping
-from train.saving.checkpoints import Checkpoints, TrainState, read_state
+from train.saving.checkpoints import Checkpoints, read_state
+from train.state import EarlyStopping, TrainState
 
 
 def state_at(step: int, best_step: int | None = None) -> TrainState:

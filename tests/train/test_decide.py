@@ -11,11 +11,12 @@ import torch
 from small import FAMILIES, SMALL
 
 import kernels.attention as attention_module
+import train.loop as loop_module
 import train.saving.checkpoints as checkpoint_module
-import train.session as session_module
 from files.errors import UserError
 from models.config import parse_config
 from train.config.load import load_config, preset_names
+from train.dataset import load_data
 from train.plan.decide import (
     UNKNOWN,
     Machine,
@@ -252,16 +253,18 @@ class Ran:
     micro_batches: list[list[int]] = field(default_factory=list)  # rows of each, by step
     examples: list[int] = field(default_factory=list)
     attention: set[str] = field(default_factory=set)
-    session: Any = None
+    model: Any = None
+    optimizer: Any = None
+    precision: Any = None
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     seen = Ran()
-    step, save = session_module.Session.step, checkpoint_module.Checkpoints.save
+    step, save = loop_module.train_step, checkpoint_module.Checkpoints.save
 
-    def watched_step(self: Any, number: int, batch: Any, *arguments: Any) -> Any:
-        seen.session = self
+    def watched_step(model: Any, optimizer: Any, batch: Any, **named: Any) -> Any:
+        seen.model, seen.optimizer, seen.precision = model, optimizer, named["precision"]
         seen.micro_batches.append([len(part.input_ids) for part in batch])
         seen.examples.append(sum(len(part.examples) for part in batch))
         with monkeypatch.context() as patch:
@@ -274,13 +277,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
                     return _plain(*values)
 
                 patch.setattr(attention_module, name, watched)
-            return step(self, number, batch, *arguments)
+            return step(model, optimizer, batch, **named)
 
     def watched_save(self: Any, state: Any, *arguments: Any, **keys: Any) -> Any:
         seen.saved.append(state["step"])
         return save(self, state, *arguments, **keys)
 
-    monkeypatch.setattr(session_module.Session, "step", watched_step)
+    monkeypatch.setattr(loop_module, "train_step", watched_step)
     monkeypatch.setattr(checkpoint_module.Checkpoints, "save", watched_save)
     monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: None)
     return seen
@@ -337,7 +340,7 @@ def test_what_is_planned_is_what_runs(
     assert full
     assert max(ran.examples) == batch
     most = max(map(max, ran.micro_batches))
-    data = ran.session.data
+    data = load_data(config, Path(models[family]), None)
     bound, longest = micro_batch_tokens(config, data.train.lengths.tolist())
     assert longest == data.train.counts.longest
     assert most <= bound
@@ -349,27 +352,25 @@ def test_what_is_planned_is_what_runs(
         counts = [len(parts) for parts in ran.micro_batches]
         assert max(counts) == planned["micro_batches_per_step"]
 
-    session = ran.session
-    assert planned["device"] == session.device.type
-    assert planned["precision"] == session.precision.name
-    assert planned["kernels"] == session.model.operations.name
-    assert planned["gradient_checkpointing"] is session.model.gradient_checkpointing
+    assert planned["device"] == ran.precision.device.type
+    assert planned["precision"] == ran.precision.name
+    assert planned["kernels"] == ran.model.operations.name
+    assert planned["gradient_checkpointing"] is ran.model.gradient_checkpointing
     assert {planned["attention"]} == ran.attention
     assert planned["trainable_parameters"] == status["trainable_parameters"]
     assert planned["total_parameters"] == status["total_parameters"]
     weights = sum(
         parameter.numel() * parameter.element_size()
-        for name, parameter in session.model.named_parameters()
+        for name, parameter in ran.model.named_parameters()
         if ".lora_" not in name
     )
     lowered = planned["memory"]["weights"] - weights
     assert lowered >= 0  # copies that autocast makes
     assert planned["memory"]["adapters"] + weights == sum(
-        parameter.numel() * parameter.element_size() for parameter in session.model.parameters()
+        parameter.numel() * parameter.element_size() for parameter in ran.model.parameters()
     )
     state = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in session.optimizer.state_tensors().values()
+        tensor.numel() * tensor.element_size() for tensor in ran.optimizer.state_tensors().values()
     )
     assert planned["memory"]["optimizer"] == pytest.approx(state, rel=0.01)
 

@@ -2,7 +2,7 @@
 
 import math
 
-from train.early_stopping import EarlyStopping
+from train.state import EarlyStopping
 
 
 def failures_after(stopping: EarlyStopping, losses: list[float]) -> list[int]:

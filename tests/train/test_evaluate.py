@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from small import RaggedExamples, small_model
 
-from data.batch import BATCHINGS
+from data.batch import LAYOUTS, Batching
 from models.layers import CausalLM
 from train import evaluate as module
 from train.evaluate import evaluate
@@ -19,19 +19,14 @@ DROPOUTS = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dr
 
 
 def loss_of(model: CausalLM, precision: str = "fp32", **settings: Any) -> float:
-    given = {"batch_size": 3, "batching": "unpadded", "max_length": 48, "pad_id": 0, **settings}
-    result = evaluate(
-        model,
-        EXAMPLES,  # type: ignore[arg-type]
-        precision=Precision(precision, CPU),
-        device=CPU,
-        **given,
-    )
+    given = {"micro_batch_size": 3, "layout": "unpadded", "max_length": 48, "pad_id": 0, **settings}
+    examples: Any = EXAMPLES
+    result = evaluate(model, examples, Batching(**given), Precision(precision, CPU))
     assert result.targets == EXAMPLES.num_targets.sum()
     return result.loss
 
 
-@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("batching", LAYOUTS)
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
 def test_it_is_the_token_mean_without_dropout(batch_size: int, batching: str) -> None:
     """Against dense logits, in fp64; batches of 3 leave one of 2 at the end."""
@@ -42,7 +37,7 @@ def test_it_is_the_token_mean_without_dropout(batch_size: int, batching: str) ->
         with torch.no_grad():
             logits = model(ids[None])[0]
         total += F.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
-    loss = loss_of(model, batch_size=batch_size, batching=batching)
+    loss = loss_of(model, micro_batch_size=batch_size, layout=batching)
     assert loss == pytest.approx(total / EXAMPLES.num_targets.sum(), rel=1e-12)
 
 
@@ -75,12 +70,8 @@ def test_a_set_without_targets_is_zero_not_nan() -> None:
         example.labels.fill(-100)
     result = evaluate(
         small_model("llama"),
-        empty,  # type: ignore[arg-type]
-        precision=Precision("fp32", CPU),
-        device=CPU,
-        batch_size=2,
-        batching="unpadded",
-        max_length=48,
-        pad_id=0,
+        empty,
+        Batching(micro_batch_size=2, layout="unpadded", max_length=48, pad_id=0),
+        Precision("fp32", CPU),
     )
     assert (result.loss, result.targets) == (0.0, 0)

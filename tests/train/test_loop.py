@@ -1,8 +1,9 @@
-"""The loop against a session that only writes down what it is asked for."""
+"""The loop against records and a saver that write down what they are asked for."""
 
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +11,17 @@ from small import RaggedExamples
 
 from data.batch import MicroBatch
 from data.order import epoch_order
+from train import batches as batches_module
 from train import loop
+from train.batches import StepBatches
 from train.config.load import load_config
 from train.config.schema import RunConfig
-from train.early_stopping import EarlyStopping
-from train.loop import StepBatches, advance, train
+from train.dataset import Data
+from train.evaluate import EvalResult
+from train.loop import advance, train
 from train.plan.steps import RunPlan, plan_run
-from train.prepare import Data
-from train.saving.checkpoints import TrainState
 from train.signals import Signals
+from train.state import EarlyStopping, TrainState
 from train.step import StepResult
 
 LENGTHS = [5, 31, 12, 18, 27, 9, 40, 14, 22, 6]  # ten examples in steps of four: 4, 4, 2
@@ -29,7 +32,7 @@ class Tokenizer:
     pad_id = 7
 
 
-def configured(**settings: Any) -> tuple[RunConfig, RunPlan, StepBatches]:
+def configured(**settings: Any) -> tuple[RunConfig, RunPlan, Data]:
     keys = {
         "train.per_device_train_batch_size": 2,
         "train.gradient_accumulation_steps": 2,
@@ -40,69 +43,77 @@ def configured(**settings: Any) -> tuple[RunConfig, RunPlan, StepBatches]:
         **settings,
     }
     config = load_config(overrides=keys)
-    plan = plan_run(config, len(EXAMPLES))
-    data = Data(Tokenizer(), None, EXAMPLES, None, None)  # type: ignore[arg-type]
-    return config, plan, StepBatches.of(config, plan, data)
+    data = Data(Tokenizer(), None, EXAMPLES, EXAMPLES, None)  # type: ignore[arg-type]
+    return config, plan_run(config, len(EXAMPLES)), data
 
 
-class Silent:
-    """A writer with nothing to write, and a console that nobody reads."""
+def batches_of(**settings: Any) -> tuple[RunPlan, StepBatches]:
+    config, plan, data = configured(**settings)
+    return plan, StepBatches.of(config, plan, data)
 
-    def check(self) -> None: ...
 
-    def wait(self) -> None: ...
-
-    def say(self, text: str) -> None: ...
+def done(loss: float = 1.0, skipped: str | None = None) -> StepResult:
+    return StepResult(loss, 1e-4, 1.0, 3, 4, 0.5, skipped)
 
 
 class Recorder:
-    """A session whose steps give what `result` says and whose evaluations give `losses`."""
+    """Records and saver of a run whose steps give what `result` says, evaluations `losses`."""
 
     def __init__(
         self,
         losses: list[float] | None = None,
         patience: int | None = None,
-        result: Callable[[int], StepResult] = lambda step: StepResult(1.0, 1.0, 3, 4, 0.5),
-        signals: Signals | None = None,
+        result: Callable[[int], StepResult] = lambda step: done(),
     ) -> None:
         self.state = TrainState(EarlyStopping(patience))
         self.losses = iter(losses or [])
         self.result = result
-        self.signals = signals
         self.events: list[tuple[str, int]] = []
         self.examples: list[list[int]] = []
         self.rates: list[float] = []
         self.spikes: list[float | None] = []
-        self.writer = self.console = Silent()
+        self.writer = SimpleNamespace(check=lambda: None)
 
-    def step(
+    def train_step(
         self,
-        step: int,
+        model: Any,
+        optimizer: Any,
         batch: list[MicroBatch],
+        *,
         learning_rate: float,
+        draw: tuple[int, int],
         meanwhile: Callable[[], object] | None,
+        **_: Any,
     ) -> StepResult:
         if meanwhile is not None:
             meanwhile()
-        assert step == self.state.step + 1
+        seed, step = draw
+        assert (seed, step) == (5, self.state.step + 1)
         self.events.append(("step", step))
         self.examples.append([index for part in batch for index in part.examples])
         self.rates.append(learning_rate)
         return self.result(step)
 
-    def record_step(self, result: StepResult, learning_rate: float, spike: float | None) -> None:
-        assert learning_rate == self.rates[-1]
+    def evaluate(self, *_: Any) -> EvalResult:
+        self.events.append(("evaluate", self.state.step))
+        return EvalResult(next(self.losses), 7, 0.1)
+
+    def step(self, result: StepResult, spike: float | None) -> None:
         self.events.append(("record", self.state.step))
         self.spikes.append(spike)
 
-    def evaluate_valid(self) -> bool:
-        self.events.append(("evaluate", self.state.step))
-        return self.state.stopping.observe(self.state.step, next(self.losses))
+    def evaluation(
+        self, split: str, result: EvalResult, *, best: bool, train_loss: float | None
+    ) -> None:
+        assert split == "valid"
+        assert best == (self.state.stopping.best_step == self.state.step)
+        assert train_loss is not None
+        assert self.state.targets_since_eval == 0
 
     def save(self, *, best: bool, checkpoint: bool) -> None:
         self.events += [("best", self.state.step)] * best + [("save", self.state.step)] * checkpoint
 
-    def save_is_due(self) -> bool:
+    def is_due(self) -> bool:
         return False
 
     def steps_of(self, kind: str) -> list[int]:
@@ -110,8 +121,24 @@ class Recorder:
 
 
 def run(recorder: Recorder, signals: Signals | None = None, **settings: Any) -> str:
-    _, plan, batches = configured(**settings)
-    return train(recorder, plan, batches, signals or Signals())  # type: ignore[arg-type]
+    config, plan, data = configured(**settings)
+    given: Any = SimpleNamespace(
+        config=config,
+        plan=plan,
+        data=data,
+        evaluation_batching=None,
+        model=SimpleNamespace(gradient_checkpointing=True),
+        optimizer=None,
+        precision=None,
+        scaler=None,
+        state=recorder.state,
+        records=recorder,
+        saver=recorder,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", recorder.train_step)
+        patch.setattr(loop, "evaluate", recorder.evaluate)
+        return train(given, signals or Signals())
 
 
 def test_it_does_what_the_plan_says_in_this_order() -> None:
@@ -148,7 +175,7 @@ def test_a_signal_ends_it_after_the_step_with_a_save() -> None:
 
     def result(step: int) -> StepResult:
         signals.stop = signal.SIGTERM if step == 2 else None
-        return StepResult(1.0, 1.0, 3, 4, 0.5)
+        return done()
 
     recorder = Recorder(result=result, losses=[1.0])
     assert run(recorder, signals, **{"checkpoint.steps": "none"}) == "sigterm"
@@ -174,8 +201,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_it(
     bad: set[int], reason: str, last: int
 ) -> None:
     def result(step: int) -> StepResult:
-        skipped = "non-finite" if step in bad else None
-        return StepResult(float("nan") if skipped else 1.0, 1.0, 3, 4, 0.5, skipped)
+        return done(float("nan"), "non-finite") if step in bad else done()
 
     recorder = Recorder(result=result, losses=[1.0])
     assert run(recorder, **{"checkpoint.steps": "none"}) == reason
@@ -185,25 +211,27 @@ def test_three_steps_in_a_row_that_are_not_finite_end_it(
 
 def test_the_train_loss_since_the_last_evaluation_is_a_token_mean() -> None:
     state = TrainState(EarlyStopping(None))
-    advance(state, StepResult(loss=4.0, grad_norm=1.0, targets=10, tokens=12, seconds=1.0))
-    advance(state, StepResult(loss=1.0, grad_norm=1.0, targets=30, tokens=31, seconds=2.0))
+    advance(state, StepResult(4.0, 1e-4, grad_norm=1.0, targets=10, tokens=12, seconds=1.0))
+    advance(state, StepResult(1.0, 1e-4, grad_norm=1.0, targets=30, tokens=31, seconds=2.0))
     assert state.loss_since_eval / state.targets_since_eval == (4.0 * 10 + 1.0 * 30) / 40
     assert (state.step, state.targets, state.tokens, state.seconds) == (2, 40, 43, 3.0)
-    skipped = StepResult(float("nan"), 1.0, 5, 6, 1.0, "non-finite")
+    skipped = StepResult(float("nan"), 1e-4, 1.0, 5, 6, 1.0, "non-finite")
     advance(state, skipped)
     assert (state.targets_since_eval, state.targets, state.tokens) == (40, 40, 49)
     assert (state.step, state.skipped, state.non_finite_in_a_row) == (3, 1, 1)
-    advance(state, StepResult(0.0, 0.0, 0, 6, 1.0, "no targets"))
+    advance(state, StepResult(0.0, 1e-4, 0.0, 0, 6, 1.0, "no targets"))
     assert (state.skipped, state.non_finite_in_a_row) == (2, 0)
 
 
 def test_the_next_step_is_cut_ahead_and_handed_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, plan, batches = configured()
+    plan, batches = batches_of()
     expected = [part.input_ids for part in batches.cut(*plan.batch(2), 2)]
     made = []
-    cutter = loop.micro_batches
+    cutter = batches_module.micro_batches
     monkeypatch.setattr(
-        loop, "micro_batches", lambda *given, **named: made.append(1) or cutter(*given, **named)
+        batches_module,
+        "micro_batches",
+        lambda *given, **named: made.append(1) or cutter(*given, **named),
     )
     batches.cut_ahead(*plan.batch(2), 2)
     batches.cut_ahead(*plan.batch(2), 2)  # as where an overflow has a step computed again
@@ -217,7 +245,7 @@ def test_the_next_step_is_cut_ahead_and_handed_out_once(monkeypatch: pytest.Monk
         def broken(*_: Any, **__: Any) -> list[MicroBatch]:
             raise OSError("disk")
 
-        patch.setattr(loop, "micro_batches", broken)
+        patch.setattr(batches_module, "micro_batches", broken)
         batches.cut_ahead(*plan.batch(2), 2)  # the step that is being computed goes on
         with pytest.raises(OSError, match="disk"):
             batches.cut(*plan.batch(2), 2)
@@ -231,16 +259,18 @@ def test_a_run_cuts_each_step_once_and_nothing_behind_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
-    cutter = loop.micro_batches
+    cutter = batches_module.micro_batches
     monkeypatch.setattr(
-        loop, "micro_batches", lambda *given, **named: made.append(1) or cutter(*given, **named)
+        batches_module,
+        "micro_batches",
+        lambda *given, **named: made.append(1) or cutter(*given, **named),
     )
     assert run(Recorder(losses=[3.0] * 6)) == "completed"
     assert len(made) == 6
 
 
 def test_batches_are_cut_and_ordered_as_configured() -> None:
-    _, plan, batches = configured(**{"data.group_by_length": True})
+    plan, batches = batches_of(**{"data.group_by_length": True})
     expected = epoch_order(10, seed=5, epoch=1, lengths=EXAMPLES.lengths, group_size=4)
     assert batches.order(1).tolist() == expected.tolist()
     assert batches.order(0).tolist() != expected.tolist()
@@ -248,12 +278,12 @@ def test_batches_are_cut_and_ordered_as_configured() -> None:
     assert [len(part.examples) for part in micro] == [2, 2]
     assert all(part.padded_length is None for part in micro)
     assert len(batches.cut(*plan.batch(1), divisor=1024)) == 4
-    _, plan, batches = configured(**{"data.shuffle": False, "data.batching": "max_length"})
+    plan, batches = batches_of(**{"data.shuffle": False, "data.batching": "max_length"})
     (first, second) = batches.cut(*plan.batch(1))
     assert (first.examples, second.examples) == ((0, 1), (2, 3))
     assert first.padded_length == 40
     assert first.input_ids[5] == Tokenizer.pad_id
-    _, plan, batches = configured(**{"train.micro_batch_tokens": 60, "data.shuffle": False})
+    plan, batches = batches_of(**{"train.micro_batch_tokens": 60, "data.shuffle": False})
     assert [part.examples for part in batches.cut(*plan.batch(1))] == [(0, 1, 2), (3,)]
     halved = batches.cut(*plan.batch(1), divisor=2)
     assert [part.examples for part in halved] == [(0,), (1,), (2, 3)]
@@ -261,9 +291,7 @@ def test_batches_are_cut_and_ordered_as_configured() -> None:
 
 
 def test_a_spike_is_handed_to_the_records() -> None:
-    recorder = Recorder(
-        result=lambda step: StepResult(9.0 if step == 2 else 1.0, 1.0, 3, 4, 0.5), losses=[1.0]
-    )
+    recorder = Recorder(result=lambda step: done(9.0 if step == 2 else 1.0), losses=[1.0])
     recorder.state.recent_losses = [1.0, 1.1] * 20
     run(recorder, **{"checkpoint.steps": "none"})
     assert [spike is not None for spike in recorder.spikes] == [False, True, *[False] * 4]

@@ -13,7 +13,7 @@ from small import FAMILIES, RaggedExamples, small_model
 from test_resume import settings, stop_after, train, trained_bits
 
 from benchmarks.gpu import Work, _gate_fault, gate, rows
-from data.batch import micro_batches
+from data.batch import Batching, micro_batches
 from kernels.dispatch import operations
 from lora import LoraConfig, inject
 from models import build
@@ -105,7 +105,6 @@ def one_step(family: str, backend: str, precision: str, **cut: Any) -> tuple[Ste
         max_grad_norm=1.0,
         precision=Precision(precision, CUDA),
         scaler=None,
-        device=CUDA,
         draw=(42, 7),
     )
     return result, seen
@@ -143,11 +142,7 @@ def test_a_step_waits_for_the_device_only_at_its_end(backend: str) -> None:
     batch = micro_batches(
         examples,
         range(len(LENGTHS)),
-        micro_batch_size=3,
-        micro_batch_tokens=None,
-        batching="unpadded",
-        max_length=200,
-        pad_id=0,
+        Batching(micro_batch_size=3, layout="unpadded", max_length=200, pad_id=0),
     )
     for number in (1, 2):  # the first may compile and load
         torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
@@ -160,7 +155,6 @@ def test_a_step_waits_for_the_device_only_at_its_end(backend: str) -> None:
                 max_grad_norm=1.0,
                 precision=Precision("bf16", CUDA),
                 scaler=None,
-                device=CUDA,
                 draw=(42, number),
                 meanwhile=lambda: torch.cuda.set_sync_debug_mode("default"),
             )
@@ -216,17 +210,12 @@ def test_the_ledger_is_near_what_a_step_takes(method: str, checkpointing: bool) 
             micro_batches(
                 examples,
                 range(16),
-                micro_batch_size=16,
-                micro_batch_tokens=None,
-                batching="unpadded",
-                max_length=512,
-                pad_id=0,
+                Batching(micro_batch_size=16, layout="unpadded", max_length=512, pad_id=0),
             ),
             learning_rate=1e-3,
             max_grad_norm=1.0,
             precision=Precision("bf16", CUDA),
             scaler=None,
-            device=CUDA,
             draw=(42, number),
         )
     taken = torch.cuda.max_memory_allocated() - before

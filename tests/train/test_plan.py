@@ -640,7 +640,7 @@ def offline(*_: object, **__: object) -> None:
 def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("train.prepare.find_model", offline)
+    monkeypatch.setattr("train.base_model.find_model", offline)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "x"}\n' * 40)
     config = load_config("llama2-7b", overrides={"data.train": str(rows), "valid_fraction": 0.2})
@@ -658,7 +658,7 @@ def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
 def test_the_claim_stands_in_where_the_data_set_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("train.prepare.find_model", offline)
+    monkeypatch.setattr("train.base_model.find_model", offline)
     monkeypatch.setattr("data.source.read_rows", offline)
     print_plan(load_config("starcoder2-3b"), as_json=True)
     document = json.loads(capsys.readouterr().out)

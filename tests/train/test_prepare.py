@@ -11,9 +11,11 @@ import torch
 from data.locate import open_source
 from files.errors import UserError
 from models.config import read_config
+from train.base_model import base_dtype
 from train.config.load import load_config, to_toml
+from train.config.paths import with_whole_paths
+from train.dataset import Data, load_data
 from train.plan.decide import Machine, decide
-from train.prepare import Data, base_dtype, load_data, with_whole_paths
 
 
 def load(model: Path, rows: Path, **settings: object) -> Data:

@@ -17,7 +17,7 @@ from files.faults import listening
 from files.folders import replace_folder
 from files.tensors import TensorFile
 from lora import adapter_tensors
-from train import session as session_module
+from train import finish, loop
 from train.config.load import load_config
 from train.precision import LossScaler
 from train.run import Outcome, execute, main
@@ -82,14 +82,14 @@ def last_state(run: Path) -> dict[str, Any]:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     """Let the process send itself a signal while it does the given step."""
-    plain = session_module.Session.step
+    plain = loop.train_step
 
-    def step_and_signal(self: Any, at: int, *arguments: Any) -> Any:
-        if at == step:
+    def step_and_signal(*arguments: Any, **named: Any) -> Any:
+        if named["draw"][1] == step:
             os.kill(os.getpid(), number)
-        return plain(self, at, *arguments)
+        return plain(*arguments, **named)
 
-    monkeypatch.setattr(session_module.Session, "step", step_and_signal)
+    monkeypatch.setattr(loop, "train_step", step_and_signal)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -349,7 +349,7 @@ def test_other_data_is_refused(
 
 
 def test_other_threads_are_warned_about() -> None:
-    from train.saving.resume import check_identity
+    from train.saving.identity import check_identity
 
     saved = {
         "config": {},
@@ -389,7 +389,7 @@ def test_a_run_without_a_checkpoint_starts_from_the_first_step(
 
 
 def test_the_data_fingerprint_is_compared_not_only_the_path() -> None:
-    from train.saving.resume import check_identity
+    from train.saving.identity import check_identity
 
     saved = {"config": {}, "data": {"train": "abc"}, "model": {}, "machine": {}}
     with pytest.raises(UserError, match=r"data\.train is not the data"):
@@ -479,7 +479,7 @@ def test_the_test_set_is_evaluated_with_the_weights_of_final(
     model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first evaluation is made the best of all, so that the last step's weights are others."""
-    evaluate = session_module.evaluate
+    evaluate = loop.evaluate
     judged: list[dict[str, torch.Tensor]] = []
 
     def first_is_best(model: Any, *given: Any, **named: Any) -> Any:
@@ -487,7 +487,8 @@ def test_the_test_set_is_evaluated_with_the_weights_of_final(
         result = evaluate(model, *given, **named)
         return dataclasses.replace(result, loss=0.5) if len(judged) == 1 else result
 
-    monkeypatch.setattr(session_module, "evaluate", first_is_best)
+    for module in (loop, finish):
+        monkeypatch.setattr(module, "evaluate", first_is_best)
     values = {"data.test": str(rows_file / "test.jsonl"), "checkpoint.load_best_at_end": True}
     run = train(settings(model_folder, rows_file, tmp_path / "run", **values)).folder
     with TensorFile(run / "final" / "adapter_model.safetensors") as file:

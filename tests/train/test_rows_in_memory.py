@@ -15,7 +15,7 @@ from data.source import read_rows
 from files.atomic import sha256_file
 from files.errors import UserError
 from train.config.load import load_config
-from train.prepare import with_rows
+from train.dataset import with_rows
 from train.run import execute, run
 from train.saving.resume import find_run
 

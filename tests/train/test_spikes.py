@@ -11,12 +11,10 @@ import torch
 
 from train import step as step_module
 from train.config.load import load_config
-from train.early_stopping import EarlyStopping
 from train.loop import advance
 from train.run import execute
-from train.saving.checkpoints import TrainState
 from train.saving.resume import find_run
-from train.spikes import DEVIATIONS, MIN_LOSSES, WINDOW, observe_loss
+from train.state import DEVIATIONS, MIN_LOSSES, WINDOW, EarlyStopping, TrainState, observe_loss
 from train.step import StepResult
 
 
@@ -57,11 +55,11 @@ def test_the_window_moves_and_holds_spikes_too() -> None:
 def test_skipped_steps_and_losses_that_are_not_finite_stay_out_of_the_window() -> None:
     state = TrainState(EarlyStopping(None), recent_losses=losses(40))
     before = list(state.recent_losses)
-    assert advance(state, StepResult(float("nan"), 1.0, 3, 4, 0.1, "non-finite")) is None
-    assert advance(state, StepResult(9.0, float("inf"), 3, 4, 0.1, "non-finite")) is None
-    assert advance(state, StepResult(0.0, 0.0, 0, 4, 0.1, "no targets")) is None
+    assert advance(state, StepResult(float("nan"), 1e-4, 1.0, 3, 4, 0.1, "non-finite")) is None
+    assert advance(state, StepResult(9.0, 1e-4, float("inf"), 3, 4, 0.1, "non-finite")) is None
+    assert advance(state, StepResult(0.0, 1e-4, 0.0, 0, 4, 0.1, "no targets")) is None
     assert state.recent_losses == before
-    spike = advance(state, StepResult(9.0, 1.0, 3, 4, 0.1))
+    spike = advance(state, StepResult(9.0, 1e-4, 1.0, 3, 4, 0.1))
     assert spike is not None and spike > DEVIATIONS
     assert state.recent_losses == [*before, 9.0]
 

@@ -13,8 +13,8 @@ from files import folders
 from files.atomic import RunLock
 from files.errors import UserError
 from files.folders import make_free_folder
-from train import session as session_module
 from train.config.load import load_config
+from train.log import records
 from train.run import main, run
 
 
@@ -150,7 +150,7 @@ def test_whatever_ends_a_start_frees_its_folder(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "Console", fail)
+        patch.setattr(records, "Console", fail)
         with pytest.raises(type(error)):
             run(load_config(overrides=overrides(arguments, output)))
     assert not output.exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import RaggedExamples, small_model
 
-from data.batch import MicroBatch, micro_batches
+from data.batch import Batching, MicroBatch, micro_batches
 from files.atomic import sha256_file
 from files.errors import UserError
 from files.faults import listening
@@ -20,19 +20,20 @@ from files.folders import damage
 from lora import LoraConfig, inject
 from models.layers import CausalLM
 from train import evaluate as evaluate_module
+from train import loop
 from train import step as step_module
+from train.batches import StepBatches
 from train.config.load import load_config
-from train.early_stopping import EarlyStopping
 from train.evaluate import evaluate
-from train.loop import StepBatches, step_that_fits
+from train.loop import step_that_fits
 from train.memory import is_out_of_memory, within_memory
 from train.optim.adamw import AdamW, build_optimizer
 from train.optim.buffers import Optimizer
 from train.plan.steps import plan_run
 from train.precision import LossScaler, Precision
 from train.run import execute, main
-from train.saving.checkpoints import TrainState
 from train.saving.resume import find_run
+from train.state import EarlyStopping, TrainState
 from train.step import StepResult, train_step
 
 CPU = torch.device("cpu")
@@ -95,11 +96,7 @@ def cut(size: int) -> list[MicroBatch]:
     return micro_batches(
         EXAMPLES,
         range(8),
-        micro_batch_size=size,
-        micro_batch_tokens=None,
-        batching="unpadded",
-        max_length=48,
-        pad_id=0,
+        Batching(micro_batch_size=size, layout="unpadded", max_length=48, pad_id=0),
     )
 
 
@@ -118,7 +115,6 @@ def one_step(
         max_grad_norm=1.0,
         precision=Precision("fp32", CPU),
         scaler=scaler,
-        device=CPU,
         draw=(0, number),
     )
 
@@ -206,7 +202,7 @@ class GradientsOnly(AdamW):
 
 
 class OneStep:
-    """A session that does steps, says what it says into a list, and has nothing to write."""
+    """A run that does a step, says what it says into a list, and has nothing to write."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
@@ -215,27 +211,29 @@ class OneStep:
         )
         self.state = TrainState(EarlyStopping(None))
         self.said: list[str] = []
-        self.console = SimpleNamespace(say=self.said.append)
+        self.records = SimpleNamespace(say=self.said.append)
+        self.precision, self.scaler = Precision("fp32", CPU), None
+        self.memory = SimpleNamespace(observe=None)
         self.sizes: list[list[int]] = []
-
-    def step(
-        self, step: int, batch: list[MicroBatch], learning_rate: float, meanwhile: Any
-    ) -> StepResult:
-        meanwhile()
-        self.sizes.append([len(part.examples) for part in batch])
-        return one_step(self.model, self.optimizer, batch, number=step)
 
 
 def redone(dtype: torch.dtype, faults: Faults, **settings: Any) -> tuple[OneStep, StepResult]:
     """Do the first step of a run of eight examples, memory running out as `faults` say."""
     keys = {"train.effective_batch_size": 8, "train.max_steps": 3, "data.max_length": 48}
-    config = load_config(overrides={**keys, "data.shuffle": False, **settings})
-    plan = plan_run(config, 8)
+    run: Any = OneStep(network(dtype))
+    run.config = load_config(overrides={**keys, "data.shuffle": False, **settings})
+    run.plan = plan_run(run.config, 8)
     data: Any = SimpleNamespace(train=EXAMPLES, tokenizer=SimpleNamespace(pad_id=0))
-    session: Any = OneStep(network(dtype))
-    with listening(faults):
-        result = step_that_fits(session, plan, StepBatches.of(config, plan, data), 1)
-    return session, result
+
+    def one(model: Any, optimizer: Any, batch: list[MicroBatch], **given: Any) -> StepResult:
+        given["meanwhile"]()
+        run.sizes.append([len(part.examples) for part in batch])
+        return one_step(model, optimizer, batch, number=given["draw"][1])
+
+    with listening(faults), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", one)
+        result = step_that_fits(run, StepBatches.of(run.config, run.plan, data), 1)
+    return run, result
 
 
 NEVER = Faults(lambda *_: False)
@@ -260,38 +258,38 @@ def test_the_redone_step_is_the_same_step(
     micro_batch: int,
     dtype: torch.dtype,
 ) -> None:
-    expected_session, expected = redone(dtype, NEVER, **settings)
-    session, result = redone(dtype, Faults(lambda _, j: j == micro_batch), **settings)
-    assert (expected_session.sizes, session.sizes) == ([before], [before, after])
-    assert (result.skipped, session.state.micro_batch_divisor) == (None, 2)
-    assert len(session.said) == 1
-    assert "out of memory at step 1" in session.said[0]
-    assert "1/2" in session.said[0]
+    before_run, expected = redone(dtype, NEVER, **settings)
+    run, result = redone(dtype, Faults(lambda _, j: j == micro_batch), **settings)
+    assert (before_run.sizes, run.sizes) == ([before], [before, after])
+    assert (result.skipped, run.state.micro_batch_divisor) == (None, 2)
+    assert len(run.said) == 1
+    assert "out of memory at step 1" in run.said[0]
+    assert "1/2" in run.said[0]
     assert result.loss == pytest.approx(expected.loss, rel=TOLERANCES[dtype])
-    for name, gradient in expected_session.optimizer.seen.items():
-        difference = (session.optimizer.seen[name] - gradient).norm()
+    for name, gradient in before_run.optimizer.seen.items():
+        difference = (run.optimizer.seen[name] - gradient).norm()
         assert difference <= TOLERANCES[dtype] * gradient.norm(), name
 
 
 def test_the_redone_step_has_the_bits_of_a_step_of_that_size() -> None:
-    session, result = redone(
+    run, result = redone(
         torch.float32, Faults(lambda _, j: j == 2), **{"train.per_device_train_batch_size": 4}
     )
     small, expected = redone(torch.float32, NEVER, **{"train.per_device_train_batch_size": 2})
     assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
-    assert all(torch.equal(g, small.optimizer.seen[n]) for n, g in session.optimizer.seen.items())
+    assert all(torch.equal(g, small.optimizer.seen[n]) for n, g in run.optimizer.seen.items())
 
 
 def test_it_is_halved_until_it_fits() -> None:
-    session, _ = redone(
+    run, _ = redone(
         torch.float32,
         # two attempts fail at their first micro-batch
         Faults(lambda _, j: j <= 2),
         **{"train.per_device_train_batch_size": 8},
     )
-    assert [size[0] for size in session.sizes] == [8, 4, 2]
-    assert session.state.micro_batch_divisor == 4
-    assert "1/4" in session.said[-1]
+    assert [size[0] for size in run.sizes] == [8, 4, 2]
+    assert run.state.micro_batch_divisor == 4
+    assert "1/4" in run.said[-1]
 
 
 # Evaluation
@@ -314,12 +312,8 @@ def test_an_evaluation_goes_on_in_smaller_batches(
         return evaluate(
             network(),
             EXAMPLES,
-            precision=Precision("fp32", CPU),
-            device=CPU,
-            batch_size=6,
-            batching="unpadded",
-            max_length=48,
-            pad_id=0,
+            Batching(micro_batch_size=6, layout="unpadded", max_length=48, pad_id=0),
+            Precision("fp32", CPU),
         )
 
     monkeypatch.setattr(evaluate_module, "loss_sum", limited)

@@ -48,7 +48,7 @@ from train.text import size_text
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
-    from train.prepare import Data
+    from train.dataset import Data
 
 # Below this, two evaluations that differ by a few hundredths of a nat may as well be equal.
 FEW_VALID_EXAMPLES = 50
@@ -121,8 +121,9 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
 
 
 def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
+    from train.config.paths import with_whole_paths
+    from train.dataset import load_data
     from train.plan.refuse import refuse_early, refuse_model
-    from train.prepare import load_data, with_whole_paths
 
     refuse_early(config, this_machine(config), new=True)
     config = with_whole_paths(config)
@@ -154,7 +155,7 @@ def _survey(config: RunConfig, ranks: int) -> dict[str, Any]:
 
 def _tokenizer_folder(config: RunConfig) -> tuple[Path | None, str]:
     """Return the folder of the model's small files, or None and why it cannot be had today."""
-    from train.prepare import find_model
+    from train.base_model import find_model
 
     path = config.model.path
     try:
@@ -168,7 +169,7 @@ def _tokenizer_folder(config: RunConfig) -> tuple[Path | None, str]:
 def _row_counts(config: RunConfig) -> dict[str, Any]:
     """Count the rows of each set, where they cannot be tokenised."""
     from data.source import read_rows
-    from train.prepare import prompt_format, refuse_without_valid
+    from train.dataset import prompt_format, refuse_without_valid
 
     data = config.data
     columns = prompt_format(data).columns()

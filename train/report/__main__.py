@@ -14,9 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of each run named on the command line; return the exit code."""
 
     def answer() -> int:
-        parser = CommandParser(
-            "report", description="Write the reports of runs again."
-        )
+        parser = CommandParser("report", description="Write the reports of runs again.")
         parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
         for run in parser.parse_args(arguments).runs:
             print(write_report(run))

@@ -23,7 +23,7 @@ from train.log.console import format_duration, format_list, format_loss, redrawn
 from train.log.metrics import METRICS_FILE, Row, read_metrics
 from train.plan.schedule import learning_rate_factor
 from train.report.plots import draw_plots
-from train.spikes import DEVIATIONS, WINDOW
+from train.state import DEVIATIONS, WINDOW
 from train.text import size_text
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"

@@ -11,7 +11,6 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +19,10 @@ from files.errors import UserError
 from files.faults import faultpoint
 from files.folders import damage, replace_folder, sweep
 from files.strict_json import read_json_object
-from train.early_stopping import EarlyStopping
+from train.state import TrainState
 from train.text import size_text
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-@dataclass
-class TrainState:
-    """All that a run is, beside its weights and its optimizer: what a resume continues from.
-
-    Attributes:
-        step: Optimizer steps done.
-        tokens: Real tokens trained on, padding left out.
-        targets: Tokens with a label trained on.
-        seconds: Wall time in steps, evaluation and saving left out.
-        stopping: Best evaluation and patience.
-        loss_since_eval: Sum of token losses since the last evaluation (nats).
-        targets_since_eval: Targets that sum belongs to.
-        scaler: State of the fp16 loss scaler, None without one.
-        skipped: Steps without an update, over the whole run.
-        non_finite_in_a_row: Latest steps in a row whose loss or gradient was not finite.
-        resumed_from: Steps at which the run was taken up again.
-        peak_memory_bytes: Highest memory use seen, over all of the run's processes.
-        micro_batch_divisor: What the configured size of micro-batches is divided by, a power of
-            two: more than 1 since memory once did not suffice.
-        recent_losses: Losses of the latest updates, what a spike is measured against
-            (`train.spikes`).
-    """
-
-    stopping: EarlyStopping
-    step: int = 0
-    tokens: int = 0
-    targets: int = 0
-    seconds: float = 0.0
-    loss_since_eval: float = 0.0
-    targets_since_eval: int = 0
-    scaler: dict[str, Any] | None = None
-    skipped: int = 0
-    non_finite_in_a_row: int = 0
-    resumed_from: list[int] = field(default_factory=list)
-    peak_memory_bytes: int = 0
-    micro_batch_divisor: int = 1
-    recent_losses: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """Return the state that `to_dict` gave.
-
-        Raises:
-            TypeError: A field is missing, unknown, or of another type.
-        """
-        state = cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
-        _check_types(state.stopping)
-        _check_types(state)
-        if state.micro_batch_divisor < 1:
-            raise TypeError(f"micro_batch_divisor is {state.micro_batch_divisor}")
-        return state
 
 
 @contextlib.contextmanager
@@ -105,31 +47,6 @@ def room_on_disk(what: str, folder: Path, expected_bytes: int, remedy: str) -> I
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot save {what}: {reason} ({sizes}); {remedy}") from error
-
-
-# What a field of these annotations may hold in JSON.
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "list[int]": (list,),
-    "list[float]": (list,),
-    "dict[str, Any] | None": (dict, type(None)),
-    "EarlyStopping": (EarlyStopping,),
-}
-
-
-def _check_types(state: TrainState | EarlyStopping) -> None:
-    for one in fields(state):
-        value = getattr(state, one.name)
-        allowed = _JSON_TYPES[str(one.type)]
-        items = value if isinstance(value, list) else []
-        item_type = float if one.type == "list[float]" else int
-        if not isinstance(value, allowed) or any(type(item) is not item_type for item in items):
-            raise TypeError(f"{one.name} is {value!r:.60}")
-        if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**63):
-            raise TypeError(f"{one.name} is {value!r:.60}")
 
 
 class Checkpoints:

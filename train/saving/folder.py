@@ -30,11 +30,11 @@ from models.layers import CausalLM
 from models.weights import save_model
 from train.config.load import to_toml
 from train.config.schema import RunConfig
+from train.dataset import Data
 from train.log.metrics import METRICS_FILE
 from train.plan.steps import RunPlan
 from train.precision import COMPUTE_DTYPES
-from train.prepare import Data
-from train.saving.checkpoints import TrainState
+from train.state import TrainState
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
 # What lies in a run's folder before the run has a status.
@@ -189,18 +189,6 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory (bytes) in use so far: the card's, or the process's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows has no such counter
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def status_document(

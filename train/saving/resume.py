@@ -11,11 +11,12 @@ from files.atomic import RunLock
 from files.errors import UserError, no_such_folder
 from files.folders import damage, sweep
 from files.strict_json import read_json_object
-from train.config.load import check_resume_overrides, flat, load_config, resume_keys
+from train.config.load import check_resume_overrides, flat, load_config
 from train.config.schema import RunConfig
 from train.plan.steps import RunPlan
 from train.report.page import REPORT_FILE, write_report
-from train.saving.checkpoints import STEP_FOLDER, Checkpoints, TrainState, read_state
+from train.saving.checkpoints import STEP_FOLDER, Checkpoints, read_state
+from train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -146,42 +147,3 @@ def _is_finished(folder: Path, step: int) -> bool:
     except UserError:
         return False
     return status.get("state") == "finished" and status.get("step") == step
-
-
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Compare what a checkpoint was trained from with what the resumed run would train from.
-
-    Returns:
-        Warnings: differences that may change the last bits (threads, versions, device).
-
-    Raises:
-        UserError: A setting, a data set or the base model differs; the key and both values are
-            named.
-    """
-    may_change = {*resume_keys(), "train.output_dir", "train.run_name", "model.path"}
-    for key, value in now["config"].items():
-        was = saved["config"].get(key)
-        if key not in may_change and was != value:
-            raise UserError(
-                f"--resume: {key} was {was} and is {value} in config.toml; a resumed run keeps its "
-                "settings: put the old value back, or start a new run"
-            )
-    for name, fingerprint in now["data"].items():
-        was = saved["data"].get(name)
-        if was != fingerprint:
-            raise UserError(
-                f"--resume: data.{name} is not the data that the run began with (fingerprint "
-                f"{str(was)[:12]} then, {str(fingerprint)[:12]} now): put the old rows and "
-                "tokenizer back, or start a new run"
-            )
-    differing = [key for key, value in now["model"].items() if saved["model"].get(key) != value]
-    if differing:
-        raise UserError(
-            f"--resume: model.path holds another base model (its {' and '.join(differing)} are not "
-            "those that the run began with): give back the old one, or start a new run"
-        )
-    return [
-        f"resume will not be bit-exact: {name} {saved['machine'].get(name)} → {value}"
-        for name, value in now["machine"].items()
-        if saved["machine"].get(name) != value
-    ]

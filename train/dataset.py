@@ -1,4 +1,4 @@
-"""From a configuration to what a run works with: the data with its tokenizer, and the model.
+"""The rows of a run as examples: train, valid and test, tokenised or mapped from the cache.
 
 Cheap failures come first: files, rows and tokens are checked before a weight is read.
 """
@@ -6,37 +6,24 @@ Cheap failures come first: files, rows and tokens are checked before a weight is
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from data.examples import Examples, NoRowsError, cache_root, check_vocabulary, load_examples
-from data.locate import SPLIT_NAMES, has_wildcards
+from data.locate import SPLIT_NAMES
 from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.rows_in_memory import keep_rows
 from data.source import without_absent
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
-from files.hub import ModelSource, resolve_model
-from kernels.dispatch import operations
-from lora import inject, load_adapter
-from models import build, load_model
-from models.config import DecoderConfig, read_config
-from models.layers import CausalLM, set_dropout
-from models.weights import initialise
+from models.config import DecoderConfig
 from train.config.schema import DataSettings, RunConfig
-from train.memory import keep_freed_memory
-from train.plan.adapters import lora_config
-from train.plan.decide import Machine
-from train.precision import COMPUTE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -65,22 +52,6 @@ class Data:
                 ("test", self.test),
             )
         }
-
-
-def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
-    """Return the base model's files on this machine; without `weights`, the small ones alone.
-
-    Raises:
-        UserError: No model is named, or it cannot be had.
-    """
-    if config.model.path is None:
-        raise UserError(
-            "model.path is not set: give a hub id (owner/name) or a folder with config.json, "
-            "tokenizer.json and safetensors weights, or start from a --preset"
-        )
-    return resolve_model(
-        config.model.path, config.model.revision, weights=weights and not config.model.random_init
-    )
 
 
 def with_rows(
@@ -213,104 +184,3 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     chosen = rows[epoch_order(len(rows), seed=seed, epoch=0)[:count]]
     held = np.isin(examples.rows, chosen)
     return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
-
-
-def set_up(config: RunConfig, machine: Machine) -> torch.device:
-    """Set this process up for a run whose configuration is decided, and return its device."""
-    assert machine.device is not None
-    if machine.device == "cpu":
-        keep_freed_memory()
-        # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
-        # and would grow by hundreds of MB. Sizes are rounded (`kernels.rounding`), so that 256 hold
-        # those that come back (LOG.md, 2026-11-21). Both read their variable at first use.
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "256")
-    if config.train.deterministic:
-        # cuBLAS reads this once, when its first handle is made.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return torch.device(machine.device)
-
-
-def base_dtype(config: RunConfig) -> torch.dtype:
-    """Return what the base's weights are stored in: fp32 masters where they are trained."""
-    if config.train.method == "full":
-        return torch.float32
-    return COMPUTE_DTYPES[config.model.dtype or config.train.precision]
-
-
-def load_base(
-    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
-) -> CausalLM:
-    """Return the base model on its device, from its files or, with `model.random_init`, drawn."""
-    backend = operations(config.train.kernels, device)
-    if not config.model.random_init:
-        model = load_model(
-            source.folder,
-            dtype=dtype,
-            device=device,
-            attention=config.model.attention,
-            operations=backend,
-        )
-    else:
-        decoder = read_config(source.folder)
-        model = build(decoder, operations=backend, attention=config.model.attention, device="meta")
-        initialise(
-            model, config.train.seed, dtype, device, initializer_range=decoder.initializer_range
-        )
-    if config.model.dropout is not None:
-        set_dropout(model, config.model.dropout)
-    model.gradient_checkpointing = config.model.gradient_checkpointing is True
-    if config.train.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
-    return model
-
-
-def make_trainable(model: CausalLM, config: RunConfig) -> None:
-    """Inject adapters, new or from `lora.init_from`, and freeze the rest; or train every weight."""
-    settings = config.lora
-    if config.train.method == "full":
-        model.requires_grad_(True)
-    elif settings.init_from is not None:
-        load_adapter(
-            model,
-            settings.init_from,
-            trainable=True,
-            lora_dropout=settings.lora_dropout,
-        )
-    else:
-        inject(model, lora_config(settings), seed=config.train.seed)
-
-
-def with_whole_paths(config: RunConfig) -> RunConfig:
-    """Return the configuration with absolute paths: a run may be resumed from anywhere."""
-
-    def whole(path: str | None) -> str | None:
-        if path is None or not os.path.exists(os.path.expanduser(path)):
-            return path
-        return os.path.abspath(os.path.expanduser(path))
-
-    def data(spec: Any) -> Any:
-        if isinstance(spec, tuple):
-            return tuple(data(part) for part in spec)
-        if spec is not None and has_wildcards(spec):
-            # The names of folders above are no wildcards, whatever letters they have.
-            return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(spec))
-        return whole(spec)
-
-    template = config.data.chat_template
-    # It may be a name, which may be that of a folder here, too.
-    is_file = template is not None and os.path.isfile(os.path.expanduser(template))
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, path=whole(config.model.path)),
-        lora=dataclasses.replace(config.lora, init_from=whole(config.lora.init_from)),
-        data=dataclasses.replace(
-            config.data,
-            chat_template=whole(template) if is_file else template,
-            train=data(config.data.train),
-            valid=data(config.data.valid),
-            test=data(config.data.test),
-        ),
-    )

@@ -1,0 +1,84 @@
+"""The base model of a run: found, loaded, and made trainable."""
+
+from __future__ import annotations
+
+import torch
+
+from files.errors import UserError
+from files.hub import ModelSource, resolve_model
+from kernels.dispatch import operations
+from lora import inject, load_adapter
+from models import build, load_model
+from models.config import read_config
+from models.layers import CausalLM, set_dropout
+from models.weights import initialise
+from train.config.schema import RunConfig
+from train.plan.adapters import lora_config
+from train.precision import COMPUTE_DTYPES
+
+
+def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
+    """Return the base model's files on this machine; without `weights`, the small ones alone.
+
+    Raises:
+        UserError: No model is named, or it cannot be had.
+    """
+    if config.model.path is None:
+        raise UserError(
+            "model.path is not set: give a hub id (owner/name) or a folder with config.json, "
+            "tokenizer.json and safetensors weights, or start from a --preset"
+        )
+    return resolve_model(
+        config.model.path, config.model.revision, weights=weights and not config.model.random_init
+    )
+
+
+def base_dtype(config: RunConfig) -> torch.dtype:
+    """Return what the base's weights are stored in: fp32 masters where they are trained."""
+    if config.train.method == "full":
+        return torch.float32
+    return COMPUTE_DTYPES[config.model.dtype or config.train.precision]
+
+
+def load_base(
+    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> CausalLM:
+    """Return the base model on its device, from its files or, with `model.random_init`, drawn."""
+    backend = operations(config.train.kernels, device)
+    if not config.model.random_init:
+        model = load_model(
+            source.folder,
+            dtype=dtype,
+            device=device,
+            attention=config.model.attention,
+            operations=backend,
+        )
+    else:
+        decoder = read_config(source.folder)
+        model = build(decoder, operations=backend, attention=config.model.attention, device="meta")
+        initialise(
+            model, config.train.seed, dtype, device, initializer_range=decoder.initializer_range
+        )
+    if config.model.dropout is not None:
+        set_dropout(model, config.model.dropout)
+    model.gradient_checkpointing = config.model.gradient_checkpointing is True
+    if config.train.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    return model
+
+
+def make_trainable(model: CausalLM, config: RunConfig) -> None:
+    """Inject adapters, new or from `lora.init_from`, and freeze the rest; or train every weight."""
+    settings = config.lora
+    if config.train.method == "full":
+        model.requires_grad_(True)
+    elif settings.init_from is not None:
+        load_adapter(
+            model,
+            settings.init_from,
+            trainable=True,
+            lora_dropout=settings.lora_dropout,
+        )
+    else:
+        inject(model, lora_config(settings), seed=config.train.seed)

@@ -1,0 +1,100 @@
+"""The examples of each step, cut into micro-batches, the next one's while this one runs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.batch import Batching, MicroBatch, micro_batches
+from data.examples import Examples
+from data.order import epoch_order
+from train.config.schema import RunConfig
+from train.dataset import Data
+from train.plan.steps import RunPlan
+
+
+def train_batching(config: RunConfig, pad_id: int) -> Batching:
+    """Return how the steps of a run are cut, whose `train.micro_batch_tokens` is decided."""
+    tokens = config.train.micro_batch_tokens
+    assert not isinstance(tokens, str)
+    return Batching(
+        micro_batch_size=config.train.per_device_train_batch_size,
+        micro_batch_tokens=tokens,
+        layout=config.data.batching,
+        max_length=config.data.max_length,
+        pad_id=pad_id,
+    )
+
+
+def evaluation_batching(config: RunConfig, pad_id: int) -> Batching:
+    """Return how a run's evaluations are cut: it changes speed and memory, never the result."""
+    size = config.eval.per_device_batch_size or config.train.per_device_train_batch_size
+    return Batching(
+        micro_batch_size=size,
+        layout=config.data.batching,
+        max_length=config.data.max_length,
+        pad_id=pad_id,
+    )
+
+
+@dataclass
+class StepBatches:
+    """The examples of each step, cut into micro-batches, in an order that (seed, epoch) decides."""
+
+    examples: Examples
+    seed: int
+    shuffle: bool
+    group_by_length: bool
+    effective_batch_size: int
+    batching: Batching
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
+    _ahead: tuple[tuple[int, ...], list[MicroBatch]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, config: RunConfig, plan: RunPlan, data: Data) -> StepBatches:
+        """Return the batches of a configured run, whose `train.micro_batch_tokens` is decided."""
+        return cls(
+            examples=data.train,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+            group_by_length=config.data.group_by_length,
+            effective_batch_size=plan.effective_batch_size,
+            batching=train_batching(config, data.tokenizer.pad_id),
+        )
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the order of the examples in a 0-based epoch."""
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(
+                len(self.examples),
+                seed=self.seed,
+                epoch=epoch,
+                shuffle=self.shuffle,
+                lengths=self.examples.lengths if self.group_by_length else None,
+                group_size=self.effective_batch_size,
+            )
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def cut(self, epoch: int, start: int, stop: int, divisor: int = 1) -> list[MicroBatch]:
+        """Return the examples at positions `start` to `stop` of an epoch's order, cut.
+
+        Args:
+            epoch: The 0-based epoch.
+            start: First position.
+            stop: Position after the last.
+            divisor: What the configured size of a micro-batch is divided by.
+        """
+        asked = epoch, start, stop, divisor
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == asked:
+            return ahead[1]
+        indices = self.order(epoch)[start:stop]
+        return micro_batches(self.examples, indices, self.batching.divided_by(divisor))
+
+    def cut_ahead(self, epoch: int, start: int, stop: int, divisor: int = 1) -> None:
+        """Do now what the next call of `cut` will ask for; what fails then fails there."""
+        with suppress(Exception):
+            self._ahead = (epoch, start, stop, divisor), self.cut(epoch, start, stop, divisor)

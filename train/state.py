@@ -1,0 +1,174 @@
+"""What a resume continues from: the counters of a run, its best evaluation, its latest losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+# Of loss spikes, see `observe_loss`.
+WINDOW = 128
+MIN_LOSSES = 32
+DEVIATIONS = 6.0
+
+
+@dataclass
+class EarlyStopping:
+    """Best evaluation so far, and the number of evaluations in a row that did not improve enough.
+
+    The rule is that of the stack: the best moves on any strict improvement; the count of failures
+    is reset only by an improvement of more than `threshold`. A loss that is not finite is a
+    failure.
+
+    Attributes:
+        patience: Failures in a row after which to stop; None never stops.
+        threshold: Improvement in loss (nats per target) that a reset needs to exceed.
+        best_step: Step of the best evaluation, None before the first.
+        best_loss: Its loss.
+        failures: Evaluations in a row without a sufficient improvement.
+
+    Source: transformers 5.23 `EarlyStoppingCallback`.
+    """
+
+    patience: int | None
+    threshold: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    failures: int = 0
+
+    def observe(self, step: int, loss: float) -> bool:
+        """Take in the evaluation at `step` and return whether it is the best so far."""
+        finite = math.isfinite(loss)
+        gain = math.inf if self.best_loss is None else self.best_loss - loss
+        self.failures = 0 if finite and gain > self.threshold else self.failures + 1
+        improved = finite and gain > 0
+        if improved:
+            self.best_step, self.best_loss = step, loss
+        return improved
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the patience is used up."""
+        return self.patience is not None and self.failures >= self.patience
+
+
+@dataclass
+class TrainState:
+    """All that a run is, beside its weights and its optimizer: what a resume continues from.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Real tokens trained on, padding left out.
+        targets: Tokens with a label trained on.
+        seconds: Wall time in steps, evaluation and saving left out.
+        stopping: Best evaluation and patience.
+        loss_since_eval: Sum of token losses since the last evaluation (nats).
+        targets_since_eval: Targets that sum belongs to.
+        scaler: State of the fp16 loss scaler, None without one.
+        skipped: Steps without an update, over the whole run.
+        non_finite_in_a_row: Latest steps in a row whose loss or gradient was not finite.
+        resumed_from: Steps at which the run was taken up again.
+        peak_memory_bytes: Highest memory use seen, over all of the run's processes.
+        micro_batch_divisor: What the configured size of micro-batches is divided by, a power of
+            two: more than 1 since memory once did not suffice.
+        recent_losses: Losses of the latest updates, what a spike is measured against
+            (`observe_loss`).
+    """
+
+    stopping: EarlyStopping
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    seconds: float = 0.0
+    loss_since_eval: float = 0.0
+    targets_since_eval: int = 0
+    scaler: dict[str, Any] | None = None
+    skipped: int = 0
+    non_finite_in_a_row: int = 0
+    resumed_from: list[int] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    micro_batch_divisor: int = 1
+    recent_losses: list[float] = field(default_factory=list)
+
+    def take_loss_since_eval(self) -> float | None:
+        """Return the mean loss of the steps since the last call (nats per target); None of none."""
+        targets, total = self.targets_since_eval, self.loss_since_eval
+        self.loss_since_eval, self.targets_since_eval = 0.0, 0
+        return total / targets if targets else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """Return the state that `to_dict` gave.
+
+        Raises:
+            TypeError: A field is missing, unknown, or of another type.
+        """
+        state = cls(**{**values, "stopping": EarlyStopping(**values["stopping"])})
+        _check_types(state.stopping)
+        _check_types(state)
+        if state.micro_batch_divisor < 1:
+            raise TypeError(f"micro_batch_divisor is {state.micro_batch_divisor}")
+        return state
+
+
+# What a field of these annotations may hold in JSON.
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "list[int]": (list,),
+    "list[float]": (list,),
+    "dict[str, Any] | None": (dict, type(None)),
+    "EarlyStopping": (EarlyStopping,),
+}
+
+
+def _check_types(state: TrainState | EarlyStopping) -> None:
+    for one in fields(state):
+        value = getattr(state, one.name)
+        allowed = _JSON_TYPES[str(one.type)]
+        items = value if isinstance(value, list) else []
+        item_type = float if one.type == "list[float]" else int
+        if not isinstance(value, allowed) or any(type(item) is not item_type for item in items):
+            raise TypeError(f"{one.name} is {value!r:.60}")
+        if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**63):
+            raise TypeError(f"{one.name} is {value!r:.60}")
+
+
+def observe_loss(recent: list[float], loss: float) -> float | None:
+    """Return how many standard deviations a spike lies above the losses before; enter the loss.
+
+    A spike is a loss more than `DEVIATIONS` standard deviations above the mean of the last `WINDOW`
+    losses, those before it. It enters the window like any other loss: the next few of a series are
+    still found (after one at 20 deviations, one at 13 is), and a rise that lasts becomes what the
+    steps to come are measured against.
+
+    Nothing is said before `MIN_LOSSES` losses are there: a deviation of n values is uncertain by
+    the share 1/√(2n), which is an eighth at 32, and normal losses exceed six of them once in a
+    million steps; of two values it would say nothing. OLMo-core waits for 64, which is more steps
+    than many a fine-tuning has.
+
+    Args:
+        recent: The losses so far, at most `WINDOW`, oldest first; changed in place. All are finite.
+        loss: The finite loss of the step just done (nats per target).
+
+    Returns:
+        The number of standard deviations, or None where the loss is no spike.
+
+    Source: OLMo-core, `SkipStepOptimizer`, which skips the update, and also by gradient norm.
+    """
+    spike = None
+    if len(recent) >= MIN_LOSSES:
+        mean = math.fsum(recent) / len(recent)
+        squares = math.fsum((other - mean) ** 2 for other in recent)
+        deviation = math.sqrt(squares / (len(recent) - 1))
+        if deviation > 0 and loss - mean > DEVIATIONS * deviation:
+            spike = (loss - mean) / deviation
+    recent.append(loss)
+    del recent[:-WINDOW]
+    return spike
