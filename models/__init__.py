@@ -1,11 +1,12 @@
 """Decoder networks in plain PyTorch and their weights.
 
+    keys.py        `DecoderConfig`, and how a key of config.json is read
     config.py      config.json → `DecoderConfig`
     configs/       the configurations of well-known models, for planning offline
     rotary.py      tables of cosines and sines, for each way of scaling them
     layers.py      what all families share, down to `CausalLM`
-    llama.py  qwen2.py  starcoder2.py      what one family does differently
-    families.py    from a configuration to its network
+    llama.py  qwen2.py  starcoder2.py      a family each: its keys, its layers, what it keeps
+    families.py    the list of them; from a configuration to its network
     weights.py     checkpoint ↔ network, by name
 
 `load_model` gives a network with its weights, `build` one without.

@@ -1,17 +1,24 @@
-"""From a configuration to the decoder of its family."""
+"""The families, and from a configuration to the decoder of its own."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels.dispatch import Operations
-from models.config import DecoderConfig
-from models.layers import CausalLM
-from models.llama import Llama
-from models.qwen2 import Qwen2
-from models.starcoder2 import Starcoder2
+from models.keys import DecoderConfig
+from models.layers import CausalLM, Family
+from models.llama import LLAMA
+from models.qwen2 import QWEN2
+from models.starcoder2 import STARCODER2
 
-_FAMILIES: dict[str, type[CausalLM]] = {"llama": Llama, "qwen2": Qwen2, "starcoder2": Starcoder2}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        QWEN2,
+        STARCODER2,
+    )
+}
 
 
 def build(
@@ -32,5 +39,6 @@ def build(
     Raises:
         UserError: `attention` is not one of the three.
     """
+    network = FAMILIES[config.model_type].network
     with torch.device(device):
-        return _FAMILIES[config.model_type](config, operations=operations, attention=attention)
+        return network(config, operations=operations, attention=attention)

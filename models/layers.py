@@ -11,6 +11,9 @@ keys, and nowhere else: train() and eval() play no part.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from kernels.dispatch import operations as choose_operations
 from kernels.dropout import dropout, module_id
 from kernels.operands import Operands
 from kernels.segments import Segments
-from models.config import DecoderConfig
+from models.keys import DecoderConfig, Reader
 from models.rotary import rotary_tables
 
 # `flash_attention_2` is what the old stack's configurations say; the fused kernel is sdpa's.
@@ -160,6 +163,13 @@ class Attention(nn.Module):
         self.operations = operations
         self.implementation = implementation
 
+    def project(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values before rotation: (M, H) → (M, heads or kv, d) each."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        outputs = self.operations.linears(x, [p.operands() for p in projections], segments)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs)
+        return q, k, v
+
     def forward(
         self,
         x: Tensor,
@@ -169,11 +179,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return the attended rows, (M, H) → (M, H); `tables` are cos and sin, (M, d) each."""
         run = self.operations
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim))
-            for y in run.linears(x, [p.operands() for p in projections], segments)
-        )
+        q, k, v = self.project(x, segments)
         q, k = run.rotary(q, k, *tables)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -193,7 +199,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)): the MLP of Llama and Qwen2, (M, H) → (M, I) → (M, H)."""
+    """down(silu(gate(x)) · up(x)): (M, H) → (M, I) → (M, H)."""
 
     def __init__(self, config: DecoderConfig, operations: Operations, *, bias: bool):
         super().__init__()
@@ -212,7 +218,7 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); StarCoder2 drops elements of either sum."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); some families drop elements of either sum."""
 
     def __init__(
         self,
@@ -355,3 +361,34 @@ class CausalLM(nn.Module, ABC):
         segments = Segments.build([length] * count, device=input_ids.device)
         x = self.hidden_states(input_ids.flatten(), segments)
         return F.linear(x, self.head_weight()).unflatten(0, (count, length))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the file of a family says of it.
+
+    Attributes:
+        model_type: Its name in config.json.
+        architecture: The class that config.json names under `architectures`.
+        network: The decoder.
+        activations: What `hidden_act` may be: all names of the one that the network computes.
+        defaults: Keys of config.json → what they are where they are absent.
+        null_is_a_value: Keys whose null says something: no such token, no window, as many
+            key-value heads as heads. Any other null is an absent key.
+        special_fields: (reader, number of layers) → those fields of `DecoderConfig` that not all
+            families have; raises UserError where a key asks for what the network does not do.
+        saved_values: How many numbers, in the type that is computed in, a token leaves in a layer
+            for the backward pass, beside those of attention, of the two norms of width H and of
+            the linear layers' inputs.
+        residual_dropouts: Dropouts of width H in a layer; each leaves a mask, one byte a number.
+    """
+
+    model_type: str
+    architecture: str
+    network: type[CausalLM]
+    activations: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    null_is_a_value: frozenset[str]
+    special_fields: Callable[[Reader, int], dict[str, Any]]
+    saved_values: Callable[[DecoderConfig], int]
+    residual_dropouts: int = 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.segments import Segments, uploaded
-from models.config import DecoderConfig, RopeConfig
+from models.keys import DecoderConfig, RopeConfig
 
 
 def rotary_tables(

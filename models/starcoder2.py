@@ -2,16 +2,19 @@
 
 Legend: see `models.layers`. The published configurations ship dropout 0.1 for attention, residual
 and embedding; it is active in training, with adapters too.
+Source: transformers 5.23, `configuration_starcoder2.py`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from kernels.dispatch import Operations
 from kernels.segments import Segments
-from models.config import DecoderConfig
-from models.layers import Attention, CausalLM, DecoderLayer, Dropout, LayerNorm, Linear
+from models.keys import TOKEN_IDS, DecoderConfig, Reader, window_of_all_layers
+from models.layers import Attention, CausalLM, DecoderLayer, Dropout, Family, LayerNorm, Linear
 
 
 class MLP(nn.Module):
@@ -74,3 +77,42 @@ class Starcoder2(CausalLM):
     def embed(self, input_ids: Tensor, segments: Segments) -> Tensor:
         """Return the embeddings of the tokens with elements dropped, (M,) → (M, H)."""
         return self.embedding_dropout(super().embed(input_ids, segments), segments)
+
+
+def _special_fields(read: Reader, layers: int) -> dict[str, Any]:
+    return {
+        "norm_epsilon": read.number("norm_epsilon", 0.0, 1.0),
+        "use_bias": read.flag("use_bias"),
+        "residual_dropout": read.number("residual_dropout", 0.0, 1.0),
+        "embedding_dropout": read.number("embedding_dropout", 0.0, 1.0),
+        **window_of_all_layers(read, layers),
+    }
+
+
+STARCODER2 = Family(
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    network=Starcoder2,
+    # The tanh form of GELU; nothing else was ever published.
+    activations=("gelu_pytorch_tanh",),
+    defaults={
+        "vocab_size": 49152,
+        "hidden_size": 3072,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.018042,
+        "norm_epsilon": 1e-5,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    },
+    null_is_a_value=TOKEN_IDS,
+    special_fields=_special_fields,
+    saved_values=lambda config: config.intermediate_size,  # the input of the GELU
+    residual_dropouts=2,
+)

@@ -23,17 +23,11 @@ from files.hub import INDEX_FILE, SINGLE_FILE, choose_weights, read_index, resol
 from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
 from kernels.dispatch import Operations
 from models.config import DecoderConfig, parse_config, read_config
-from models.families import build
+from models.families import FAMILIES, build
 from models.layers import CausalLM
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
-}
 
 # Tensors that are no part of a decoder, what they are, and the way to a folder without them.
 _STRANGERS: dict[str, tuple[str, str]] = {
@@ -421,7 +415,7 @@ def _config_document(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any
     """Return config.json for both dialects; `auto_map` goes, since its code is not copied."""
     document = {key: value for key, value in config.raw.items() if key != "auto_map"}
     name = str(dtype).removeprefix("torch.")
-    document.setdefault("architectures", [_ARCHITECTURES[config.model_type]])
+    document.setdefault("architectures", [FAMILIES[config.model_type].architecture])
     document["tie_word_embeddings"] = config.tie_word_embeddings
     document["dtype"] = document["torch_dtype"] = name
     # transformers 4 knows only these two, and would fall back to a theta of 10000 in silence.

@@ -1086,7 +1086,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "models/config.py",
+        "models/keys.py",
         "tests/models/test_parity.py",
         (
             "every layer of a Qwen2 has the window of its later ones",

@@ -285,12 +285,15 @@ def _saved_per_token(
     - attention: rotated q, k, v; from the fused kernel the output too; in blocks the weights of the
       keys that a query's block can see; written out, those of all keys of the longest document, in
       fp32 and in c, and under dropout a mask and the dropped copy;
-    - MLP: Llama and Qwen2 keep gate and up, StarCoder2 the input of its GELU;
+    - what the family's own layers keep (`Family.saved_values`), such as an activation's inputs;
     - inputs of linear layers that need them for a gradient of their own: with adapters one for each
       of the four distinct inputs; else each its own copy where a cast makes one;
     - one byte an element for the masks of residual dropout and, on a CPU, of the adapters' inputs;
       and the adapters' low-rank outputs.
     """
+    from models.families import FAMILIES
+
+    family = FAMILIES[decoder.model_type]
     layers = decoder.num_hidden_layers
     hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
     query = decoder.num_attention_heads * decoder.head_dim
@@ -312,16 +315,16 @@ def _saved_per_token(
     else:
         weight = 4 + (compute if compute != 4 else 0) + (1 + compute if dropped else 0)
         attend += heads * longest * weight
-    mlp = (1 if decoder.model_type == "starcoder2" else 2) * intermediate * compute
+    own = family.saved_values(decoder) * compute
     if config.train.method == "full" and stored != compute:
         inputs = sizes.saved_linears / layers * compute
     else:
         inputs = (2 * hidden + query + intermediate) * compute
-    masks = 2 * hidden if residual and decoder.model_type == "starcoder2" else 0
+    masks = family.residual_dropouts * hidden if residual else 0
     if device == "cpu" and config.train.method == "lora" and config.lora.lora_dropout:
         masks += sizes.saved_linears / layers
     ranks = sizes.adapter_ranks / layers * compute
-    return norms + attend + mlp + inputs + masks + ranks
+    return norms + attend + own + inputs + masks + ranks
 
 
 def _saved_by_norm(decoder: DecoderConfig, stored: int) -> int:
