@@ -5,7 +5,8 @@
     configs/       the configurations of well-known models, for planning offline
     rotary.py      tables of cosines and sines, for each way of scaling them
     layers.py      what all families share, down to `CausalLM`
-    llama.py  qwen2.py  starcoder2.py      a family each: its keys, its layers, what it keeps
+    llama.py  mistral.py  qwen2.py  qwen3.py  starcoder2.py
+                   a family each: its keys, its layers, what it keeps
     families.py    the list of them; from a configuration to its network
     weights.py     checkpoint ↔ network, by name
 

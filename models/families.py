@@ -8,14 +8,18 @@ from kernels.dispatch import Operations
 from models.keys import DecoderConfig
 from models.layers import CausalLM, Family
 from models.llama import LLAMA
+from models.mistral import MISTRAL
 from models.qwen2 import QWEN2
+from models.qwen3 import QWEN3
 from models.starcoder2 import STARCODER2
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         LLAMA,
+        MISTRAL,
         QWEN2,
+        QWEN3,
         STARCODER2,
     )
 }

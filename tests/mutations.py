@@ -1074,6 +1074,12 @@ MUTATIONS = [
             'Dropout(f"{name}.self_attn.residual_dropout", p)',
             "test_set_dropout_reaches_every_place_that_the_architecture_has",
         ),
+        (
+            "the plan forgets the masks of StarCoder2's residual dropouts",
+            "    residual_dropouts=2,\n",
+            "    residual_dropouts=0,\n",
+            "tests/models/test_families.py::test_the_plan_counts_the_masks_of_residual_dropouts",
+        ),
     ),
     *_of(
         "models/qwen2.py",
@@ -1086,6 +1092,93 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "models/mistral.py",
+        "tests/models/test_config.py",
+        (
+            "no layer of a Mistral sees its window",
+            'read.number("rms_norm_eps", 0.0, 1.0), **fields}',
+            'read.number("rms_norm_eps", 0.0, 1.0), '
+            '**fields, "layer_types": ("full_attention",) * layers}',
+            "tests/models/test_parity.py::test_window_shorter_than_the_sequence",
+        ),
+        (
+            "a Mistral that names no window has none",
+            '"sliding_window": 4096',
+            '"sliding_window": None',
+            "test_mistral_slides_in_every_layer_unless_its_window_is_null",
+        ),
+        (
+            "a Mistral's null window is the default one",
+            'TOKEN_IDS | {"sliding_window"}',
+            "TOKEN_IDS",
+            "tests/models/test_null_and_zero.py::test_an_absent_or_null_key_is_what_transformers_makes_of_it",
+        ),
+        (
+            "the layers that a Mistral's file asks for are passed over",
+            "if asked is not None and asked != list(",
+            "if asked == 0 and asked != list(",
+            "test_layers_of_a_mistral_that_differ_are_refused",
+        ),
+        (
+            "a Mistral is saved as a Llama",
+            '"MistralForCausalLM"',
+            '"LlamaForCausalLM"',
+            "tests/models/test_families.py::test_the_tests_know_every_family_that_is_listed",
+        ),
+        (
+            "the plan forgets what a Mistral's MLP keeps",
+            "2 * config.intermediate_size",
+            "config.intermediate_size",
+            "tests/train/test_plan.py::test_activations_are_what_autograd_saves",
+        ),
+    ),
+    *_of(
+        "models/qwen3.py",
+        "tests/models/test_parity.py",
+        (
+            "keys go through the norm of the queries",
+            "(self.k_norm, k)",
+            "(self.q_norm, k)",
+            "test_logits_for_each_family_rope_and_attention",
+        ),
+        (
+            "the norm of the queries has an epsilon of its own",
+            "self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, operations)",
+            "self.q_norm = RMSNorm(config.head_dim, 1e-6, operations)",
+            "test_variants",
+        ),
+        (
+            "the norms get all heads of a token at once",
+            "norm(heads.flatten(0, 1)).view_as(heads)",
+            "norm(heads)",
+            "tests/models/test_triton_models.py::test_loss_and_gradients_are_those_of_the_reference",
+        ),
+        (
+            "a Qwen3 has no biases though its file says so",
+            "bias = config.attention_bias",
+            "bias = False",
+            "test_variants",
+        ),
+        (
+            "a Qwen3's heads divide its width where the file says nothing",
+            '"head_dim": 128',
+            '"head_dim": None',
+            "tests/models/test_config.py::test_qwen3_s_head_dim_is_its_own_key",
+        ),
+        (
+            "every layer of a Qwen3 sees all",
+            "        **window_of_later_layers(read, layers),\n",
+            '        "layer_types": ("full_attention",) * layers,\n',
+            "test_window_shorter_than_the_sequence",
+        ),
+        (
+            "the plan forgets what the norms of queries and keys keep",
+            "+ heads * config.head_dim",
+            "+ heads",
+            "tests/train/test_plan.py::test_activations_are_what_autograd_saves",
+        ),
+    ),
+    *_of(
         "models/keys.py",
         "tests/models/test_parity.py",
         (
@@ -1093,6 +1186,18 @@ MUTATIONS = [
             "return self.sliding_window if sliding else None",
             "return self.sliding_window",
             "test_window_shorter_than_the_sequence",
+        ),
+        (
+            "a window of zero is taken where it is used",
+            "1 if used else 0",
+            "0",
+            "tests/models/test_config.py::test_bad_windows_are_named",
+        ),
+        (
+            "a window is on though it is switched off",
+            "    if not used:\n        window = None\n",
+            "    used = True\n",
+            "test_a_window_that_is_switched_off",
         ),
     ),
     *_of(

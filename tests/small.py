@@ -26,7 +26,9 @@ SMALL = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 6},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 12},
     "starcoder2": {
         "model_type": "starcoder2",
         "tie_word_embeddings": True,

@@ -6,29 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Starcoder2Config,
-    Starcoder2ForCausalLM,
-)
+from small import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import build
 from models.config import parse_config
 from models.layers import CausalLM
 
-ORACLES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
-}
-
 
 def _theirs(family: str, **options: Any) -> Any:
-    config_class, model_class = ORACLES[family]
-    config = config_class(
+    keys = {key: value for key, value in FAMILIES[family].items() if "tie" not in key}
+    config = AutoConfig.for_model(
         **{
             "vocab_size": 61,
             "hidden_size": 32,
@@ -39,19 +27,14 @@ def _theirs(family: str, **options: Any) -> Any:
             "max_position_embeddings": 32,
             "bos_token_id": 0,
             "eos_token_id": 0,
-            "attention_dropout": 0.0,
-            **(
-                {"residual_dropout": 0.0, "embedding_dropout": 0.0}
-                if family == "starcoder2"
-                else {}
-            ),
+            **keys,
             **options,
         }
     )
     torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = model_class._from_config(config, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         # Weights at their initial values would hide a bias or a norm that is left out.
         for name, parameter in model.named_parameters():

@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama all-linear": ("llama", {"target_modules": "all-linear"}),
     "qwen2 list": ("qwen2", {"target_modules": ["q_proj", "v_proj"]}),
     "starcoder2 all-linear": ("starcoder2", {"target_modules": "all-linear"}),
+    "mistral all-linear": ("mistral", {"target_modules": "all-linear"}),
+    "qwen3 all-linear": ("qwen3", {"target_modules": "all-linear"}),
     "regex": ("llama", {"target_modules": r".*layers\.1\..*_proj"}),
     "full names": ("llama", {"target_modules": ["model.layers.0.self_attn.q_proj"]}),
     "rslora": ("llama", {"target_modules": ["o_proj"], "use_rslora": True}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from small import FAMILIES
 from torch import nn
 
 from files.errors import UserError
@@ -31,7 +32,7 @@ def adapted_by_peft(theirs: Any, **options: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "targets",
     [
@@ -214,7 +215,7 @@ def test_factors_are_fp32_over_any_narrower_base(base: torch.dtype, factor: torc
     assert layer.bias.dtype == factor, "a trained bias needs a master copy as well"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "starcoder2"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "starcoder2"])
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_what_is_trained_is_what_peft_trains(
     family: str, bias: Any, make_theirs: Maker, make_ours: Maker

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from small import FAMILIES
 
 from kernels.segments import Segments
 from lora import LoraConfig, adapter_tensors, fill_adapter, inject
@@ -20,7 +21,7 @@ Maker = Callable[..., Any]
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_those_of_peft(

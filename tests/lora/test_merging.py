@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ def shake(model: nn.Module, size: float = 0.2) -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_merged_model_computes_what_the_adapted_one_did(
     family: str, bias: Any, make_theirs: Maker, make_ours: Maker, tokens: torch.Tensor
 ) -> None:
@@ -110,7 +111,7 @@ def test_after_merging_another_adapter_may_follow() -> None:
     assert inject(model, LoraConfig()) == ["0"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_folder_loads_in_transformers(
     family: str,
     tmp_path: Path,

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from files.errors import UserError
 from models.config import DecoderConfig, RopeConfig, parse_config, read_config
+from models.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -32,7 +33,6 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES = ("llama", "qwen2", "starcoder2")
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -90,7 +90,7 @@ def test_the_tie_default_is_the_familys() -> None:
     ties = {
         family: parse_config({"model_type": family}, "x").tie_word_embeddings for family in FAMILIES
     }
-    assert ties == {"llama": False, "qwen2": False, "starcoder2": True}
+    assert ties == {family: family == "starcoder2" for family in FAMILIES}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -136,7 +136,7 @@ def test_a_yarn_factor_that_is_null_is_the_ratio_of_the_contexts() -> None:
     assert parsed(rope_scaling={**YARN, "factor": None}).rope.factor == 512 / 128
 
 
-QWEN2_WINDOWS = [
+QWEN_WINDOWS = [
     {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1},
     {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
     {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 28},
@@ -150,9 +150,10 @@ QWEN2_WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("keys", QWEN2_WINDOWS)
-def test_qwen2_windows_are_those_of_transformers(keys: dict[str, Any]) -> None:
-    raw = {**LLAMA, "model_type": "qwen2", **keys}
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("keys", QWEN_WINDOWS)
+def test_qwen_s_windows_are_those_of_transformers(keys: dict[str, Any], family: str) -> None:
+    raw = {**LLAMA, "model_type": family, **keys}
     ours, oracle = parse_config(raw, "x"), theirs(raw)
     sliding = [kind == "sliding_attention" for kind in oracle.layer_types]
     assert [ours.window(layer) for layer in range(3)] == [
@@ -166,6 +167,24 @@ def test_starcoder2_slides_in_every_layer_and_llama_in_none() -> None:
     assert [starcoder2.window(layer) for layer in range(3)] == [16, 16, 16]
     assert parsed(model_type="starcoder2", hidden_act="gelu_pytorch_tanh").window(0) is None
     assert parsed(sliding_window=16).window(0) is None
+
+
+def test_mistral_slides_in_every_layer_unless_its_window_is_null() -> None:
+    def windows(**keys: Any) -> list[int | None]:
+        config = parsed(model_type="mistral", **keys)
+        return [config.window(layer) for layer in range(3)]
+
+    assert windows(sliding_window=16) == [16] * 3
+    assert windows() == [4096] * 3
+    assert windows(sliding_window=None) == [None] * 3
+    # What it says already may be said once more; transformers would pass over anything else.
+    assert windows(layer_types=["sliding_attention"] * 3) == [4096] * 3
+    assert windows(sliding_window=None, layer_types=["full_attention"] * 3) == [None] * 3
+
+
+def test_qwen3_s_head_dim_is_its_own_key() -> None:
+    assert parsed(model_type="qwen3").head_dim == 128
+    assert parsed(model_type="qwen3", head_dim=20).head_dim == 20
 
 
 def test_starcoder2_keys() -> None:
@@ -220,8 +239,11 @@ def test_no_torch_is_imported() -> None:
 # --- bad input ----------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown family": ({"model_type": "lama"}, ["model_type 'lama'", "llama, qwen2, starcoder2"]),
-    "near family": ({"model_type": "qwen3"}, ["'qwen3'", "did you mean 'qwen2'?"]),
+    "unknown family": (
+        {"model_type": "lama"},
+        ["model_type 'lama'", "llama, mistral, qwen2, qwen3, starcoder2"],
+    ),
+    "near family": ({"model_type": "qwen3_moe"}, ["'qwen3_moe'", "did you mean 'qwen3'?"]),
     "no family": ({"model_type": None}, ["model_type is missing"]),
     "family is a number": ({"model_type": 3}, ["model_type is 3", "a string"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
@@ -305,6 +327,7 @@ def test_bad_values_are_named(case: str) -> None:
     assert len(message) < 250
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("keys", "part"),
     [
@@ -314,10 +337,24 @@ def test_bad_values_are_named(case: str) -> None:
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
     ],
 )
-def test_bad_windows_are_named(keys: dict[str, Any], part: str) -> None:
+def test_bad_windows_are_named(keys: dict[str, Any], part: str, family: str) -> None:
     with pytest.raises(UserError) as caught:
-        parsed(model_type="qwen2", **keys)
+        parsed(model_type=family, **keys)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"layer_types": ["sliding_attention", "full_attention"] * 2}, "sliding_attention"),
+        ({"layer_types": ["full_attention"] * 4}, "sliding_attention"),
+        ({"layer_types": "sliding_attention"}, "sliding_attention"),
+        ({"layer_types": ["sliding_attention"] * 4, "sliding_window": None}, "full_attention"),
+    ],
+)
+def test_layers_of_a_mistral_that_differ_are_refused(keys: dict[str, Any], kind: str) -> None:
+    with pytest.raises(UserError, match=rf"layer_types is .* must be absent or 4 times {kind}"):
+        parsed(model_type="mistral", num_hidden_layers=4, **keys)
 
 
 def test_a_folder_is_read_and_its_faults_named(tmp_path: Path) -> None:

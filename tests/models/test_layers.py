@@ -33,9 +33,18 @@ SIZES: dict[str, Any] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_dropout": 0.2},
+    "mistral": {"model_type": "mistral", "attention_dropout": 0.2, "sliding_window": 6},
     "qwen2": {
         "model_type": "qwen2",
         "attention_dropout": 0.2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "attention_dropout": 0.2,
+        "head_dim": 10,
         "use_sliding_window": True,
         "sliding_window": 5,
         "max_window_layers": 1,
@@ -246,7 +255,9 @@ def test_dropouts_stand_where_the_architecture_has_them():
     torch.testing.assert_close(seen["after"], seen["between"] + mlp)
 
 
-@pytest.mark.parametrize(("family", "count"), [("llama", 3), ("qwen2", 3), ("starcoder2", 10)])
+@pytest.mark.parametrize(
+    ("family", "count"), [(family, 10 if family == "starcoder2" else 3) for family in FAMILIES]
+)
 def test_set_dropout_reaches_every_place_that_the_architecture_has(family, count):
     model = model_of(family)
     set_dropout(model, 0.7)

@@ -35,9 +35,19 @@ ANY = (
 )
 KEYS = {
     "llama": (*ANY, "rms_norm_eps", "attention_bias", "mlp_bias"),
+    "mistral": (*ANY, "rms_norm_eps", "sliding_window"),
     "qwen2": (
         *ANY,
         "rms_norm_eps",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
+        "layer_types",
+    ),
+    "qwen3": (
+        *ANY,
+        "rms_norm_eps",
+        "attention_bias",
         "use_sliding_window",
         "sliding_window",
         "max_window_layers",
@@ -71,7 +81,7 @@ ABSENT = object()
 
 def raw_config(family: str, key: str, value: object) -> dict[str, Any]:
     raw: dict[str, Any] = {**SIZES, "model_type": family}
-    if family == "qwen2" and key != "use_sliding_window":
+    if family in ("qwen2", "qwen3") and key != "use_sliding_window":
         raw["use_sliding_window"] = True
     raw.pop(key, None)
     return raw if value is ABSENT else {**raw, key: value}
@@ -105,6 +115,7 @@ def test_an_absent_or_null_key_is_what_transformers_makes_of_it(
         ("num_attention_heads", "starcoder2", ABSENT),
         ("num_attention_heads", "starcoder2", None),
         ("num_key_value_heads", "qwen2", ABSENT),
+        ("num_key_value_heads", "qwen3", ABSENT),
     }:
         # 64 over 24 heads, and 8 heads over 32: the family's default does not fit these sizes.
         with pytest.raises(UserError, match="must be a multiple"):
@@ -124,8 +135,9 @@ def test_zero_is_a_value_or_refused_by_name(family: str, key: str, zero: float) 
             ours(family, key, zero)
 
 
-def test_a_window_of_zero_is_only_refused_where_it_is_used() -> None:
-    raw = {**SIZES, "model_type": "qwen2", "sliding_window": 0, "use_sliding_window": False}
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_of_zero_is_only_refused_where_it_is_used(family: str) -> None:
+    raw = {**SIZES, "model_type": family, "sliding_window": 0, "use_sliding_window": False}
     config = parse_config(raw, "x")
     assert config.sliding_window is None
     assert config.layer_types == tuple(AutoConfig.for_model(**raw).layer_types)

@@ -10,26 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Starcoder2Config,
-    Starcoder2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kernels.segments import Segments
 from models import build
 from models.config import parse_config
+from models.families import FAMILIES as LISTED
 from models.layers import CausalLM, KeyValueCache
 
-ORACLES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
+FAMILIES = sorted(LISTED)
+# What a test asks for unless it says otherwise, where the default of the family is not that.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 12},
+    "starcoder2": {"sliding_window": None},
 }
-FAMILIES = sorted(ORACLES)
 
 # max_position_embeddings is 32, so that 50 tokens go beyond it.
 ROPES: dict[str, dict[str, Any]] = {
@@ -59,10 +54,8 @@ ROPES: dict[str, dict[str, Any]] = {
 
 def oracle(family: str, rope: str = "default", attention: str = "sdpa", **options: Any) -> Any:
     """Return transformers' model with every parameter away from its initial value."""
-    config_class, model_class = ORACLES[family]
-    if family == "starcoder2":
-        options = {"sliding_window": None, **options}
-    config = config_class(
+    config = AutoConfig.for_model(
+        family,
         **{
             "vocab_size": 97,
             "hidden_size": 48,
@@ -74,13 +67,14 @@ def oracle(family: str, rope: str = "default", attention: str = "sdpa", **option
             "rope_parameters": {"rope_theta": 1000.0, **ROPES[rope]},
             "bos_token_id": 0,
             "eos_token_id": 0,
+            **OPTIONS.get(family, {}),
             **options,
-        }
+        },
     )
     torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = model_class._from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -93,9 +87,10 @@ def oracle(family: str, rope: str = "default", attention: str = "sdpa", **option
     return model.eval()
 
 
-def ours(theirs: Any, attention: str = "auto") -> CausalLM:
+def ours(theirs: Any, attention: str = "auto", **keys: Any) -> CausalLM:
     """Return our model with the same weights; every name must be the checkpoint's."""
-    model = build(parse_config(theirs.config.to_dict(), "test"), attention=attention, device="cpu")
+    config = parse_config({**theirs.config.to_dict(), **keys}, "test")
+    model = build(config, attention=attention, device="cpu")
     model.load_state_dict(dict(theirs.named_parameters()), strict=True)
     return model
 
@@ -127,10 +122,20 @@ def test_short_documents_under_scaled_rope(rope):
     assert_same_logits(theirs, ours(theirs), tokens(2, 20))
 
 
-@pytest.mark.parametrize("rope", ["default", "dynamic", "yarn"])
-def test_decoding_with_a_cache(rope):
+CACHED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "default": ("llama", "default", {}),
+    "dynamic": ("llama", "dynamic", {}),
+    "yarn": ("llama", "yarn", {}),
+    "norms of queries and keys": ("qwen3", "default", {}),
+    "a window": ("mistral", "default", {"sliding_window": 7}),
+}
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_decoding_with_a_cache(case):
     """Beyond the 32 positions of training, where `dynamic` stretches with every token."""
-    theirs = oracle("llama", rope)
+    family, rope, options = CACHED[case]
+    theirs = oracle(family, rope, **options)
     model = ours(theirs)
     input_ids = tokens(1, 50)
     past, cache = None, KeyValueCache(50)
@@ -146,7 +151,13 @@ def test_decoding_with_a_cache(rope):
 
 
 WINDOWS = {
+    "mistral": {"sliding_window": 7},
     "starcoder2": {"sliding_window": 7},
+    "qwen3 from max_window_layers": {
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
     "qwen2 from max_window_layers": {
         "use_sliding_window": True,
         "sliding_window": 7,
@@ -172,15 +183,27 @@ def test_window_shorter_than_the_sequence(name, attention):
         assert (unwindowed(input_ids) - model(input_ids)).abs().max() > 0.1  # the window matters
 
 
-def test_qwen2_window_that_is_switched_off():
-    theirs = oracle("qwen2", sliding_window=7, use_sliding_window=False)
-    assert_same_logits(theirs, ours(theirs), tokens(1, 30))
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_switched_off(family):
+    """Published files keep the window's size, which transformers makes null as it reads them."""
+    theirs = oracle(family)
+    keys = {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}
+    model = ours(theirs, **keys, layer_types=None)
+    assert_same_logits(theirs, model, tokens(1, 30))
 
 
 VARIANTS = {
     "llama with every bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with explicit head_dim": ("llama", {"head_dim": 12}),
     "qwen2 with explicit head_dim": ("qwen2", {"head_dim": 12}),
+    "mistral with explicit head_dim": ("mistral", {"head_dim": 12}),
+    "mistral tied": ("mistral", {"tie_word_embeddings": True}),
+    "mistral without sharing of keys": ("mistral", {"num_key_value_heads": 6}),
+    "qwen3 with biases": ("qwen3", {"attention_bias": True}),
+    "qwen3 with heads as wide as the model": ("qwen3", {"head_dim": 8}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3 with one key head": ("qwen3", {"num_key_value_heads": 1}),
+    "qwen3 with a large epsilon": ("qwen3", {"rms_norm_eps": 0.1}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "starcoder2 untied": ("starcoder2", {"tie_word_embeddings": False}),

@@ -18,6 +18,7 @@ from files.errors import UserError
 from files.tensors import read_header
 from models import build, load_model
 from models.config import parse_config, read_config
+from models.families import FAMILIES
 from models.weights import fill, initialise, save_model, weights_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,6 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FAMILIES = ("llama", "qwen2", "starcoder2")
 # fp32, two layers: sums of at most 61 products per output differ by rounding order alone, so the
 # logits agree within some tens of units in the last place (2^-24 relative to their size).
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -44,7 +44,8 @@ def folder_from_transformers(
 ) -> torch.nn.Module:
     """Write a folder with transformers; every parameter is random, biases and norms too."""
     config = AutoConfig.for_model(
-        family, **{**SIZES, "tie_word_embeddings": tied, "sliding_window": None, **keys}
+        family,
+        **{**SIZES, "head_dim": 8, "tie_word_embeddings": tied, "sliding_window": None, **keys},
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

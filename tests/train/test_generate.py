@@ -47,7 +47,9 @@ SIZES = {
 }
 FAMILIES = {
     "Llama": {"tie_word_embeddings": False},
+    "Mistral": {"sliding_window": 8, "tie_word_embeddings": False},
     "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 12, "tie_word_embeddings": True},
     "Starcoder2": {"sliding_window": 8, "tie_word_embeddings": True},
 }
 

@@ -36,6 +36,8 @@ TINY = {
     "num_key_value_heads": 2,
 }
 LLAMA = TINY | {"model_type": "llama", "intermediate_size": 704}
+MISTRAL = LLAMA | {"model_type": "mistral"}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 128}
 STARCODER2 = TINY | {
     "model_type": "starcoder2",
     "intermediate_size": 1024,
@@ -277,7 +279,9 @@ def test_ledger_of_full_fine_tuning_holds_masters_and_lowered_copies() -> None:
     assert lowered["weights"] == 4 * sizes.base + 2 * sizes.matmul
 
 
-@pytest.mark.parametrize("raw", [LLAMA, STARCODER2], ids=["llama", "starcoder2"])
+@pytest.mark.parametrize(
+    "raw", [LLAMA, MISTRAL, QWEN3, STARCODER2], ids=lambda raw: raw["model_type"]
+)
 @pytest.mark.parametrize(
     ("method", "dropout", "precision", "attention"),
     [

@@ -171,7 +171,7 @@ UNSUPPORTED: dict[str, str] = {
     "token": f"HF_TOKEN opens gated models; {_HUB_ENVIRONMENT}",
     "use_auth_token": f"HF_TOKEN opens gated models; {_HUB_ENVIRONMENT}",
     "trust_remote_code": "a model's own code is never run; the families that are built are Llama, "
-    "Qwen2 and StarCoder2",
+    "Mistral, Qwen2, Qwen3 and StarCoder2",
     "trust_remote_code_model": "a model's own code is never run",
     # adapters
     "galore": "the optimizers are adamw, paged_adamw and adafactor (optimizer.name)",
