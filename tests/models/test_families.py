@@ -10,7 +10,7 @@ from peft import PeftModel
 from small import FAMILIES, RaggedExamples, small_config, small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.batch import micro_batches
+from data.batch import Batching, micro_batches
 from lora import load_adapter
 from models import families, load_model
 from models.config import parse_config
@@ -69,19 +69,12 @@ def test_a_full_step_gives_the_weights_of_transformers_and_torch(
         model,
         AdamW(parameters, eps=1e-3),
         micro_batches(
-            examples,  # type: ignore[arg-type]
-            [0],
-            micro_batch_size=1,
-            micro_batch_tokens=None,
-            batching="unpadded",
-            max_length=48,
-            pad_id=0,
+            examples, [0], Batching(micro_batch_size=1, layout="unpadded", max_length=48, pad_id=0)
         ),
         learning_rate=1e-3,
         max_grad_norm=0.0,
         precision=Precision("fp32", CPU),
         scaler=None,
-        device=CPU,
         draw=(0, 1),
     )
     for name, before in load_model(tmp_path / "base").named_parameters():
