@@ -1,8 +1,10 @@
 """Chat templates: messages to text, by a program that came with the model.
 
 A template is Jinja, with loops and arithmetic. The immutable sandbox keeps it from Python's own
-objects; that it ends, and does not eat all memory, no sandbox can promise, and whether it does may
-depend on the row. So every rendering happens in a child process with limits (`data/limited.py`).
+objects; that it ends, and does not eat all memory, no sandbox can promise. Nor does a trial when it
+is first seen: `{% if messages|length == 7 %}` may stand before a loop of 10**9 that writes nothing,
+or before `'a' * 10**10`, and a cap on what is written sees neither. So every rendering of every row
+happens in a child process with limits (`data/limited.py`), many rows to a request.
 
 A rendering also says which part of its text the template wrote for which message. Templates write
 their turns in a loop over the messages: into the body of each loop goes a call that writes nothing
