@@ -1,10 +1,11 @@
-"""tokenizer.json before it is trusted: its parts are known ones, and a child has tried them.
+"""tokenizer.json before it is trusted: a child has tried it.
 
 The tokenizers library does what the file says. A regular expression may make it panic, a
 replacement may multiply the text until the process is aborted, and ids may be anything. So a child
-with limits (`data/limited.py`) first reads the file as strict JSON, checks its parts against lists
-and bounds, loads it, and encodes texts of the kind that break tokenizers. A file that has passed is
-remembered by its sha256 in the cache folder, and loaded without a child from then on.
+with limits (`data/limited.py`) reads the file as strict JSON, checks what no trial need meet (how
+much longer a rare letter may become), loads it, and encodes texts of the kind that break
+tokenizers. Which kinds of parts there are, the library knows. A file that has passed is remembered
+by its sha256 in the cache folder, and loaded without a child from then on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import base64
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,46 +22,24 @@ import tokenizers
 from data.cache import cache_folder
 from data.limited import ANSWER_SECONDS, MEMORY_BYTES, LimitedChild, one_line
 from files.atomic import write_json
-from files.errors import UserError, did_you_mean
+from files.errors import UserError
 from files.strict_json import parse_json_object, read_json_object
 
 # Token ids are kept as int32.
 MAX_ID = 2**31 - 1
 # Raised whenever the check becomes stricter: files that passed the last one are checked again.
 _CHECK_VERSION = 1
-# The library's parts, as transformers writes them. What it learns later is added here after a look.
-_KINDS = {
-    "normalizer": (
-        "BertNormalizer ByteLevel Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace "
-        "Sequence Strip StripAccents"
-    ),
-    "pre_tokenizer": (
-        "BertPreTokenizer ByteLevel CharDelimiterSplit Digits FixedLength Metaspace Punctuation "
-        "Sequence Split UnicodeScripts Whitespace WhitespaceSplit"
-    ),
-    "post_processor": "BertProcessing ByteLevel RobertaProcessing Sequence TemplateProcessing",
-    "decoder": (
-        "BPEDecoder ByteFallback ByteLevel CTC Fuse Metaspace Replace Sequence Strip WordPiece"
-    ),
-}
-_MODELS = ["BPE", "Unigram", "WordLevel", "WordPiece"]
-# Where a Sequence keeps its parts.
-_PARTS = {
-    "normalizer": "normalizers",
-    "pre_tokenizer": "pretokenizers",
-    "post_processor": "processors",
-    "decoder": "decoders",
-}
 # Bounds that published files stay far below: the longest Sequences have about ten parts, the
 # longest regular expressions 500 characters, a SentencePiece character map 320 KB.
 _MAX_ITEMS, _MAX_DEPTH, _MAX_TEXT, _MAX_PATTERN, _MAX_MAP = 64, 8, 64, 4096, 4 * 2**20
-# How often longer all normalizers together may make a text (Llama's space becomes three bytes).
+# How often longer all parts of a role together may make a text (Llama's space becomes three bytes).
 _MAX_GROWTH = 256
 _MAX_WORD = 1024
 MAX_TOKEN = 4096
 # Tokens for each byte of a text. One byte may become three (a space that is written as ▁), and a
 # ligature 11 (NFKD of U+FDFA), each a token of its own under byte fallback.
 _MAX_TOKENS_PER_BYTE = 16
+_REMEDY = "use the tokenizer.json that the model's authors published"
 
 
 def load_backend(content: bytes, where: str) -> tokenizers.Tokenizer:
@@ -123,18 +101,24 @@ def _try_in_child(text: str, where: str) -> None:
         child.ask(
             json.dumps([text, where]),
             lambda answers: f"{where}: not a usable tokenizer: trying it",
-            "use the tokenizer.json that the model's authors published",
+            _REMEDY,
         )
     finally:
         child.close()
 
 
 def _load(text: str, where: str) -> tokenizers.Tokenizer:
-    with library_errors(f"{where}: not a usable tokenizer"):
-        backend = tokenizers.Tokenizer.from_str(text)
-        # At once: the file may ask for any truncation or padding, and nothing would show it.
-        backend.no_truncation()
-        backend.no_padding()
+    try:
+        with library_errors(f"{where}: not a usable tokenizer"):
+            backend = tokenizers.Tokenizer.from_str(text)
+    except UserError as error:
+        raise UserError(
+            f"{error}; {_REMEDY}, and a newer tokenizers than {tokenizers.__version__} if it has "
+            "parts that this one does not know"
+        ) from None
+    # At once: the file may ask for any truncation or padding, and nothing would show it.
+    backend.no_truncation()
+    backend.no_padding()
     return backend
 
 
@@ -143,19 +127,18 @@ def answer(request: list[str]) -> Iterator[None]:
     text, where = request
     file = parse_json_object(text.encode(), where)
     check_parts(file, where)
-    added = [(token["content"], token["id"]) for token in file.get("added_tokens") or ()]
+    added = file.get("added_tokens") or ()
     del file
     yield
     backend = _load(text, where)
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    if not vocabulary:
-        raise UserError(f"{where}: has no tokens; it is not the tokenizer of a model")
-    for token, token_id in added:
+    _check_vocabulary(vocabulary, where)
+    for token, token_id in ((token["content"], token["id"]) for token in added):
         if vocabulary.get(token) != token_id:
             raise UserError(
-                f"{where}: the added token {_show(token)} has the id {token_id} in the file and "
-                f"{vocabulary.get(token, 'none')} in use; added tokens stand in the vocabulary, or "
-                "follow it without a gap"
+                f"{where}: the added token {_show(token)} has the id {_show(token_id)} in the file "
+                f"and {vocabulary.get(token, 'none')} in use; added tokens stand in the "
+                "vocabulary, or follow it without a gap"
             )
     yield
     for probe in _probes():
@@ -163,54 +146,78 @@ def answer(request: list[str]) -> Iterator[None]:
 
 
 def check_parts(file: Mapping[str, Any], where: str) -> None:
-    """Check every part of a parsed tokenizer.json against what is known.
+    """Check what a parsed tokenizer.json could do to texts that no trial meets.
 
     Raises:
-        UserError: A part of an unknown kind, too many or too long ones, ids that are not unique or
-            out of bounds.
+        UserError: Parts that are too many, too long, or could make a text far longer; a model that
+            splits a text by chance, or long words in no bounded time.
     """
-    for role in _KINDS:
-        part = file.get(role)
-        if part is not None:
-            at = f"{where}: {role}"
-            _check_bounds(part, at)
-            growth = _check_kind(part, role, at)
-            if growth > _MAX_GROWTH:
-                raise UserError(
-                    f"{at} may make a text {growth:.3g} times as long; at most {_MAX_GROWTH} is "
-                    "allowed"
-                )
-    _check_model(file.get("model"), f"{where}: model")
-    _check_added_tokens(file.get("added_tokens"), f"{where}: added_tokens")
-
-
-def _check_kind(part: Any, role: str, at: str) -> float:
-    """Check a part and those in it; return how often longer it may make a text."""
-    kinds = _KINDS[role].split()
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in kinds:
+    for role in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        growth = _check_part(file.get(role), f"{where}: {role}")
+        if growth > _MAX_GROWTH:
+            raise UserError(
+                f"{where}: {role} may make a text {growth:.3g} times as long; at most "
+                f"{_MAX_GROWTH} is allowed"
+            )
+    model, at = file.get("model"), f"{where}: model"
+    if not isinstance(model, dict):
+        return  # the library says so
+    if model.get("dropout"):
         raise UserError(
-            f"{at} is of the unknown type {_show(kind)}{did_you_mean(_show(kind), kinds)}; "
-            f"known are {', '.join(kinds)}"
+            f"{at}.dropout is {_show(model['dropout'])}: a text would have other tokens each time; "
+            "set it to null"
         )
-    if kind == "Sequence":
-        parts = part.get(_PARTS[role])
-        if not isinstance(parts, list):
-            raise UserError(f"{at} is a Sequence without its list '{_PARTS[role]}'")
-        return math.prod(_check_kind(inner, role, f"{at}[{i}]") for i, inner in enumerate(parts))
-    if kind == "Replace":
-        pattern, content = part.get("pattern"), part.get("content")
-        if not isinstance(pattern, dict) or not isinstance(content, str):
-            raise UserError(f"{at} is a Replace without its pattern or content")
+    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        _check_text(model.get(name), _MAX_TEXT, f"{at}.{name}")
+    longest = model.get("max_input_chars_per_word")
+    if longest is not None and not (isinstance(longest, int) and 0 < longest <= _MAX_WORD):
+        raise UserError(
+            f"{at}.max_input_chars_per_word is {_show(longest)}; it must be from 1 to {_MAX_WORD}, "
+            "since the time for a word grows with its square"
+        )
+
+
+def _check_part(value: Any, at: str, depth: int = 0) -> float:
+    """Check that nothing in a part is longer, deeper or larger than any published file has it.
+
+    Return how often longer it may make a text, with all parts in it.
+    """
+    if depth > _MAX_DEPTH:
+        raise UserError(f"{at} is nested more than {_MAX_DEPTH} levels deep")
+    if isinstance(value, dict | list):
+        if len(value) > _MAX_ITEMS:
+            raise UserError(f"{at} has {len(value)} items; at most {_MAX_ITEMS} are allowed")
+        growth = _growth(value, at) if isinstance(value, dict) else 1.0
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            if name == "precompiled_charsmap":
+                _check_text(item, _MAX_MAP, f"{at}.{name}")
+            elif name in ("Regex", "pattern") and isinstance(item, str):
+                _check_text(item, _MAX_PATTERN, f"{at}.{name}")
+            else:
+                growth *= _check_part(item, f"{at}.{name}", depth + 1)
+        return growth
+    if isinstance(value, str):
+        _check_text(value, _MAX_TEXT, at)
+    elif isinstance(value, int) and not 0 <= value < MAX_ID:
+        raise UserError(f"{at} is {value}; it must be from 0 to {MAX_ID - 1}")
+    return 1.0
+
+
+def _growth(part: Mapping[str, Any], at: str) -> float:
+    """Return how often longer a part may make a text, those in it left out."""
+    pattern, content = part.get("pattern"), part.get("content")
+    if isinstance(pattern, dict) and isinstance(content, str):
         literal = pattern.get("String")
         # A regular expression may match the nothing between any two bytes.
         before = len(literal.encode("utf-8", "surrogatepass")) if isinstance(literal, str) else 0
         after = len(content.encode("utf-8", "surrogatepass"))
         return max(after / before, 1) if before else 1 + after
-    if kind == "Precompiled":
-        return _longest_mapped(part.get("precompiled_charsmap"), at)
+    if "precompiled_charsmap" in part:
+        return _longest_mapped(part["precompiled_charsmap"], at)
     # A byte that is no printable letter becomes a letter of two bytes, a space a ▁ of three.
-    return {"ByteLevel": 2.0, "Metaspace": 3.0}.get(kind, 1.0)
+    growths = {"ByteLevel": 2.0, "Metaspace": 3.0}
+    return growths.get(str(part.get("type")), 1.0)
 
 
 def _longest_mapped(charsmap: Any, at: str) -> float:
@@ -226,96 +233,30 @@ def _longest_mapped(charsmap: Any, at: str) -> float:
     return max(map(len, texts.split(b"\0")), default=0) or 1
 
 
-def _check_bounds(value: Any, at: str, depth: int = 0) -> None:
-    """Check that nothing in a part is longer, deeper or larger than any published file has it."""
-    if depth > _MAX_DEPTH:
-        raise UserError(f"{at} is nested more than {_MAX_DEPTH} levels deep")
-    if isinstance(value, dict | list):
-        if len(value) > _MAX_ITEMS:
-            raise UserError(f"{at} has {len(value)} items; at most {_MAX_ITEMS} are allowed")
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, item in items:
-            if name == "precompiled_charsmap":
-                _check_text(item, _MAX_MAP, f"{at}.{name}")
-            elif name in ("Regex", "pattern") and isinstance(item, str):
-                _check_text(item, _MAX_PATTERN, f"{at}.{name}")
-            else:
-                _check_bounds(item, f"{at}.{name}", depth + 1)
-    elif isinstance(value, str):
-        _check_text(value, _MAX_TEXT, at)
-    elif isinstance(value, int) and not 0 <= value < MAX_ID:
-        raise UserError(f"{at} is {value}; it must be from 0 to {MAX_ID - 1}")
-
-
 def _check_text(value: Any, most: int, at: str) -> None:
     if isinstance(value, str) and len(value) > most:
         raise UserError(f"{at} has {len(value)} characters; at most {most} are allowed")
 
 
-def _check_model(model: Any, at: str) -> None:
-    if not isinstance(model, dict):
-        raise UserError(f"{at} is missing; it holds the vocabulary")
-    kind = model.get("type")
-    # The oldest files (GPT-2's) name no type; the library goes by the keys then.
-    if kind is not None and kind not in _MODELS:
-        raise UserError(
-            f"{at} is of the unknown type {_show(kind)}{did_you_mean(_show(kind), _MODELS)}; known "
-            f"are {', '.join(_MODELS)}"
-        )
-    if model.get("dropout"):
-        raise UserError(
-            f"{at}.dropout is {_show(model['dropout'])}: a text would have other tokens each time; "
-            "set it to null"
-        )
-    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        _check_text(model.get(name), _MAX_TEXT, f"{at}.{name}")
-    longest = model.get("max_input_chars_per_word")
-    if longest is not None and not (isinstance(longest, int) and 0 < longest <= _MAX_WORD):
-        raise UserError(
-            f"{at}.max_input_chars_per_word is {_show(longest)}; it must be from 1 to {_MAX_WORD}, "
-            "since the time for a word grows with its square"
-        )
-    vocabulary = model.get("vocab")
-    if isinstance(vocabulary, dict):
-        _check_ids(vocabulary.items(), f"{at}.vocab")
-        tokens = list(vocabulary)
-    elif isinstance(vocabulary, list):
-        tokens = [entry[0] for entry in vocabulary if isinstance(entry, list) and entry]
-        if len(tokens) < len(vocabulary) or not all(isinstance(token, str) for token in tokens):
-            raise UserError(f"{at}.vocab must be a list of pairs of token and score")
-    else:
-        raise UserError(f"{at}.vocab is missing; it holds the tokens")
-    _check_text(max(tokens, key=len, default=""), MAX_TOKEN, f"{at}.vocab: its longest token")
-
-
-def _check_added_tokens(added: Any, at: str) -> None:
-    if added is None:
-        return
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
-    ):
-        raise UserError(f"{at} must be a list of objects with an id and a content")
-    _check_ids([(token["content"], token.get("id")) for token in added], at)
-    contents = [token["content"] for token in added]
-    _check_text(max(contents, key=len, default=""), MAX_TOKEN, f"{at}: its longest token")
-
-
-def _check_ids(pairs: Any, at: str) -> None:
-    """Check the ids of (token, id) pairs."""
+def _check_vocabulary(vocabulary: Mapping[str, int], where: str) -> None:
+    """Check tokens and ids, as the library holds them."""
+    if not vocabulary:
+        raise UserError(f"{where}: has no tokens; it is not the tokenizer of a model")
     owner: dict[int, str] = {}
-    for token, token_id in pairs:
-        # `type`, because True is an int too.
-        if type(token_id) is not int or not 0 <= token_id < MAX_ID:
+    for token, token_id in vocabulary.items():
+        if token_id >= MAX_ID:
             raise UserError(
-                f"{at}: the token {_show(token)} has the id {_show(token_id)}; ids run from 0 to "
+                f"{where}: the token {_show(token)} has the id {token_id}; ids run from 0 to "
                 f"{MAX_ID - 1}"
             )
         if token_id in owner:
+            first, second = sorted((owner[token_id], token))
             raise UserError(
-                f"{at}: the tokens {_show(owner[token_id])} and {_show(token)} share the id "
-                f"{token_id}; each id stands for one token"
+                f"{where}: the tokens {_show(first)} and {_show(second)} share the id {token_id}; "
+                "each id stands for one token"
             )
         owner[token_id] = token
+    _check_text(max(vocabulary, key=len), MAX_TOKEN, f"{where}: its longest token")
 
 
 def _show(value: Any) -> str:

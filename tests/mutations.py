@@ -1403,13 +1403,13 @@ MUTATIONS = [
         "tests/data/test_tokenizer.py",
         (
             "a tokenizer's own truncation cuts rows in silence",
-            "        backend.no_truncation()\n",
+            "    backend.no_truncation()\n",
             "",
             "test_truncation_and_padding_of_the_file_are_switched_off",
         ),
         (
             "a tokenizer's own padding goes into rows",
-            "        backend.no_padding()\n",
+            "    backend.no_padding()\n",
             "",
             "test_truncation_and_padding_of_the_file_are_switched_off",
         ),

@@ -238,7 +238,7 @@ def test_missing_folder_and_missing_file(tmp_path):
     ("files", "message"),
     [
         ({"tokenizer.json": "{"}, r"tokenizer\.json: not JSON at line 1"),
-        ({"tokenizer.json": '{"version": "1.0"}'}, r"tokenizer\.json: model is missing"),
+        ({"tokenizer.json": '{"version": "1.0"}'}, r"tokenizer\.json: not a .*: Model missing"),
         ({"tokenizer.json": "\x00\x01"}, r"tokenizer\.json: not JSON at line 1"),
         ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json: must hold a JSON object"),
         ({"special_tokens_map.json": "{"}, r"special_tokens_map\.json: not JSON"),
