@@ -1,10 +1,11 @@
-"""safetensors files: a header reader, memory-mapped reads, and a streaming, hashed, durable writer.
+"""safetensors files: the library reads them, and a streaming, hashed, durable writer of our own.
 
 A file is 8 bytes (little-endian length N of the header), N bytes of JSON {name: {dtype, shape,
-data_offsets}} with an optional "__metadata__", then the tensors' bytes end to end. The reader
-checks the whole header before a byte of weights is touched: types, sizes, no overlap, no hole,
-nothing behind the last tensor. The writer holds one tensor at a time beyond those it is given,
-and hashes what it writes, so that no byte is read twice.
+data_offsets}} with an optional "__metadata__", then the tensors' bytes end to end. The library
+checks the whole header before a byte of weights is touched (sizes, no overlap, no hole, nothing
+missing or left over), and maps the file into memory. It writes without fsync, with modes of its own
+and a copy of everything; the writer here holds one tensor at a time beyond those it is given, and
+hashes what it writes, so that no byte is read twice.
 
 Source: the format section of the safetensors README, version 0.8.
 """
@@ -13,20 +14,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import math
 import os
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from files.atomic import replacing
-from files.errors import UserError
+from files.errors import UserError, counted
 from files.faults import faultpoint
 from files.strict_json import parse_json_object
 
@@ -46,7 +48,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000
 _MAX_ELEMENTS = 2**62
 
 
@@ -79,8 +80,7 @@ def read_header(path: str | Path) -> Header:
     Raises:
         UserError: the file cannot be read or is not a valid safetensors file.
     """
-    with _open(Path(path)) as file:
-        return _read_header(file, Path(path))
+    return _open(Path(path))[1]
 
 
 class TensorFile:
@@ -95,10 +95,8 @@ class TensorFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with _open(self.path) as file:
-            header = _read_header(file, self.path)
-            # Copy-on-write: writable as torch asks, yet a write never reaches the file.
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file, header = _open(self.path)
+        self._file: safe_open | None = file
         self._tensors = header.tensors
         self.metadata = header.metadata
 
@@ -118,23 +116,17 @@ class TensorFile:
         return self._tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """Return tensor `name` as a CPU view of the map; pages load when they are touched."""
-        info = self._tensors[name]
-        if self._map is None:
+        """Return tensor `name` as a CPU view of the map; pages load when they are touched.
+
+        It may be written to, which never reaches the file.
+        """
+        if self._file is None:
             raise ValueError(f"{self.path} is closed")
-        if info.num_bytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        if info.begin % info.dtype.itemsize:
-            # Files of old writers: torch wants elements at multiples of their size.
-            data = bytearray(self._map[info.begin : info.end])
-            return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
-        count = info.num_bytes // info.dtype.itemsize
-        flat = torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=info.begin)
-        return flat.view(info.shape)
+        return self._file.get_tensor(name)
 
     def close(self) -> None:
         """Let go of the map; it is unmapped with the last tensor that was read from it."""
-        self._map = None
+        self._file = None
 
 
 def write_tensors(
@@ -206,90 +198,54 @@ def _bytes_of(tensor: Tensor, dtype: torch.dtype | None) -> memoryview:
     return host.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> tuple[safe_open, Header]:
+    """Return a file as the library has checked and opened it, and its header."""
     try:
         # Before opening: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
-        return open(path, "rb")
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if start == b"version ":
+                raise UserError(
+                    f"{path}: is a Git LFS pointer, not weights; run 'git lfs pull' first"
+                )
+            try:
+                opened = safe_open(path, "pt")
+            except SafetensorError as error:
+                reason = str(error).rpartition("deserializing header: ")[2]
+                # What a broken download comes to, in the words of the library's versions.
+                if reason.startswith(("incomplete metadata", "MetadataIncompleteBuffer")):
+                    reason = f"it is cut off, or bytes follow the last tensor ({reason})"
+                size = os.fstat(file.fileno()).st_size
+                raise _invalid(path, f"{reason}; it has {counted(size, 'byte')}") from None
+            text = file.read(int.from_bytes(start, "little"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_header(file: BinaryIO, path: Path) -> Header:
-    size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    if start == b"version ":
-        raise UserError(f"{path}: is a Git LFS pointer, not weights; run 'git lfs pull' first")
-    if len(start) < 8:
-        raise _invalid(path, f"{size} bytes cannot hold a header")
-    length = int.from_bytes(start, "little")
-    if length > _MAX_HEADER_BYTES:
-        raise _invalid(path, f"a header of {length:,} bytes is beyond {_MAX_HEADER_BYTES:,}")
-    if 8 + length > size:
-        raise _invalid(path, f"its header of {length:,} bytes ends beyond the file's {size:,}")
-    text = file.read(length)
-    if not text.startswith(b"{"):
-        raise _invalid(path, "its header does not begin with '{'")
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # Of two equal names the library takes the last.
     try:
         entries = parse_json_object(text, f"{path}: header")
     except UserError as error:
         raise UserError(f"{error}; fetch the file again") from None
     metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _invalid(path, "__metadata__ must map names to strings")
-    tensors = {name: _tensor_info(path, name, entries[name], 8 + length) for name in entries}
+    tensors = {name: _tensor_info(path, name, entries[name], 8 + len(text)) for name in entries}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
-    _check_layout(path, tensors, 8 + length, size)
-    return Header(tensors, metadata)
+    return opened, Header(tensors, metadata)
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _invalid(path, f"tensor '{name}' must have dtype, shape and data_offsets alone")
-    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    """Return what the header says of a tensor; the library has checked all but what is here."""
+    if not isinstance(entry, dict):
+        raise _invalid(path, f"tensor '{name}' must have dtype, shape and data_offsets")
+    kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise UserError(
             f"{path}: tensor '{name}' has dtype {kind!r:.40}, which is not read; known are "
             f"{', '.join(_DTYPES)}: of quantised weights, use the model's original ones"
         )
-    if not _all_counts(shape):
-        raise _invalid(path, f"tensor '{name}' has shape {shape!r:.80}")
-    if not _all_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _invalid(path, f"tensor '{name}' has data_offsets {offsets!r:.80}")
-    extent = 1
-    for dimension in shape:
-        extent *= max(dimension, 1)
-    if extent > _MAX_ELEMENTS:
+    if math.prod(max(dimension, 1) for dimension in shape) > _MAX_ELEMENTS:
         raise _invalid(path, f"tensor '{name}' has shape {shape!r:.80}, beyond any memory")
-    dtype = _DTYPES[kind]
-    needed = 0 if 0 in shape else extent * dtype.itemsize
-    if offsets[1] - offsets[0] != needed:
-        raise _invalid(
-            path,
-            f"tensor '{name}' of shape {shape} and dtype {kind} needs {needed:,} bytes, "
-            f"but has {offsets[1] - offsets[0]:,}",
-        )
-    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-
-
-def _check_layout(path: Path, tensors: dict[str, TensorInfo], position: int, size: int) -> None:
-    """Refuse overlaps, holes, and bytes missing or left over at the end."""
-    for name, info in tensors.items():
-        if info.begin != position:
-            fault = "overlaps the one before it" if info.begin < position else "follows a hole"
-            raise _invalid(path, f"tensor '{name}' {fault}")
-        position = info.end
-    if position > size:
-        raise _invalid(path, f"it is cut off: {size:,} bytes where {position:,} are described")
-    if position < size:
-        raise _invalid(path, f"{size - position:,} bytes follow the last tensor")
-
-
-def _all_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
-    )
+    return TensorInfo(_DTYPES[kind], tuple(shape), data_start + begin, data_start + end)
 
 
 def _invalid(path: Path, reason: str) -> UserError:
