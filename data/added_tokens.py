@@ -26,9 +26,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from data.limited import one_line
 from data.tokenizer_file import MAX_ID, MAX_TOKEN, library_errors
-from files.errors import UserError
+from files.errors import UserError, shown
 from files.strict_json import parse_json_object
 
 # In the order in which transformers adds them, which decides the ids of those that are new.
@@ -85,7 +84,7 @@ def read_declarations(files: Mapping[str, bytes], folder: Path) -> Declarations:
         elif isinstance(tokens, list):
             listed |= {token.content: token for token in (_token(value, where) for value in tokens)}
         elif tokens is not None:
-            raise UserError(f"{where} must be a list of tokens, not {_show(tokens)}")
+            raise UserError(f"{where} must be a list of tokens, not {shown(tokens)}")
     known = [named[name] for name in _NAMES if name in named]
     others = [token for name, token in named.items() if name not in _NAMES]
     if has_ids:
@@ -126,7 +125,7 @@ def add_declared_tokens(
         if used != token_id:
             source = f"{_CONFIG}: added_tokens_decoder" if declared.flags_rule else _ADDED
             raise UserError(
-                f"{folder / source} gives the token {_show(token.content)} the id {token_id}, and "
+                f"{folder / source} gives the token {shown(token.content)} the id {token_id}, and "
                 f"tokenizer.json {used}; take all tokenizer files from one model, or make the two "
                 "agree"
             )
@@ -142,8 +141,8 @@ def _check_special_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     for (token_id, token), encoding in zip(special.items(), encodings, strict=True):
         if encoding.ids != [token_id]:
             raise UserError(
-                f"{folder / 'tokenizer.json'}: the special token {_show(token.content)} has the id "
-                f"{token_id}, but its text comes to the ids {_show(encoding.ids)}; another token "
+                f"{folder / 'tokenizer.json'}: the special token {shown(token.content)} has the id "
+                f"{token_id}, but its text comes to the ids {shown(encoding.ids)}; another token "
                 "or the normalizer takes it apart: mend its entry in added_tokens"
             )
 
@@ -178,7 +177,7 @@ def _ids_of_older_file(
 
 def _id(value: Any, at: str) -> int:
     if type(value) is not int or not 0 <= value < MAX_ID:  # `type`, because True is an int too
-        raise UserError(f"{at}: {_show(value)} is no id; ids run from 0 to {MAX_ID - 1}")
+        raise UserError(f"{at}: {shown(value)} is no id; ids run from 0 to {MAX_ID - 1}")
     return value
 
 
@@ -189,7 +188,7 @@ def _token(value: Any, at: str, special: bool | None = None) -> AddedToken:
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str):
         raise UserError(
-            f"{at}: a token is text, or an object with its text as content, not {_show(value)}"
+            f"{at}: a token is text, or an object with its text as content, not {shown(value)}"
         )
     if len(content) > MAX_TOKEN:
         raise UserError(
@@ -200,10 +199,6 @@ def _token(value: Any, at: str, special: bool | None = None) -> AddedToken:
         flags["special"] = special
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise UserError(f"{at}: {name} of the token {_show(content)} must be true or false")
-    with library_errors(f"{at}: {_show(content)} is no token"):  # half of a surrogate pair
+            raise UserError(f"{at}: {name} of the token {shown(content)} must be true or false")
+    with library_errors(f"{at}: {shown(content)} is no token"):  # half of a surrogate pair
         return AddedToken(content, **flags)
-
-
-def _show(value: Any) -> str:
-    return one_line(repr(value), 60)

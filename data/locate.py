@@ -33,7 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.rows_in_memory import ROWS_PREFIX, find_rows
-from files.errors import UserError, counted, did_you_mean, note
+from files.errors import UserError, counted, did_you_mean, listed, note
 from files.hub import read_card, resolve_dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -51,7 +51,6 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+.*")
-_NAMES_IN_A_MESSAGE = 20
 # What lies beside data without being rows or sources, by its name's beginning or its ending.
 _DOCUMENTS = re.compile(
     r"(README|LICEN[CS]E|COPYING|NOTICE|AUTHORS|CITATION|CHANGELOG|CONTRIBUTING)\b.*"
@@ -503,9 +502,3 @@ def _files_of_split(names: Sequence[str], split: str | None, spec: str) -> list[
         f"{spec}: has no files of the split '{split}' (it has: {listed(found)}); name the file, "
         "or leave the split out and use data.valid_fraction"
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names for a message, the first twenty of them."""
-    more = len(names) - _NAMES_IN_A_MESSAGE
-    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from files.errors import UserError, did_you_mean
+from files.errors import UserError, did_you_mean, shown
 from files.strict_json import parse_json
 
 Messages = list[dict[str, Any]]
@@ -36,9 +36,9 @@ _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 # The turns of ShareGPT's dialects whose whole text is a call: {"name": …, "arguments": …}.
 _CALL_TURNS = ("function_call", "tool_call")
 _THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_COLUMNS = ("messages", "conversations", "conversation")
-_ROLE_KEYS = ("role", "from", "speaker")
-_CONTENT_KEYS = ("content", "value", "text")
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text")
 # What the parts of a content may be of, by OpenAI, Anthropic and transformers.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = (
@@ -53,7 +53,7 @@ def read_conversation(values: Mapping[str, Any]) -> Messages:
     Raises:
         UserError: As `read_messages`, or two columns hold different conversations.
     """
-    there = {name: values[name] for name in _COLUMNS if name in values}
+    there = {name: values[name] for name in CONVERSATION_COLUMNS if name in values}
     # An empty one beside another is a column that this row does not use.
     found = {name: value for name, value in there.items() if value} or there
     if not found:
@@ -138,8 +138,8 @@ def is_conversation(value: Any) -> bool:
         and bool(turns)
         and all(
             isinstance(turn, dict)
-            and any(isinstance(turn.get(key), str) for key in _ROLE_KEYS)
-            and any(key in turn for key in (*_CONTENT_KEYS, "tool_calls"))
+            and any(isinstance(turn.get(key), str) for key in ROLE_KEYS)
+            and any(key in turn for key in (*CONTENT_KEYS, "tool_calls"))
             for turn in turns
         )
     )
@@ -180,9 +180,7 @@ def describe(value: Any) -> str:
         return "null"
     if isinstance(value, Sequence | Mapping) and not value:
         return f"an empty {type(value).__name__}"
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}…"
-    return f"{shown} ({type(value).__name__})"
+    return f"{shown(value, 40)} ({type(value).__name__})"
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.cache import cache_folder
 from files.atomic import TEMPORARY_PREFIX
-from files.errors import UserError
+from files.errors import UserError, shown
 
 ROWS_PREFIX = "rows:"
 
@@ -103,8 +103,10 @@ def _check(value: Any, what: str) -> None:
             for item in value.values():
                 _check(item, what)
         case _:
-            shown = "a dictionary with other keys than texts" if isinstance(value, dict) else ""
+            described = f"{shown(value)} ({type(value).__name__})"
+            if isinstance(value, dict):
+                described = "a dictionary with other keys than texts"
             raise UserError(
-                f"{what} holds {shown or f'{value!r:.60} ({type(value).__name__})'}, which JSON "
-                "cannot; make it a text, a number, a list or a dictionary"
+                f"{what} holds {described}, which JSON cannot; make it a text, a number, a list or "
+                "a dictionary"
             )

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.locate import Source, SourceFile, canonical_split, listed, open_source
-from files.errors import UserError, did_you_mean, note
+from data.locate import SPLIT_NAMES, Source, SourceFile, canonical_split, open_source
+from data.messages import CONVERSATION_COLUMNS, ROLE_KEYS
+from files.errors import UserError, did_you_mean, listed, note
+from files.strict_json import parse_json_at
 
 MAX_ROW_BYTES = 16 * 2**20
-_COLUMN_VALUES = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LFS_POINTER = b"version https://git-lfs"
 _PARQUET_ROWS_AT_A_TIME = 1024
@@ -170,45 +171,6 @@ def _too_long(where: str) -> UserError:
     )
 
 
-class _NotStrict(ValueError):
-    """JSON that Python's parser takes and we do not."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-        raise _NotStrict(f'key "{twice}" stands twice in one object')
-    return values
-
-
-def _refuse_constant(text: str) -> Any:
-    raise _NotStrict(f"{text} is not JSON; write null")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
-
-
-def _parse(text: str, start: int, where: Callable[[int], str]) -> tuple[Any, int]:
-    """Return the JSON value at `start` and the position after it.
-
-    `where` gives `FILE:LINE` for a position in `text`.
-    """
-    try:
-        return _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where(error.pos)}: not JSON ({error.msg} at column {error.colno}); "
-            "each row must be one JSON object"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{where(start)}: JSON nested too deeply") from None
-    except _NotStrict as error:
-        raise UserError(f"{where(start)}: {error}") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise UserError(f"{where(start)}: holds a number with too many digits") from None
-
-
 def _json_row(value: Any, text: str, where: str) -> Row:
     """Return the parsed value as a row; `text` is what it was parsed from."""
     if not isinstance(value, dict):
@@ -242,7 +204,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
         if start == len(line):
             continue
         try:
-            value, end = _parse(line, start, lambda _, where=where: where)
+            value, end = parse_json_at(line, start, lambda _, where=where: where)
         except UserError as error:
             if first and line.rstrip()[-1] in "[{,":
                 raise _one_document(where) from None
@@ -294,7 +256,7 @@ def _read_json(path: Path, name: str, columns: Sequence[str] | None) -> Iterator
     elif _is_json_lines(text, position):
         yield from _read_jsonl(path, name)
     else:
-        value, end = _parse(text, position, where)
+        value, end = parse_json_at(text, position, where)
         after = _skip_space(text, end)
         if after < len(text):
             raise UserError(f"{where(after)}: more text after the object")
@@ -313,8 +275,8 @@ def _is_json_lines(text: str, start: int) -> bool:
     line_end = text.find("\n", start)
     line = text[start : line_end if line_end >= 0 else None]
     try:
-        end = _DECODER.raw_decode(line)[1]
-    except (ValueError, RecursionError):
+        end = parse_json_at(line, 0, str)[1]
+    except UserError:
         return False
     return _skip_space(text, start + end) < len(text)
 
@@ -326,14 +288,14 @@ def _key_of_rows(value: Any, columns: Sequence[str] | None, where: str) -> str |
     """
     if columns and all(column in value for column in columns):
         return None
-    if "messages" in value or "conversations" in value:
+    if any(column in value for column in CONVERSATION_COLUMNS):
         return None
     lists = {
         key: items
         for key, items in value.items()
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
     }
-    if any("role" in items[0] or "from" in items[0] for items in lists.values()):
+    if any(key in items[0] for items in lists.values() for key in ROLE_KEYS):
         return None
     if len(lists) > 1:
         raise UserError(
@@ -347,11 +309,11 @@ def _value_of(key: str, text: str, start: int, where: Callable[[int], str]) -> i
     """Return where the value of `key` begins in the object, which was parsed before, at `start`."""
     position = start
     while True:
-        name, position = _parse(text, _skip_space(text, position + 1), where)
+        name, position = parse_json_at(text, _skip_space(text, position + 1), where)
         position = _skip_space(text, _skip_space(text, position) + 1)  # behind the colon
         if name == key:
             return position
-        _, position = _parse(text, position, where)
+        _, position = parse_json_at(text, position, where)
         position = _skip_space(text, position)  # at the comma
 
 
@@ -366,7 +328,7 @@ def _read_list(text: str, start: int, name: str) -> Generator[Row, None, int]:
     while position < len(text) and text[position] != "]":
         # Counted from the last row on: counting from the start each time would be quadratic.
         line, counted = line + text.count("\n", counted, position), position
-        value, end = _parse(text, position, where)
+        value, end = parse_json_at(text, position, where)
         if end - position > MAX_ROW_BYTES:
             raise _too_long(f"{name}:{line}")
         yield _json_row(value, text[position:end], f"{name}:{line}")
@@ -494,12 +456,12 @@ def _source_text(path: Path) -> str | _PassedOver:
 def _of_split(rows: Iterator[Row], column: str, split: str) -> Iterator[Row]:
     for row in rows:
         value = _string(row, column)
-        if value not in _COLUMN_VALUES:
+        if canonical_split(value) not in SPLIT_NAMES.values():
             raise UserError(
                 f"{row.where}: split column '{column}' is {value!r}; must be train, valid "
                 "(or validation) or test"
             )
-        if _COLUMN_VALUES[value] == split:
+        if canonical_split(value) == split:
             yield row
 
 
@@ -526,8 +488,7 @@ def _string(row: Row, field: str) -> str:
 _FIELDS_OF_FORMATS = (
     ("completion", ("prompt", "completion")),
     ("instruction", ("instruction", "output")),
-    ("messages", ("messages",)),
-    ("messages", ("conversations",)),
+    *(("messages", (column,)) for column in CONVERSATION_COLUMNS),
     ("text", ("text",)),
 )
 

@@ -22,7 +22,7 @@ import tokenizers
 from data.cache import cache_folder
 from data.limited import ANSWER_SECONDS, MEMORY_BYTES, LimitedChild, one_line
 from files.atomic import write_json
-from files.errors import UserError
+from files.errors import UserError, shown
 from files.strict_json import parse_json_object, read_json_object
 
 # Token ids are kept as int32.
@@ -136,7 +136,7 @@ def answer(request: list[str]) -> Iterator[None]:
     for token, token_id in ((token["content"], token["id"]) for token in added):
         if vocabulary.get(token) != token_id:
             raise UserError(
-                f"{where}: the added token {_show(token)} has the id {_show(token_id)} in the file "
+                f"{where}: the added token {shown(token)} has the id {shown(token_id)} in the file "
                 f"and {vocabulary.get(token, 'none')} in use; added tokens stand in the "
                 "vocabulary, or follow it without a gap"
             )
@@ -164,7 +164,7 @@ def check_parts(file: Mapping[str, Any], where: str) -> None:
         return  # the library says so
     if model.get("dropout"):
         raise UserError(
-            f"{at}.dropout is {_show(model['dropout'])}: a text would have other tokens each time; "
+            f"{at}.dropout is {shown(model['dropout'])}: a text would have other tokens each time; "
             "set it to null"
         )
     for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -172,7 +172,7 @@ def check_parts(file: Mapping[str, Any], where: str) -> None:
     longest = model.get("max_input_chars_per_word")
     if longest is not None and not (isinstance(longest, int) and 0 < longest <= _MAX_WORD):
         raise UserError(
-            f"{at}.max_input_chars_per_word is {_show(longest)}; it must be from 1 to {_MAX_WORD}, "
+            f"{at}.max_input_chars_per_word is {shown(longest)}; it must be from 1 to {_MAX_WORD}, "
             "since the time for a word grows with its square"
         )
 
@@ -246,21 +246,17 @@ def _check_vocabulary(vocabulary: Mapping[str, int], where: str) -> None:
     for token, token_id in vocabulary.items():
         if token_id >= MAX_ID:
             raise UserError(
-                f"{where}: the token {_show(token)} has the id {token_id}; ids run from 0 to "
+                f"{where}: the token {shown(token)} has the id {token_id}; ids run from 0 to "
                 f"{MAX_ID - 1}"
             )
         if token_id in owner:
             first, second = sorted((owner[token_id], token))
             raise UserError(
-                f"{where}: the tokens {_show(first)} and {_show(second)} share the id {token_id}; "
+                f"{where}: the tokens {shown(first)} and {shown(second)} share the id {token_id}; "
                 "each id stands for one token"
             )
         owner[token_id] = token
     _check_text(max(vocabulary, key=len), MAX_TOKEN, f"{where}: its longest token")
-
-
-def _show(value: Any) -> str:
-    return one_line(repr(value), 60)
 
 
 def _probes() -> Iterator[list[str]]:
@@ -282,8 +278,8 @@ def _probes() -> Iterator[list[str]]:
 def _try(backend: tokenizers.Tokenizer, texts: list[str], where: str) -> None:
     """Encode and decode the texts, and check that they come to no more tokens than they should."""
     for text in texts:
-        shown = _show(text[:8])
-        with library_errors(f"{where}: not a usable tokenizer: it fails on {shown} and more"):
+        begins = shown(text[:8])
+        with library_errors(f"{where}: not a usable tokenizer: it fails on {begins} and more"):
             try:
                 ids = backend.encode(text, add_special_tokens=True).ids
                 backend.decode(ids)
@@ -295,5 +291,5 @@ def _try(backend: tokenizers.Tokenizer, texts: list[str], where: str) -> None:
         if len(ids) > _MAX_TOKENS_PER_BYTE * size + _MAX_ITEMS:
             raise UserError(
                 f"{where}: not a usable tokenizer: it makes {len(ids)} tokens of {size} bytes "
-                f"({shown} and more), over {_MAX_TOKENS_PER_BYTE} for each byte"
+                f"({begins} and more), over {_MAX_TOKENS_PER_BYTE} for each byte"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -36,6 +36,18 @@ def _one_line(message: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in message
     )
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Return a value as a message quotes it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names for a message, the first twenty of them."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

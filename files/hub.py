@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from files.atomic import sha256_file
-from files.errors import UserError, counted, did_you_mean, no_such_folder
+from files.errors import UserError, counted, did_you_mean, no_such_folder, shown
 from files.strict_json import read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -269,7 +269,7 @@ def read_index(folder: Path) -> dict[str, str]:
     for name in weight_map.values():
         if not isinstance(name, str) or not _WEIGHTS.fullmatch(name):
             raise UserError(
-                f"{path}: names {name!r:.80}; it must be a plain *.safetensors file name in the "
+                f"{path}: names {shown(name)}; it must be a plain *.safetensors file name in the "
                 "model folder"
             )
     return weight_map

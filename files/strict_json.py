@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise _Refused(f"{text} is no JSON number")
+    raise _Refused(f"{text} is no JSON number; write null")
 
 
 def _finite(text: str) -> float:
@@ -39,6 +40,23 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise _Refused(f"{text[:40]} is beyond any number")
     return number
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _object_without_duplicates,
+    "parse_constant": _refuse_constant,
+    "parse_float": _finite,
+}
+_DECODER = json.JSONDecoder(**_STRICT)
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply to be read"
+    # Else it is Python's limit on the digits of an integer.
+    return str(error) if isinstance(error, _Refused) else "holds a number with too many digits"
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -69,22 +87,31 @@ def parse_json(text: str, where: str) -> Any:
             beyond Python's digit limit, or nesting beyond its recursion limit.
     """
     try:
-        return json.loads(
-            text,
-            object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
+        return json.loads(text, **_STRICT)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {_reason(error)}") from None
+
+
+def parse_json_at(text: str, start: int, where: Callable[[int], str]) -> tuple[Any, int]:
+    """Return the JSON value that begins at `start`, and the position after it.
+
+    Args:
+        text: What holds one value or several, rows among them.
+        start: A position in it that is no white space.
+        where: Position → what messages name.
+
+    Raises:
+        UserError: As `parse_json`.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{where(error.pos)}: not JSON ({error.msg} at column {error.colno}); "
+            "each row must be one JSON object"
         ) from None
-    except RecursionError:
-        raise UserError(f"{where}: JSON nested too deeply to be read") from None
-    except _Refused as error:
-        raise UserError(f"{where}: {error}") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise UserError(f"{where}: holds a number with too many digits") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where(start)}: {_reason(error)}") from None
 
 
 def read_json_object(path: Path, *, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from files.atomic import replacing
-from files.errors import UserError, counted
+from files.errors import UserError, counted, shown
 from files.faults import faultpoint
 from files.strict_json import parse_json_object
 
@@ -240,11 +240,11 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise UserError(
-            f"{path}: tensor '{name}' has dtype {kind!r:.40}, which is not read; known are "
+            f"{path}: tensor '{name}' has dtype {shown(kind)}, which is not read; known are "
             f"{', '.join(_DTYPES)}: of quantised weights, use the model's original ones"
         )
     if math.prod(max(dimension, 1) for dimension in shape) > _MAX_ELEMENTS:
-        raise _invalid(path, f"tensor '{name}' has shape {shape!r:.80}, beyond any memory")
+        raise _invalid(path, f"tensor '{name}' has shape {shown(shape)}, beyond any memory")
     return TensorInfo(_DTYPES[kind], tuple(shape), data_start + begin, data_start + end)
 
 

@@ -93,7 +93,7 @@ def test_a_row_that_holds_lists_is_no_container(
         ("a.json", '{"data": [{"text": "a"},\n{"text": 1 1}]}', "a.json:2: not JSON"),
         ("a.json", '{"data": [{"text": "a"}]}\nmore', "a.json:2: not JSON"),
         ("a.json", '{\n"data": [{"text": "a"}]}\nmore', "a.json:3: more text after the object"),
-        ("a.json", '{"data": [{"text": "a"}],\n"data": [{}]}', 'key "data" stands twice'),
+        ("a.json", '{"data": [{"text": "a"}],\n"data": [{}]}', "key 'data' stands twice"),
         ("a.jsonl", json.dumps([A, B]), "a.jsonl:1: begins one JSON document"),
         ("a.jsonl", json.dumps([A, B], indent=1), "rename the file so that it ends in .json"),
         ("a.jsonl", json.dumps({"data": [A]}, indent=1), "a.jsonl:1: begins one JSON document"),

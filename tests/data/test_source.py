@@ -86,10 +86,10 @@ def test_a_row_says_where_it_came_from(tmp_path: Path) -> None:
         (b"null", "is null; each row must be a JSON object"),
         (b"3", "is a number; each row must be a JSON object"),
         (b'{"text":"a"} {"text":"b"}', "more than one value on the line (column 14)"),
-        (b'{"text":"a","text":"b"}', 'key "text" stands twice'),
-        (b'{"text":"a","n":{"k":1,"k":2}}', 'key "k" stands twice'),
-        (b'{"text":"a","n":NaN}', "NaN is not JSON"),
-        (b'{"text":"a","n":-Infinity}', "-Infinity is not JSON"),
+        (b'{"text":"a","text":"b"}', "key 'text' stands twice"),
+        (b'{"text":"a","n":{"k":1,"k":2}}', "key 'k' stands twice"),
+        (b'{"text":"a","n":NaN}', "NaN is no JSON number; write null"),
+        (b'{"text":"a","n":-Infinity}', "-Infinity is no JSON number"),
         (b'{"text":"a\\ud800"}', "half of a surrogate pair"),
         (b'{"text":"a","n":["\\uDC00"]}', "half of a surrogate pair"),
         (b'{"n":' + b"[" * 200_000, "JSON nested too deeply"),
@@ -190,7 +190,7 @@ def test_a_long_row_does_not_list_all_its_fields(tmp_path: Path) -> None:
 
 
 def test_the_split_column_chooses_the_rows(tmp_path: Path) -> None:
-    values = ["train", "valid", "test", "validation", "train"]
+    values = ["train", "valid", "test", "validation", "train", "dev"]
     text = "".join(json.dumps({"text": "t", "split": value}) + "\n" for value in values)
     path = write(tmp_path / "a.jsonl", text)
 
@@ -198,10 +198,10 @@ def test_the_split_column_chooses_the_rows(tmp_path: Path) -> None:
         return [line for _, line in lines_of(path, split_column="split", split=split)]
 
     assert lines("train") == [1, 5]
-    assert lines("valid") == lines("validation") == [2, 4]
+    assert lines("valid") == lines("validation") == [2, 4, 6]
     assert lines("test") == [3]
-    assert lines(None) == [1, 2, 3, 4, 5]
-    assert len(lines_of(path, split="train")) == 5  # no column: the file is of one split
+    assert lines(None) == [1, 2, 3, 4, 5, 6]
+    assert len(lines_of(path, split="train")) == 6  # no column: the file is of one split
 
 
 def test_an_unknown_or_missing_split_value_is_named(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_json_lists(tmp_path: Path, content: str, expected: list) -> None:
         ('[{"text":"a"}]\nmore', 2, "more text after the list"),
         ('[{"text":"a"},\n{"text":"\\ud800"}]', 2, "half of a surrogate pair"),
         (b'[{"text":"a"},\n{"text":"\xff"}]', 2, "not UTF-8"),
-        ('[\n{"text":"a",\n"n": NaN}]', 2, "NaN is not JSON"),
+        ('[\n{"text":"a",\n"n": NaN}]', 2, "NaN is no JSON number; write null"),
     ],
 )
 def test_a_bad_json_list_is_named(

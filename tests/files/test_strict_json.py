@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from files.strict_json import parse_json_object, read_json_object
+from files.strict_json import parse_json_at, parse_json_object, read_json_object
 
 
 def test_an_object_is_read() -> None:
@@ -44,3 +44,13 @@ def test_a_file_that_is_missing_or_too_large(tmp_path: Path) -> None:
     assert read_json_object(path) == {"a": 1}
     with pytest.raises(UserError, match="larger than 4 bytes"):
         read_json_object(path, max_bytes=4)
+
+
+def test_values_that_follow_one_another_are_read_from_a_position() -> None:
+    text = '{"a": 1} [2] {"b": NaN}'
+    assert parse_json_at(text, 0, str) == ({"a": 1}, 8)
+    assert parse_json_at(text, 9, str) == ([2], 12)
+    with pytest.raises(UserError, match=r"^13: NaN is no JSON number; write null$"):
+        parse_json_at(text, 13, str)
+    with pytest.raises(UserError, match=r"^8: not JSON \(Expecting value at column 9\); "):
+        parse_json_at(text, 8, str)
