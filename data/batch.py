@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.examples import IGNORED, Example, Examples
+from data.examples import Example, Examples
+from data.labels import IGNORED
 
 LAYOUTS = ("unpadded", "longest", "max_length")
 

@@ -1365,7 +1365,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "data/examples.py",
+        "data/arrays.py",
         "tests/data/test_examples.py",
         (
             "a cached array is believed without its hash",
@@ -1373,6 +1373,10 @@ MUTATIONS = [
             "        if meta",
             "test_a_damaged_cache_is_made_anew",
         ),
+    ),
+    *_of(
+        "data/examples.py",
+        "tests/data/test_examples.py",
         (
             "a token beyond the model's vocabulary is trained",
             "    if largest >= vocab_size:\n",

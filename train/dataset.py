@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data.examples import Examples, NoRowsError, cache_root, check_vocabulary, load_examples
+from data.arrays import NoRowsError
+from data.examples import Examples, cache_root, check_vocabulary, load_examples
 from data.locate import SPLIT_NAMES
 from data.order import epoch_order
 from data.prompt import PromptFormat

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.examples import IGNORED, LabelledRow, NoRowsError, label_rows, num_targets, pieces
+from data.arrays import NoRowsError, pieces
+from data.labels import IGNORED, LabelledRow, label_rows, num_targets
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer

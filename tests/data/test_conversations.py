@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from chats import KINDS, TEMPLATES, Definition, write_tokenizer
 
-from data import chat, examples
-from data.examples import LabelledRow, label_rows
+from data import chat, labels
+from data.labels import LabelledRow, label_rows
 from data.prompt import PromptFormat
 from data.source import Row
 from data.tokenizer import Tokenizer
@@ -90,11 +90,11 @@ def test_what_is_rendered_does_not_grow_with_the_square_of_the_turns(
 
 def test_batches_are_bounded_by_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by rows alone, of which a thousand may be anything; and none is lost or moved."""
-    monkeypatch.setattr(examples, "_CHARACTERS_AT_ONCE", 100)
-    monkeypatch.setattr(examples, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(labels, "_CHARACTERS_AT_ONCE", 100)
+    monkeypatch.setattr(labels, "_ROWS_AT_ONCE", 7)
     turns = [{"role": "user", "content": "x" * 30, "calls": [{"name": "y" * 30}]}]
     long = [Row({"messages": turns, "id": number}, f"r:{number}") for number in range(5)]
     short = [Row({"text": "z"}, f"s:{number}") for number in range(9)]
-    batches = list(examples._batches([*long, *short]))
+    batches = list(labels._batches([*long, *short]))
     assert [row for batch in batches for row in batch] == [*long, *short]
     assert [len(batch) for batch in batches] == [2, 2, 7, 3]

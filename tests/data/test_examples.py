@@ -11,14 +11,15 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import data.examples as module
+from data import labels
 from data.examples import (
     Examples,
     cache_root,
     check_vocabulary,
-    common_prefix,
     load_examples,
     tokenise,
 )
+from data.labels import common_prefix
 from data.prompt import PromptFormat
 from data.source import Row
 from data.tokenizer import Tokenizer
@@ -180,7 +181,7 @@ def test_eos_ends_a_chat_whose_template_writes_none(tokenizer_folder):
 
 
 def test_more_rows_than_are_tokenised_at_once(tokenizer):
-    numbers = range(2 * module._ROWS_AT_ONCE + 7)
+    numbers = range(2 * labels._ROWS_AT_ONCE + 7)
     examples = make([{"text": f"number {number}"} for number in numbers], tokenizer)
     assert len(examples) == len(numbers)
     for number in (0, 999, 1000, 2006):
@@ -241,8 +242,8 @@ def test_error_names_the_row(tokenizer):
 
 
 def test_of_two_faults_the_first_row_s_is_told_though_rows_are_read_ahead(tokenizer, tmp_path):
-    lines = [json.dumps({"text": SHORT})] * (3 * module._ROWS_AT_ONCE)
-    lines[2 * module._ROWS_AT_ONCE + 5] = "{"
+    lines = [json.dumps({"text": SHORT})] * (3 * labels._ROWS_AT_ONCE)
+    lines[2 * labels._ROWS_AT_ONCE + 5] = "{"
 
     def refused(on_overflow: str) -> str:
         (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -259,9 +260,9 @@ def test_of_two_faults_the_first_row_s_is_told_though_rows_are_read_ahead(tokeni
             )
         return str(caught.value)
 
-    assert f"rows.jsonl:{2 * module._ROWS_AT_ONCE + 6}: not JSON" in refused("error")
-    lines[module._ROWS_AT_ONCE + 7] = json.dumps({"text": LONG})
-    assert f"rows.jsonl:{module._ROWS_AT_ONCE + 8}: {length_of(LONG, tokenizer)} tokens" in (
+    assert f"rows.jsonl:{2 * labels._ROWS_AT_ONCE + 6}: not JSON" in refused("error")
+    lines[labels._ROWS_AT_ONCE + 7] = json.dumps({"text": LONG})
+    assert f"rows.jsonl:{labels._ROWS_AT_ONCE + 8}: {length_of(LONG, tokenizer)} tokens" in (
         refused("error")
     )
 

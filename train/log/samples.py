@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.examples import IGNORED, Examples
+from data.examples import Examples
+from data.labels import IGNORED
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.strict_json import read_json_object
