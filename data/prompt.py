@@ -19,8 +19,9 @@ from data.messages import (
     with_system_turn,
 )
 from data.source import Row
-from data.spans import Chat, Rendered, Span, render_chats, without_weights
+from data.spans import Rendered, Span, render_chats, without_weights
 from data.tokenizer import Tokenizer
+from data.turns import Chat
 from files.errors import UserError, did_you_mean
 
 FORMATS = ("text", "template", "completion", "messages", "instruction")

@@ -1212,7 +1212,7 @@ MUTATIONS = [
     ),
     # --- data ------------------------------------------------------------------------------------
     *_of(
-        "data/spans.py",
+        "data/turns.py",
         "tests/data/test_spans.py",
         (
             "an answer that comes first is trained with its header",
@@ -1225,18 +1225,6 @@ MUTATIONS = [
             "                    if (place := written.find(header[:end])) >= 0:",
             "                    if (place := written.find(header[:end])) > 10**9:",
             "test_a_header_that_no_prefix_shows_whole_is_known_by_its_part",
-        ),
-        (
-            "what others say is a turn's trace",
-            "return whole.text.count(sign) > known",
-            "return True",
-            "test_what_others_say_alike_is_no_trace",
-        ),
-        (
-            "the description of a tool is a call's trace",
-            ".count(sign) if chat.tools else 0",
-            ".count(sign) * 0",
-            "test_a_tool_that_is_described_has_not_been_called",
         ),
         (
             "a tool's answer within a turn is trained",
@@ -1255,6 +1243,22 @@ MUTATIONS = [
             "shared = min(shared, begins)",
             "shared = max(shared, begins)",
             "test_an_answer_that_begins_like_the_rest_of_the_header_is_trained_whole",
+        ),
+    ),
+    *_of(
+        "data/spans.py",
+        "tests/data/test_spans.py",
+        (
+            "what others say is a turn's trace",
+            "return whole.text.count(sign) > known",
+            "return True",
+            "test_what_others_say_alike_is_no_trace",
+        ),
+        (
+            "the description of a tool is a call's trace",
+            ".count(sign) if chat.tools else 0",
+            ".count(sign) * 0",
+            "test_a_tool_that_is_described_has_not_been_called",
         ),
         (
             "arguments are written as Python writes them",

@@ -15,8 +15,8 @@ from shown import shown
 from data.examples import Examples, tokenise
 from data.prompt import PromptFormat
 from data.source import Row
-from data.spans import holds
 from data.tokenizer import Tokenizer
+from data.traces import holds
 from files.errors import UserError
 from train.log.samples import choose_samples
 from train.show_data import main
