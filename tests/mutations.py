@@ -282,18 +282,6 @@ MUTATIONS = [
         "files/hub.py",
         "tests/files/test_hub.py",
         (
-            "a file that arrived damaged is used",
-            "    if actual != expected:\n",
-            "    if False:\n",
-            "test_a_refusal_is_one_sentence_with_its_remedy",
-        ),
-        (
-            "a damaged file stays in the cache, and is found there again",
-            "        blob_path.unlink(missing_ok=True)\n",
-            "",
-            "test_a_damaged_file_is_gone_from_the_cache_and_fetched_again",
-        ),
-        (
             "weights are read beside the index that leaves them out",
             "    if indexed and not missing:\n        return indexed\n",
             "    if indexed and not missing:\n"
@@ -312,6 +300,22 @@ MUTATIONS = [
             " and blob.name != digest:",
             " and not digest:",
             "test_damage_in_the_cache_is_noticed_by_the_name_of_the_blob",
+        ),
+    ),
+    *_of(
+        "files/fetch.py",
+        "tests/files/test_hub.py",
+        (
+            "a file that arrived damaged is used",
+            "    if actual != expected:\n",
+            "    if False:\n",
+            "test_a_refusal_is_one_sentence_with_its_remedy",
+        ),
+        (
+            "a damaged file stays in the cache, and is found there again",
+            "        blob_path.unlink(missing_ok=True)\n",
+            "",
+            "test_a_damaged_file_is_gone_from_the_cache_and_fetched_again",
         ),
     ),
     # --- kernels ---------------------------------------------------------------------------------
