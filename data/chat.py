@@ -33,7 +33,7 @@ import jinja2.visitor
 from data.limited import LimitedChild, one_line
 from files.errors import UserError
 
-# Twice what a row may have (MAX_ROW_BYTES of data/source.py): a template adds headers to each
+# Twice what a row may have (MAX_ROW_BYTES of data/row_files.py): a template adds headers to each
 # message, which double the shortest of them, and no more.
 MAX_CHARACTERS = 32 * 2**20
 

@@ -27,30 +27,27 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.rows_in_memory import ROWS_PREFIX, find_rows
-from files.errors import UserError, counted, did_you_mean, listed, note
+from data.splits import (
+    canonical_split,
+    configurations,
+    files_of_config,
+    files_of_split,
+    folder_of_config,
+    note_left_out,
+    split_labels,
+)
+from files.errors import UserError, did_you_mean, listed
 from files.hub import read_card, resolve_dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_PREFIX = "hub:"
 
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "validation": "valid",
-    "val": "valid",
-    "dev": "valid",
-    "eval": "valid",
-    "test": "test",
-    "testing": "test",
-}
-_SHARD_NUMBER = re.compile(r"-\d+-of-\d+.*")
 # What lies beside data without being rows or sources, by its name's beginning or its ending.
 _DOCUMENTS = re.compile(
     r"(README|LICEN[CS]E|COPYING|NOTICE|AUTHORS|CITATION|CHANGELOG|CONTRIBUTING)\b.*"
@@ -186,9 +183,9 @@ def _open_folder(spec: str, folder: Path, split: str | None) -> Source:
         data = _of_one_format(data, spec)
 
         def example(config: str) -> str:
-            return f"{spec.rstrip('/')}/{_folder_of_config(config, data)}"
+            return f"{spec.rstrip('/')}/{folder_of_config(config, data)}"
 
-        chosen = _files_of_split(_files_of_config(data, "", spec, example), split, spec)
+        chosen = files_of_split(files_of_config(data, "", spec, example), split, spec)
     return Source(spec, tuple(SourceFile(folder / name, str(Path(spec) / name)) for name in chosen))
 
 
@@ -212,9 +209,9 @@ def _open_glob(spec: str, split: str | None) -> Source:
         return _tree(spec, folder, root, names)
     if split is not None:
         wanted = canonical_split(split)
-        ours = [name for name in data if _split_labels(name)[1] <= {wanted}]
+        ours = [name for name in data if split_labels(name)[1] <= {wanted}]
         if ours:
-            _note_left_out([name for name in data if name not in ours], split, spec)
+            note_left_out([name for name in data if name not in ours], split, spec)
             data = ours
     return Source(spec, tuple(SourceFile(folder / name, str(root / name)) for name in data))
 
@@ -365,15 +362,7 @@ def _patterns(config: Mapping[str, Any], card: Path) -> dict[str, list[str]]:
     return patterns
 
 
-def _folder_of_config(config: str, names: Sequence[str]) -> str:
-    """Return the folder that holds the configuration's files, of all its splits."""
-    folder = PurePosixPath(_configurations(names)[config][0]).parent
-    while folder.name in SPLIT_NAMES:
-        folder = folder.parent
-    return folder.as_posix()
-
-
-# --- data sets of the Hub, configurations, splits ------------------------------------------------
+# --- data sets of the Hub -------------------------------------------------------------------------
 
 
 def _open_hub(spec: str, split: str | None) -> Source:
@@ -392,14 +381,14 @@ def _open_hub(spec: str, split: str | None) -> Source:
         chosen_config, chosen_split = config, asked or split
         if len(choices) == 1:
             # One word after the name is a configuration where there is one of that name.
-            if choices[0] in _configurations(found):
+            if choices[0] in configurations(found):
                 chosen_config = choices[0]
             else:
                 chosen_split = choices[0]
-        chosen = _files_of_config(
+        chosen = files_of_config(
             found, chosen_config, spec, lambda configuration: f"{spec}:{configuration}"
         )
-        return _files_of_split(chosen, chosen_split, spec)
+        return files_of_split(chosen, chosen_split, spec)
 
     dataset = resolve_dataset(repository, choose)
     files = tuple(
@@ -419,86 +408,3 @@ def _data_files_of_hub(names: Sequence[str], spec: str) -> list[str]:
     ]
     better = [name for name in found if PurePosixPath(name).suffix.lower() != ".json"]
     return _of_one_format(better or found, spec)
-
-
-def _configurations(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the data set's configurations: folder → files. `data` and folders of a split are none.
-
-    The files that lie in no such folder are the configuration `default`.
-    """
-    found: dict[str, list[str]] = {}
-    for name in names:
-        folders = [
-            part
-            for part in PurePosixPath(name).parts[:-1]
-            if part != "data" and part not in SPLIT_NAMES
-        ]
-        found.setdefault("/".join(folders) or "default", []).append(name)
-    return found
-
-
-def _files_of_config(
-    names: Sequence[str], config: str, spec: str, example: Callable[[str], str]
-) -> list[str]:
-    """Return the files of a configuration; `example` says how another one is asked for."""
-    configurations = _configurations(names)
-    if not config and len(configurations) == 1:
-        return next(iter(configurations.values()))
-    if (config or "default") in configurations:
-        return configurations[config or "default"]
-    there = listed(sorted(configurations))
-    if not config:
-        raise UserError(
-            f"{spec}: has several configurations ({there}); name one, as in "
-            f"{example(sorted(configurations)[0])}"
-        )
-    raise UserError(
-        f"{spec}: has no configuration '{config}' (it has: {there})"
-        f"{did_you_mean(config, configurations)}"
-    )
-
-
-def _split_labels(name: str) -> tuple[str, set[str]]:
-    """Return what a file's name says of its split: its own words, and the splits they mean.
-
-    `python/train_sft-00000-of-00003.parquet` → `("train_sft", {"train"})`.
-    """
-    path = PurePosixPath(name)
-    label = _SHARD_NUMBER.sub("", path.stem)
-    words = [*re.split(r"[^a-z0-9]+", label.lower()), *(part.lower() for part in path.parts[:-1])]
-    return label, {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-
-
-def _note_left_out(names: Sequence[str], split: str, spec: str) -> None:
-    if names:
-        note(
-            f"{spec}: {counted(len(names), 'data file')} left out of the split '{split}' by name, "
-            f"such as {names[0]}; to read what was left out as well, name the files in a list"
-        )
-
-
-def canonical_split(split: str) -> str:
-    """Return `train`, `valid` or `test` for their other spellings, and any other word as it is."""
-    return SPLIT_NAMES.get(split.lower(), split)
-
-
-def _files_of_split(names: Sequence[str], split: str | None, spec: str) -> list[str]:
-    """Return the files of `split`; where no name speaks of a split, all are training rows."""
-    if split is None:
-        return list(names)
-    labels = {name: _split_labels(name) for name in names}
-    wanted = canonical_split(split)
-    exact = [name for name in names if labels[name][0] == split]
-    matching = exact or [name for name in names if wanted in labels[name][1]]
-    if matching:
-        ours = [{wanted}, set()] if wanted == "train" else [{wanted}]
-        others = [name for name in names if labels[name][1] in ours and name not in matching]
-        _note_left_out(others, split, spec)
-        return matching
-    if wanted == "train" and not any(splits for _, splits in labels.values()):
-        return list(names)
-    found = sorted({"/".join(sorted(splits)) or label for label, splits in labels.values()})
-    raise UserError(
-        f"{spec}: has no files of the split '{split}' (it has: {listed(found)}); name the file, "
-        "or leave the split out and use data.valid_fraction"
-    )

@@ -420,27 +420,22 @@ def _tool(
 
 def _decoded(value: Any) -> Any:
     """Return what the JSON text of a list or an object holds; any other value as it is."""
-    if not _is_bracketed(value):
-        return value
-    try:
-        return _parsed(value)
-    except UserError:
-        return value
+    return _decode(value)[0]
 
 
 def _undecoded(value: Any) -> str:
     """Describe a value that is not what it must be, and why where it is no JSON."""
-    if not _is_bracketed(value):
-        return describe(value)
+    reason = _decode(value)[1]
+    return f"{describe(value)}, which is {reason}" if reason else describe(value)
+
+
+def _decode(value: Any) -> tuple[Any, str]:
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value, ""
     try:
-        _parsed(value)
+        return _parsed(value), ""
     except UserError as error:
-        return f"{describe(value)}, which is {error}"
-    return describe(value)
-
-
-def _is_bracketed(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+        return value, str(error)
 
 
 def _parsed(text: str) -> Any:

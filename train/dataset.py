@@ -16,11 +16,11 @@ import numpy as np
 
 from data.arrays import NoRowsError
 from data.examples import Examples, cache_root, check_vocabulary, load_examples
-from data.locate import SPLIT_NAMES
 from data.order import epoch_order
 from data.prompt import PromptFormat
+from data.row_files import without_absent
 from data.rows_in_memory import keep_rows
-from data.source import without_absent
+from data.splits import SPLIT_NAMES
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
 from models.config import DecoderConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import data.locate
-import data.source
+import data.row_files
 from data.locate import open_source
 from data.source import Row, read_rows
 from files.errors import UserError
@@ -104,7 +104,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, words: str) -> None:
 
 
 def test_a_row_over_the_cap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.source, "MAX_ROW_BYTES", 20)
+    monkeypatch.setattr(data.row_files, "MAX_ROW_BYTES", 20)
     fits = '{"text":"' + "x" * 8 + '"}\n'  # 20 bytes with its line feed
     assert len(lines_of(write(tmp_path / "a.jsonl", fits))) == 1
     longer = fits + fits.replace("x", "xxx", 1)
