@@ -34,9 +34,9 @@ def conversation(draw: random.Random, system: bool) -> list[dict[str, str]]:
     return messages
 
 
-def labelled(messages: list[dict[str, str]], tokenizer: Tokenizer) -> LabelledRow:
-    (row,) = label_rows([Row({"messages": messages}, "rows.jsonl:1")], tokenizer, MESSAGES)
-    return row
+def labelled(conversations: list[list[dict[str, str]]], tokenizer: Tokenizer) -> list[LabelledRow]:
+    rows = [Row({"messages": messages}, "rows.jsonl:1") for messages in conversations]
+    return label_rows(rows, tokenizer, MESSAGES)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -46,10 +46,11 @@ def test_labels_are_those_of_comparing_prefixes(tmp_path: Path, name: str) -> No
         folder = write_tokenizer(tmp_path / kind, kind, *TEMPLATES[name])
         definition, tokenizer = Definition(folder), Tokenizer.load(folder)
         draw = random.Random(f"{name} {kind}")
-        for _ in range(12):
-            messages = conversation(draw, name != "starcoder2" and draw.random() < 0.5)
+        drawn = [
+            conversation(draw, name != "starcoder2" and draw.random() < 0.5) for _ in range(12)
+        ]
+        for messages, row in zip(drawn, labelled(drawn, tokenizer), strict=True):
             ids, labels, unknown = definition.labels(messages)
-            row = labelled(messages, tokenizer)
             assert row.input_ids.tolist() == ids
             ours = row.labels.tolist()
             for start, stop in unknown:
@@ -83,7 +84,7 @@ def test_what_is_rendered_does_not_grow_with_the_square_of_the_turns(
     monkeypatch.setattr(chat.ChatTemplate, "render", counting_render)
     monkeypatch.setattr(Tokenizer, "encode_chats", counting_encode)
     turns = [{"role": role, "content": "x = 1"} for role in ("user", "assistant") * 30]
-    row = labelled(turns, tokenizer)
+    (row,) = labelled([turns], tokenizer)
     assert sum(prefixes) <= 3
     assert [text for text in encoded if len(text) > 100] == [row.text]
 
