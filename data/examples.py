@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from data.cache import cache_folder
 from data.labels import labelled_rows
 from data.locate import Source, open_source
 from data.prompt import PromptFormat
-from data.source import Row, read_rows
+from data.source import read_rows
 from data.tokenizer import Tokenizer
 from files.atomic import sha256_file
 from files.errors import UserError, did_you_mean
@@ -171,7 +171,11 @@ def load_examples(
         rows = read_rows(
             source, fields=prompt_format.columns(), split_column=split_column, split=split
         )
-        _build(rows, source.spec, tokenizer, prompt_format, max_length, on_overflow, folder)
+        writer = Writer(folder, max_length, on_overflow)
+        with contextlib.closing(labelled_rows(rows, tokenizer, prompt_format)) as labelled:
+            for row in labelled:
+                writer.add(row)
+        writer.close(source.spec)
 
     if cache_root is None:
         return Examples(in_memory(build))
@@ -180,35 +184,6 @@ def load_examples(
         content |= {"split_column": split_column, "split": split}
     key = _key(content, tokenizer, prompt_format, max_length, on_overflow)
     return Examples(cached(cache_root, key, build))
-
-
-def tokenise(
-    rows: Iterable[Row],
-    tokenizer: Tokenizer,
-    prompt_format: PromptFormat,
-    *,
-    max_length: int,
-    on_overflow: str,
-    cache_folder: Path | None = None,
-) -> Examples:
-    """Return the examples of `rows`; arguments and errors as `load_examples`.
-
-    `cache_folder` is a root such as `cache_root()`; None keeps the examples in memory.
-    """
-    _check_settings(tokenizer, prompt_format, max_length, on_overflow)
-    rows = list(rows)
-
-    def build(folder: Path) -> None:
-        _build(rows, "the data", tokenizer, prompt_format, max_length, on_overflow, folder)
-
-    if cache_folder is None:
-        return Examples(in_memory(build))
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True).encode() + b"\n")
-    source = {"rows": digest.hexdigest()}
-    key = _key(source, tokenizer, prompt_format, max_length, on_overflow)
-    return Examples(cached(cache_folder, key, build))
 
 
 def check_vocabulary(
@@ -290,20 +265,3 @@ def _key(
         "on_overflow": on_overflow,
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
-
-def _build(
-    rows: Iterable[Row],
-    name: str,
-    tokenizer: Tokenizer,
-    prompt_format: PromptFormat,
-    max_length: int,
-    on_overflow: str,
-    folder: Path,
-) -> None:
-    """Tokenise `rows` into the files of `folder`."""
-    writer = Writer(folder, max_length, on_overflow)
-    with contextlib.closing(labelled_rows(rows, tokenizer, prompt_format)) as labelled:
-        for row in labelled:
-            writer.add(row)
-    writer.close(name)

@@ -234,13 +234,7 @@ def _names_below(folder: Path) -> list[str]:
 def _data_among(names: Sequence[str], spec: str, pattern: str) -> list[str]:
     """Return the names that hold rows; none of them where these are source files.
 
-    Args:
-        names: Files, none of them hidden.
-        spec: What the user asked for.
-        pattern: The folder of the names, as the beginning of a glob.
-
-    Raises:
-        UserError: Both lie here, or rows in a form that is not read.
+    `pattern` is the folder of the names, as the beginning of a glob for the user to type.
     """
     kinds: dict[str, list[str]] = {"data": [], ".json": [], "packed": [], "source": []}
     for name in names:

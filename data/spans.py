@@ -204,11 +204,7 @@ def _one_span(
 
 
 def _check_traces(chat: Chat, whole: Rendering) -> None:
-    """Refuse a row of which the template left something out.
-
-    Raises:
-        UserError: A turn with a content, or a tool, has left no trace in the text.
-    """
+    """Refuse a row of which a turn with a content, or a tool, has left no trace in the text."""
     remedy = (
         "use a chat template that writes it (data.chat_template=FILE), or take it out of the row"
     )

@@ -147,13 +147,7 @@ def _all_prefixes(chat: Chat) -> list[Prefix]:
 
 
 class _Search:
-    """The search for the turns of one conversation in its text.
-
-    Args:
-        chat: The conversation.
-        renderings: Its prefixes as text.
-        tokenizer: What tells where a header can be cut.
-    """
+    """The search for the turns of one conversation in its text, given its prefixes as text."""
 
     def __init__(
         self, chat: Chat, renderings: Mapping[Prefix, Rendering], tokenizer: Tokenizer
@@ -244,10 +238,7 @@ class _Search:
     def _answer(self, turn: int, place: Place, header: str | None) -> Place:
         """Return a turn without its header, and with what ends the text if it is the last.
 
-        Args:
-            turn: The turn.
-            place: Where it is, header and all.
-            header: Its header; None where it is not known.
+        `place` is where it is, header and all; the header may not be known.
         """
         text = self.whole.text
         start, stop = place

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from tokenised import tokenise
 
 from data.batch import LAYOUTS, Batching, MicroBatch, micro_batches
-from data.examples import Examples, tokenise
+from data.examples import Examples
 from data.prompt import PromptFormat
-from data.source import Row
 from data.tokenizer import Tokenizer
 
 MAX_LENGTH = 48
@@ -21,11 +21,11 @@ def examples(tokenizer_folder) -> Examples:
     assert tokenizer.pad_id == tokenizer.eos_id == 0
     draw = np.random.default_rng(0)
     rows = [
-        Row({"prompt": "ab " * int(draw.integers(1, 9)), "completion": "xyz" * int(n)}, f"r:{i}")
-        for i, n in enumerate(draw.integers(1, 16, 40))
+        {"prompt": "ab " * int(draw.integers(1, 9)), "completion": "xyz" * int(n)}
+        for n in draw.integers(1, 16, 40)
     ]
     prompt_format = PromptFormat(format="completion")
-    return tokenise(rows, tokenizer, prompt_format, max_length=MAX_LENGTH, on_overflow="truncate")
+    return tokenise(rows, tokenizer, prompt_format, max_length=MAX_LENGTH)
 
 
 def cut(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenised import tokenise
 from transformers import PreTrainedTokenizerFast
 
 import data.examples as module
@@ -17,7 +18,6 @@ from data.examples import (
     cache_root,
     check_vocabulary,
     load_examples,
-    tokenise,
 )
 from data.labels import common_prefix
 from data.prompt import PromptFormat
@@ -42,8 +42,9 @@ def make(
     max_length: int = 1000,
     on_overflow: str = "truncate",
 ) -> Examples:
-    rows = [Row(value, f"rows.jsonl:{number}") for number, value in enumerate(values, start=1)]
-    return tokenise(rows, tokenizer, prompt_format, max_length=max_length, on_overflow=on_overflow)
+    return tokenise(
+        values, tokenizer, prompt_format, max_length=max_length, on_overflow=on_overflow
+    )
 
 
 def ids_and_labels(examples: Examples) -> list[tuple[list[int], list[int]]]:
@@ -236,7 +237,7 @@ def test_drop(tokenizer):
 
 def test_error_names_the_row(tokenizer):
     length = length_of(LONG, tokenizer)
-    message = rf"^rows\.jsonl:2: {length} tokens, more than data\.max_length=5; raise it"
+    message = rf"/rows\.jsonl:2: {length} tokens, more than data\.max_length=5; raise it"
     with pytest.raises(UserError, match=message):
         make([{"text": SHORT}, {"text": LONG}], tokenizer, max_length=5, on_overflow="error")
 
@@ -311,7 +312,7 @@ def test_rows_without_a_target_are_dropped_and_counted(tokenizer):
 @pytest.mark.parametrize(
     ("values", "settings", "on_overflow", "message"),
     [
-        ([], {}, "truncate", "the data: no rows"),
+        ([], {}, "truncate", "rows.jsonl: no rows"),
         ([{"text": LONG}], {}, "drop", r"no target .* 1 rows: 1 are longer than data.max_length=5"),
         (
             [{"prompt": LONG, "completion": "c"}],
@@ -372,7 +373,11 @@ def test_a_pad_beyond_the_vocabulary_matters_where_it_is_used(tokenizer_folder):
 
 def test_a_row_that_cannot_be_encoded_is_named(tokenizer):
     with pytest.raises(UserError, match=r"^rows\.jsonl:2: .*the tokenizer failed on a text"):
-        make([{"text": "a"}, {"text": "\ud800"}], tokenizer)
+        labels.label_rows(
+            [Row({"text": text}, f"rows.jsonl:{n}") for n, text in ((1, "a"), (2, "\ud800"))],
+            tokenizer,
+            PromptFormat(),
+        )
 
 
 # --- subsets and fingerprints --------------------------------------------------------------------
@@ -455,13 +460,7 @@ def never(*arguments: object, **settings: object) -> None:
 def test_a_second_start_reads_no_row(tokenizer, tmp_path, monkeypatch):
     spec = write(tmp_path / "rows.jsonl", VALUES)
     first = load(spec, tokenizer, tmp_path / "cache")
-    expected = tokenise(
-        [Row(value, "") for value in VALUES],
-        tokenizer,
-        PromptFormat(),
-        max_length=100,
-        on_overflow="truncate",
-    )
+    expected = tokenise(VALUES, tokenizer, PromptFormat(), max_length=100)
     assert ids_and_labels(first) == ids_and_labels(expected)
     assert first.fingerprint == expected.fingerprint
     monkeypatch.setattr(module, "read_rows", never)
@@ -592,16 +591,6 @@ def test_without_a_cache_nothing_is_written(tokenizer, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert len(load(spec, tokenizer, None)) == len(VALUES)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_tokenise_is_cached_too(tokenizer, tmp_path, monkeypatch):
-    rows = [Row(value, "") for value in VALUES]
-    settings = {"max_length": 100, "on_overflow": "truncate", "cache_folder": tmp_path / "cache"}
-    first = tokenise(rows, tokenizer, PromptFormat(), **settings)
-    monkeypatch.setattr(module, "_build", never)
-    assert tokenise(rows, tokenizer, PromptFormat(), **settings).fingerprint == first.fingerprint
-    with pytest.raises(AssertionError, match="though they are cached"):
-        tokenise(rows[1:], tokenizer, PromptFormat(), **settings)
 
 
 def test_cache_root(monkeypatch):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from chats import CHATML, DEEPSEEK, GATHERED, LLAMA2, MISTRAL, QWEN3, STARCODER2, write_tokenizer
 from shown import shown
+from tokenised import tokenise
 
-from data.examples import Examples, tokenise
+from data.examples import Examples
 from data.prompt import PromptFormat
-from data.source import Row
 from data.tokenizer import Tokenizer
 from data.traces import holds
 from files.errors import UserError
@@ -64,10 +64,10 @@ def row(
 def examples(folder: Path, template: str, *rows: list[dict[str, Any]], **settings: Any) -> Examples:
     tokenizer = Tokenizer.load(write_tokenizer(folder / "model", "byte-level", template, None, END))
     return tokenise(
-        [Row({"messages": messages}, f"rows.jsonl:{n}") for n, messages in enumerate(rows, 1)],
+        [{"messages": messages} for messages in rows],
         tokenizer,
         PromptFormat("messages"),
-        **({"max_length": 1000, "on_overflow": "truncate"} | settings),
+        **({"max_length": 1000} | settings),
     )
 
 
@@ -567,11 +567,10 @@ def test_a_sample_of_a_conversation_is_its_first_answer(tmp_path: Path, only: bo
     tokenizer = Tokenizer.load(folder)
     messages = [{"role": "system", "content": "S"}, *turns("Q1", "A1", "Q2", "A2")]
     data = tokenise(
-        [Row({"messages": messages}, "")],
+        [{"messages": messages}],
         tokenizer,
         PromptFormat("messages", completion_only=only),
         max_length=1000,
-        on_overflow="truncate",
     )
     ((sample, prompt_ids),) = choose_samples(data, tokenizer, 1)
     prompt = f"<|im_start|>system\nS{END}\n<|im_start|>user\nQ1{END}\n<|im_start|>assistant\n"
