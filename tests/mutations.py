@@ -1413,6 +1413,24 @@ MUTATIONS = [
             "",
             "test_truncation_and_padding_of_the_file_are_switched_off",
         ),
+        (
+            "what many small parts make of a text together is not seen",
+            "growth *= _check_part(item,",
+            "_check_part(item,",
+            "tests/data/test_tokenizer_file.py::test_a_part_that_is_not_allowed_is_one_sentence",
+        ),
+        (
+            "two tokens may share an id",
+            "        if token_id in owner:\n",
+            "        if token_id is owner:\n",
+            "tests/data/test_tokenizer_file.py::test_what_only_a_trial_shows_is_one_sentence",
+        ),
+        (
+            "added tokens get other ids than the file says",
+            "        if vocabulary.get(token) != token_id:\n",
+            "        if token not in vocabulary:\n",
+            "tests/data/test_tokenizer_file.py::test_what_only_a_trial_shows_is_one_sentence",
+        ),
     ),
     *_of(
         "data/cache.py",
