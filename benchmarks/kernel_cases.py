@@ -659,7 +659,7 @@ def gelu(room: Room, rows: int, intermediate: int) -> Case:
 
     The reference has no such step: its bias comes in with the product before (`linear_gelu`).
     """
-    from kernels.triton_elementwise import gelu_tanh
+    from kernels.triton.elementwise import gelu_tanh
 
     m, i = room.rows(rows), room.size(intermediate)
     case = _pointwise(

@@ -12,7 +12,7 @@ with the L2 cache overwritten before each replay. Every line is recorded as soon
 After `--minutes` nothing new is begun.
 
 `--dry-run` compares every case at small shapes, on a CPU under Triton's interpreter, and times
-nothing. `--decide` reads the records and writes into kernels/triton_launch.json which operations
+nothing. `--decide` reads the records and writes into kernels/triton/launch.json which operations
 `train.kernels=auto` takes from Triton on the class of device that was measured: those that no case
 shows to be slower than the reference.
 """
@@ -36,7 +36,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.kernel_cases import FIELDS, LATHE, PARTS, TRITON, Case, Results, Room, cases
-from kernels import triton_launch
+from kernels.triton import launch as triton_launch
 
 # ‖ours - exact‖ / ‖exact‖ of a chain of up to five roundings to a type, sums being in fp32.
 TOLERANCE = {torch.bfloat16: 5 * 2**-9, torch.float16: 5 * 2**-12, torch.float32: 1e-5}

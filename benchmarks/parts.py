@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
-from train.memory import keep_freed_memory
+from kernels.cpu.process import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 30
@@ -227,7 +227,7 @@ def with_gradients(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.nn.Par
 
 def attention() -> None:
     """Attention of a ragged micro-batch, forward and backward: torch's fused kernel, and blocks."""
-    from kernels import attention as module
+    from kernels.cpu import attention as module
     from kernels.segments import Segments
 
     blocks = module.BLOCKS_MAX_LENGTH
@@ -316,7 +316,7 @@ def changing_shapes(switches: Sequence[str]) -> None:
     """Train on micro-batches whose lengths never repeat; print peak MiB and tokens a second."""
     import resource
 
-    import kernels.rounding
+    import kernels.cpu.rounding
     from data.batch import MicroBatch
     from lora import LoraConfig, inject
     from models import build
@@ -329,7 +329,7 @@ def changing_shapes(switches: Sequence[str]) -> None:
     if "onednn" in switches:
         settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
         settings.fp32_precision = "bf16"
-    kernels.rounding.rounds = lambda device, dtype: "rounded" in switches
+    kernels.cpu.rounding.rounds = lambda device, dtype: "rounded" in switches
     dtype = torch.float32 if "fp32" in switches else torch.bfloat16
     model = build(read_config(ROOT / "data" / "demo" / "base"), device="meta")
     initialise(model, 0, dtype, "cpu", initializer_range=0.02)

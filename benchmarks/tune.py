@@ -5,7 +5,7 @@
 
 Each candidate runs at the shapes of the seeds' models, its results are compared with those of the
 defaults, and it is timed as in `benchmarks.kernels`. The fastest by the product of its times is
-written to kernels/triton_launch.json where it gains 2 % on the defaults, under the card's compute
+written to kernels/triton/launch.json where it gains 2 % on the defaults, under the card's compute
 capability; what all of them took is recorded. Commit both: a user's run reads them and never tries
 anything. `--dry-run` compares all candidates at small shapes, interpreted on a CPU.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.kernel_cases import TRITON, Room, gelu, norm, swiglu
 from benchmarks.kernels import FLUSHED, TOLERANCE, on_device
-from kernels import triton_launch
+from kernels.triton import launch as triton_launch
 
 GAIN = 0.98  # of the defaults' time
 Workload = Callable[[], list[Tensor]]
@@ -79,8 +79,8 @@ def workloads(kernel: str, room: Room) -> list[Workload]:
 
 
 def _linears(room: Room, kernel: str, width: int, count: int, rank: int, p: float) -> Workload:
-    from kernels import triton_linears
     from kernels.segments import Segments
+    from kernels.triton import linears as triton_linears
 
     m, k = room.rows(8192), room.size(width)
     x = room.draw(m, k)
@@ -103,7 +103,7 @@ def _linears(room: Room, kernel: str, width: int, count: int, rank: int, p: floa
 
 def _cross_entropy(room: Room, vocabulary: int) -> Workload:
     from kernels.loss import chunk_rows_of
-    from kernels.triton_loss import cross_entropy_
+    from kernels.triton.loss import cross_entropy_
 
     v = room.size(vocabulary)
     rows = room.rows(chunk_rows_of(vocabulary, torch.bfloat16, "cuda"))
@@ -113,7 +113,7 @@ def _cross_entropy(room: Room, vocabulary: int) -> Workload:
 
 
 def _update(room: Room, kernel: str) -> Workload:
-    from kernels.triton_updates import adafactor_, adamw_
+    from kernels.triton.updates import adafactor_, adamw_
 
     shape = (1, room.size(12_288), room.size(3072))
     weight, gradient = (room.draw(*shape, dtype=torch.float32) for _ in range(2))

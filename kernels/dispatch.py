@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from files.errors import UserError, did_you_mean
-from kernels import attention, linears, loss, reference, triton_launch
+from kernels import attention, linears, loss, reference
+from kernels.cpu import attention as cpu_attention
+from kernels.triton import launch
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -54,13 +56,14 @@ _REFERENCE = Operations(
     attention=attention.attention,
     linear_cross_entropy=loss.linear_cross_entropy,
 )
+_REFERENCE_ON_CPU = replace(_REFERENCE, attention=cpu_attention.attention)
 
 
 def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Operations:
     """Return the operations of `backend` for `device`.
 
     `auto` is `reference`, but for the operations that a committed record shows Triton to gain on
-    that class of device (`kernels.triton_launch`).
+    that class of device (`kernels.triton.launch`).
 
     Raises:
         UserError: the backend is unknown, or is `triton`, which cannot run here.
@@ -73,22 +76,26 @@ def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Ope
     device = torch.device(device)
     if backend == "triton":
         return _triton(device)
-    return _automatic(device) if backend == "auto" else _REFERENCE
+    return _automatic(device) if backend == "auto" else _reference(device)
+
+
+def _reference(device: torch.device) -> Operations:
+    return _REFERENCE_ON_CPU if device.type == "cpu" else _REFERENCE
 
 
 def _automatic(device: torch.device) -> Operations:
-    gains = triton_launch.measured(device).get("gains", [])
+    gains = launch.measured(device).get("gains", [])
     known = {field.name for field in fields(Operations)} - {"name"}
     if unknown := set(gains) - known:
         raise UserError(
-            f"{triton_launch.TUNED}: gains name {', '.join(sorted(unknown))}, which is no "
+            f"{launch.TUNED}: gains name {', '.join(sorted(unknown))}, which is no "
             "operation; write the file anew with python -m benchmarks.kernels --decide"
         )
     if not gains or importlib.util.find_spec("triton") is None:
-        return _REFERENCE
+        return _reference(device)
     kernels = _triton(device)
     taken = {name: getattr(kernels, name) for name in gains}
-    chosen = replace(_REFERENCE, name=f"reference, triton's {', '.join(gains)}", **taken)
+    chosen = replace(_reference(device), name=f"reference, triton's {', '.join(gains)}", **taken)
     if ("linears" in taken) != ("linear_gelu" in taken):
         mixed = functools.partial(chosen.linear_gelu, linears=chosen.linears)
         chosen = replace(chosen, linear_gelu=mixed)
@@ -96,7 +103,7 @@ def _automatic(device: torch.device) -> Operations:
 
 
 def _triton(device: torch.device) -> Operations:
-    """Return the Triton kernels; attention is torch's own, as in the reference."""
+    """Return the Triton kernels; attention is the reference's."""
     other = "use train.kernels=auto or train.kernels=reference"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests, on any device
     if device.type != "cuda" and not interpreted:
@@ -104,32 +111,28 @@ def _triton(device: torch.device) -> Operations:
             f"train.kernels is 'triton', but its kernels run on CUDA, not on {device.type}; {other}"
         )
     try:
-        from kernels import (
-            triton_elementwise,
-            triton_linears,
-            triton_loss,
-            triton_norms,
-            triton_updates,
-        )
+        from kernels.triton import elementwise, norms, updates
+        from kernels.triton import linears as triton_linears
+        from kernels.triton import loss as triton_loss
     except ImportError as error:
         raise UserError(
             f"train.kernels is 'triton', but triton cannot be imported ({error}); install it with "
             f"pip install triton, or {other}"
         ) from None
-    return Operations(
+    return replace(
+        _reference(device),
         name="triton",
         linears=triton_linears.linears,
-        rms_norm=triton_norms.rms_norm,
-        layer_norm=triton_norms.layer_norm,
-        add_rms_norm=triton_norms.add_rms_norm,
-        add_layer_norm=triton_norms.add_layer_norm,
-        rotary=triton_elementwise.rotary,
-        swiglu=triton_elementwise.swiglu,
-        linear_gelu=triton_elementwise.linear_gelu,
-        attention=attention.attention,
+        rms_norm=norms.rms_norm,
+        layer_norm=norms.layer_norm,
+        add_rms_norm=norms.add_rms_norm,
+        add_layer_norm=norms.add_layer_norm,
+        rotary=elementwise.rotary,
+        swiglu=elementwise.swiglu,
+        linear_gelu=elementwise.linear_gelu,
         linear_cross_entropy=functools.partial(
             loss.linear_cross_entropy, cross_entropy=triton_loss.cross_entropy_
         ),
-        adamw_=triton_updates.adamw_,
-        adafactor_=triton_updates.adafactor_,
+        adamw_=updates.adamw_,
+        adafactor_=updates.adafactor_,
     )

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.cpu.rounding import document_multiple
 from kernels.operands import compute_dtype
-from kernels.rounding import document_multiple
 
 # (logits of a chunk (C, V), targets (S ≤ C,), scale) → (S,) losses and the scaled gradient (C, V).
 CrossEntropy = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]

@@ -399,20 +399,36 @@ MUTATIONS = [
             "test_attention_stays_inside_documents_and_windows",
         ),
         (
-            "blocks leave out the first key of a window",
-            "max(0, low - window + 1)",
-            "max(0, low - window + 2)",
-            "test_blocks_are_the_whole",
-        ),
-        (
             "queries see one key of the future",
             "    visible = key <= query\n",
             "    visible = key <= query + 1\n",
             "test_attention_stays_inside_documents_and_windows",
         ),
         (
+            "the cache's keys are cut one too short for the window",
+            "cache_length - window + 1",
+            "cache_length - window + 2",
+            "test_attention_behind_a_cache",
+        ),
+        (
+            "attention is dropped where nothing is to be",
+            "    if segments.dropout_rows is None:\n        dropout = 0.0\n",
+            "    if segments.dropout_rows is None:\n        dropout = dropout\n",
+            "test_attention_dropout_needs_a_draw",
+        ),
+    ),
+    *_of(
+        "kernels/cpu/attention.py",
+        "tests/kernels/test_attention.py",
+        (
+            "blocks leave out the first key of a window",
+            "max(0, low - window + 1)",
+            "max(0, low - window + 2)",
+            "test_blocks_are_the_whole",
+        ),
+        (
             "blocks make their scores in bf16",
-            "        exact = _exact(q.dtype)\n",
+            "        exact = torch.promote_types(q.dtype, torch.float32)\n",
             "        exact = q.dtype\n",
             "test_under_autocast_scores_stay_in_fp32",
         ),
@@ -429,22 +445,10 @@ MUTATIONS = [
             "test_blocks_are_the_whole",
         ),
         (
-            "the cache's keys are cut one too short for the window",
-            "cache_length - window + 1",
-            "cache_length - window + 2",
-            "test_attention_behind_a_cache",
-        ),
-        (
             "rows of no document let gradients through",
             ".index_fill_(0, layout.pads, 0)",
             "",
             "tests/train/test_accumulation.py::test_attention_in_rounded_blocks_is_that_without",
-        ),
-        (
-            "attention is dropped where nothing is to be",
-            "    if segments.dropout_rows is None:\n        dropout = 0.0\n",
-            "    if segments.dropout_rows is None:\n        dropout = dropout\n",
-            "test_attention_dropout_needs_a_draw",
         ),
     ),
     *_of(
@@ -638,7 +642,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/rounding.py",
+        "kernels/cpu/rounding.py",
         "tests/kernels/test_rounding.py",
         (
             "a quarter of the rows may be pads",
@@ -671,7 +675,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/triton_norms.py",
+        "kernels/triton/norms.py",
         "tests/kernels/test_triton.py",
         (
             "RMSNorm in Triton rounds after the weight has come in",
@@ -699,7 +703,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/triton_elementwise.py",
+        "kernels/triton/elementwise.py",
         "tests/kernels/test_triton.py",
         (
             "SwiGLU's derivative leaves out a term",
@@ -721,7 +725,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/triton_loss.py",
+        "kernels/triton/loss.py",
         "tests/kernels/test_triton.py",
         (
             "the sum is not brought to the new maximum",
@@ -737,7 +741,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/triton_linears.py",
+        "kernels/triton/linears.py",
         "tests/kernels/test_triton.py",
         (
             "all adapters draw the mask of the first",
@@ -759,7 +763,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/triton_updates.py",
+        "kernels/triton/updates.py",
         "tests/kernels/test_triton.py",
         (
             "Triton's AdamW leaves out the factor on the gradient",

@@ -21,7 +21,7 @@ FLOORS = {
 }
 # A package of others that one place alone may import: prefix of the import → paths that may.
 KEEPERS = {
-    "triton": ("kernels/",),
+    "triton": ("kernels/triton/",),
     "tensorboard": ("train/log/metrics.py",),
     "torch.utils.tensorboard": ("train/log/metrics.py",),
     "torch.distributed": ("train/world.py",),

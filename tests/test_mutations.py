@@ -42,7 +42,7 @@ def test_there_are_a_hundred_over_every_folder() -> None:
 @pytest.mark.slow
 def test_what_a_run_says_of_a_mutation() -> None:
     """The runner itself must be able to say each of its four words."""
-    path, test = "kernels/rounding.py", "tests/kernels/test_rounding.py::"
+    path, test = "kernels/cpu/rounding.py", "tests/kernels/test_rounding.py::"
     old, rows = (
         "rows.bit_length() - 4",
         test + "test_at_most_an_eighth_is_wasted_and_few_sizes_are_left",

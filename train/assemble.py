@@ -14,6 +14,7 @@ import torch
 from data.batch import Batching
 from files.folders import recover_folder, sweep
 from files.hub import ModelSource
+from kernels.cpu.process import keep_freed_memory
 from models.layers import CausalLM
 from train.base_model import base_dtype, find_model, load_base, make_trainable
 from train.batches import evaluation_batching
@@ -21,7 +22,7 @@ from train.config.schema import RunConfig
 from train.dataset import Data
 from train.log.records import Records
 from train.log.samples import Sample, samples_so_far
-from train.memory import MemoryUse, keep_freed_memory
+from train.memory import MemoryUse
 from train.optim.adamw import build_optimizer
 from train.optim.buffers import Optimizer
 from train.plan.decide import Machine

@@ -12,7 +12,7 @@ from data.examples import Examples
 from files.errors import UserError, counted
 from files.faults import faultpoint
 from files.folders import MANIFEST
-from kernels.rounding import library
+from kernels.cpu.rounding import library
 from lora import adapter_config
 from train.assemble import Run
 from train.evaluate import evaluate

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import MicroBatch
+from kernels.cpu.rounding import row_multiple
 from kernels.loss import IGNORE
 from kernels.operands import compute_dtype
-from kernels.rounding import row_multiple
 from kernels.segments import Segments, uploaded
 from models.layers import CausalLM
 

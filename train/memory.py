@@ -137,27 +137,3 @@ class MemoryUse:
     def training(self) -> int | None:
         """The most that model and training have taken (bytes); None where nobody could look."""
         return self.peak - self.peak_before if self._device.type == "cuda" else self._most
-
-
-# Parameters of glibc's mallopt(3): when freed memory goes back to the system, how much more than
-# asked for is taken from it, and from what size on an allocation is a mapping of its own.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_MMAP_THRESHOLDS = (2**30, 2**25)  # older versions of glibc take no more than half a heap
-
-
-def keep_freed_memory() -> None:
-    """Let a process that computes on a CPU keep the memory that it frees, for its next step.
-
-    glibc maps large blocks one by one and gives them back when they are freed, so that each step
-    pays a page fault for every 4 KiB of its activations (LOG.md, 2026-11-21).
-    Blocks above 1 GiB, the weights of large models, stay mappings. Without glibc nothing is done.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    # The others would stop glibc from raising this threshold by itself, so it has to be taken.
-    if any(mallopt(_MMAP_THRESHOLD, threshold) for threshold in _MMAP_THRESHOLDS):
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_TOP_PAD, 2**26)

@@ -13,8 +13,8 @@ from interpreted import DEVICE, TRITON
 from benchmarks import kernels, tune
 from benchmarks.kernel_cases import FIELDS, LATHE, PARTS, Case, Room, Side, cases
 from benchmarks.kernel_cases import TRITON as TRITON_SIDE
-from kernels import triton_launch
 from kernels.dispatch import Operations
+from kernels.triton import launch as triton_launch
 
 interpreted = pytest.mark.skipif(
     not TRITON or DEVICE == "cuda", reason="needs Triton's interpreter: triton, and no GPU"
@@ -214,7 +214,7 @@ def test_every_part_decides_on_operations_that_there_are() -> None:
 def test_a_wrong_update_is_seen(
     name: str, broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kernels import triton_updates
+    from kernels.triton import updates as triton_updates
 
     update = getattr(triton_updates, f"{name}_")
     wrong = functools.partial(update)

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import attention as attention_module
 from kernels import varlen
-from kernels.attention import attention
+from kernels.cpu import attention as attention_module
+from kernels.cpu.attention import attention
 from kernels.dropout import attention_keep_mask, module_id
 from kernels.segments import Segments
 

@@ -6,10 +6,11 @@ import sys
 import pytest
 from interpreted import TRITON
 
-import kernels
+import kernels.triton
 from files.errors import UserError
-from kernels import attention, linears, loss
+from kernels import linears, loss
 from kernels import reference as plain
+from kernels.cpu import attention
 from kernels.dispatch import operations
 
 
@@ -37,8 +38,8 @@ def test_triton_says_what_to_use_instead(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=r"run on CUDA, not on cpu; use train\.kernels=auto"):
         operations("triton", "cpu")
-    monkeypatch.setitem(sys.modules, "kernels.triton_norms", None)
-    monkeypatch.delattr(kernels, "triton_norms", raising=False)
+    monkeypatch.setitem(sys.modules, "kernels.triton.norms", None)
+    monkeypatch.delattr(kernels.triton, "norms", raising=False)
     with pytest.raises(UserError, match=r"cannot be imported .* or use train\.kernels=auto"):
         operations("triton", "cuda")
 
@@ -47,7 +48,7 @@ def test_triton_says_what_to_use_instead(monkeypatch):
 def test_triton_has_every_operation():
     chosen = operations("triton", "cuda")
     assert chosen.name == "triton"
-    reference = operations("reference")
+    reference = operations("reference", "cuda")
     names = [field.name for field in dataclasses.fields(chosen)]
     same = {name for name in names if getattr(chosen, name) is getattr(reference, name)}
     assert same == {"attention"}

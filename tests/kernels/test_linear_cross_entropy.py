@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels.rounding
+import kernels.cpu.rounding
 from kernels.loss import IGNORE, chunk_rows_of, linear_cross_entropy
 
 # fp64, sums of at most 200 terms of order one: hundreds of roundings of 1.1e-16.
@@ -44,7 +44,7 @@ def test_value_and_gradients(chunk_rows, masked):
 
 def test_rows_that_only_repeat_a_shape_count_for_nothing(monkeypatch):
     """Also in the gradient of the head, which is there where all of a model is trained."""
-    monkeypatch.setattr(kernels.rounding, "rounds", lambda device, dtype: True)
+    monkeypatch.setattr(kernels.cpu.rounding, "rounds", lambda device, dtype: True)
     hidden, weight, targets = problem()
     loss, grad_hidden, grad_weight = expected(hidden, weight, targets)
     with Shapes() as shapes:

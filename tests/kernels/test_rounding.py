@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.rounding import document_multiple, row_multiple
+from kernels.cpu.rounding import document_multiple, row_multiple
 from kernels.segments import Segments
 
 BF16 = torch.bfloat16

@@ -30,7 +30,11 @@ from train.optim.adamw import build_optimizer
 
 pytest.importorskip("triton")
 
-from kernels import triton_elementwise, triton_launch, triton_linears, triton_loss, triton_norms
+from kernels.triton import elementwise as triton_elementwise
+from kernels.triton import launch as triton_launch
+from kernels.triton import linears as triton_linears
+from kernels.triton import loss as triton_loss
+from kernels.triton import norms as triton_norms
 
 ON_GPU = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = [
@@ -464,8 +468,8 @@ def test_launch_parameters_of_a_device_come_before_the_defaults(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "triton_launch.json"),
-        ("[]", "triton_launch.json"),
+        ("", "launch.json"),
+        ("[]", "launch.json"),
         ('{"sm_90": []}', "must be an object with `launch` and `gains`"),
         ('{"sm_90": {"gain": []}}', "must be an object with `launch` and `gains`"),
         ('{"sm_90": {"gains": "linears"}}', "gains 'linears' must be a list of operations"),
@@ -480,7 +484,7 @@ def test_launch_parameters_of_a_device_come_before_the_defaults(
 def test_a_damaged_file_of_what_was_measured_is_refused(
     content: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "triton_launch.json"
+    path = tmp_path / "launch.json"
     path.write_text(content)
     monkeypatch.setattr(triton_launch, "TUNED", path)
     with pytest.raises(UserError) as caught:
@@ -491,12 +495,12 @@ def test_a_damaged_file_of_what_was_measured_is_refused(
 
 def test_what_was_measured_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"sm_90": {"gains": ["swiglu"], "launch": dict(triton_launch.DEFAULTS)}}
-    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton_launch.json")
+    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "launch.json")
     assert triton_launch.entries.__wrapped__() == {}
     monkeypatch.setattr(triton_launch, "entries", lambda: found)
     triton_launch.write_entries()
     monkeypatch.undo()
-    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "triton_launch.json")
+    monkeypatch.setattr(triton_launch, "TUNED", tmp_path / "launch.json")
     assert triton_launch.entries.__wrapped__() == found
 
 

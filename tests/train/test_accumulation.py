@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from small import FAMILIES, RaggedExamples, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels.cpu.rounding
 import kernels.dropout
 import kernels.linears
-import kernels.rounding
 from data.batch import Batching, MicroBatch, micro_batches
-from kernels.attention import attention
+from kernels.cpu.attention import attention
 from kernels.dropout import module_id
 from kernels.segments import Segments
 from lora import LoraConfig, inject
@@ -145,7 +145,7 @@ def test_rows_and_lengths_that_are_rounded_up_change_nothing(
     for layer in model.model.layers:
         layer.self_attn.implementation = attention
     expected = one_step(model, cut(3, batching))
-    monkeypatch.setattr(kernels.rounding, "rounds", lambda device, dtype: True)
+    monkeypatch.setattr(kernels.cpu.rounding, "rounds", lambda device, dtype: True)
     assert_same(expected, one_step(model, cut(3, batching)))
 
 
@@ -171,7 +171,7 @@ def test_attention_in_rounded_blocks_is_that_without(
         return [real, *(gradient[: sum(lengths)] for gradient in gradients)]
 
     expected = attend(1)
-    monkeypatch.setattr(kernels.rounding, "rounds", lambda device, dtype: True)
+    monkeypatch.setattr(kernels.cpu.rounding, "rounds", lambda device, dtype: True)
     for one, other in zip(expected, attend(128), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from small import FAMILIES, SMALL
 
-import kernels.attention as attention_module
 import train.loop as loop_module
 import train.saving.checkpoints as checkpoint_module
 from files.errors import UserError
+from kernels import attention as attention_module
+from kernels.cpu import attention as cpu_attention
 from models.config import parse_config
 from train.config.load import load_config, preset_names
 from train.dataset import load_data
@@ -270,13 +271,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
         with monkeypatch.context() as patch:
             paths = {"_fused": "fused", "_written_out": "written out", "_blocks": "blocks"}
             for name, path in paths.items():
-                plain = getattr(attention_module, name)
+                module = cpu_attention if path == "blocks" else attention_module
+                plain = getattr(module, name)
 
                 def watched(*values: Any, _plain: Any = plain, _path: str = path) -> Any:
                     seen.attention.add(_path)
                     return _plain(*values)
 
-                patch.setattr(attention_module, name, watched)
+                patch.setattr(module, name, watched)
             return step(model, optimizer, batch, **named)
 
     def watched_save(self: Any, state: Any, *arguments: Any, **keys: Any) -> Any:

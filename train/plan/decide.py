@@ -185,7 +185,7 @@ def decide_attention(
         device: Type of the device; one that is not known may be a GPU.
         longest: Rows of the longest document.
     """
-    from kernels.attention import BLOCKS_MAX_LENGTH
+    from kernels.cpu.attention import BLOCKS_MAX_LENGTH
 
     dropout = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
     if config.model.attention == "eager" or (dropout > 0 and device not in (None, "cuda")):

@@ -180,7 +180,7 @@ def memory_ledger(
 
     c is the width of `precision` in bytes, w that of stored base weights (`model.dtype`, else c;
     4 where every weight is trained), M the tokens of the largest micro-batch, rounded up where the
-    step rounds them (`kernels.rounding`).
+    step rounds them (`kernels.cpu.rounding`).
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass.
@@ -205,8 +205,8 @@ def memory_ledger(
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
     """
+    from kernels.cpu.rounding import document_multiple, row_multiple
     from kernels.loss import chunk_rows_of
-    from kernels.rounding import document_multiple, row_multiple
     from train.precision import COMPUTE_DTYPES
 
     sizes = sizes or model_sizes(decoder, config.train.method, config.lora)
@@ -309,7 +309,7 @@ def _saved_per_token(
     if attention == "fused":
         attend += query * compute
     elif attention == "blocks":
-        from kernels.attention import BLOCK
+        from kernels.cpu.attention import BLOCK
 
         attend += heads * min(longest, (longest + BLOCK) / 2) * compute
     else:

@@ -24,7 +24,7 @@ from files.atomic import HOLDER_NAME, LOCK_NAME, TEMPORARY_PREFIX, write_json, w
 from files.errors import UserError
 from files.folders import make_free_folder
 from files.hub import ModelSource
-from kernels.rounding import library
+from kernels.cpu.rounding import library
 from lora import adapter_tensors, save_adapter
 from models.layers import CausalLM
 from models.weights import save_model

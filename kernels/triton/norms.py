@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.triton_launch import block_of, norm_programs, norm_warps
+from kernels.triton.launch import block_of, norm_programs, norm_warps
 
 
 @triton.jit

@@ -34,7 +34,7 @@ from kernels.linears import flattened
 from kernels.linears import linears as plain_linears
 from kernels.operands import Operands, compute_dtype
 from kernels.segments import Segments
-from kernels.triton_launch import launch
+from kernels.triton.launch import launch
 
 MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a tensor to be copied
 _SMALLEST_DOT = 16

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import launch
+from kernels.triton.launch import launch
 
 
 @triton.jit

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.operands import Operands
 from kernels.segments import Segments
-from kernels.triton_launch import launch
-from kernels.triton_linears import linears
+from kernels.triton.launch import launch
+from kernels.triton.linears import linears
 
 
 @triton.jit

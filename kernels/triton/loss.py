@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_launch import block_of, launch
+from kernels.triton.launch import block_of, launch
 
 
 @triton.jit
