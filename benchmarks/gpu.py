@@ -67,7 +67,7 @@ from models.configs import shipped_config
 from models.layers import CausalLM
 from train.loss import loss_sum
 from train.memory import within_memory
-from train.optim.adamw import build_optimizer
+from train.optim import build_optimizer
 from train.precision import Precision
 from train.step import StepResult, train_step
 

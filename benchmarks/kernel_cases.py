@@ -832,7 +832,7 @@ RATE, CHECKED_STEPS = 1e-2, 3
 
 def optimizer(room: Room, name: str, shapes: Sequence[tuple[int, ...]], text: str) -> Case:
     """One update of fp32 masters; what is compared are all updates and our states."""
-    from train.optim.adamw import build_optimizer
+    from train.optim import build_optimizer
 
     shapes = [tuple(room.size(n) if n > 64 else n for n in shape) for shape in shapes]
     if room.dry:

@@ -193,7 +193,7 @@ def profiled(model_name: str, folder: Path, steps: int) -> dict[str, Any]:
     from train.base_model import base_dtype, find_model, load_base, make_trainable
     from train.batches import StepBatches
     from train.dataset import load_data
-    from train.optim.adamw import build_optimizer
+    from train.optim import build_optimizer
     from train.plan.decide import decide, this_machine
     from train.plan.steps import plan_run
     from train.precision import Precision

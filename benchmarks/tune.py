@@ -114,6 +114,7 @@ def _cross_entropy(room: Room, vocabulary: int) -> Workload:
 
 def _update(room: Room, kernel: str) -> Workload:
     from kernels.triton.updates import adafactor_, adamw_
+    from train.optim.buffers import alone
 
     shape = (1, room.size(12_288), room.size(3072))
     weight, gradient = (room.draw(*shape, dtype=torch.float32) for _ in range(2))
@@ -123,12 +124,12 @@ def _update(room: Room, kernel: str) -> Workload:
         tensors = [weight.clone(), gradient, state.clone(), state.clone()]
         adamw_(
             *(tensor.view(-1) for tensor in tensors),
+            step=3,
             learning_rate=1e-3,
             betas=(0.9, 0.999),
             eps=1e-8,
-            steps=3,
-            gradient_scale=0.5,
-            decay=0.999,
+            weight_decay=1.0,
+            gradient_factor=0.5,
         )
         return tensors
 
@@ -136,11 +137,13 @@ def _update(room: Room, kernel: str) -> Workload:
         tensors = [weight.clone(), gradient, state[..., 0].clone(), state[:, 0].clone()]
         adafactor_(
             *tensors,
-            learning_rate=1e-3,
             beta2=0.5,
+            learning_rate=1e-3,
+            weight_decay=1.0,
+            gradient_factor=0.5,
             epsilon=1e-30,
-            gradient_scale=0.5,
-            decay=0.999,
+            reduce=alone,
+            shares=1,
         )
         return tensors
 

@@ -767,8 +767,8 @@ MUTATIONS = [
         "tests/kernels/test_triton.py",
         (
             "Triton's AdamW leaves out the factor on the gradient",
-            "other=0.0) * gradient_scale\n    exp_avg = ",
-            "other=0.0)\n    exp_avg = ",
+            "other=0.0) * gradient_factor\n    first = ",
+            "other=0.0)\n    first = ",
             "test_updates[0.3-adamw]",
         ),
         (
@@ -1661,6 +1661,12 @@ MUTATIONS = [
             "test_clipping_equals_torch_after_the_loss_scale_is_divided_out",
         ),
         (
+            "a shard's norm is taken for the whole",
+            "self.reduce(norm.cpu().double().square())",
+            "norm.cpu().double().square()",
+            "test_shards_of_the_rows_are_updated_as_the_whole",
+        ),
+        (
             "nothing is clipped",
             "return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0",
             "return 1.0",
@@ -1720,42 +1726,48 @@ MUTATIONS = [
         "tests/train/test_optimizers.py",
         (
             "decay comes after the update",
-            "            if decay != 1.0:\n                w.mul_(decay)\n"
-            "            w.addcdiv_(m, root, value=size)\n",
-            "            w.addcdiv_(m, root, value=size)\n"
-            "            if decay != 1.0:\n                w.mul_(decay)\n",
+            "    if weight_decay:\n        parameter.mul_(1.0 - learning_rate * weight_decay)\n"
+            "    parameter.addcdiv_(first, root, value=-learning_rate * correction /"
+            " (1.0 - beta1**step))\n",
+            "    parameter.addcdiv_(first, root, value=-learning_rate * correction /"
+            " (1.0 - beta1**step))\n"
+            "    if weight_decay:\n        parameter.mul_(1.0 - learning_rate * weight_decay)\n",
             "test_adamw_by_hand",
         ),
         (
             "epsilon is not corrected with the root",
-            ".add_(self.eps * correction)",
-            ".add_(self.eps)",
+            ".add_(eps * correction)",
+            ".add_(eps)",
             "test_adamw_by_hand",
         ),
         (
             "the first moment is not corrected",
-            "size = -learning_rate * correction / (1.0 - beta1**self.steps)",
-            "size = -learning_rate * correction",
+            "value=-learning_rate * correction / (1.0 - beta1**step)",
+            "value=-learning_rate * correction",
             "test_adamw_by_hand",
         ),
         (
             "the two betas are exchanged",
-            "beta1, beta2 = self.betas",
-            "beta2, beta1 = self.betas",
+            "beta1, beta2 = betas",
+            "beta2, beta1 = betas",
             "test_adamw_by_hand",
         ),
         (
             "what does not decay decays",
-            "self._update([t[split:] for t in flat], learning_rate, gradient_scale, 1.0)",
-            "self._update([t[split:] for t in flat], learning_rate, gradient_scale, decay)",
+            "yield tuple(tensor[split:] for tensor in flat), 0.0",
+            "yield tuple(tensor[split:] for tensor in flat), self.weight_decay",
             "test_weight_decay_alone_shrinks_what_is_decayed_and_nothing_else",
         ),
         (
             "long parameters all decay",
-            "decay if name in self.decayed else 1.0",
-            "decay",
+            "self.weight_decay if name in self.decayed else 0.0",
+            "self.weight_decay",
             "test_adamw_equals_torch[torch.float64-0.1-block 1048576-lone 0]",
         ),
+    ),
+    *_of(
+        "train/optim/__init__.py",
+        "tests/train/test_optimizers.py",
         (
             "a layer norm decays where its name does not say what it is",
             "decays(name) and name not in layer_norms",
@@ -1767,15 +1779,33 @@ MUTATIONS = [
         "train/optim/adafactor.py",
         "tests/train/test_optimizers.py",
         (
+            "a shard's update is clipped by its own norm",
+            "norm = reduce(norm.square()).sqrt_()",
+            "norm = norm.square().sqrt_()",
+            "test_shards_of_the_rows_are_updated_as_the_whole",
+        ),
+        (
+            "a shard's columns are averaged over its own rows",
+            "reduce(sums).div_(rows * shares)",
+            "sums.div_(rows)",
+            "test_shards_of_the_rows_are_updated_as_the_whole",
+        ),
+        (
+            "a shard's outer product is divided by the mean of its own rows",
+            "mean = reduce(row.mean(dim=-1, keepdim=True)) / shares",
+            "mean = row.mean(dim=-1, keepdim=True)",
+            "test_shards_of_the_rows_are_updated_as_the_whole",
+        ),
+        (
             "updates are not clipped to a root mean square of 1",
-            "return learning_rate / (norms / math.sqrt(elements)).clamp_(min=1.0)",
-            "return learning_rate / (norms / math.sqrt(elements)).clamp_(min=1.0, max=1.0)",
+            "return learning_rate / (norm / math.sqrt(elements)).clamp_(min=1.0)",
+            "return learning_rate / (norm / math.sqrt(elements)).clamp_(min=1.0, max=1.0)",
             "test_adafactor_clips_an_update_whose_root_mean_square_exceeds_1",
         ),
         (
             "the second moment remembers from the first step on",
-            "beta2 = 1.0 - self.steps**self.decay_rate",
-            "beta2 = 1.0 - (self.steps + 1) ** self.decay_rate",
+            "beta2 = 1.0 - self.steps**DECAY_RATE",
+            "beta2 = 1.0 - (self.steps + 1) ** DECAY_RATE",
             "test_adafactor_by_hand",
         ),
         (
@@ -1786,7 +1816,7 @@ MUTATIONS = [
         ),
         (
             "the outer product is not divided by the rows' mean",
-            "(row / row.mean(dim=-1, keepdim=True)).rsqrt_()",
+            "(row / mean).rsqrt_()",
             "row.rsqrt()",
             "test_adafactor_by_hand",
         ),
@@ -1798,10 +1828,12 @@ MUTATIONS = [
         ),
         (
             "decay comes after the update of a matrix",
-            "            if decay:\n                weight.mul_(1.0 - decay)\n"
-            "            weight.addcmul_(update, rate, value=-1.0)\n",
-            "            weight.addcmul_(update, rate, value=-1.0)\n"
-            "            if decay:\n                weight.mul_(1.0 - decay)\n",
+            "        if weight_decay:\n"
+            "            weight.mul_(1.0 - weight_decay * learning_rate)\n"
+            "        weight.addcmul_(update, rate, value=-1.0)\n",
+            "        weight.addcmul_(update, rate, value=-1.0)\n"
+            "        if weight_decay:\n"
+            "            weight.mul_(1.0 - weight_decay * learning_rate)\n",
             "test_adafactor_by_hand",
         ),
     ),

@@ -23,7 +23,7 @@ from train.dataset import Data
 from train.log.records import Records
 from train.log.samples import Sample, samples_so_far
 from train.memory import MemoryUse
-from train.optim.adamw import build_optimizer
+from train.optim import build_optimizer
 from train.optim.buffers import Optimizer
 from train.plan.decide import Machine
 from train.plan.steps import RunPlan

@@ -2,9 +2,9 @@
 
 Legend: E elements of a flat buffer · n matrices of one shape · R rows · C columns · P parts of R
 
-Everything is fp32, masters and states alike; the formulas are those of `train.optim.adamw.AdamW`
-and `train.optim.adafactor.Adafactor`. The factor on the gradients, clipping's and the loss scale's,
-is taken into the pass that reads them.
+Everything is fp32, masters and states alike. Formulas and arguments are those of `adamw_update` and
+`adafactor_update` in `train.optim`, but that gradients are left alone: the factor on them is taken
+into the pass that reads them.
 
     AdamW       reads w, g, m, v and writes w, m, v: 28 bytes an element
     Adafactor   squares   reads g: the row means into R, sums of P parts of the columns
@@ -21,6 +21,7 @@ no atomics, the same bits every time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -33,10 +34,10 @@ from kernels.triton.launch import launch
 def _adamw(
     weight_ptr,
     gradient_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
+    first_ptr,
+    second_ptr,
     count,
-    gradient_scale,
+    gradient_factor,
     beta1_left,
     beta2,
     beta2_left,
@@ -47,64 +48,51 @@ def _adamw(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0) * gradient_scale
-    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0)
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0) * gradient_factor
+    first = tl.load(first_ptr + at, mask=inside, other=0.0)
+    second = tl.load(second_ptr + at, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    exp_avg += (gradient - exp_avg) * beta1_left
-    exp_avg_sq = exp_avg_sq * beta2 + gradient * gradient * beta2_left
-    weight = weight * decay - size * (exp_avg / (tl.sqrt(exp_avg_sq) + eps))
-    tl.store(exp_avg_ptr + at, exp_avg, mask=inside)
-    tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=inside)
+    first += (gradient - first) * beta1_left
+    second = second * beta2 + gradient * gradient * beta2_left
+    weight = weight * decay - size * (first / (tl.sqrt(second) + eps))
+    tl.store(first_ptr + at, first, mask=inside)
+    tl.store(second_ptr + at, second, mask=inside)
     tl.store(weight_ptr + at, weight, mask=inside)
 
 
 def adamw_(
-    weight: Tensor,
+    parameter: Tensor,
     gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    first: Tensor,
+    second: Tensor,
     *,
+    step: int,
     learning_rate: float,
     betas: tuple[float, float],
     eps: float,
-    steps: int,
-    gradient_scale: float,
-    decay: float,
+    weight_decay: float,
+    gradient_factor: float,
 ) -> None:
-    """Update (E,) weights and both moments in place, all fp32; the gradient is left alone.
-
-    Args:
-        weight: The masters.
-        gradient: Their gradient, before `gradient_scale`.
-        exp_avg: First moment.
-        exp_avg_sq: Second moment.
-        learning_rate: The rate of this step.
-        betas: Decay rates of the two moments.
-        eps: Added to the root of the second moment.
-        steps: This step's number, from 1: what the bias corrections are of.
-        gradient_scale: Factor on the gradient.
-        decay: Factor on the weight, 1 - learning rate · weight decay.
-    """
-    if not weight.numel():
+    """Update (E,) parameters and both moments in place."""
+    if not parameter.numel():
         return
     beta1, beta2 = betas
-    # As in `AdamW._update`: with numerator and denominator times √(1-β₂ᵗ).
-    correction = math.sqrt(1.0 - beta2**steps)
-    settings = launch("adamw", weight.device)
-    _adamw[(triton.cdiv(weight.numel(), settings["BLOCK"]),)](
-        weight,
+    # As in `adamw_update`: with numerator and denominator times √(1-β₂ᵗ).
+    correction = math.sqrt(1.0 - beta2**step)
+    settings = launch("adamw", parameter.device)
+    _adamw[(triton.cdiv(parameter.numel(), settings["BLOCK"]),)](
+        parameter,
         gradient,
-        exp_avg,
-        exp_avg_sq,
-        weight.numel(),
-        gradient_scale,
+        first,
+        second,
+        parameter.numel(),
+        gradient_factor,
         1.0 - beta1,
         beta2,
         1.0 - beta2,
         eps * correction,
-        learning_rate * correction / (1.0 - beta1**steps),
-        decay,
+        learning_rate * correction / (1.0 - beta1**step),
+        1.0 - learning_rate * weight_decay,
         **settings,
     )
 
@@ -117,7 +105,7 @@ def _squares(
     sums_ptr,
     rows,
     columns,
-    gradient_scale,
+    gradient_factor,
     beta2_left,
     epsilon,
     BLOCK_ROWS: tl.constexpr,
@@ -134,7 +122,7 @@ def _squares(
         column = start + tl.arange(0, BLOCK_COLUMNS)
         inside = column < columns
         gradient = tl.load(base + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        gradient *= gradient_scale
+        gradient *= gradient_factor
         squared = gradient * gradient
         total += tl.sum(squared, axis=1)
         tl.store(sums + column, tl.sum(squared, axis=0), mask=inside)
@@ -144,8 +132,8 @@ def _squares(
 
 
 @triton.jit
-def _update_of(gradient, gradient_scale, row_factor, column_factor):
-    return gradient * gradient_scale * row_factor[:, None] * column_factor[None, :]
+def _update_of(gradient, gradient_factor, row_factor, column_factor):
+    return gradient * gradient_factor * row_factor[:, None] * column_factor[None, :]
 
 
 @triton.jit
@@ -157,7 +145,7 @@ def _norm(
     out_ptr,
     rows,
     columns,
-    gradient_scale,
+    gradient_factor,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -176,7 +164,7 @@ def _norm(
         column_factor = tl.load(
             column_factor_ptr + matrix * columns + column, mask=inside, other=0.0
         )
-        update = _update_of(gradient, gradient_scale, row_factor, column_factor)
+        update = _update_of(gradient, gradient_factor, row_factor, column_factor)
         total += tl.sum(update * update, axis=1)
     tl.store(out_ptr + matrix * tl.num_programs(0) + part, tl.sum(total, axis=0))
 
@@ -192,7 +180,7 @@ def _apply(
     rate_ptr,
     rows,
     columns,
-    gradient_scale,
+    gradient_factor,
     decay,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -206,7 +194,7 @@ def _apply(
     gradient = tl.load(gradient_ptr + matrix * gradient_stride + at, mask=both, other=0.0)
     row_factor = tl.load(row_factor_ptr + matrix * rows + row, mask=there, other=0.0)
     column_factor = tl.load(column_factor_ptr + matrix * columns + column, mask=inside, other=0.0)
-    update = _update_of(gradient, gradient_scale, row_factor, column_factor)
+    update = _update_of(gradient, gradient_factor, row_factor, column_factor)
     here = weight_ptr + matrix * weight_stride + at
     weight = tl.load(here, mask=both, other=0.0)
     rate = tl.load(rate_ptr + matrix)
@@ -214,34 +202,27 @@ def _apply(
 
 
 def adafactor_(
-    weight: Tensor,
+    parameter: Tensor,
     gradient: Tensor,
     row: Tensor,
     column: Tensor,
     *,
-    learning_rate: float,
     beta2: float,
+    learning_rate: float,
+    weight_decay: float,
+    gradient_factor: float,
     epsilon: float,
-    gradient_scale: float,
-    decay: float,
+    reduce: Callable[[Tensor], Tensor],
+    shares: int,
 ) -> None:
-    """Update n matrices and their factored second moments in place, all fp32.
+    """Update (n, R, C) matrices, their (n, R) row and their (n, C) column means in place.
 
-    Args:
-        weight: (n, R, C) masters; a matrix is contiguous.
-        gradient: (n, R, C), before `gradient_scale`; it is left alone.
-        row: (n, R) means of the squared gradient over the columns, contiguous.
-        column: (n, C) the same over the rows, contiguous.
-        learning_rate: The rate of this step.
-        beta2: Decay rate of the second moments at this step.
-        epsilon: Added to the mean squares.
-        gradient_scale: Factor on the gradient.
-        decay: Factor on the weight, 1 - learning rate · weight decay.
+    A matrix is contiguous, and so are the means.
     """
-    count, rows, columns = weight.shape
+    count, rows, columns = parameter.shape
     if gradient.stride()[1:] != (columns, 1):
         gradient = gradient.contiguous()
-    settings = launch("adafactor", weight.device)
+    settings = launch("adafactor", parameter.device)
     parts = triton.cdiv(rows, settings["BLOCK_ROWS"])
     slices = triton.cdiv(columns, settings["BLOCK_COLUMNS"])
     sums = gradient.new_empty(count, parts, columns)
@@ -252,30 +233,30 @@ def adafactor_(
         sums,
         rows,
         columns,
-        gradient_scale,
+        gradient_factor,
         1.0 - beta2,
         epsilon,
         **settings,
     )
-    column.lerp_(sums.sum(1).div_(rows).add_(epsilon), 1.0 - beta2)
-    row_factor = (row / row.mean(dim=-1, keepdim=True)).rsqrt_()
+    column.lerp_(reduce(sums.sum(1)).div_(rows * shares).add_(epsilon), 1.0 - beta2)
+    row_factor = (row / (reduce(row.mean(dim=-1, keepdim=True)) / shares)).rsqrt_()
     column_factor = column.rsqrt()
     factors = row_factor, column_factor
     squared = gradient.new_empty(count, parts)
     _norm[(parts, count)](
-        *of_gradient, *factors, squared, rows, columns, gradient_scale, **settings
+        *of_gradient, *factors, squared, rows, columns, gradient_factor, **settings
     )
-    mean_square = squared.sum(1).div_(rows * columns)
+    mean_square = reduce(squared.sum(1)).div_(rows * shares * columns)
     rate = learning_rate / mean_square.sqrt_().clamp_(min=1.0)
     _apply[(parts, count, slices)](
-        weight,
-        weight.stride(0),
+        parameter,
+        parameter.stride(0),
         *of_gradient,
         *factors,
         rate,
         rows,
         columns,
-        gradient_scale,
-        decay,
+        gradient_factor,
+        1.0 - weight_decay * learning_rate,
         **settings,
     )

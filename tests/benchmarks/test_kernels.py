@@ -201,14 +201,14 @@ def test_every_part_decides_on_operations_that_there_are() -> None:
     ("name", "broken"),
     [
         ("adamw", {"betas": (0.1, 0.2)}),
-        ("adamw", {"steps": 1}),
+        ("adamw", {"step": 1}),
         ("adamw", {"eps": 1.0}),
         ("adamw", {"learning_rate": 1.004e-2}),
-        ("adamw", {"gradient_scale": 1.0}),
+        ("adamw", {"gradient_factor": 1.0}),
         ("adafactor", {"beta2": 0.0}),
         ("adafactor", {"epsilon": 1.0}),
-        ("adafactor", {"gradient_scale": 1.0}),
-        ("adafactor", {"decay": 1.0}),
+        ("adafactor", {"gradient_factor": 1.0}),
+        ("adafactor", {"weight_decay": 0.0}),
     ],
 )
 def test_a_wrong_update_is_seen(

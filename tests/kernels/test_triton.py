@@ -26,7 +26,7 @@ from kernels.dropout import keep_mask, mix, module_id, signed
 from kernels.loss import IGNORE, linear_cross_entropy
 from kernels.operands import Operands
 from kernels.segments import Segments
-from train.optim.adamw import build_optimizer
+from train.optim import build_optimizer
 
 pytest.importorskip("triton")
 

@@ -19,7 +19,7 @@ from models.layers import CausalLM
 from models.weights import save_model
 from train.batches import StepBatches
 from train.config.load import load_config
-from train.optim.adamw import build_optimizer
+from train.optim import build_optimizer
 from train.plan.steps import plan_run
 from train.precision import Precision
 from train.step import train_step

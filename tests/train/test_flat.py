@@ -8,8 +8,9 @@ from torch.nn import Parameter
 
 from lora import LoraConfig, inject
 from train.optim import buffers as flat
+from train.optim import build_optimizer
 from train.optim.adafactor import Adafactor
-from train.optim.adamw import AdamW, build_optimizer
+from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer
 
 NAMES = ("adamw", "adafactor")
@@ -47,7 +48,7 @@ def test_parameters_of_any_size_begin_where_matrix_products_want_them(name: str)
     model = nn.ModuleDict({f"{n}": nn.Linear(n, 3) for n in (1, 5, 7, 11)})
     optimizer = build_optimizer(name, model)
     assert all(parameter.data_ptr() % 64 == 0 for parameter in optimizer.parameters.values())
-    views = dict(optimizer._views(optimizer.gradients))
+    views = dict(optimizer.views(optimizer.gradients))
     assert all(view.data_ptr() % 64 == 0 for view in views.values())
 
 

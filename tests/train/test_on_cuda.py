@@ -19,7 +19,7 @@ from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
 from train.config.load import load_config
-from train.optim.adamw import build_optimizer
+from train.optim import build_optimizer
 from train.plan.ledger import memory_ledger
 from train.precision import Precision
 from train.run import execute

@@ -1,7 +1,9 @@
 """AdamW and Adafactor against torch, transformers and values by hand; clipping; state; decay."""
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +26,11 @@ from transformers.optimization import Adafactor as StackAdafactor
 
 from files.errors import UserError
 from files.tensors import TensorFile, write_tensors
-from train.optim import adafactor
-from train.optim import adamw as optimizers
 from train.optim import buffers as flat
-from train.optim.adamw import (
-    Adafactor,
-    AdamW,
-    build_optimizer,
-    decayed_parameters,
-    decays,
-)
-from train.optim.buffers import Optimizer, clip_factor
+from train.optim import build_optimizer, decayed_parameters
+from train.optim.adafactor import Adafactor
+from train.optim.adamw import AdamW
+from train.optim.buffers import Optimizer, clip_factor, decays
 
 SHAPES = {
     "a.weight": (7, 5),
@@ -89,7 +85,7 @@ ENDINGS = ("", "_row", "_col")
 def test_adamw_equals_torch(
     dtype: torch.dtype, weight_decay: float, block: int, lone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers, "_BLOCK_ELEMENTS_CPU", block)
+    monkeypatch.setattr(flat, "_BLOCK_ELEMENTS_CPU", block)
     monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
     ours, theirs = parameters(dtype), parameters(dtype)
     decayed = {"a.weight", "b.lora_A", "b.lora_B", "stack", "scalar", "c.lora_A", "d.lora_A"}
@@ -148,7 +144,7 @@ def test_adafactor_equals_the_stack(
     dtype: torch.dtype, weight_decay: float, block: int, lone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of 14 hold some rows of a matrix; of 1, a row each."""
-    monkeypatch.setattr(adafactor, "_BLOCK_ELEMENTS_CPU", block)
+    monkeypatch.setattr(flat, "_BLOCK_ELEMENTS_CPU", block)
     monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
     ours, theirs = parameters(dtype), parameters(dtype)
     decayed = {"a.weight", "b.lora_A", "b.lora_B", "stack", "scalar", "c.lora_A", "d.lora_A"}
@@ -265,6 +261,64 @@ def test_a_resumed_optimizer_continues_bit_for_bit(name: str, tmp_path: Path) ->
         assert torch.equal(resumed.parameters[parameter_name], parameter)
     for key, tensor in whole.state_tensors().items():
         assert torch.equal(resumed.state_tensors()[key], tensor), key
+
+
+class Ranks:
+    """A sum over threads that stand for the ranks of a sharded run."""
+
+    def __init__(self, count: int) -> None:
+        self.given: dict[int, torch.Tensor] = {}
+        self.arrived, self.read = (threading.Barrier(count, timeout=60) for _ in range(2))
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.given[threading.get_ident()] = x
+        self.arrived.wait()
+        total = torch.stack([*self.given.values()]).sum(0)
+        self.read.wait()
+        return total
+
+
+@pytest.mark.parametrize("lone", LONE[::2])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_shards_of_the_rows_are_updated_as_the_whole(
+    name: str, lone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two ranks holds half the rows of every parameter, clipped by the norm of all."""
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
+    kind = AdamW if name == "adamw" else Adafactor
+    shapes = {"m": (6, 5), "n": (6, 5), "o": (2, 9), "v.bias": (8,)}
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn() -> dict[str, torch.Tensor]:
+        # Rows of very different sizes, so that halves differ in all that is averaged.
+        return {
+            key: torch.randn(shape, generator=generator, dtype=torch.float64)
+            * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+            for key, shape in shapes.items()
+        }
+
+    start, gradients = drawn(), [drawn() for _ in range(3)]
+
+    def trained(part: Callable[[torch.Tensor], torch.Tensor], reduce: Any) -> dict[str, Any]:
+        weights = {key: Parameter(part(value).clone()) for key, value in start.items()}
+        optimizer = kind(weights, weight_decay=0.1, reduce=reduce)
+        norms = []
+        for of_step in gradients:
+            for key, value in of_step.items():
+                weights[key].grad = part(value).clone()
+            norms.append(optimizer.gradient_norm())
+            optimizer.step(0.1, clip_factor(norms[-1], 1.0))
+        return {"norms": torch.tensor(norms), **{k: p.detach() for k, p in weights.items()}}
+
+    whole, ranks = trained(lambda x: x, flat.alone), Ranks(2)
+    with ThreadPoolExecutor(2) as threads:
+        halves = threads.map(
+            lambda rank: trained(lambda x: x.chunk(2)[rank], ranks.reduce), range(2)
+        )
+        first, second = halves
+    for key, value in whole.items():
+        found = first[key] if key == "norms" else torch.cat([first[key], second[key]])
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

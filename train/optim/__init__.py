@@ -1,1 +1,86 @@
-"""The update rules, and the buffers that they work on."""
+"""The update rules, and the buffers that they work on; the optimizer of a model.
+
+    buffers.py      trained parameters and gradients in memory, their norm; what a rule must offer
+    adamw.py        `adamw_update`, and AdamW
+    adafactor.py    `adafactor_update`, and Adafactor
+
+Parameters are fp32 masters and so is every state (fp64 parameters, as tests use them, get fp64
+states). The learning rate is an argument of `step`: the schedule is the plan's, and no optimizer
+holds a copy. An optimizer's state is plain tensors by name, so a checkpoint of it is a safetensors
+file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from files.errors import UserError, did_you_mean
+from kernels.dispatch import Operations
+from train.optim.adafactor import Adafactor
+from train.optim.adamw import AdamW
+from train.optim.buffers import Optimizer, Reduce, alone, decays
+
+OPTIMIZERS = ("adamw", "paged_adamw", "adafactor")
+
+
+def decayed_parameters(model: nn.Module) -> set[str]:
+    """Return the names of a model's trainable parameters that weight decay applies to.
+
+    To the rule of `decays` this adds that nothing inside an `nn.LayerNorm` decays, whatever it is
+    called.
+    """
+    layer_norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters()
+    }
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and decays(name) and name not in layer_norms
+    }
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    operations: Operations | None = None,
+    reduce: Reduce = alone,
+) -> Optimizer:
+    """Return the optimizer of a model's trainable parameters.
+
+    `paged_adamw` is `adamw`: paging keeps the moments in host memory under pressure and changes no
+    number, and the moments of an adapter (8 bytes a trained parameter) fit beside the model.
+    Adafactor takes neither betas nor eps. The updates are those of `operations` where it has them;
+    `reduce` is for shards (`train.optim.buffers`).
+
+    Raises:
+        UserError: `name` is no optimizer, or nothing in the model is trainable.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(
+            f"optimizer.name: '{name}' is not one of {', '.join(OPTIMIZERS)}"
+            f"{did_you_mean(name, OPTIMIZERS)}"
+        )
+    trainable = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    if not trainable:
+        raise UserError(
+            f"{type(model).__name__} has no trainable parameter: inject an adapter or unfreeze it"
+        )
+    common: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "decayed": decayed_parameters(model),
+        "reduce": reduce,
+    }
+    if name == "adafactor":
+        return Adafactor(trainable, **common, kernel=operations and operations.adafactor_)
+    return AdamW(trainable, betas=betas, eps=eps, **common, kernel=operations and operations.adamw_)

@@ -1,9 +1,12 @@
-"""What the optimizers share: the trained parameters' places in memory, and their gradients.
+"""Where trained parameters and their gradients lie in memory; no rule of an update is known here.
 
 Adapters are hundreds of small tensors, and an operation on each costs more than its arithmetic. So
 small parameters are moved end to end into one buffer, of which they become views, and their
 gradients into another: clearing them is one operation, so is their norm, and so is their sum over
 ranks.
+
+A process may hold parameters whole or, sharded, an equal share of the rows of each. What is summed
+over rows or over parameters goes through a `Reduce`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from files.errors import UserError
+
+# Adds a tensor up over the ranks that share each parameter's rows; the same shape comes back.
+Reduce = Callable[[Tensor], Tensor]
 
 # Longer parameters stay where they are. For them an operation each is nothing, and moving them
 # would take their size twice while it is done, and keep their gradient's memory between steps.
@@ -29,18 +35,27 @@ _ALIGNMENT = 16
 # Length of the pieces whose norms are taken first. On a CPU torch adds the squares of one long
 # vector one after another: the norm of 24 million numbers was wrong by 1.3e-3, in pieces by 1e-7.
 _NORM_PIECE = 1 << 12
+# Elements that an update works on at a time. On a CPU what a block touches stays in the shared
+# cache, and shorter blocks (2^15 to 2^19 were tried) cost more in calls than they save; a GPU wants
+# fewer launches.
+_BLOCK_ELEMENTS_CPU = 1 << 20
+_BLOCK_ELEMENTS = 1 << 22
 
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+def alone(x: Tensor) -> Tensor:
+    """Return `x`: the `Reduce` of a process that holds every parameter whole."""
+    return x
 
 
-def decays(name: str) -> bool:
-    """Return whether weight decay applies to a parameter of this name.
+def block_elements(device: torch.device) -> int:
+    """Return how many elements an update works on at a time."""
+    return _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS
 
-    It spares biases and norms; LoRA's A and B and the embeddings are decayed.
 
-    Source: transformers 5.23 `Trainer.get_decay_parameter_names`.
-    """
-    return _NO_DECAY.search(name.lower()) is None
+def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield flat tensors of one length block by block, as views."""
+    size = block_elements(flat[0].device)
+    return zip(*(tensor.split(size) for tensor in flat), strict=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Group:
     Attributes:
         names: The parameters' names, n of them.
         shape: The shape of each.
-        decayed: Whether weight decay applies to them.
+        decayed: Whether they are among those that lie first.
         first: Where the first begins.
         stride: From the beginning of one to that of the next.
     """
@@ -72,47 +87,38 @@ class Group:
         return pieces[:, : self.shape.numel()].view(len(self.names), *self.shape)
 
 
-class Optimizer(ABC):
-    """The trained parameters, the small ones as views of one buffer, and a rule to update them.
+class Buffer:
+    """The trained parameters, the small ones as views of one flat tensor, and their gradients.
 
     Attributes:
-        parameters: What is trained, by name.
-        steps: Updates made.
-        weight_decay: Share of a weight that a learning rate of 1 would remove in a step.
-        decayed: Names of the parameters that it applies to.
+        parameters: What is trained, by name; of sharded ones, this process's rows.
+        decayed: Names of the parameters that weight decay applies to.
         groups: The small parameters in the order of the buffer: those that decay first.
         weights: The buffer, (n,).
         gradients: Their gradients, in the same places, (n,). From the first step on these are the
             parameters' `.grad`, which backward passes add to.
         lone: The parameters that are not in the buffer, by name.
+        reduce: Sums over the ranks among which rows are shared.
+        shares: How many ranks that is.
     """
 
     def __init__(
         self,
         named_parameters: Mapping[str, Parameter],
-        weight_decay: float,
-        decayed: Collection[str] | None,
+        decayed: Collection[str],
+        reduce: Reduce = alone,
     ) -> None:
         """Move the small parameters into the buffer, in place: the objects stay the same.
-
-        Args:
-            named_parameters: What is trained, fp32 or fp64.
-            weight_decay: Share of a weight that a learning rate of 1 would remove in a step.
-            decayed: Names that weight decay applies to; None takes those for which `decays` holds.
 
         Raises:
             ValueError: A parameter is in half precision, which cannot hold small updates, or not
                 all are of one type on one device.
         """
         self.parameters = dict(named_parameters)
-        self.steps = 0
         _check_masters(self.parameters)
-        self.weight_decay = weight_decay
-        self.decayed = frozenset(
-            name
-            for name in self.parameters
-            if (decays(name) if decayed is None else name in decayed)
-        )
+        self.decayed = frozenset(name for name in self.parameters if name in decayed)
+        self.reduce = reduce
+        self.shares = int(reduce(torch.ones((), dtype=torch.int64)))
         self.lone = {n: p for n, p in self.parameters.items() if p.numel() > LONE_ELEMENTS}
         small = {n: p for n, p in self.parameters.items() if n not in self.lone}
         self.groups = _groups(small, self.decayed)
@@ -120,25 +126,15 @@ class Optimizer(ABC):
         like = next(iter(self.parameters.values())).detach()
         self.weights = like.new_zeros(math.ceil(elements / _NORM_PIECE) * _NORM_PIECE)
         self.gradients = torch.zeros_like(self.weights)
-        self._gradient_views = dict(self._views(self.gradients))
-        for name, view in self._views(self.weights):
+        self._gradient_views = dict(self.views(self.gradients))
+        for name, view in self.views(self.weights):
             view.copy_(small[name].detach())
             small[name].data = view
 
-    @abstractmethod
-    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Update every parameter once with `gradient_scale` times its gradient.
-
-        What the gradients are afterwards is not defined: they serve as working memory. Nothing has
-        been changed where an error is raised.
-
-        Raises:
-            ValueError: No gradient has ever reached a parameter, or a lone one has none now.
-        """
-
-    @abstractmethod
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return the state, live, by names that begin with the parameters'; and `steps`."""
+    def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each small parameter's name and its part of a flat tensor, in its shape."""
+        for group in self.groups:
+            yield from zip(group.names, group.stacked(flat).unbind(), strict=True)
 
     def clear_gradients(self) -> None:
         """Forget all gradients: zeros in the buffer, None elsewhere."""
@@ -148,20 +144,94 @@ class Optimizer(ABC):
                 parameter.grad = None
 
     @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Bring every small parameter's gradient into the buffer, where it is then added up.
+
+        Up to the first step `.grad` is None and so tells which parameters took no part; the buffer
+        could not, for its zeros look like gradients.
+
+        Raises:
+            ValueError: No gradient has ever reached a parameter, or a lone one has none now.
+        """
+        absent = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        if absent:
+            raise ValueError(
+                f"no gradient reached {len(absent)} of {len(self.parameters)} trained parameters: "
+                f"{', '.join(absent[:5])}"
+            )
+        for name, view in self._gradient_views.items():
+            parameter = self.parameters[name]
+            if parameter.grad is not None and parameter.grad is not view:
+                parameter.grad = view.copy_(parameter.grad)
+
+    @torch.no_grad()
     def gradient_norm(self) -> float:
         """Return the global L2 norm of the gradients. Waits for the device.
 
         Raises:
-            ValueError: As `step`.
+            ValueError: As `gather_gradients`.
         """
-        self._gather_gradients()
+        self.gather_gradients()
         pieces = [torch.linalg.vector_norm(self.gradients.view(-1, _NORM_PIECE), dim=1)]
         pieces += [
             torch.linalg.vector_norm(gradient, dim=-1).view(-1)
             for parameter in self.lone.values()
             if (gradient := parameter.grad) is not None
         ]
-        return torch.linalg.vector_norm(torch.cat(pieces)).item()
+        norm = torch.linalg.vector_norm(torch.cat(pieces))
+        # On the host, which has fp64 whatever the device: it holds any fp32's square exactly.
+        return math.sqrt(self.reduce(norm.cpu().double().square()).item())
+
+
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def decays(name: str) -> bool:
+    """Return whether weight decay applies to a parameter of this name.
+
+    It spares biases and norms; LoRA's A and B and the embeddings are decayed.
+
+    Source: transformers 5.23 `Trainer.get_decay_parameter_names`.
+    """
+    return _NO_DECAY.search(name.lower()) is None
+
+
+class Optimizer(Buffer, ABC):
+    """A buffer and a rule that updates it.
+
+    Attributes:
+        steps: Updates made.
+        weight_decay: Share of a weight that a learning rate of 1 would remove in a step.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Mapping[str, Parameter],
+        weight_decay: float,
+        decayed: Collection[str] | None,
+        reduce: Reduce,
+    ) -> None:
+        """Begin at step 0; where `decayed` is None, what `decays` holds for decays."""
+        if decayed is None:
+            decayed = [name for name in named_parameters if decays(name)]
+        super().__init__(named_parameters, decayed, reduce)
+        self.weight_decay = weight_decay
+        self.steps = 0
+
+    @abstractmethod
+    def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
+        """Update every parameter once with `gradient_factor` times its gradient.
+
+        What the gradients are afterwards is not defined: they serve as working memory. Nothing has
+        been changed where an error is raised.
+
+        Raises:
+            ValueError: As `gather_gradients`.
+        """
+
+    @abstractmethod
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the state, live, by names that begin with the parameters'; and `steps`."""
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -187,36 +257,11 @@ class Optimizer(ABC):
             tensor.copy_(tensors[name])
         self.steps = int(tensors["steps"].item())
 
-    def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield each small parameter's name and its part of a flat tensor, in its shape."""
-        for group in self.groups:
-            yield from zip(group.names, group.stacked(flat).unbind(), strict=True)
-
-    @torch.no_grad()
-    def _gather_gradients(self) -> None:
-        """Bring every small parameter's gradient into the buffer, where it is then added up.
-
-        Up to the first step `.grad` is None and so tells which parameters took no part; the buffer
-        could not, for its zeros look like gradients.
-        """
-        absent = [name for name, parameter in self.parameters.items() if parameter.grad is None]
-        if absent:
-            raise ValueError(
-                f"no gradient reached {len(absent)} of {len(self.parameters)} trained parameters: "
-                f"{', '.join(absent[:5])}"
-            )
-        for name, view in self._gradient_views.items():
-            parameter = self.parameters[name]
-            if parameter.grad is not None and parameter.grad is not view:
-                parameter.grad = view.copy_(parameter.grad)
-
 
 def clip_factor(norm: float, max_norm: float) -> float:
     """Return what to multiply gradients of this global norm by so that `max_norm` bounds it.
 
-    Args:
-        norm: Their norm.
-        max_norm: The bound; 0 or less clips nothing.
+    A bound of 0 or less clips nothing.
 
     Source: min(1, c / (n + 1e-6)), as `torch.nn.utils.clip_grad_norm_`.
     """
