@@ -7,8 +7,10 @@ end to end, or come one at a time; only speed and memory differ.
     segments.py    where documents begin, positions, and the keys that dropout draws from
     operands.py    what a linear layer, adapted or not, hands to `linears`
     dropout.py     masks as a pure function of (seed, step, example, position, module, column)
-    reference.py   every operation in plain PyTorch: the ground truth, and the path of the CPU
-    loss.py        the head and its cross-entropy, a chunk of rows at a time
+    linears.py attention.py loss.py reference.py      every operation in plain PyTorch: the truth
+    varlen.py      torch's own attention over ragged documents, where a GPU has it
+    cpu/           what makes a CPU fast
+    triton/        the same operations as Triton kernels, for CUDA
     dispatch.py    which backend a model gets, decided once when it is built
 
 A model is given an `Operations` by `dispatch.operations` and calls its arithmetic through it.

@@ -1,17 +1,24 @@
-"""The small trained parameters as views of one buffer: who sees what, and where it does not fit."""
+"""Trained parameters as views of one buffer: who sees what, norms, and shares of the rows."""
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from small import small_model
 from torch import nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import LoraConfig, inject
 from train.optim import buffers as flat
 from train.optim import build_optimizer
 from train.optim.adafactor import Adafactor
 from train.optim.adamw import AdamW
-from train.optim.buffers import Optimizer
+from train.optim.buffers import Optimizer, clip_factor
 
 NAMES = ("adamw", "adafactor")
 
@@ -111,3 +118,112 @@ def test_a_norm_without_gradients_is_refused() -> None:
     weights["a"].grad = torch.ones(2)
     with pytest.raises(ValueError, match="no gradient reached 1 of 2 trained parameters: b"):
         optimizer.gradient_norm()
+
+
+def doubled(tensors: dict[str, Parameter]) -> float:
+    """Return the norm of the gradients, added up in fp64."""
+    squares = [p.grad.double().square().sum() for p in tensors.values() if p.grad is not None]
+    return math.sqrt(sum(squares))
+
+
+def test_the_norm_of_many_numbers_is_exact_to_a_few_roundings() -> None:
+    """One after another, a million fp32 squares are added with an error of 1e-5 and more."""
+    weights = {"a": Parameter(torch.zeros(1000, 1000)), "b": Parameter(torch.zeros(1100, 1000))}
+    generator = torch.Generator().manual_seed(0)
+    optimizer = AdamW(weights)
+    assert list(optimizer.lone) == ["b"]
+    for parameter in weights.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    assert optimizer.gradient_norm() == pytest.approx(doubled(weights), rel=1e-6)
+
+
+class NormLengths(TorchDispatchMode):
+    """Remembers how many numbers each norm adds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.linalg_vector_norm.default:
+            x, _, dim = (*args, *(kwargs or {}).values(), None, None)[:3]
+            self.seen.append(x.numel() if dim is None else x.shape[dim[0]])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_norm_adds_up_few_numbers_at_a_time() -> None:
+    """So that no digit is lost on any machine, however its processor adds.
+
+    The squares of the first 256 numbers are 2^24, to which fp32 adds nothing when it adds 1: as
+    soon as an accumulator has met one of them, the ones behind it are lost. They are as many as
+    the accumulators of any processor, so that over the whole buffer all are lost, and in pieces
+    only those of the first.
+    """
+    weights = {"a": Parameter(torch.zeros(1 << 20)), "b": Parameter(torch.zeros(1100, 1000))}
+    optimizer = AdamW(weights)
+    assert list(optimizer.lone) == ["b"]
+    weights["a"].grad = torch.ones(1 << 20)
+    weights["a"].grad[:256] = 4096.0
+    weights["b"].grad = torch.ones(1100, 1000)
+    with NormLengths() as lengths:
+        norm = optimizer.gradient_norm()
+    assert max(lengths.seen) <= 1 << 12
+    assert norm == pytest.approx(doubled(weights), rel=1e-6)
+
+
+class Ranks:
+    """A sum over threads that stand for the ranks of a sharded run."""
+
+    def __init__(self, count: int) -> None:
+        self.given: dict[int, torch.Tensor] = {}
+        self.arrived, self.read = (threading.Barrier(count, timeout=60) for _ in range(2))
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.given[threading.get_ident()] = x
+        self.arrived.wait()
+        total = torch.stack([*self.given.values()]).sum(0)
+        self.read.wait()
+        return total
+
+
+@pytest.mark.parametrize("lone", [1 << 20, 0])
+@pytest.mark.parametrize("name", NAMES)
+def test_shards_of_the_rows_are_updated_as_the_whole(
+    name: str, lone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two ranks holds half the rows of every parameter, clipped by the norm of all."""
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
+    kind = AdamW if name == "adamw" else Adafactor
+    shapes = {"m": (6, 5), "n": (6, 5), "o": (2, 9), "v.bias": (8,)}
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn() -> dict[str, torch.Tensor]:
+        # Rows of very different sizes, so that halves differ in all that is averaged.
+        return {
+            key: torch.randn(shape, generator=generator, dtype=torch.float64)
+            * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+            for key, shape in shapes.items()
+        }
+
+    start, gradients = drawn(), [drawn() for _ in range(3)]
+
+    def trained(part: Callable[[torch.Tensor], torch.Tensor], reduce: Any) -> dict[str, Any]:
+        weights = {key: Parameter(part(value).clone()) for key, value in start.items()}
+        optimizer = kind(weights, weight_decay=0.1, reduce=reduce)
+        norms = []
+        for of_step in gradients:
+            for key, value in of_step.items():
+                weights[key].grad = part(value).clone()
+            norms.append(optimizer.gradient_norm())
+            optimizer.step(0.1, clip_factor(norms[-1], 1.0))
+        return {"norms": torch.tensor(norms), **{k: p.detach() for k, p in weights.items()}}
+
+    whole, ranks = trained(lambda x: x, flat.alone), Ranks(2)
+    with ThreadPoolExecutor(2) as threads:
+        halves = threads.map(
+            lambda rank: trained(lambda x: x.chunk(2)[rank], ranks.reduce), range(2)
+        )
+        first, second = halves
+    for key, value in whole.items():
+        found = first[key] if key == "norms" else torch.cat([first[key], second[key]])
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-14)
