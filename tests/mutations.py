@@ -668,6 +668,12 @@ MUTATIONS = [
             "test_triton_says_what_to_use_instead",
         ),
         (
+            "a CPU attends as a GPU does",
+            'return _REFERENCE_ON_CPU if device.type == "cpu" else _REFERENCE',
+            "return _REFERENCE",
+            "test_reference_is_what_there_is",
+        ),
+        (
             "auto takes Triton without a record of its gain",
             "    if not gains or importlib",
             "    if importlib",
@@ -776,6 +782,24 @@ MUTATIONS = [
             "before + (total / columns + epsilon - before) * beta2_left",
             "before + (total / columns - before) * beta2_left",
             "test_updates[0.3-big0-adafactor]",
+        ),
+        (
+            "Triton's Adafactor averages a shard's columns over its own rows",
+            "reduce(sums.sum(1)).div_(rows * shares)",
+            "sums.sum(1).div_(rows)",
+            "tests/train/test_flat.py::test_shards_of_the_rows_are_updated_as_the_whole",
+        ),
+        (
+            "Triton's Adafactor divides a shard's outer product by the mean of its own rows",
+            "(reduce(row.mean(dim=-1, keepdim=True)) / shares)",
+            "row.mean(dim=-1, keepdim=True)",
+            "tests/train/test_flat.py::test_shards_of_the_rows_are_updated_as_the_whole",
+        ),
+        (
+            "Triton's Adafactor clips a shard's update by its own norm",
+            "reduce(squared.sum(1)).div_(rows * shares * columns)",
+            "squared.sum(1).div_(rows * columns)",
+            "tests/train/test_flat.py::test_shards_of_the_rows_are_updated_as_the_whole",
         ),
     ),
     # --- lora ------------------------------------------------------------------------------------

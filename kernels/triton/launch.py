@@ -38,12 +38,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
 
 
 def launch(kernel: str, device: torch.device) -> dict[str, int]:
-    """Return the tile, warps and stages of a kernel on a device: keyword arguments of its launch.
-
-    Args:
-        kernel: A name of `DEFAULTS`.
-        device: Where it runs.
-    """
+    """Return the tile, warps and stages of a kernel of `DEFAULTS`, as arguments of its launch."""
     return DEFAULTS[kernel] | measured(device).get("launch", {}).get(kernel, {})
 
 

@@ -8,6 +8,7 @@ from interpreted import TRITON
 
 import kernels.triton
 from files.errors import UserError
+from kernels import attention as anywhere
 from kernels import linears, loss
 from kernels import reference as plain
 from kernels.cpu import attention
@@ -32,6 +33,12 @@ def test_reference_is_what_there_is(backend):
         }
         home = homes.get(field.name, plain)
         assert getattr(chosen, field.name) is getattr(home, field.name)
+
+
+def test_attention_in_blocks_is_a_cpu_s_alone():
+    gpu = operations("reference", "cuda")
+    assert gpu.attention is anywhere.attention
+    assert gpu == dataclasses.replace(operations("reference"), attention=anywhere.attention)
 
 
 def test_triton_says_what_to_use_instead(monkeypatch):
