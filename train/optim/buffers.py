@@ -118,7 +118,7 @@ class Buffer:
         _check_masters(self.parameters)
         self.decayed = frozenset(name for name in self.parameters if name in decayed)
         self.reduce = reduce
-        self.shares = int(reduce(torch.ones((), dtype=torch.int64)))
+        self.shares = 1 if reduce is alone else int(reduce(torch.ones(())).item())
         self.lone = {n: p for n, p in self.parameters.items() if p.numel() > LONE_ELEMENTS}
         small = {n: p for n, p in self.parameters.items() if n not in self.lone}
         self.groups = _groups(small, self.decayed)
