@@ -14,7 +14,7 @@ import torch
 from data.batch import Batching
 from files.folders import recover_folder, sweep
 from files.hub import ModelSource
-from kernels.cpu.process import keep_freed_memory
+from kernels.cpu.process import prepare_process
 from models.layers import CausalLM
 from train.base_model import base_dtype, find_model, load_base, make_trainable
 from train.batches import evaluation_batching
@@ -82,12 +82,7 @@ def set_up(config: RunConfig, machine: Machine) -> torch.device:
     """Set this process up for a run whose configuration is decided, and return its device."""
     assert machine.device is not None
     if machine.device == "cpu":
-        keep_freed_memory()
-        # oneDNN and its wrapper in torch keep what they built for each of the last 1,024 shapes,
-        # and would grow by hundreds of MB. Sizes are rounded (`kernels.rounding`), so that 256 hold
-        # those that come back (LOG.md, 2026-11-21). Both read their variable at first use.
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "256")
+        prepare_process()
     if config.train.deterministic:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
