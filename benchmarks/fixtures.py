@@ -1,4 +1,4 @@
-"""The models and rows that the benchmarks train, and one training run with Lathe in a process.
+"""The models and rows that the benchmarks train, and what is told of a training run.
 
 Rows are functions of the Python standard library of at least 100 tokens, cut at 512: ragged, and
 half of a row's 512 places are real on average (shorter rows would flatter whoever does not pad).
@@ -9,46 +9,36 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import sysconfig
 import textwrap
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks.harness import ROOT, Fault
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo"
 MAX_LENGTH, BATCH, ACCUMULATION, RANK = 512, 4, 2, 16
 EXAMPLES_IN_STEP = BATCH * ACCUMULATION
 SHORTEST_ROW = 100  # tokens
 FP32_BOUND = 1e-3  # of the loss: rounding alone, which AdamW's division lets grow over the steps
+# Relative, of a gradient's norm in bf16: products rounded to 8 bits, some 12 in a layer, as
+# independent ones over 32 layers √384 · 2⁻⁹; a norm is of millions of them, and far inside.
+NORM_BOUND = 384**0.5 * 2**-9
 
 
 @dataclass(frozen=True)
 class Fixture:
-    """A model to train: what differs from data/demo/base, how it is trained, and how often.
+    """A model to train: what differs from data/demo/base, how it is trained, and how often."""
 
-    Attributes:
-        config: Keys of config.json over those of data/demo/base.
-        method: `lora` or `full`.
-        warm_up: Steps before the clock counts.
-        steps: Steps that are timed.
-        rounds: How often each side is measured.
-    """
-
-    config: Mapping[str, Any]
-    method: str = "lora"
-    warm_up: int = 4
-    steps: int = 8
-    rounds: int = 2
+    config: Mapping[str, Any]  # keys of config.json
+    method: str = "lora"  # or `full`
+    warm_up: int = 4  # steps before the clock counts
+    steps: int = 8  # that are timed
+    rounds: int = 2  # in which each side is measured
 
     @property
     def optimizer(self) -> str:
@@ -57,17 +47,20 @@ class Fixture:
 
     @property
     def bf16_bound(self) -> float:
-        """How far a step's loss may be from fp32's in bf16.
+        """How far a step's loss may be from fp32's in bf16."""
+        return bf16_bound(self.config["hidden_size"], self.config["num_hidden_layers"])
 
-        Hidden states are normed, so a logit of these random heads is of size 0.02 √H. A rounding to
-        8 significant bits changes a value by at most 2⁻⁹ of it; there are about 12 in a layer,
-        forward, and as independent ones they add as their root. A row's loss moves at most twice as
-        far as its logits. The mean over hundreds of rows is far inside, which is the room for what
-        rounded gradients change in the steps before.
-        """
-        logit = 0.02 * self.config["hidden_size"] ** 0.5
-        roundings = 12 * self.config["num_hidden_layers"]
-        return 2 * logit * roundings**0.5 * 2**-9
+
+def bf16_bound(hidden_size: int, num_layers: int) -> float:
+    """Return how far a step's loss may be from another side's where either computes in bf16.
+
+    Hidden states are normed, so a logit of these random heads is of size 0.02 √H. A rounding to 8
+    significant bits changes a value by at most 2⁻⁹ of it; there are about 12 in a layer, forward,
+    and as independent ones they add as their root. A row's loss moves at most twice as far as its
+    logits. The mean over hundreds of rows is far inside, which is the room for what rounded
+    gradients change in the steps before.
+    """
+    return 2 * 0.02 * hidden_size**0.5 * (12 * num_layers) ** 0.5 * 2**-9
 
 
 _SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4}
@@ -131,7 +124,7 @@ def ragged_rows(count: int) -> Iterator[tuple[str, int]]:
             found += 1
             yield text, tokens
     if found < count:
-        sys.exit(f"the standard library has {found} functions of {SHORTEST_ROW} tokens or more")
+        raise Fault(f"the standard library has {found} functions of {SHORTEST_ROW} tokens or more")
 
 
 def write_rows(folder: Path, warm_up: int, steps: int) -> None:
@@ -170,114 +163,43 @@ def write_base(fixture: Fixture, folder: Path) -> int:
     return parameters
 
 
-@dataclass(frozen=True)
-class LatheSide:
-    """A run of Lathe: what differs from its defaults."""
+def examples_of(path: Path, tokenizer: Any, prompt_format: Any, **changed: Any) -> Any:
+    """Return a file's rows as examples of at most `MAX_LENGTH` tokens, without a cache."""
+    from data.examples import load_examples
 
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    grouped: bool = False
-
-    @property
-    def order(self) -> str:
-        """The file of rows that it trains on."""
-        return "grouped" if self.grouped else "rows"
-
-    @property
-    def text(self) -> str:
-        """The settings in one line."""
-        settings = " ".join(f"{name}={value}" for name, value in self.settings.items())
-        return f"{settings or 'defaults'}{', grouped by length' if self.grouped else ''}"
-
-
-def run_configuration(
-    fixture: Fixture, folder: Path, order: str, steps: int, settings: Mapping[str, Any]
-) -> Any:
-    """Return the configuration of a run of Lathe over rows in a fixed order."""
-    from train.config.load import load_config
-
-    method: dict[str, Any] = {"train.method": fixture.method}
-    if fixture.method == "lora":
-        method["lora.init_from"] = str(folder / "adapter")
-        method["lora.lora_dropout"] = 0.0
-    return load_config(
-        overrides={
-            "model.path": str(folder),
-            **method,
-            "data.train": str(folder / f"{order}.jsonl"),
-            "data.max_length": MAX_LENGTH,
-            "data.shuffle": False,
-            "train.max_steps": steps,
-            "train.per_device_train_batch_size": BATCH,
-            "train.gradient_accumulation_steps": ACCUMULATION,
-            "train.output_dir": str(folder / f"run-{time.time_ns()}"),
-            "optimizer.name": fixture.optimizer,
-            "schedule.name": "constant",
-            "schedule.warmup_steps": 0,
-            "checkpoint.steps": None,
-            "log.tensorboard": False,
-            "log.progress": False,
-            **settings,
-        }
+    options = {"max_length": MAX_LENGTH, "on_overflow": "truncate", "cache_root": None, **changed}
+    return load_examples(
+        str(path),
+        split_column=None,
+        split=None,
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        **options,
     )
-
-
-def run_lathe(fixture: Fixture, side: LatheSide, folder: Path, steps: int) -> dict[str, Any]:
-    """Train with Lathe and return loss, seconds and tokens of each step."""
-    # What `run` imports only when it begins, so that the figure below is that of all imports.
-    from train import finish, loop  # noqa: F401
-    from train.run import run
-
-    imports = record.resident_bytes()
-    config = run_configuration(fixture, folder, side.order, steps, side.settings)
-    with (run(config) / "metrics.jsonl").open(encoding="utf-8") as file:
-        rows = [row for row in map(json.loads, file) if row["kind"] == "train"]
-    figures = {name: [row[name] for row in rows] for name in ("loss", "seconds", "tokens")}
-    return {**figures, "imports_bytes": imports}
-
-
-def child(module: str, arguments: Sequence[str], folder: Path, limit: float) -> dict[str, Any]:
-    """Run `python -m module arguments` and return the JSON object that it prints last.
-
-    Raises:
-        subprocess.TimeoutExpired: It takes more than `limit` seconds.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"LATHE_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=limit,
-    )
-    if done.returncode != 0:
-        raise ChildError(f"python -m {module} {' '.join(arguments)}: {done.stdout}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-class ChildError(Exception):
-    """A measured process failed; its output is the message."""
-
-
-def answer(figures: Mapping[str, Any]) -> None:
-    """Print what this process measured as its last line, its peak memory and threads included."""
-    import torch
-
-    threads = torch.get_num_threads()
-    print(json.dumps({**figures, "peak_bytes": record.peak_bytes(), "threads": threads}))
 
 
 def disagreement(
-    figures: Mapping[str, Any], reference: Mapping[str, Any], bound: float
+    figures: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    bounds: Mapping[str, tuple[float, float]],
+    first: int | None = None,
+    reordered: bool = False,
 ) -> str | None:
-    """Return in words where two runs over the same rows differ in tokens or loss, or None."""
-    if figures["tokens"] != reference["tokens"]:
-        return f"other tokens: {figures['tokens']}, not {reference['tokens']}"
-    for step, (one, other) in enumerate(
-        zip(figures["loss"], reference["loss"], strict=True), start=1
-    ):
-        if not abs(one - other) <= bound:
-            return f"loss {one:.5f} at step {step}, not {other:.5f} within {bound:.1e}"
+    """Return in words where the first steps of two runs differ in tokens or a figure, or None.
+
+    `bounds` are absolute and relative, by the figure's name. `reordered`: later steps do the same
+    tokens in another order.
+    """
+    ours, theirs = figures["tokens"], reference["tokens"]
+    same = sum(ours) == sum(theirs) if reordered else ours == theirs
+    if not same or ours[:first] != theirs[:first]:
+        return f"tokens {ours}, not {theirs}"
+    for name, (absolute, relative) in bounds.items():
+        pairs = zip(figures[name][:first], reference[name][:first], strict=True)
+        for step, (one, other) in enumerate(pairs, start=1):
+            allowed = absolute + relative * other
+            if not abs(one - other) <= allowed:
+                return f"{name} {one:.4f} at step {step}, not {other:.4f} within {allowed:.1e}"
     return None
 
 
@@ -300,13 +222,7 @@ def operations_of_step(
     Shapes: T tokens of a document, W query heads × head dimension, S rows with a target, N elements
     of the layers' weights. Forward is 2 N a token; a backward pass takes 2 N for the input and, for
     what is trained, 2 N for the weight. Causal attention is 2 T² W forward (two products, half of
-    each) and twice that backward.
-
-    Args:
-        model: The decoder with its adapters.
-        lengths: Tokens of each document.
-        targets: S.
-        full: Whether every weight is trained.
+    each) and twice that backward. `full`: every weight is trained.
     """
     config = model.config
     frozen = adapters = 0

@@ -19,31 +19,25 @@ shows to be slower than the reference.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from statistics import median, quantiles
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-if "--dry-run" in sys.argv:  # Triton reads it when it is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from benchmarks import record
-from benchmarks.kernel_cases import FIELDS, LATHE, PARTS, TRITON, Case, Results, Room, cases
+from benchmarks import harness
+from benchmarks.case import LATHE, TRITON, Case, Results, Room
+from benchmarks.harness import told
+from benchmarks.kernel_cases import FIELDS, PARTS, cases
 from kernels.triton import launch as triton_launch
 
 # ‖ours - exact‖ / ‖exact‖ of a chain of up to five roundings to a type, sums being in fp32.
 TOLERANCE = {torch.bfloat16: 5 * 2**-9, torch.float16: 5 * 2**-12, torch.float32: 1e-5}
 ROUNDS = 2
-REPLAYS = 20
 GAIN = 0.97  # of the reference's time: what differs less may be noise
-FLUSHED = 256 * 2**20  # bytes: more than any L2 cache
 
 
 def difference(found: Results, exact: Results) -> tuple[float, str]:
@@ -64,11 +58,7 @@ def difference(found: Results, exact: Results) -> tuple[float, str]:
 def check(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str | None:
     """Return what is wrong with one side of a case, or None.
 
-    Args:
-        case: The case.
-        name: The side.
-        room: Where it is built.
-        exact: The exact results by probability of dropout, filled here.
+    `exact` are the exact results by probability of dropout, filled here.
     """
     side = case.sides[name](case.p)
     p = 0.0 if side.checked_without_dropout else case.p
@@ -76,7 +66,7 @@ def check(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str
         side = case.sides[name](p)
     if p not in exact:
         exact[p] = case.exact(p)
-    found = (side.full or side.forward)()
+    found = side.results()
     if name == case.floor and not found.keys() & exact[p].keys():
         return None  # a floor computes less
     apart, where = difference(found, exact[p])
@@ -86,85 +76,44 @@ def check(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str
     return None if apart <= bound else f"{where} is {apart:.1e} from fp64, {bound:.1e} is allowed"
 
 
-def waits(call: Callable[[], Any]) -> bool:
-    """Return whether a call asks the device for a value, which a graph cannot hold."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+def attempt(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str | None:
+    """Return what `check` says, or in one line why it could not be made."""
     try:
-        call()
-    except RuntimeError:
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return False
-
-
-def on_device(call: Callable[[], Any], flush: torch.Tensor, graph: bool = True) -> list[float]:
-    """Return the milliseconds of each of `REPLAYS` calls, captured as a graph where it can be.
-
-    A capture that fails leaves torch 2.11's allocator unusable, so it is not tried on a call that
-    waits for the device.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    kept = None
-    if graph and not waits(call):
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            kept = call()
-        call = captured.replay
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
-    for before, after in events:
-        flush.zero_()
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    del kept
-    return [before.elapsed_time(after) for before, after in events]
-
-
-def ceilings(flush: torch.Tensor) -> dict[str, float]:
-    """Return this card's copy rate (GB/s, read and written) and bf16 product rate (TFLOP/s)."""
-    source = torch.randn(2**29, device="cuda").to(torch.bfloat16)
-    copy = median(on_device(source.clone, flush))
-    a, b = (torch.randn(8192, 8192, device="cuda").to(torch.bfloat16) for _ in range(2))
-    product = median(on_device(lambda: a @ b, flush))
-    return {"copy_gb_s": 4 * 2**29 / copy / 1e6, "gemm_tflops": 2 * 8192**3 / product / 1e9}
+        return check(case, name, room, exact)
+    except ImportError as error:
+        return f"not importable: {error}"
+    except Exception as error:  # whatever another library raises is its result here
+        return told(error)
 
 
 def measure(case: Case, names: Sequence[str], flush: torch.Tensor) -> dict[str, dict[str, Any]]:
     """Return times and peak memory of the sides, or what went wrong, by name.
 
-    Each side is built anew in each of `ROUNDS` rounds, every other one in reverse order: what the
-    card's clock does meets all of them.
+    Each side is built anew in each of `ROUNDS` rounds.
     """
     times: dict[tuple[str, str], list[float]] = {}
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for number in range(ROUNDS):
-        for name in names[:: 1 if number % 2 == 0 else -1]:
-            try:
-                side = case.sides[name](case.p)
-                for label in case.passes:
-                    call = side.full if label == "full" and side.full else side.forward
-                    torch.cuda.synchronize()
-                    before = torch.cuda.memory_allocated()
-                    torch.cuda.reset_peak_memory_stats()
-                    call()
-                    found[name][f"{label}_peak"] = torch.cuda.max_memory_allocated() - before
-                    times.setdefault((name, label), []).extend(on_device(call, flush, case.graph))
-            except Exception as error:  # no memory, or what a library raises: that side's result
-                found[name]["error"] = told(error)
-            gc.collect()
-            torch.cuda.empty_cache()
+
+    def once(name: str, _: int) -> None:
+        gc.collect()  # what the side before has left
+        torch.cuda.empty_cache()
+        try:
+            side = case.sides[name](case.p)
+            for label in case.passes:
+                call = side.full if label == "full" and side.full else side.forward
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                call()
+                found[name][f"{label}_peak"] = torch.cuda.max_memory_allocated() - before
+                taken = harness.on_device(call, flush, case.graph)
+                times.setdefault((name, label), []).extend(taken)
+        except Exception as error:  # no memory, or what a library raises: that side's result
+            found[name]["error"] = told(error)
+
+    harness.in_turns(names, ROUNDS, once)
     for (name, label), all_of in times.items():
-        fifths = quantiles(all_of, n=5)
-        found[name][label] = {"ms": median(all_of), "p20": fifths[0], "p80": fifths[-1]}
+        found[name][label] = harness.fifths(all_of, "ms")
     return found
 
 
@@ -187,9 +136,9 @@ def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor
     floor = figures.get(case.floor, {})
     for name in case.sides:
         row: dict[str, Any] = {"part": case.part, "case": case.text, "side": name}
-        row |= {"p": case.p, "capability": _capability(room), **rates}
+        row |= {"p": case.p, "capability": triton_launch.capability(room.device), **rates}
         if name in wrong:
-            record.append("kernels", {**row, "error": wrong[name]})
+            harness.append("kernels", {**row, "error": wrong[name]})
             continue
         row |= figures[name]
         for number, label in enumerate(("forward", "full")):
@@ -200,45 +149,10 @@ def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor
             taken["tflops"] = 1e3 * case.teraflops[number] / taken["ms"]
             if label in floor:
                 taken["to_floor"] = taken["ms"] / floor[label]["ms"]
-            print(line(name, label, taken, rates), flush=True)
-        if "error" in row:
-            print(f"  {name:<32} failed: {row['error']}", flush=True)
-        record.append("kernels", row)
+        print(f"  {name:<32} {'  '.join(filter(None, _cells(row)))}", flush=True)
+        harness.append("kernels", row)
     failed = {name for name, row in figures.items() if "error" in row} | wrong.keys()
     return not failed & {TRITON, LATHE}
-
-
-def attempt(case: Case, name: str, room: Room, exact: dict[float, Results]) -> str | None:
-    """Return what `check` says, or in one line why it could not be made."""
-    try:
-        return check(case, name, room, exact)
-    except ImportError as error:
-        return f"not importable: {error}"
-    except Exception as error:  # whatever another library raises is its result here
-        return told(error)
-
-
-def told(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def line(name: str, label: str, taken: dict[str, float], rates: dict[str, float]) -> str:
-    """Return one line of the printed table."""
-    text = (
-        f"  {name:<32} {label:<8} {taken['ms']:9.4f} ms ({taken['p20']:.4f} … {taken['p80']:.4f})"
-    )
-    if "to_floor" in taken:
-        text += f"  × {taken['to_floor']:.3f}"
-    text += f"  {taken['gb_s']:7,.0f} GB/s ({taken['gb_s'] / rates['copy_gb_s']:4.0%} of a copy)"
-    if taken["tflops"]:
-        share = taken["tflops"] / rates["gemm_tflops"]
-        text += f"  {taken['tflops']:6,.1f} TFLOP/s ({share:4.0%})"
-    return text
-
-
-def _capability(room: Room) -> str:
-    return triton_launch.capability(room.device)
 
 
 def dry_run(parts: Sequence[str]) -> int:
@@ -265,12 +179,11 @@ def run(parts: Sequence[str], minutes: float) -> int:
         return 2
     deadline = time.monotonic() + 60 * minutes
     room = Room(torch.device("cuda"), torch.bfloat16, dry=False)
-    flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
-    rates = ceilings(flush)
+    flush = harness.flusher()
+    rates = harness.ceilings(flush)
     device = torch.cuda.get_device_name()
-    print(
-        f"{device}: copy {rates['copy_gb_s']:,.0f} GB/s, bf16 {rates['gemm_tflops']:,.0f} TFLOP/s"
-    )
+    products = f"bf16 {rates['gemm_tflops']:,.0f} TFLOP/s"
+    print(f"{device}: copy {rates['copy_gb_s']:,.0f} GB/s, {products}")
     faults = left = 0
     for part, make in cases():
         if part not in parts:
@@ -319,7 +232,7 @@ def gains(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 def decide() -> int:
     """Write what the records show into the file that `train.kernels=auto` reads."""
-    records = record.read("kernels")
+    records = harness.read("kernels")
     if not records:
         print("there is no record of a kernel yet: make bench-kernels on a GPU makes them")
         return 2
@@ -330,43 +243,44 @@ def decide() -> int:
     return 0
 
 
-def table(records: list[dict[str, Any]]) -> list[str]:
-    """Return the newest record of each side of each case as lines of a table."""
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each side of each case as lines of a table for each card."""
     if not records:
         return ["Nothing has been measured yet: `make bench-kernels`, on a machine with a GPU."]
     lines: list[str] = []
-    card = None
-    for row in sorted(records, key=lambda row: (row["capability"], row["device"])):
-        if (row["capability"], row["device"]) != card:
-            card = row["capability"], row["device"]
-            lines += [
-                "",
-                f"{row['device']} ({row['capability']}): a copy {row['copy_gb_s']:,.0f} GB/s, "
-                f"bf16 products {row['gemm_tflops']:,.0f} TFLOP/s. Shares below are of these.",
-                "",
-                "| operation | shape | side | forward, ms | both, ms | to floor | GB/s | TFLOP/s |",
-                "|---|---|---|---:|---:|---:|---:|---:|",
-            ]
-        cells = [row["part"], row["case"], row["side"]]
-        if "error" in row:
-            lines.append(f"| {' | '.join(cells)} | {row['error']} | | | | |")
-            continue
-        forward, full = row.get("forward"), row.get("full")
-        last = full or forward or {}
-        cells += [f"{taken['ms']:.4f}" if taken else "" for taken in (forward, full)]
-        cells.append(f"{last['to_floor']:.3f}" if "to_floor" in last else "")
-        cells.append(f"{last['gb_s']:,.0f} ({last['gb_s'] / row['copy_gb_s']:.0%})")
-        share = last["tflops"] / row["gemm_tflops"]
-        cells.append(f"{last['tflops']:,.1f} ({share:.0%})" if last["tflops"] else "")
-        lines.append(f"| {' | '.join(cells)} |")
+    for (capability, device), of_card in harness.grouped(records, "capability", "device").items():
+        copy, product = of_card[0]["copy_gb_s"], of_card[0]["gemm_tflops"]
+        lines += [
+            "",
+            f"{device} ({capability}): a copy {copy:,.0f} GB/s, "
+            f"bf16 products {product:,.0f} TFLOP/s. Shares below are of these.",
+            "",
+            *harness.table(
+                "operation|shape|side|>forward, ms|>both, ms|>to floor|>GB/s|>TFLOP/s",
+                [[row["part"], row["case"], row["side"], *_cells(row)] for row in of_card],
+            ),
+        ]
     return lines[1:]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Return forward ms, both passes' ms, ratio to the floor, GB/s and TFLOP/s of a side."""
+    forward, full = row.get("forward"), row.get("full")
+    last = full or forward
+    if "error" in row or last is None:
+        return [row.get("error", "not timed"), "", "", "", ""]
+    share = last["tflops"] / row["gemm_tflops"]
+    return [
+        *(f"{taken['ms']:.4f}" if taken else "" for taken in (forward, full)),
+        f"{last['to_floor']:.3f}" if "to_floor" in last else "",
+        f"{last['gb_s']:,.0f} ({last['gb_s'] / row['copy_gb_s']:.0%})",
+        f"{last['tflops']:,.1f} ({share:.0%})" if last["tflops"] else "",
+    ]
 
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--dry-run", action="store_true")

@@ -4,37 +4,34 @@
 
 Forward and backward of summed cross-entropy over a linear head: `kernels.loss`, logits and
 `F.cross_entropy`, and `F.linear_cross_entropy` (chunked, at its own settings) where the installed
-torch has it. Loss and gradients
-of all sides must agree before a figure is written. Each measurement is a process of its own, since
-peaks do not come down; the sides take turns. Peak memory is what comes on top of hidden states and
-head: gradients are part of it.
+torch has it. Loss and gradients of all sides must agree before a figure is written. Peak memory is
+what comes on top of hidden states and head: gradients are part of it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import record
-from benchmarks.fixtures import ChildError, answer, child
+import torch.nn.functional as F
+
+from benchmarks import harness, linear_cases
+from benchmarks.case import LATHE as REFERENCE
+from benchmarks.case import Results, Room
 
 LATHE, LOGITS, TORCH = "lathe", "logits, F.cross_entropy", "F.linear_cross_entropy, chunked"
+SIDES = {LATHE: REFERENCE, LOGITS: linear_cases.LOGITS, TORCH: linear_cases.CHUNKED}
 GIB = 2**30
 LARGEST_PEAK = 1.5 * GIB  # the issue's bound on Lathe's peak in the row `must`
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: sizes, precision, whether the head is trained, share of masked rows.
-
-    `others` says whether the sides that hold all logits run too.
-    """
+    """One row of the table; `others`: whether the sides that hold all logits run too."""
 
     tokens: int
     hidden: int
@@ -48,10 +45,8 @@ class Case:
     def text(self) -> str:
         """The row's name."""
         head = "trainable" if self.trainable else "frozen"
-        return (
-            f"{self.tokens:,} × {self.vocabulary:,}, hidden {self.hidden}, {self.dtype}, "
-            f"{head} head, {self.masked:.0%} masked"
-        )
+        sizes = f"{self.tokens:,} × {self.vocabulary:,}, hidden {self.hidden}"
+        return f"{sizes}, {self.dtype}, {head} head, {self.masked:.0%} masked"
 
     @property
     def tolerance(self) -> float:
@@ -80,151 +75,92 @@ CASES = {
 }
 
 
-def sides_of(case: Case) -> list[str]:
-    """Return the sides that a row compares."""
-    import torch.nn.functional as F
+def be(folder: Path, row: str, side: str) -> dict[str, Any]:
+    """Be one side: compute loss and gradients a few times, and return what was measured."""
+    import torch.fx.experimental.symbolic_shapes  # as autograd.grad will: no peak
 
-    sides = [LATHE]
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        sides.append(TORCH)
-    if case.others:
-        sides.append(LOGITS)
-    return sides
-
-
-def work(case: Case, side: str, repeats: int) -> None:
-    """Be one side: compute loss and gradients `repeats` times and print what was measured."""
-    import torch
-    import torch.nn.functional as F
-
-    from kernels.loss import linear_cross_entropy
-
-    torch.manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    hidden = torch.randn(case.tokens, case.hidden, dtype=dtype, requires_grad=True)
-    weight = torch.empty(case.vocabulary, case.hidden, dtype=dtype).normal_(0, 0.02)
-    weight.requires_grad_(case.trainable)
-    targets = torch.randint(case.vocabulary, (case.tokens,))
-    targets[torch.rand(case.tokens) < case.masked] = -100
-
-    def logits_first() -> torch.Tensor:
-        logits = F.linear(hidden, weight).float()
-        return F.cross_entropy(logits, targets, reduction="sum")
-
-    def torch_fused() -> torch.Tensor:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
-
-    compute = {
-        LATHE: lambda: linear_cross_entropy(hidden, weight, targets),
-        LOGITS: logits_first,
-        TORCH: torch_fused,
-    }[side]
-    before = record.resident_bytes()
-    seconds = []
-    loss = torch.zeros(())
-    for _ in range(repeats):
-        hidden.grad = weight.grad = None
-        started = time.perf_counter()
-        loss = compute()
-        loss.backward()
-        seconds.append(time.perf_counter() - started)
-    peak = record.peak_bytes() - before
-    assert hidden.grad is not None
-    checked = {"loss": loss.item(), "hidden's gradient": hidden.grad.float().norm().item()}
-    if weight.grad is not None:
-        checked["weight's gradient"] = weight.grad.float().norm().item()
-    timed = seconds[1:] or seconds
-    answer({"milliseconds": 1000 * median(timed), "loss_bytes": peak, "checked": checked})
-
-
-def measure(case: Case, side: str) -> dict[str, Any]:
-    """Run one side in a process of its own and return its figures."""
+    case = CASES[row]
+    room = Room(torch.device("cpu"), getattr(torch, case.dtype), dry=False)
+    sizes = (case.tokens, case.hidden, case.vocabulary, case.masked)
+    of_head = linear_cases.loss(*sizes, room, trained=case.trainable)
+    both_passes = of_head.sides[SIDES[side]](0.0).results
+    before = harness.new_peak()
     repeats = 2 if case.tokens * case.vocabulary > 2**28 else 5
-    arguments = ["--worker", json.dumps(asdict(case)), side, str(repeats)]
-    try:
-        return child("benchmarks.loss", arguments, Path("unused"), 600)
-    except ChildError as error:
-        sys.exit(str(error))
+    seconds, found = zip(*(timed_norms(both_passes) for _ in range(repeats)), strict=True)
+    peak = harness.peak_bytes() - before
+    milliseconds = 1000 * median(seconds[1:])
+    return {"milliseconds": milliseconds, "loss_bytes": peak, "checked": found[0]}
 
 
-def check_agreement(case: Case, measured: dict[str, list[dict[str, Any]]]) -> None:
+def timed_norms(both_passes: Callable[[], Results]) -> tuple[float, dict[str, float]]:
+    """Return the seconds of both passes, and the norms of what they return."""
+    seconds, found = harness.timed(both_passes)
+    return seconds, {name: value.float().norm().item() for name, value in found.items()}
+
+
+def check_agreement(case: Case, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """End the benchmark unless all sides computed the same loss and gradients."""
     reference = measured[LATHE][0]["checked"]
     for side, rounds in measured.items():
-        for figures in rounds:
-            for name, value in figures["checked"].items():
-                bound = case.tolerance
-                if side == TORCH and name == "loss" and case.dtype == "bfloat16":
-                    bound = 2**-5  # torch adds the chunks' losses up in bf16; not the gradients
-                if not abs(value / reference[name] - 1) <= bound:
-                    sys.exit(f"{case.text}: {side}: {name} {value}, not {reference[name]}")
+        for name, value in ((n, v) for row in rounds for n, v in row["checked"].items()):
+            bound = case.tolerance
+            if side == TORCH and name == "y0" and case.dtype == "bfloat16":
+                bound = 2**-5  # torch adds the chunks' losses up in bf16; not the gradients
+            if not abs(value / reference[name] - 1) <= bound:
+                raise harness.Fault(f"{case.text}: {side}: {name} {value}, not {reference[name]}")
 
 
 def compare(name: str, rounds: int) -> None:
     """Measure the sides of one row in turns, check, print and record them."""
     case = CASES[name]
-    sides = sides_of(case)
-    measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for number in range(rounds):
-        for side in sides[:: 1 if number % 2 == 0 else -1]:
-            measured[side].append(measure(case, side))
+    sides = [LATHE, *([TORCH] * hasattr(F, "linear_cross_entropy")), *([LOGITS] * case.others)]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def measure(side: str, _: int) -> dict[str, Any]:
+            return harness.in_process("loss:be", Path(folder), 600, row=name, side=side)
+
+        measured = harness.in_turns(sides, rounds, measure)
     check_agreement(case, measured)
     print(case.text)
-    loss = measured[LATHE][0]["checked"]["loss"]
+    loss = measured[LATHE][0]["checked"]["y0"]
     for side, figures in measured.items():
         times = [row["milliseconds"] for row in figures]
         peak = median(row["loss_bytes"] for row in figures)
         print(f"  {side:<32} {median(times):10,.1f} ms  {peak / 2**20:8,.0f} MiB", flush=True)
-        record.append(
-            "loss",
-            {
-                "row": name,
-                "case": case.text,
-                "side": side,
-                "rounds": rounds,
-                "milliseconds": median(times),
-                "spread": [min(times), max(times)],
-                "loss_bytes": peak,
-                "loss_difference": abs(figures[0]["checked"]["loss"] / loss - 1),
-                "process_threads": figures[0]["threads"],
-            },
-        )
+        row = {"row": name, "case": case.text, "side": side, "rounds": rounds}
+        row |= {"milliseconds": median(times), "spread": [min(times), max(times)]}
+        row |= {"loss_bytes": peak, "process_threads": figures[0]["threads"]}
+        row["loss_difference"] = abs(figures[0]["checked"]["y0"] / loss - 1)
+        harness.append("loss", row)
     ours = median(row["loss_bytes"] for row in measured[LATHE])
     if name == "must" and ours > LARGEST_PEAK:
-        sys.exit(f"{case.text}: a peak of {ours / GIB:.2f} GiB, and 1.5 GiB is the bound")
+        raise harness.Fault(f"{case.text}: a peak of {ours / GIB:.2f} GiB, and 1.5 is the bound")
 
 
-def table(records: list[dict[str, Any]]) -> list[str]:
-    """Return the newest record of each row and side as README's lines."""
-    newest = {(row["row"], row["side"]): row for row in records}
-    lines = [
-        "| loss and gradients | side | ms (spread) | peak memory | loss differs by |",
-        "|---|---|---:|---:|---:|",
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each row and side as README's lines."""
+    rows = [
+        [
+            row["case"],
+            row["side"],
+            harness.spread(row["milliseconds"], row["spread"], 1),
+            f"{row['loss_bytes'] / 2**20:,.0f} MiB",
+            f"{row['loss_difference']:.0e}",
+        ]
+        for row in records
     ]
-    for row in newest.values():
-        low, high = row["spread"]
-        lines.append(
-            f"| {row['case']} | {row['side']} | {row['milliseconds']:,.1f} "
-            f"({low:,.1f} to {high:,.1f}) | {row['loss_bytes'] / 2**20:,.0f} MiB "
-            f"| {row['loss_difference']:.0e} |"
-        )
-    return lines
+    columns = "loss and gradients|side|>ms (spread)|>peak memory|>loss differs by"
+    return harness.table(columns, rows)
 
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--rows", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        case, side, repeats = options.worker
-        work(Case(**json.loads(case)), side, int(repeats))
-    else:
-        for name in options.rows:
-            compare(name, options.rounds)
+    for name in options.rows:
+        compare(name, options.rounds)
 
 
 if __name__ == "__main__":

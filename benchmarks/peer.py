@@ -1,37 +1,33 @@
-"""The peer: transformers Trainer, over a model that PEFT has wrapped or a whole one."""
+"""The peer: transformers Trainer, over a model that PEFT has wrapped or a whole one.
+
+Its process imports nothing of Lathe's before its imports are measured, and then the tokenizer.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
+from benchmarks.fixtures import ACCUMULATION, BATCH, MAX_LENGTH, MODELS, Fixture, examples_of
+
 
 @dataclass(frozen=True)
 class PeftSide:
-    """A run of Trainer + PEFT.
+    """A run of Trainer + PEFT; `precision`, `optimizer` and what follows are Trainer's switches."""
 
-    Attributes:
-        batching: `max_length`, `longest`, or `flattened`: a micro-batch end to end in one row, with
-            position ids that start anew, as DataCollatorWithFlattening makes it.
-        grouped: Rows in length-grouped order.
-        precision: `fp32`, `bf16` (autocast over fp32 weights) or `bf16 weights` (autocast over a
-            frozen base that is stored in bf16).
-        optimizer: Trainer's `optim`.
-        compiled: Trainer's `torch_compile`.
-        checkpointing: Trainer's `gradient_checkpointing`.
-        half_adapters: Adapters in bf16 as well, where PEFT keeps them in fp32 by itself.
-        liger: Trainer's `use_liger_kernel`.
-    """
-
+    # `max_length`, `longest`, or `flattened`: a micro-batch end to end in one row, with position
+    # ids that start anew, as DataCollatorWithFlattening makes it.
     batching: str
-    grouped: bool = False
-    precision: str = "fp32"
+    grouped: bool = False  # rows in length-grouped order
+    precision: str = "fp32"  # or `bf16`: autocast; `bf16 weights`: over a base stored in bf16, too
     optimizer: str = "adamw_torch"
     compiled: bool = False
     checkpointing: bool = False
-    half_adapters: bool = False
+    half_adapters: bool = False  # adapters in bf16 as well, where PEFT keeps them in fp32 by itself
     liger: bool = False
 
     @property
@@ -49,6 +45,109 @@ class PeftSide:
         return ", ".join(part for part in parts if part)
 
 
+def candidates(fixture: Fixture) -> list[PeftSide]:
+    """Return the peer's settings that may be its best."""
+    full = fixture.method == "full"
+    optimizer = "adafactor" if full else "adamw_torch_fused"
+    precisions = ["fp32", "bf16"] if full else ["fp32", "bf16", "bf16 weights"]
+    sides = [PeftSide("longest", True, precision, optimizer) for precision in precisions]
+    sides += [PeftSide("flattened", False, precision, optimizer) for precision in precisions]
+    for precision in (precisions[0], precisions[-1]):
+        sides.append(PeftSide("longest", True, precision, optimizer, compiled=True))
+    return sides
+
+
+def fastest(found: Iterable[tuple[float, PeftSide]]) -> PeftSide:
+    """Return the side with the most tokens a second; compiled only where it gives 5 % more.
+
+    Less is noise, and the first step of a compiled run takes most of a minute.
+    """
+    return max(found, key=lambda pair: pair[0] / (1.05 if pair[1].compiled else 1))[1]
+
+
+def best_side(model: str) -> PeftSide:
+    """Return the fastest candidate of the last pilots on this kind of machine.
+
+    Without one it is what is best nearly everywhere: padded to the longest, grouped, bf16, fused.
+    """
+    here = harness.circumstances()
+    newest = {
+        row["settings"]: row
+        for row in harness.read("versus_peft_pilot")
+        if row["model"] == model and all(row[name] == here[name] for name in ("device", "threads"))
+    }
+    ran = [row for row in newest.values() if "failed" not in row]
+    if not ran:
+        print(f"{model}: no pilot on this machine yet, see --pilot; the peer's usual best is taken")
+        padded = [side for side in candidates(MODELS[model]) if side.batching == "longest"]
+        return [side for side in padded if not side.compiled][-1]
+    return fastest((row["tokens_per_second"], PeftSide(**row["side"])) for row in ran)
+
+
+def run_peft(folder: Path, model: str, side: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train with transformers Trainer and PEFT and return loss, seconds and tokens of each step."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401  # counted as an import
+
+    imports = harness.resident_bytes()
+
+    from data.prompt import PromptFormat
+    from data.tokenizer import Tokenizer
+
+    settings = PeftSide(**side)
+    examples = examples_of(
+        folder / f"{settings.order}.jsonl", Tokenizer.load(folder), PromptFormat(text_field="text")
+    )
+    dtype = torch.bfloat16 if settings.precision == "bf16 weights" else torch.float32
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if MODELS[model].method == "lora":
+        base = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
+    figures = train_with_trainer(
+        base,
+        [example.input_ids.tolist() for example in examples],
+        settings,
+        steps=steps,
+        batch=BATCH,
+        accumulation=ACCUMULATION,
+        max_length=MAX_LENGTH,
+        folder=folder,
+        use_cpu=True,
+    )
+    return {**figures, "imports_bytes": imports}
+
+
+def untrained(
+    raw: Mapping[str, Any], rank: int, dropout: float, side: PeftSide, device: Any
+) -> Any:
+    """Return a model of the architecture of a config.json, wrapped by PEFT where it has a rank."""
+    import peft
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    theirs = AutoConfig.for_model(**{k: value for k, value in raw.items() if k != "torch_dtype"})
+    theirs.use_cache = False
+    half = side.precision == "bf16 weights" and device.type == "cuda"
+    dtype = torch.bfloat16 if half else torch.float32
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            theirs, dtype=dtype, attn_implementation="sdpa"
+        )
+    if rank:
+        lora = peft.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        adapters_in_fp32 = not (side.half_adapters and device.type == "cuda")
+        model = peft.get_peft_model(model, lora, autocast_adapter_dtype=adapters_in_fp32)
+        if side.checkpointing:
+            model.enable_input_require_grads()
+    return model
+
+
 def train_with_trainer(
     model: Any,
     rows: list[list[int]],
@@ -64,19 +163,9 @@ def train_with_trainer(
 ) -> dict[str, Any]:
     """Train a model of transformers, all tokens being targets.
 
-    Returns loss, gradient norm before clipping, seconds and real tokens of each step.
-
-    Args:
-        model: The model, wrapped by PEFT where adapters are trained.
-        rows: Token ids of each example, in the order of training.
-        side: The settings.
-        steps: Optimizer steps.
-        batch: Examples in a micro-batch.
-        accumulation: Micro-batches in a step.
-        max_length: What `max_length` pads to.
-        folder: Where Trainer may write.
-        use_cpu: As in TrainingArguments.
-        more: Further arguments of it.
+    Returns loss, gradient norm before clipping, seconds and real tokens of each step. `rows` are
+    token ids in the order of training, `max_length` is what that batching pads to, and `more` are
+    further arguments of TrainingArguments.
     """
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments

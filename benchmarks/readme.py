@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks import data, gpu, kernels, loss, record, training, versus_peft
+from benchmarks import data, harness, kernels, loss, training, versus_peft
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = tuple(ROOT / place / "README.md" for place in ("", "benchmarks", "kernels"))
+DOCUMENTS = tuple(harness.ROOT / place / "README.md" for place in ("", "benchmarks", "kernels"))
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "ratios": versus_peft.ratios_table,
     "versus_peft": versus_peft.table,
@@ -25,7 +23,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "loss": loss.table,
     "data": data.table,
     "kernels": kernels.table,
-    "gpu": gpu.table,
+    "gpu": versus_peft.gpu_table,
 }
 # Tables that are made of another one's records.
 _RECORDS = {"ratios": "versus_peft"}
@@ -64,7 +62,7 @@ def with_tables(text: str) -> str:
 
     def filled(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
-        records = latest(record.read(_RECORDS.get(name, name)))
+        records = latest(harness.read(_RECORDS.get(name, name)))
         lines = [*TABLES[name](records), ""]
         if records:
             lines += [circumstances(records), ""]

@@ -11,15 +11,12 @@ runs two at a time.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -30,17 +27,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import harness, product
+from benchmarks.fixtures import Fixture, write_base, write_rows
+from benchmarks.harness import ROOT, timed
 from files.folders import damage
 from files.tensors import write_tensors
-from train.config.load import load_config
-from train.run import run
-from train.saving.checkpoints import Checkpoints
-from train.saving.folder import trained_tensors
-from train.saving.saver import Saver
-from train.state import EarlyStopping, TrainState
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = "tests/reliability/test_kill.py::test_a_run_killed"
 # Of each pair the one is taken that the promise speaks of; what else is slow takes too long here.
 LEFT_OUT = (
@@ -93,13 +85,13 @@ class Figures:
 
 def run_tests() -> dict[str, Any]:
     """Run the tests and return their figures."""
-    figures, started = Figures(), time.perf_counter()
+    figures = Figures()
     left_out = [argument for test in LEFT_OUT for argument in ("--deselect", test)]
     chosen = ["tests/reliability", "tests/test_floors.py", "-q", "-m", "not gpu", *left_out]
-    code = pytest.main([*chosen, "-p", "no:cacheprovider"], plugins=[figures])
+    arguments = [*chosen, "-p", "no:cacheprovider"]
+    seconds, code = timed(lambda: pytest.main(arguments, plugins=[figures]))
     figures.values["tests failed"] += code not in (0, 1)  # none found, or not even begun
-    seconds = round(time.perf_counter() - started, 1)
-    return {**figures.values, "seconds of the tests": seconds}
+    return {**figures.values, "seconds of the tests": round(seconds, 1)}
 
 
 def write_plainly(tensors: dict[str, Tensor], path: Path) -> None:
@@ -127,20 +119,16 @@ def disk_speed(gibibytes: float) -> dict[str, float]:
     count = max(1, round(gibibytes * 16))
     tensors = {f"layers.{i}.weight": torch.randn(4096, 4096) for i in range(count)}
     size = count / 16
-    state = TrainState(EarlyStopping(None), step=1).to_dict()
+    state = product.TrainState(product.EarlyStopping(None), step=1).to_dict()
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".tmp-") as name:
-        plain, checkpoints = Path(name) / "plain", Checkpoints(Path(name) / "run", None)
+        plain, checkpoints = Path(name) / "plain", product.Checkpoints(Path(name) / "run", None)
         target = checkpoints.path(1)
 
+        def write(folder: Path) -> dict[str, Any]:
+            return {"model.safetensors": write_tensors(folder / "model.safetensors", tensors)}
+
         def save() -> None:
-            checkpoints.save(
-                state,
-                {},
-                lambda folder: {
-                    "model.safetensors": write_tensors(folder / "model.safetensors", tensors)
-                },
-                expected_bytes=int(size * 2**30),
-            )
+            checkpoints.save(state, {}, write, expected_bytes=int(size * 2**30))
 
         def verify() -> None:
             assert damage(target) is None
@@ -154,23 +142,18 @@ def disk_speed(gibibytes: float) -> dict[str, float]:
         taken: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(ROUNDS):
             for side, act in sides.items():
-                started = time.perf_counter()
-                act()
-                taken[side].append(time.perf_counter() - started)
+                taken[side].append(timed(act)[0])
             plain.unlink()
-            for path in target.iterdir():
-                path.unlink()
-            target.rmdir()
+            shutil.rmtree(target)
     seconds = {side: median(times) for side, times in taken.items()}
-    return {
-        "writing a checkpoint / its bytes": round(seconds["save"] / seconds["write"], 2),
-        "verifying a checkpoint / writing its bytes": round(
-            seconds["verify"] / seconds["write"], 2
-        ),
-        "verifying a checkpoint / reading its bytes": round(seconds["verify"] / seconds["read"], 2),
-        "GiB/s written": round(size / seconds["save"], 2),
-        "GiB/s verified": round(size / seconds["verify"], 2),
+    figures = {
+        "writing a checkpoint / its bytes": seconds["save"] / seconds["write"],
+        "verifying a checkpoint / writing its bytes": seconds["verify"] / seconds["write"],
+        "verifying a checkpoint / reading its bytes": seconds["verify"] / seconds["read"],
+        "GiB/s written": size / seconds["save"],
+        "GiB/s verified": size / seconds["verify"],
     }
+    return {name: round(figure, 2) for name, figure in figures.items()}
 
 
 def stall() -> dict[str, float]:
@@ -180,49 +163,31 @@ def stall() -> dict[str, float]:
     """
     copying: list[float] = []
     saving: list[float] = []
-    plain = Saver.save
+    steps = 6
+    plain = product.Saver.save
 
-    def timed(saver: Saver, **what: bool) -> None:
+    def watched(saver: product.Saver, **what: bool) -> None:
         saver.writer.wait()
-        live = [trained_tensors(saver.model, saver.config), saver.optimizer.state_tensors()]
-        started = time.perf_counter()
-        copies = [tensor.clone() for tensors in live for tensor in tensors.values()]
-        copying.append(time.perf_counter() - started)
-        del copies
-        started = time.perf_counter()
-        plain(saver, **what)
-        saving.append(time.perf_counter() - started)
+        trained = product.trained_tensors(saver.model, saver.config)
+        live = [*trained.values(), *saver.optimizer.state_tensors().values()]
+        copying.append(timed(lambda: [tensor.clone() for tensor in live])[0])
+        saving.append(timed(lambda: plain(saver, **what))[0])
 
-    demo = ROOT / "data" / "demo"
     with (
         tempfile.TemporaryDirectory(dir=ROOT, prefix=".tmp-") as name,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(Saver, "save", timed)
+        patch.setattr(product.Saver, "save", watched)
         patch.setenv("LATHE_CACHE", f"{name}/cache")
-        base = Path(shutil.copytree(demo / "base", f"{name}/base"))
-        (base / "model.safetensors").unlink()
-        config = json.loads((base / "config.json").read_text())
-        config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
-        (base / "config.json").write_text(json.dumps(config))
-        settings = {
-            "model.path": str(base),
-            "model.random_init": True,
-            "train.method": "full",
-            "train.precision": "fp32",
-            "train.max_steps": 6,
-            "train.per_device_train_batch_size": 1,
-            "train.output_dir": f"{name}/run",
-            "data.train": str(demo / "train.jsonl"),
-            "data.text_field": "solution",
-            "data.max_length": 32,
-            "checkpoint.steps": 1,
-            "checkpoint.total_limit": 1,
-            "log.tensorboard": False,
-            "log.progress": False,
-        }
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+        fixture = Fixture(sizes, method="full")
+        write_base(fixture, Path(name))
+        write_rows(Path(name), 0, steps)
+        settings = {"train.precision": "fp32", "optimizer.name": "adamw", "data.max_length": 32}
+        settings |= {"checkpoint.steps": 1, "checkpoint.total_limit": 1}
+        config = product.configuration(fixture, Path(name), "rows", steps, settings)
         with contextlib.redirect_stdout(io.StringIO()):
-            run(load_config(overrides=settings))
+            product.run(config)
     # The first save makes the optimizer's state and the pages of the first copy.
     return {
         "stall of a save / copying its tensors": round(median(saving[1:]) / median(copying[1:]), 2),
@@ -232,7 +197,7 @@ def stall() -> dict[str, float]:
 
 def main() -> int:
     """Run, measure, print and record; return 1 where a test failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability")
+    parser = harness.parser(__doc__)
     parser.add_argument("--gibibytes", type=float, default=1.0, help="size of the checkpoint")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -240,7 +205,7 @@ def main() -> int:
     print(f"\n| figure | measured | promised |\n|{'---|' * 3}")
     for name, promise in PROMISED.items():
         print(f"| {name} | {figures.get(name, 'not shown')} | {promise} |")
-    record.append("reliability", figures)
+    harness.append("reliability", figures)
     return 1 if figures["tests failed"] else 0
 
 

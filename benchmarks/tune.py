@@ -12,28 +12,27 @@ anything. `--dry-run` compares all candidates at small shapes, interpreted on a 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
-
-if "--dry-run" in sys.argv:  # Triton reads it when it is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
 
-from benchmarks import record
-from benchmarks.kernel_cases import TRITON, Room, gelu, norm, swiglu
-from benchmarks.kernels import FLUSHED, TOLERANCE, on_device
+from benchmarks import harness
+from benchmarks.case import TRITON, Room, triton
+from benchmarks.harness import told
+from benchmarks.kernel_cases import gelu, norm, optimizer, swiglu
+from benchmarks.kernels import TOLERANCE
+from kernels.loss import chunk_rows_of
+from kernels.segments import Segments
 from kernels.triton import launch as triton_launch
 
 GAIN = 0.98  # of the defaults' time
-Workload = Callable[[], list[Tensor]]
+Workload = tuple[Callable[[], Iterable[Tensor]], Callable[[], object]]  # compared, timed
 
 
 def candidates(kernel: str) -> Iterator[dict[str, int]]:
@@ -59,95 +58,55 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
 
 
 def workloads(kernel: str, room: Room) -> list[Workload]:
-    """Return what a kernel is timed at: calls that return their results."""
+    """Return what a kernel is compared and timed at."""
     if kernel in ("low_rank", "input_gradient", "adapter_gradient"):
-        return [
-            _linears(room, kernel, width, count, rank, p)
-            for width, count, rank in ((3072, 1, 16), (12_288, 1, 16), (1536, 2, 32), (3072, 3, 16))
-            for p in (0.0, 0.1)
-        ]
-    if kernel in ("adamw", "adafactor"):
-        return [_update(room, kernel)]
+        sizes = ((3072, 1, 16), (12_288, 1, 16), (1536, 2, 32), (3072, 3, 16))
+        calls = [_linears(room, kernel, *size, p) for size in sizes for p in (0.0, 0.1)]
+        return [(call, call) for call in calls]
     if kernel == "cross_entropy":
-        return [_cross_entropy(room, v) for v in (49_152, 151_936, 32_000)]
+        calls = [_cross_entropy(room, v) for v in (49_152, 151_936, 32_000)]
+        return [(call, call) for call in calls]
+    if kernel in ("adamw", "adafactor"):
+        make = optimizer(kernel, [(12_288, 3072)], "", room).sides[TRITON]
+        return [(lambda: make(0.0).results().values(), make(0.0).forward)]
     if kernel == "norms":
-        cases = [norm(room, 8192, 3072, centred=True), norm(room, 8192, 1536, centred=False)]
+        cases = [norm(8192, 3072, True, room), norm(8192, 1536, False, room)]
     else:
-        cases = [swiglu(room, 8192, 8960), gelu(room, 8192, 12_288)]
-    sides = [case.sides[TRITON](0.0).full for case in cases]
-    return [lambda full=full: list(full().values()) for full in sides if full is not None]
+        cases = [swiglu(8192, 8960, room), gelu(8192, 12_288, room)]
+    sides = [case.sides[TRITON](0.0) for case in cases]
+    return [(lambda side=side: side.results().values(), side.results) for side in sides]
 
 
-def _linears(room: Room, kernel: str, width: int, count: int, rank: int, p: float) -> Workload:
-    from kernels.segments import Segments
-    from kernels.triton import linears as triton_linears
-
+def _linears(
+    room: Room, kernel: str, width: int, count: int, rank: int, p: float
+) -> Callable[[], list[Tensor]]:
+    of_linears = triton("linears")
     m, k = room.rows(8192), room.size(width)
     x = room.draw(m, k)
-    a = triton_linears.stacked_factors([room.draw(rank, k) for _ in range(count)], room.dtype)
+    a = of_linears.stacked_factors([room.draw(rank, k) for _ in range(count)], room.dtype)
     d_low = room.draw(m, count, a.shape[1])
     rows = Segments.build([m], device=room.device, examples=[0], draw=(42, 1)).dropout_rows
-    draws = triton_linears.Draws([(p, module) for module in range(count)], rows)
+    draws = of_linears.Draws([(p, module) for module in range(count)], rows)
 
     def input_gradient() -> list[Tensor]:
         dx = x.clone()
-        triton_linears.add_input_gradient(dx, d_low, a, draws)
+        of_linears.add_input_gradient(dx, d_low, a, draws)
         return [dx]
 
     return {
-        "low_rank": lambda: [triton_linears.low_rank_product(x, a, draws)],
+        "low_rank": lambda: [of_linears.low_rank_product(x, a, draws)],
         "input_gradient": input_gradient,
-        "adapter_gradient": lambda: [triton_linears.adapter_gradient(x, d_low, draws)],
+        "adapter_gradient": lambda: [of_linears.adapter_gradient(x, d_low, draws)],
     }[kernel]
 
 
-def _cross_entropy(room: Room, vocabulary: int) -> Workload:
-    from kernels.loss import chunk_rows_of
-    from kernels.triton.loss import cross_entropy_
-
+def _cross_entropy(room: Room, vocabulary: int) -> Callable[[], list[Tensor]]:
     v = room.size(vocabulary)
     rows = room.rows(chunk_rows_of(vocabulary, torch.bfloat16, "cuda"))
     logits = room.draw(rows, v)
     targets = torch.randint(v, (rows,), generator=room.generator, device=room.device)
+    cross_entropy_ = triton("loss").cross_entropy_
     return lambda: list(cross_entropy_(logits.clone(), targets, 1.0))
-
-
-def _update(room: Room, kernel: str) -> Workload:
-    from kernels.triton.updates import adafactor_, adamw_
-    from train.optim.buffers import alone
-
-    shape = (1, room.size(12_288), room.size(3072))
-    weight, gradient = (room.draw(*shape, dtype=torch.float32) for _ in range(2))
-    state = torch.rand(shape, generator=room.generator, device=room.device)
-
-    def adamw() -> list[Tensor]:
-        tensors = [weight.clone(), gradient, state.clone(), state.clone()]
-        adamw_(
-            *(tensor.view(-1) for tensor in tensors),
-            step=3,
-            learning_rate=1e-3,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=1.0,
-            gradient_factor=0.5,
-        )
-        return tensors
-
-    def adafactor() -> list[Tensor]:
-        tensors = [weight.clone(), gradient, state[..., 0].clone(), state[:, 0].clone()]
-        adafactor_(
-            *tensors,
-            beta2=0.5,
-            learning_rate=1e-3,
-            weight_decay=1.0,
-            gradient_factor=0.5,
-            epsilon=1e-30,
-            reduce=alone,
-            shares=1,
-        )
-        return tensors
-
-    return adamw if kernel == "adamw" else adafactor
 
 
 def differs(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
@@ -163,20 +122,14 @@ def tune(
 ) -> tuple[dict[str, int] | None, list[object]]:
     """Try a kernel's candidates.
 
-    Args:
-        kernel: A name of `triton_launch.DEFAULTS`.
-        room: Where the workloads are built.
-        flush: What the L2 cache is overwritten with; None times nothing.
-        deadline: `time.monotonic()` after which no candidate is begun.
-
-    Returns:
-        The fastest parameters, None where not all could be tried; and what each candidate took, or
-        why it has no time.
+    `flush` is what the L2 cache is overwritten with, None times nothing; no candidate is begun
+    after `deadline`. Returns the fastest parameters, None where not all could be tried; and what
+    each candidate took, or why it has no time.
     """
     entry = triton_launch.entries().setdefault(triton_launch.capability(room.device), {})
     launch = entry.setdefault("launch", {})
     calls = workloads(kernel, room)
-    exact = kernel in ("adamw", "adafactor")  # fp32 whatever the room is
+    exact = kernel in ("adamw", "adafactor")  # fp32 whatever the room is, and not in a graph
     tolerance = TOLERANCE[torch.float32 if exact else room.dtype]
     expected: list[list[Tensor]] = []
     tried: list[object] = []
@@ -191,33 +144,30 @@ def tune(
         score = 0.0
         fault = None
         try:
-            found = [call() for call in calls]
+            found = [list(results()) for results, _ in calls]
             expected = expected or found
             if any(differs(*pair, tolerance) for pair in zip(found, expected, strict=True)):
                 fault = "results differ from those of the defaults"
             elif flush is not None:
-                times = [median(on_device(call, flush)) for call in calls]
+                times = [median(harness.on_device(call, flush, not exact)) for _, call in calls]
                 score = math.exp(sum(map(math.log, times)) / len(times))
         except Exception as error:  # too large a tile for the card, in Triton's words
-            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            fault = told(error)
         tried.append({**settings, **({"fault": fault} if fault else {"ms": score})})
         print(f"  {settings}  {fault or f'{score:.4f} ms'}", flush=True)
         if fault is None:
             default_score = min(default_score, score) if len(tried) == 1 else default_score
             if score < best_score and (len(tried) == 1 or score < GAIN * default_score):
                 best, best_score = settings, score
-    if before is None:
-        launch.pop(kernel, None)
-    else:
+    launch.pop(kernel, None)
+    if before is not None:
         launch[kernel] = before
     return best, tried
 
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = harness.parser(__doc__)
     names = list(triton_launch.DEFAULTS)
     parser.add_argument("--kernels", nargs="+", choices=names, default=names)
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -228,9 +178,7 @@ def main() -> None:
         sys.exit(2)
     device, dtype = ("cpu", torch.float32) if options.dry_run else ("cuda", torch.bfloat16)
     room = Room(torch.device(device), dtype, dry=options.dry_run)
-    flush = None
-    if not options.dry_run:
-        flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+    flush = None if options.dry_run else harness.flusher()
     deadline = time.monotonic() + 60 * options.minutes
     faults = 0
     for kernel in options.kernels:
@@ -244,7 +192,7 @@ def main() -> None:
             continue
         capability = triton_launch.capability(room.device)
         row = {"part": kernel, "capability": capability, "best": best, "tried": tried}
-        record.append("tune", row)
+        harness.append("tune", row)
         if best is None:
             print(f"{kernel}: not all candidates were tried in {options.minutes:g} minutes")
             continue

@@ -2,128 +2,92 @@
 
     python -m benchmarks.versus_peft [--models tiny small …] [--rounds N] [--steps N]
     python -m benchmarks.versus_peft --pilot      once a machine: the peer's best settings
+    python -m benchmarks.versus_peft --device cuda [--rows E1 E3 …] [--minutes 7]
+    python -m benchmarks.versus_peft --device cuda --dry-run      on a CPU, small, nothing timed
 
-Each measurement is a process of its own, so that peak memory (of the whole process) is its own too;
-the sides take turns. Real functions of ragged length, at most 512 tokens, 4 × 2 examples a step,
-LoRA r = 16 on all linear layers with AdamW, no dropout, or full fine-tuning with Adafactor. Before
-a figure is written its tokens and losses are compared with those of Lathe in fp32 over the same
-order: 1e-3 for fp32, `Fixture.bf16_bound` for bf16. Seconds are those of the step itself on both
-sides; collating and logging are not counted, which favours the Trainer.
+On a CPU: real functions of ragged length, at most 512 tokens, 4 × 2 examples a step, LoRA r = 16 on
+all linear layers with AdamW, no dropout, or full fine-tuning with Adafactor. Tokens and losses are
+those of Lathe in fp32 over the same order: within 1e-3 for fp32, `bf16_bound` for bf16. Seconds are
+those of the step itself; collating and logging are not counted, which favours the Trainer. Where
+the peer groups by length, tokens a second are of the same rows in another order.
 
-Where the peer groups by length, the timed rows are the same as everybody's in another order, and
-tokens a second are of all of them together.
+On a GPU (`benchmarks.gpu` has the rows): before a row is timed the gate of its model must be green.
+Then its steps are compared with those of Lathe's first row of the same work: same tokens at every
+step, at the five first ones a loss within `bf16_bound` and a gradient's norm within `NORM_BOUND`.
+What differs is recorded as wrong, and the exit code is 1. Records are appended row by row; after
+`--minutes` nothing new begins. TFLOP/s count 4 N operations a token for a frozen weight (6 N for a
+trained one), causal attention and the head, of real tokens, whatever a side computes beyond them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
+import functools
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import record
+import torch
+
+from benchmarks import gpu, harness
 from benchmarks.fixtures import (
-    ACCUMULATION,
-    BATCH,
+    EXAMPLES_IN_STEP,
     FP32_BOUND,
     MAX_LENGTH,
     MODELS,
-    ChildError,
-    Fixture,
-    LatheSide,
-    answer,
-    child,
+    NORM_BOUND,
+    bf16_bound,
     disagreement,
     largest_difference,
-    run_lathe,
     speed,
     write_base,
     write_rows,
 )
-from benchmarks.peer import PeftSide, train_with_trainer
+from benchmarks.gpu import TIMED, WARM_UP, Row
+from benchmarks.harness import Fault
+from benchmarks.peer import PeftSide, best_side, candidates, fastest
 
-Side = PeftSide | LatheSide
-_IN_ONE = {"train.micro_batch_tokens": "auto"}
+GPU_ROWS = ("E1", "E2", "E3", "E4", "E5", "E6", "E7", "E8")
 SEEDS, BEST = "peft, as the seeds ran it", "peft, best settings"
 LATHE, LATHE_FP32, LATHE_PADDED = "lathe", "lathe, fp32", "lathe, padded, fp32"
-GPU_ROWS = ("E1", "E2", "E3", "E4", "E5", "E6")  # of benchmarks.gpu
 CANDIDATE_SECONDS = 240  # a candidate that takes longer in the pilot is not the best
+ROW_SECONDS = 150  # so that a command of 7 minutes ends within ten
+_IN_ONE = {"train.micro_batch_tokens": "auto"}
 
 
-def seeds_side(fixture: Fixture) -> PeftSide:
-    """Return the settings that the seeds ran with, on a CPU."""
-    return PeftSide("max_length", optimizer=_optimizer(fixture, "adamw_torch"))
+@dataclass(frozen=True)
+class LatheSide:
+    """A run of Lathe: what differs from its defaults."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    order: str = "rows"  # the file of rows that it trains on
+
+    @property
+    def precision(self) -> str:
+        """As the configuration's key."""
+        return self.settings.get("train.precision", "auto")
+
+    @property
+    def text(self) -> str:
+        """The settings in one line."""
+        return " ".join(f"{name}={value}" for name, value in self.settings.items())
 
 
-def candidates(fixture: Fixture) -> list[PeftSide]:
-    """Return the peer's settings that may be its best."""
-    optimizer = _optimizer(fixture, "adamw_torch_fused")
-    precisions = ["fp32", "bf16"] if fixture.method == "full" else ["fp32", "bf16", "bf16 weights"]
-    sides = [PeftSide("longest", True, precision, optimizer) for precision in precisions]
-    sides += [PeftSide("flattened", False, precision, optimizer) for precision in precisions]
-    for precision in (precisions[0], precisions[-1]):
-        sides.append(PeftSide("longest", True, precision, optimizer, compiled=True))
-    return sides
-
-
-def _optimizer(fixture: Fixture, adamw: str) -> str:
-    return adamw if fixture.optimizer == "adamw" else "adafactor"
-
-
-def run_peft(fixture: Fixture, side: PeftSide, folder: Path, steps: int) -> dict[str, Any]:
-    """Train with transformers Trainer and PEFT and return loss, seconds and tokens of each step."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, Trainer  # noqa: F401  # counted as an import
-
-    imports = record.resident_bytes()
-
-    from data.examples import load_examples
-    from data.prompt import PromptFormat
-    from data.tokenizer import Tokenizer
-
-    examples = load_examples(
-        str(folder / f"{side.order}.jsonl"),
-        split_column=None,
-        split=None,
-        tokenizer=Tokenizer.load(folder),
-        prompt_format=PromptFormat(text_field="text"),
-        max_length=MAX_LENGTH,
-        on_overflow="truncate",
-        cache_root=None,
-    )
-    dtype = torch.bfloat16 if side.precision == "bf16 weights" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    if fixture.method == "lora":
-        model = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
-    figures = train_with_trainer(
-        model,
-        [e.input_ids.tolist() for e in examples],
-        side,
-        steps=steps,
-        batch=BATCH,
-        accumulation=ACCUMULATION,
-        max_length=MAX_LENGTH,
-        folder=folder,
-        use_cpu=True,
-    )
-    return {**figures, "imports_bytes": imports}
+Side = PeftSide | LatheSide
 
 
 class Comparison:
-    """One model's folder, the runs that others are compared with, and its records.
+    """One model's folder, and the runs in fp32 that others are compared with."""
 
-    Args:
-        model: Name in `MODELS`.
-        steps: Steps to time; None: the fixture's.
-        folder: Where base, adapter and rows are written.
-    """
-
-    def __init__(self, model: str, steps: int | None, folder: Path):
+    def __init__(self, model: str, steps: int | None, folder: Path, fp32_bound: float = FP32_BOUND):
+        self.fp32_bound = fp32_bound
         self.model, self.fixture, self.folder = model, MODELS[model], folder
         self.steps = self.fixture.warm_up + (steps or self.fixture.steps)
         self.parameters = write_base(self.fixture, folder)
@@ -131,32 +95,29 @@ class Comparison:
         self.references: dict[str, dict[str, Any]] = {}
 
     def measure(self, name: str, side: Side, limit: float = 3600) -> dict[str, Any]:
-        """Run one side in a process of its own, check it, record it and return its figures.
+        """Run one side in a process of its own, check it, and return its record.
 
         Raises:
-            ChildError: It failed, or computed something else.
+            Fault: It failed, or computed something else.
             subprocess.TimeoutExpired: It takes more than `limit` seconds.
         """
         if side.order not in self.references:
-            fp32 = LatheSide({**_IN_ONE, "train.precision": "fp32"}, side.order == "grouped")
+            fp32 = LatheSide({**_IN_ONE, "train.precision": "fp32"}, side.order)
             self.references[side.order] = self._run(fp32, limit)
-        figures = self._run(side, limit)
-        reference = self.references[side.order]
-        wrong = disagreement(figures, reference, self._bound(side))
-        if wrong is not None:
-            raise ChildError(f"{self.model}: {name} ({side.text}) computed {wrong}")
+        figures, reference = self._run(side, limit), self.references[side.order]
+        bound = self.fp32_bound if side.precision == "fp32" else self.fixture.bf16_bound
+        fault = disagreement(figures, reference, {"loss": (bound, 0.0)})
+        if fault is not None:
+            raise Fault(f"{self.model}: {name} ({side.text}) computed {fault}")
         seconds, tokens = speed(figures, self.fixture.warm_up)
         row = {
-            "model": self.model,
-            "parameters": self.parameters,
-            "side": name,
-            "settings": side.text,
+            **{"model": self.model, "parameters": self.parameters},
+            **{"side": name, "settings": side.text},
             "seconds_per_step": seconds,
             "tokens_per_second": tokens,
-            "real_share": sum(figures["tokens"]) / (self.steps * BATCH * ACCUMULATION * MAX_LENGTH),
+            "real_share": sum(figures["tokens"]) / (self.steps * EXAMPLES_IN_STEP * MAX_LENGTH),
             "first_step_seconds": figures["seconds"][0],
-            "peak_bytes": figures["peak_bytes"],
-            "imports_bytes": figures["imports_bytes"],
+            **{name: figures[name] for name in ("peak_bytes", "imports_bytes")},
             "process_threads": figures["threads"],
             "loss_difference": largest_difference(figures, reference),
             "steps": self.steps,
@@ -170,30 +131,11 @@ class Comparison:
         )
         return row
 
-    def _bound(self, side: Side) -> float:
-        fp32 = (
-            side.precision if isinstance(side, PeftSide) else side.settings.get("train.precision")
-        )
-        return FP32_BOUND if fp32 == "fp32" else self.fixture.bf16_bound
-
     def _run(self, side: Side, limit: float) -> dict[str, Any]:
-        arguments = ["--worker", json.dumps(description(self.model, side, self.steps))]
-        return child("benchmarks.versus_peft", [*arguments, str(self.folder)], self.folder, limit)
-
-
-def description(model: str, side: Side, steps: int) -> dict[str, Any]:
-    """Return a side as JSON values, for the process that runs it."""
-    who = "peft" if isinstance(side, PeftSide) else "lathe"
-    return {"who": who, "model": model, "steps": steps, "side": vars(side)}
-
-
-def work(task: dict[str, Any], folder: Path) -> None:
-    """Be one side: train, and print what was measured as the last line."""
-    fixture, steps = MODELS[task["model"]], task["steps"]
-    if task["who"] == "peft":
-        answer(run_peft(fixture, PeftSide(**task["side"]), folder, steps))
-    else:
-        answer(run_lathe(fixture, LatheSide(**task["side"]), folder, steps))
+        task: dict[str, Any] = {"model": self.model, "steps": self.steps}
+        if isinstance(side, PeftSide):
+            return harness.in_process("peer:run_peft", self.folder, limit, side=vars(side), **task)
+        return harness.in_process("product:run_lathe", self.folder, limit, **vars(side), **task)
 
 
 def pilot(model: str, steps: int | None) -> None:
@@ -203,146 +145,286 @@ def pilot(model: str, steps: int | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         comparison = Comparison(model, steps, Path(name))
         for side in candidates(MODELS[model]):
-            about = {"model": model, "settings": side.text, "side": vars(side)}
             try:
                 row = comparison.measure("candidate", side, CANDIDATE_SECONDS)
-            except subprocess.TimeoutExpired:
-                reason = f"more than {CANDIDATE_SECONDS} s"
-            except ChildError as error:
-                reason = str(error).strip().splitlines()[-1]
-            else:
                 found.append((row["tokens_per_second"], side))
-                record.append("versus_peft_pilot", {**row, **about})
-                continue
-            print(f"  candidate {side.text}: {reason}", flush=True)
-            record.append("versus_peft_pilot", {**about, "failed": reason})
+            except (subprocess.TimeoutExpired, Fault) as error:
+                row = {"failed": str(error).strip().splitlines()[-1][-300:]}
+                print(f"  candidate {side.text}: {row['failed']}", flush=True)
+            about = {"model": model, "settings": side.text, "side": vars(side)}
+            harness.append("versus_peft_pilot", {**row, **about})
     if not found:
-        sys.exit(f"{model}: none of the peer's candidates ran")
+        raise Fault(f"{model}: none of the peer's candidates ran")
     print(f"  the best: {fastest(found).text}")
-
-
-def fastest(found: list[tuple[float, PeftSide]]) -> PeftSide:
-    """Return the side with the most tokens a second; compiled only where it gives 5 % more.
-
-    Less is noise, and the first step of a compiled run takes most of a minute.
-    """
-    return max(found, key=lambda pair: pair[0] / (1.05 if pair[1].compiled else 1))[1]
-
-
-def best_side(model: str) -> PeftSide:
-    """Return the fastest candidate of the last pilots on this kind of machine.
-
-    Without one it is what is best nearly everywhere: padded to the longest, grouped, bf16, fused.
-    """
-    here = record.circumstances()
-    newest = {
-        row["settings"]: row
-        for row in record.read("versus_peft_pilot")
-        if row["model"] == model and all(row[name] == here[name] for name in ("device", "threads"))
-    }
-    ran = [row for row in newest.values() if "failed" not in row]
-    if not ran:
-        print(f"{model}: no pilot on this machine yet, see --pilot; the peer's usual best is taken")
-        padded = [side for side in candidates(MODELS[model]) if side.batching == "longest"]
-        return [side for side in padded if not side.compiled][-1]
-    return fastest([(row["tokens_per_second"], PeftSide(**row["side"])) for row in ran])
 
 
 def compare(model: str, rounds: int | None, steps: int | None) -> None:
     """Measure all sides in turns, record every measurement, then median and spread of each side."""
     fixture = MODELS[model]
+    optimizer = "adafactor" if fixture.method == "full" else "adamw_torch"
     sides: dict[str, Side] = {
-        SEEDS: seeds_side(fixture),
+        SEEDS: PeftSide("max_length", optimizer=optimizer),  # their settings, on a CPU
         BEST: best_side(model),
         LATHE_PADDED: LatheSide({"train.precision": "fp32", "data.batching": "max_length"}),
         LATHE_FP32: LatheSide({**_IN_ONE, "train.precision": "fp32"}),
         LATHE: LatheSide(_IN_ONE),
     }
     print(f"\n{model}: seconds a step, real tokens/s, peak memory of the process")
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(model, steps, Path(folder))
-        for number in range(rounds or fixture.rounds):
-            # Every other round goes backwards, so that a drift of the machine favours nobody.
-            for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-                if name == LATHE_PADDED and number > 0:
-                    continue  # like for like, once
-                try:
-                    row = comparison.measure(name, sides[name])
-                except ChildError as error:
-                    sys.exit(str(error))
-                measured[name].append(row)
-                record.append("versus_peft_rounds", {**row, "round": number})
-    summaries = {name: summary(rows) for name, rows in measured.items()}
-    for row in summaries.values():
-        record.append("versus_peft", row)
-    print(ratios(model, summaries))
+
+        def measure(name: str, number: int) -> dict[str, Any] | None:
+            if name == LATHE_PADDED and number > 0:
+                return None  # like for like, once
+            row = comparison.measure(name, sides[name])
+            harness.append("versus_peft_rounds", {**row, "round": number})
+            return row
+
+        measured = harness.in_turns(sides, rounds or fixture.rounds, measure)
+    summaries = [summary(rows) for rows in measured.values()]
+    for row in summaries:
+        harness.append("versus_peft", row)
+    print("\n".join(ratios_table(summaries)))
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the medians of a side's rounds, with the least and the most tokens a second."""
     speeds = [row["tokens_per_second"] for row in rows]
     names = ("seconds_per_step", "tokens_per_second", "first_step_seconds")
-    middle = {name: median(row[name] for row in rows) for name in names}
-    memory = {name: median(row[name] for row in rows) for name in ("peak_bytes", "imports_bytes")}
-    spread = [min(speeds), max(speeds)]
-    return {**rows[0], **middle, **memory, "rounds": len(rows), "spread": spread}
+    middle = {
+        name: median(row[name] for row in rows) for name in (*names, "peak_bytes", "imports_bytes")
+    }
+    return {**rows[0], **middle, "rounds": len(rows), "spread": [min(speeds), max(speeds)]}
 
 
-def ratios(model: str, sides: dict[str, dict[str, Any]]) -> str:
-    """Return Lathe's speed, then its memory, over that of either peer, as a line of a table."""
-    ours = sides[LATHE]
-    cells = [model]
-    for figure in ("tokens_per_second", "peak_bytes"):
-        cells += [f"{ours[figure] / sides[name][figure]:.2f} ×" for name in (SEEDS, BEST)]
-    return f"| {' | '.join(cells)} |"
-
-
-def table(records: list[dict[str, Any]]) -> list[str]:
-    """Return the newest summary of each model and side as lines of a table, and the ratios."""
-    lines = [
-        "| model | side | s a step | real tokens/s (spread) | first step | peak memory "
-        "| of it imports | loss within | settings |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+def table(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the summary of each model and side as lines of a table, and the ratios."""
+    rows = [
+        [
+            model,
+            name,
+            f"{row['seconds_per_step']:.3f}",
+            harness.spread(row["tokens_per_second"], row["spread"]),
+            f"{row['first_step_seconds']:.2f} s",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['imports_bytes'] / 2**20:,.0f} MiB",
+            f"{row['loss_difference']:.0e}",
+            row["settings"],
+        ]
+        for model, sides in _by_model(records).items()
+        for name, row in sides.items()
     ]
-    for model, sides in _newest(records).items():
-        for name, row in sides.items():
-            low, high = row["spread"]
-            lines.append(
-                f"| {model} | {name} | {row['seconds_per_step']:.3f} "
-                f"| {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) "
-                f"| {row['first_step_seconds']:.2f} s | {row['peak_bytes'] / 2**20:,.0f} MiB "
-                f"| {row['imports_bytes'] / 2**20:,.0f} MiB | {row['loss_difference']:.0e} "
-                f"| {row['settings']} |"
-            )
-    return [*lines, "", *ratios_table(records)]
+    columns = "model|side|>s a step|>real tokens/s (spread)|>first step|>peak memory"
+    columns += "|>of it imports|>loss within|settings"
+    return [*harness.table(columns, rows), "", *ratios_table(records)]
 
 
-def ratios_table(records: list[dict[str, Any]]) -> list[str]:
-    """Return how Lathe compares with either peer, by model."""
-    lines = [
-        "| Lathe over PEFT | speed: as the seeds ran it | its best settings "
-        "| memory: as the seeds ran it | its best settings |",
-        "|---|---:|---:|---:|---:|",
+def ratios_table(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return Lathe's speed, then its memory, over that of either peer, by model."""
+    columns = "Lathe over PEFT|>speed: as the seeds ran it|>its best settings"
+    columns += "|>memory: as the seeds ran it|>its best settings"
+    rows = [
+        [model]
+        + [
+            f"{sides[LATHE][figure] / sides[name][figure]:.2f} ×"
+            for figure in ("tokens_per_second", "peak_bytes")
+            for name in (SEEDS, BEST)
+        ]
+        for model, sides in _by_model(records).items()
+        if {SEEDS, BEST, LATHE} <= sides.keys()
     ]
-    for model, sides in _newest(records).items():
-        if {SEEDS, BEST, LATHE} <= sides.keys():
-            lines.append(ratios(model, sides))
-    return lines
+    return harness.table(columns, rows)
 
 
-def _newest(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the newest summary by model and side."""
-    newest: dict[str, dict[str, dict[str, Any]]] = {}
+def _by_model(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    by_model: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in records:
         if "settings" in row and row["model"] in MODELS:
-            newest.setdefault(row["model"], {})[row["side"]] = row
-    return newest
+            by_model.setdefault(row["model"], {})[row["side"]] = row
+    return by_model
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+def wrong(
+    row: Row, figures: Mapping[str, Any], reference: Mapping[str, Any], dry: bool
+) -> str | None:
+    """Return in words how a row computed something else than the reference row of its work."""
+    grouped = isinstance(row.side, PeftSide) and row.side.grouped
+    other_masks = isinstance(row.side, PeftSide) and row.work.dropout > 0
+    config = gpu.decoder_of(row.work, dry)
+    loss = FP32_BOUND if dry else bf16_bound(config.hidden_size, config.num_hidden_layers)
+    bounds = {"loss": (4 * loss if other_masks else loss, 0.0)}
+    if not other_masks:  # the norm scatters with them; the gate has compared gradients without
+        bounds["norm"] = (0.0, FP32_BOUND if dry else NORM_BOUND)
+    # Later the two drift apart as two runs of one side do: rounding decides what Adam divides by.
+    first = 1 if dry and grouped else WARM_UP
+    return disagreement(figures, reference, bounds, first, reordered=grouped)
+
+
+def figures_of(
+    row: Row, figures: Mapping[str, Any], reference: Mapping[str, Any], operations: float
+) -> dict[str, Any]:
+    """Return what a timed row of so many operations a step is recorded with."""
+    seconds, tokens = (figures[name][WARM_UP:] for name in ("seconds", "tokens"))
+    grouped = isinstance(row.side, PeftSide) and row.side.grouped
+    compared = slice(WARM_UP if grouped else None)  # the others are in another order
+    losses = ({"loss": side["loss"][compared]} for side in (figures, reference))
+    return {
+        **harness.fifths(seconds, "seconds_per_step"),
+        "tokens_per_second": sum(tokens) / sum(seconds),
+        "tflops": operations * len(seconds) / sum(seconds) / 1e12,
+        "peak_bytes": figures["peak_allocated"],
+        "first_step_seconds": figures["seconds"][0],
+        "start_up_seconds": figures["start_up"],
+        "loss_difference": largest_difference(*losses),
+        "micro_batch_tokens": figures.get("micro_batch_tokens"),  # where memory halved it
+        "steps": len(seconds),
+        "warm_up": WARM_UP,
+    }
+
+
+class OutOfTime(Exception):
+    """A row was not measured for want of time: nothing is recorded of it."""
+
+
+def run_on_gpu(names: Sequence[str], minutes: float) -> int:
+    """Measure the rows whose names begin with one of `names`; return the exit code."""
+    if not torch.cuda.is_available():
+        print("--device cuda needs a CUDA device; --dry-run checks every row without one")
+        return 2
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else Trainer spreads over all cards
+    deadline = time.monotonic() + 60 * minutes
+    answers: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def ask(task: str, number: int) -> dict[str, Any]:
+        """Ask a process once; what went wrong, but for want of time, is its answer's `error`."""
+        if (task, number) in answers:
+            return answers[task, number]
+        limit = min(ROW_SECONDS, deadline - time.monotonic() + ROW_SECONDS)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                of_task = {"task": task, "number": number}
+                found = harness.in_process("gpu:be", Path(folder), limit, **of_task)
+        except subprocess.TimeoutExpired:
+            if limit < ROW_SECONDS:
+                raise OutOfTime from None
+            found = {"error": f"{task}: more than {ROW_SECONDS} s"}
+        except (Fault, ValueError, IndexError, KeyError) as error:
+            text = (str(error).strip().splitlines() or ["no answer"])[-1]
+            found = {"error": text[:300].replace("|", "/")}
+        answers[task, number] = found
+        return found
+
+    rates = ask("rates", 0)
+    if "error" in rates:
+        print(f"the card's rates could not be measured: {rates['error']}")
+        return 1
+    rates = {name: rates[name] for name in ("copy_gb_s", "gemm_tflops", "device")}
+    every, faults, left = gpu.rows(), 0, 0
+    for number, row in enumerate(every):
+        if row.name.split()[0] not in names:
+            continue
+        try:
+            if time.monotonic() > deadline:
+                raise OutOfTime
+            found = measured(row, every, number, ask)
+        except OutOfTime:
+            left += 1
+            continue
+        faults += "error" in found
+        about = {"row": row.name, "work": row.work.text, "who": row.who, "side": row.side.text}
+        record = {**about, **rates, **found}
+        harness.append("gpu", record)
+        cells = "  ".join(filter(None, _cells(record)))
+        print(f"{row.name:<24} {cells}  ({row.who}: {row.side.text})", flush=True)
+    if left:
+        print(f"{left} rows left out after {minutes:g} minutes; --rows measures those missing")
+    return 1 if faults else 0
+
+
+def measured(
+    row: Row, every: Sequence[Row], number: int, ask: Callable[[str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a row is recorded with: its figures, or under `error` what is wrong."""
+    model = (row.work.model, row.work.rank)
+    models = [(other.work.model, other.work.rank) for other in every]
+    answer = ask("gate", models.index(model))
+    fault = answer.get("error") or gpu.gate_fault(answer)
+    if fault is not None:
+        return {"error": f"gate: {fault}"}
+    figures = ask("row", number)
+    if "error" in figures:
+        return figures
+    if row.most:
+        return {"most_tokens": figures["most_tokens"]}
+    first = next(
+        i
+        for i, other in enumerate(every)
+        if other.work == row.work and isinstance(other.side, gpu.OurSide) and not other.most
+    )
+    reference = ask("row", first)
+    if "error" in reference:
+        return {"error": f"nothing to compare with: {every[first].name}: {reference['error']}"}
+    fault = wrong(row, figures, reference, dry=False)
+    if fault is not None:
+        return {"error": fault}
+    timed = gpu.token_rows(row.work, WARM_UP + TIMED, False)[WARM_UP * gpu.EXAMPLES :]
+    return figures_of(row, figures, reference, gpu.arithmetic(row.work, timed, False) / TIMED)
+
+
+def dry_run(names: Sequence[str]) -> int:
+    """Compare every row's losses and every gate at small shapes; return the exit code."""
+    ours = gpu.OurSide(kernels="reference")
+    gate = functools.cache(lambda work: gpu.gate_fault(gpu.gate(work, True)))
+    plain = functools.cache(lambda work: gpu.work_on(Row("", work, ours), 2, True))
+    faults = 0
+    for row in gpu.rows():
+        if row.name.split()[0] not in names:
+            continue
+        try:
+            figures = gpu.work_on(row, 2, True)
+            if row.most:
+                fault = None if figures["most_tokens"] else "no token fits"
+            else:
+                ragged = dataclasses.replace(row.work, dropout=0.0, rows="ragged")
+                fault = gate(ragged) or wrong(row, figures, plain(row.work), dry=True)
+        except (Exception, Fault) as error:  # whatever a library raises is the row's result
+            fault = harness.told(error)
+        faults += fault is not None
+        print(f"{row.name:<24} {fault or 'agrees'}  ({row.who}: {row.side.text})", flush=True)
+    return 1 if faults else 0
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the last four cells of a row of the GPU's table."""
+    if "error" in row:
+        return [row["error"], "", "", ""]
+    if "most_tokens" in row:
+        return [f"{row['most_tokens']:,} tokens fit", "", "", ""]
+    share = row["tflops"] / row["gemm_tflops"]
+    cells = [f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:,.0f} ({share:.0%})"]
+    return [*cells, f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['first_step_seconds']:.1f} s"]
+
+
+def gpu_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the records of each card as lines of README."""
+    nothing = ["", "Nothing has been measured yet: `make bench-gpu`, on a machine with a GPU."]
+    lines: list[str] = [] if records else nothing
+    for device, of_card in harness.grouped(records, "device").items():
+        rate = of_card[0]["gemm_tflops"]
+        lines += ["", f"{device}: bf16 products {rate:,.0f} TFLOP/s; shares are of it.", ""]
+        lines += harness.table(
+            "row|work|side|>real tokens/s|>TFLOP/s|>peak memory|>first step",
+            [[r["row"], r["work"], f"{r['who']}: {r['side']}", *_cells(r)] for r in of_card],
+        )
+    return lines[1:]
 
 
 def main() -> None:
     """Answer the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, help="default: 3 for tiny, else 2")
     parser.add_argument("--steps", type=int, help="steps that are timed; default: by model")
@@ -351,18 +433,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=GPU_ROWS, help="with --device cuda")
     parser.add_argument("--minutes", type=float, default=7.0, help="with --device cuda")
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: small, no GPU")
-    parser.add_argument("--worker", nargs=2, metavar=("TASK", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda":
-        from benchmarks import gpu  # not above: a peer's process imports nothing of ours
-
-        gpu.main(GPU_ROWS, options, "benchmarks.versus_peft")
-        return
+        names = options.rows or GPU_ROWS
+        sys.exit(dry_run(names) if options.dry_run else run_on_gpu(names, options.minutes))
     if options.rows or options.dry_run:
         parser.error("--rows and --dry-run go with --device cuda")
-    if options.worker:
-        work(json.loads(options.worker[0]), Path(options.worker[1]))
-        return
     for model in options.models:
         if options.pilot:
             pilot(model, options.steps)

@@ -3,10 +3,10 @@
 import pytest
 from small import small_model
 
-from benchmarks.data import slowest_imports
-from benchmarks.fixtures import MODELS, disagreement, speed
-from benchmarks.training import group_of, ladder, operations_of_step
-from benchmarks.versus_peft import BEST, LATHE, SEEDS, PeftSide, fastest, ratios, summary
+from benchmarks.fixtures import MODELS, disagreement, operations_of_step, speed
+from benchmarks.peer import PeftSide, fastest
+from benchmarks.training import group_of, ladder
+from benchmarks.versus_peft import BEST, LATHE, SEEDS, ratios_table, summary
 from lora import LoraConfig, inject
 
 RUN = {"loss": [8.0, 7.5, 7.0], "tokens": [100, 300, 100], "seconds": [9.0, 2.0, 2.0]}
@@ -17,12 +17,14 @@ def test_speed_is_of_all_timed_steps_together() -> None:
 
 
 def test_runs_that_differ_are_named() -> None:
-    assert disagreement(RUN, RUN, 0.0) is None
-    assert disagreement({**RUN, "loss": [8.0, 7.5, 7.002]}, RUN, 0.01) is None
-    wrong = disagreement({**RUN, "loss": [8.0, 7.5, 7.002]}, RUN, 0.001)
-    assert wrong is not None and "step 3" in wrong
-    assert disagreement({**RUN, "loss": [8.0, float("nan"), 7.0]}, RUN, 1.0) is not None
-    assert disagreement({**RUN, "tokens": [100, 300, 101]}, RUN, 1.0) is not None
+    def told(bound: float, **changed: list[float]) -> str:
+        return disagreement({**RUN, **changed}, RUN, {"loss": (bound, 0.0)}) or ""
+
+    assert not told(0.0)
+    assert not told(0.01, loss=[8.0, 7.5, 7.002])
+    assert "step 3" in told(0.001, loss=[8.0, 7.5, 7.002])
+    assert "nan at step 2" in told(1.0, loss=[8.0, float("nan"), 7.0])
+    assert "tokens" in told(1.0, tokens=[100, 300, 101])
 
 
 def test_the_bound_of_bf16_grows_with_width_and_depth() -> None:
@@ -47,12 +49,13 @@ def test_a_summary_holds_medians_and_spread() -> None:
 
 
 def test_ratios_are_of_speed_and_of_memory() -> None:
-    sides = {
-        LATHE: {"tokens_per_second": 600.0, "peak_bytes": 40},
-        SEEDS: {"tokens_per_second": 100.0, "peak_bytes": 100},
-        BEST: {"tokens_per_second": 300.0, "peak_bytes": 50},
-    }
-    assert ratios("small", sides) == "| small | 6.00 × | 2.00 × | 0.40 × | 0.80 × |"
+    figures = {LATHE: (600.0, 40), SEEDS: (100.0, 100), BEST: (300.0, 50)}
+    records = [
+        {"model": "small", "side": s, "settings": "", "tokens_per_second": f, "peak_bytes": b}
+        for s, (f, b) in figures.items()
+    ]
+    assert ratios_table(records)[2:] == ["| small | 6.00 × | 2.00 × | 0.40 × | 0.80 × |"]
+    assert len(ratios_table(records[:2])) == 2
 
 
 @pytest.mark.parametrize(
@@ -100,10 +103,3 @@ def test_the_ladder_adds_a_switch_a_row() -> None:
     assert rows[0]["data.batching"] == "max_length"
     assert rows[4]["data.batching"] == "unpadded" and rows[4]["train.precision"] == "auto"
     assert all(row.items() >= {"train.precision": "auto"}.items() for row in rows[4:])
-
-
-def test_imports_are_summed_by_package() -> None:
-    text = "import time: self [us] | cumulative | imported package\n"
-    text += "import time:      1000 |       1000 |   torch.nn\nimport time: 2000 | 3000 | torch\n"
-    text += "import time:      2500 |       2500 | json\nanother line\n"
-    assert slowest_imports(text) == [("torch", pytest.approx(0.003)), ("json", 0.0025)]

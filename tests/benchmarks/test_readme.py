@@ -33,7 +33,7 @@ def test_only_the_last_record_of_a_subject_counts_and_says_where_it_is_from(
         }
 
     rows = [row("cut", 1.0, "a" * 40), row("cut", 2.0, "b" * 40), row("order", 3.0, "c" * 40, True)]
-    monkeypatch.setattr(readme.record, "read", lambda name: rows)
+    monkeypatch.setattr(readme.harness, "read", lambda name: rows)
     text = readme.with_tables("before\n<!-- table: data -->\nold\n<!-- end -->\nafter\n")
     assert text == (
         "before\n<!-- table: data -->\n"

@@ -12,7 +12,7 @@ import torch
 from small import FAMILIES, RaggedExamples, small_model
 from test_resume import settings, stop_after, train, trained_bits
 
-from benchmarks.gpu import Work, _gate_fault, gate, rows
+from benchmarks.gpu import Work, gate, gate_fault, rows
 from data.batch import Batching, micro_batches
 from kernels.dispatch import operations
 from lora import LoraConfig, inject
@@ -42,7 +42,7 @@ def free_order() -> Iterator[None]:
 
 @pytest.mark.parametrize("work", [row.work for row in rows() if row.name in GATED], ids=GATED)
 def test_the_benchmark_s_gate_is_green(work: Work) -> None:
-    assert _gate_fault(gate(work, dry=False)) is None
+    assert gate_fault(gate(work, dry=False)) is None
 
 
 @pytest.mark.parametrize(
