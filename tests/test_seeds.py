@@ -13,6 +13,7 @@ from train.config.load import load_config, preset_names, read_preset
 from train.config.schema import LoraSettings
 from train.plan.claims import agrees, check_claims, measure
 from train.plan.document import plan_document
+from train.plan.known import NO_DATA, Unknown
 from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
 from train.plan.steps import plan_run, rank_shares
 from train.state import EarlyStopping
@@ -26,8 +27,8 @@ def planned(name: str, overrides: dict | None = None, world_size: int = 1):
 
 def sizes_of(name: str):
     config = load_config(name)
-    decoder, reason = find_decoder_config(config)
-    assert decoder is not None, reason
+    decoder = find_decoder_config(config)
+    assert not isinstance(decoder, Unknown), decoder.because
     return model_sizes(decoder, config.train.method, config.lora)
 
 
@@ -159,8 +160,8 @@ def test_001_learning_rate(updates: int, rate: str) -> None:
 
 def test_001_refuted_memory() -> None:
     config = load_config("qwen2.5-coder-1.5b")
-    decoder, _ = find_decoder_config(config)
-    assert decoder is not None
+    decoder = find_decoder_config(config)
+    assert not isinstance(decoder, Unknown)
     ledger = memory_ledger(config, decoder, precision="bf16")
     assert round(ledger["optimizer"] / 1e9, 3) == 0.295  # not 12 GB
     assert round(ledger["weights"] / 1e9, 2) == 3.09  # not 6 GB, in bf16
@@ -302,8 +303,8 @@ def test_003_refuted_lower_accumulation_takes_more_memory() -> None:
     overrides = {"model.path": "bigcode/starcoder2-3b"}
     few = load_config("default", overrides={**overrides, "gradient_accumulation_steps": 4})
     many = load_config("default", overrides={**overrides, "gradient_accumulation_steps": 32})
-    decoder, _ = find_decoder_config(few)
-    assert decoder is not None
+    decoder = find_decoder_config(few)
+    assert not isinstance(decoder, Unknown)
     assert memory_ledger(few, decoder) == memory_ledger(many, decoder)
 
 
@@ -415,9 +416,7 @@ def test_each_seed_has_claims() -> None:
 @pytest.mark.parametrize("name", sorted(PRESETS - {"demo", "demo-base", "default"}))
 def test_each_preset_plans_without_data_or_network(name: str) -> None:
     config = load_config(name)
-    decoder, reason = find_decoder_config(config)
-    assert reason == ""
-    document = plan_document(config, decoder=decoder)
+    document = plan_document(config, NO_DATA, find_decoder_config(config))
     for key in ("total_steps", "eval_steps", "save_steps", "trainable_parameters"):
         assert document[key], key
     assert document["eval_steps"][-1] == document["save_steps"][-1] == document["total_steps"]
@@ -491,10 +490,10 @@ QWEN_7B = {
 )
 def test_parameters(model: str | dict, parameters: int, query_value: int, all_linear: int) -> None:
     if isinstance(model, str):
-        decoder, _ = find_decoder_config(load_config(overrides={"model.path": model}))
+        decoder = find_decoder_config(load_config(overrides={"model.path": model}))
+        assert not isinstance(decoder, Unknown)
     else:
         decoder = parse_config(model, "SEMANTICS §10")
-    assert decoder is not None
     one = model_sizes(decoder, "lora", LoraSettings(r=1))
     assert (one.base, one.trainable) == (parameters, all_linear)
     pair = LoraSettings(r=4, target_modules=("q_proj", "v_proj"))
@@ -505,8 +504,8 @@ def test_parameters(model: str | dict, parameters: int, query_value: int, all_li
 
 def test_shipped_starcoder2_configurations_have_their_dropout() -> None:
     for size in ("3b", "7b", "15b"):
-        decoder, _ = find_decoder_config(load_config(f"starcoder2-{size}"))
-        assert decoder is not None
+        decoder = find_decoder_config(load_config(f"starcoder2-{size}"))
+        assert not isinstance(decoder, Unknown)
         assert decoder.attention_dropout == decoder.residual_dropout == 0.1
         assert decoder.embedding_dropout == 0.1
         assert decoder.sliding_window == 4096

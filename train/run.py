@@ -78,11 +78,11 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from train.loop import train
     from train.plan.adapters import with_starting_adapter
     from train.plan.decide import decide, this_machine
-    from train.plan.document import complete, print_plan
-    from train.plan.refuse import refuse_early, refuse_model
+    from train.plan.document import complete
     from train.plan.steps import plan_run
     from train.saving.folder import beginning, new_run_folder, write_documents
     from train.signals import Signals
+    from train.survey import print_plan, refuse_early, refuse_model
 
     machine = this_machine(config)
     refuse_early(config, machine, new=resume is None)
@@ -144,7 +144,7 @@ def _answer(arguments: Arguments) -> int:
         return execute(config, resume).exit_code
     config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
     if arguments.plan:
-        from train.plan.document import print_plan
+        from train.survey import print_plan
 
         print_plan(config, as_json=arguments.json, ranks=arguments.ranks)
         return 0

@@ -32,9 +32,9 @@ from train.plan.decide import (
     machine_to_plan_for,
     this_machine,
 )
-from train.plan.document import print_plan
 from train.plan.ledger import micro_batch_tokens
 from train.run import execute
+from train.survey import print_plan
 
 ON_A_CPU_ALONE = pytest.mark.skipif(
     torch.cuda.is_available() or torch.backends.mps.is_available(),

@@ -22,6 +22,7 @@ from models import load_model
 from models.config import read_config
 from train.config.load import load_config, to_toml
 from train.plan.adapters import with_starting_adapter
+from train.plan.known import Unknown
 from train.run import main, run
 from train.saving import prove
 
@@ -239,7 +240,7 @@ def test_from_python(settings: list[str], model_folder: Path, tmp_path: Path) ->
 
 def test_without_the_architecture_targets_are_not_compared(settings: list[str]) -> None:
     config = load_config(overrides=dict(setting.split("=", 1) for setting in settings))
-    adopted = with_starting_adapter(config, None)
+    adopted = with_starting_adapter(config, Unknown("no network"))
     assert (adopted.lora.r, adopted.lora.target_modules) == (3, "all-linear")
 
 

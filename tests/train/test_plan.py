@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from lora import LoraConfig, inject
 from models import build
 from models.config import DecoderConfig, parse_config
 from train.config.load import load_config
-from train.plan.decide import Machine
-from train.plan.document import plan_document, print_plan, render_plan
+from train.config.schema import RunConfig
+from train.plan.decide import UNKNOWN, Machine
+from train.plan.document import plan_document
+from train.plan.known import NO_DATA, KnownData, Unknown
 from train.plan.ledger import (
     MEMORY_CATEGORIES,
     disk_bytes,
@@ -26,6 +29,8 @@ from train.plan.ledger import (
     model_sizes,
 )
 from train.plan.steps import plan_run, rank_shares
+from train.plan.text import head_rows, render_plan
+from train.survey import print_plan
 from train.text import size_text
 
 TINY = {
@@ -405,6 +410,28 @@ def test_disk() -> None:
 
 # --- the document ---
 
+NO_MODEL = Unknown("no model in this test")
+
+
+def held(num_examples: int, num_valid: int = 0, **counts: int) -> KnownData:
+    """Return data of so many short examples."""
+    return KnownData(num_examples, num_valid, 0, [10] * num_examples, counts)
+
+
+def document_of(
+    config: RunConfig,
+    data: KnownData | Unknown = NO_DATA,
+    decoder: DecoderConfig | Unknown = NO_MODEL,
+    machine: Machine = UNKNOWN,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    return plan_document(config, data, decoder, machine, world_size)
+
+
+def warnings_of(*arguments: Any, **more: Any) -> str:
+    return "\n".join(document_of(*arguments, **more)["warnings"])
+
+
 CONTRACT = (
     "num_examples",
     "world_size",
@@ -422,7 +449,7 @@ CONTRACT = (
 
 def test_document_has_the_contract_keys() -> None:
     config = load_config("qwen2.5-coder-1.5b")
-    document = plan_document(config, decoder=find_decoder_config(config)[0])
+    document = document_of(config, decoder=find_decoder_config(config))
     for key in CONTRACT:
         assert document[key] is not None, key
     assert set(document["memory"]) == {
@@ -440,7 +467,7 @@ def test_document_has_the_contract_keys() -> None:
 
 
 def test_what_is_not_known_is_null() -> None:
-    document = plan_document(load_config("default"))
+    document = document_of(load_config("default"))
     for key in CONTRACT:
         if key in ("world_size", "effective_batch_size"):
             assert document[key] is not None
@@ -449,20 +476,14 @@ def test_what_is_not_known_is_null() -> None:
         else:
             assert document[key] is None, key
     assert "unknown without data" in render_plan(document)
-    bounded = plan_document(load_config(overrides={"max_steps": 100}))
+    bounded = document_of(load_config(overrides={"max_steps": 100}))
     assert (bounded["total_steps"], bounded["warmup_steps"]) == (100, 5)
     assert bounded["steps_per_epoch"] is None
 
 
 def test_data_rules_over_the_claim() -> None:
     config = load_config("llama2-7b")
-    document = plan_document(
-        config,
-        num_examples=2,
-        num_valid=0,
-        lengths=[10, 20],
-        counts={"rows": 4, "truncated": 1, "dropped": 2},
-    )
+    document = document_of(config, held(2, rows=4, truncated=1, dropped=2))
     assert (document["num_examples"], document["num_examples_from"]) == (2, "data")
     assert document["eval_steps"] == []
     text = "\n".join(document["warnings"])
@@ -474,9 +495,7 @@ def test_data_rules_over_the_claim() -> None:
 def test_untrained_turns_are_told_from_those_that_rows_leave_out() -> None:
     def warnings(**counts: int) -> str:
         config = load_config("llama2-7b")
-        counts = {"rows": 4, "assistant_turns": 1200, **counts}
-        document = plan_document(config, num_examples=4, lengths=[10] * 4, counts=counts)
-        return "\n".join(document["warnings"])
+        return warnings_of(config, held(4, rows=4, assistant_turns=1200, **counts))
 
     assert "3 of 1,200 assistant turns are untrained" in warnings(untrained_turns=3)
     assert "2 of 1,200 assistant turns are kept out of the loss" in warnings(left_out_turns=2)
@@ -488,39 +507,31 @@ def test_few_rows_and_valid_sets_that_say_little_are_said(tmp_path: Path) -> Non
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
     overrides = {"data.train": str(rows), "data.valid": str(rows), "eval.steps": 5}
-    held = {"counts": {"rows": 20}, "num_valid": 20}
-    few = plan_document(load_config(overrides=overrides), num_examples=20, **held)
-    text = "\n".join(few["warnings"])
+    text = warnings_of(load_config(overrides=overrides), held(20, 20, rows=20))
     assert "all 20 examples are fewer than the 64 of one step" in text
     assert "data.valid is data.train" in text and "there is no valid set" not in text
     without = load_config(overrides={"data.train": str(rows), "eval.steps": 5})
-    text = "\n".join(plan_document(without, num_examples=64, lengths=[4] * 64)["warnings"])
+    text = warnings_of(without, held(64))
     assert "evaluations are asked for, and there is no valid set" in text
     assert "fewer than" not in text and "data.valid is" not in text
 
 
 def test_warnings_name_what_a_reader_would_object_to() -> None:
-    config = load_config("starcoder2-15b")
-    document = plan_document(config, world_size=6, missing_data="the hub is away")
-    text = "\n".join(document["warnings"])
+    away = Unknown("the hub is away")
+    text = warnings_of(load_config("starcoder2-15b"), away, away, world_size=6)
     assert "6 ranks asked" in text
     assert "5, 4, 4, 4, 4, 4" in text
     assert "the seed's 20,000 rows stand in): the hub is away" in text
-    small = plan_document(load_config("qwen2.5-coder-1.5b"), num_examples=4530, num_valid=19)
-    text = "\n".join(small["warnings"])
+    assert "the model is not known, so neither are its parameters: the hub is away" in text
+    text = warnings_of(load_config("qwen2.5-coder-1.5b"), held(4530, 19))
     assert "19 valid examples decide early stopping" in text
     assert "the last step of an epoch holds 2 of 16 examples" in text
-    short = plan_document(
-        load_config(overrides={"max_steps": 3, "warmup_steps": 3}), num_examples=9
-    )
-    assert "the peak learning rate is never reached" in "\n".join(short["warnings"])
-    assert "model.path is not set" in "\n".join(short["warnings"])
-    full = plan_document(
-        load_config(overrides={"model.path": "x"}),
-        decoder=decoder(LLAMA),
-        machine=Machine("cpu", 10**6),
-    )
-    assert "976.6 KiB there" in "\n".join(full["warnings"])
+    text = warnings_of(load_config(overrides={"max_steps": 3, "warmup_steps": 3}), held(9))
+    assert "the peak learning rate is never reached" in text
+    assert "model.path is not set" in text
+    config = load_config(overrides={"model.path": "x"})
+    small = Machine("cpu", 10**6)
+    assert "976.6 KiB there" in warnings_of(config, decoder=decoder(LLAMA), machine=small)
 
 
 @pytest.mark.parametrize(
@@ -542,9 +553,7 @@ def test_the_plan_says_where_attention_dropout_depends_on_the_cut(
         overrides={"model.path": "x", "model.attention": attention, "model.dropout": override}
     )
     raw = STARCODER2 | {"attention_dropout": 0.1}
-    warnings = plan_document(config, decoder=decoder(raw), machine=Machine(device, None))[
-        "warnings"
-    ]
+    warnings = document_of(config, NO_DATA, decoder(raw), Machine(device, None))["warnings"]
     found = [warning for warning in warnings if "attention dropout" in warning]
     if noted is None:
         assert not found
@@ -563,15 +572,13 @@ def test_the_plan_says_where_attention_dropout_depends_on_the_cut(
 
 def test_attention_dropout_is_noted_for_no_model_without_it() -> None:
     config = load_config(overrides={"model.path": "x"})
-    warnings = plan_document(config, decoder=decoder(LLAMA), machine=Machine("cuda", None))[
-        "warnings"
-    ]
-    assert "attention dropout" not in "\n".join(warnings)
+    text = warnings_of(config, decoder=decoder(LLAMA), machine=Machine("cuda", None))
+    assert "attention dropout" not in text
 
 
 def test_rendered_plan_checks_the_claims() -> None:
     config = load_config("qwen2.5-coder-1.5b")
-    text = render_plan(plan_document(config, decoder=find_decoder_config(config)[0]))
+    text = render_plan(document_of(config, decoder=find_decoder_config(config)))
     assert "852 (284 an epoch), 26 of warm-up" in text
     assert "36,929,536 trained of 1,580,643,840 (2.34 %)" in text
     assert "✓ steps per epoch: 284" in text
@@ -581,9 +588,9 @@ def test_rendered_plan_checks_the_claims() -> None:
 
 def test_memory_is_that_of_a_rank_and_without_a_device_both_figures_are_shown() -> None:
     config = load_config("llama2-7b")
-    architecture = find_decoder_config(config)[0]
-    assert architecture is not None
-    unknown = plan_document(config, decoder=architecture)
+    architecture = find_decoder_config(config)
+    assert not isinstance(architecture, Unknown)
+    unknown = document_of(config, decoder=architecture)
     assert unknown["gradient_checkpointing"] is None
     recomputing = memory_ledger(config, architecture, precision="fp16", gradient_checkpointing=True)
     assert unknown["memory_recomputing"] == recomputing
@@ -594,9 +601,9 @@ def test_memory_is_that_of_a_rank_and_without_a_device_both_figures_are_shown() 
     assert "without recomputing" in text
     assert "not decided (auto: no device is known yet)" in text
     assert "a rank" not in text
-    known = plan_document(config, decoder=architecture, machine=Machine("cuda", 2**40))
+    known = document_of(config, decoder=architecture, machine=Machine("cuda", 2**40))
     assert (known["gradient_checkpointing"], known["memory_recomputing"]) == (False, None)
-    assert "memory a rank" in render_plan(plan_document(config, decoder=architecture, world_size=4))
+    assert "memory a rank" in render_plan(document_of(config, decoder=architecture, world_size=4))
 
 
 @pytest.mark.parametrize(
@@ -609,16 +616,24 @@ def test_memory_is_that_of_a_rank_and_without_a_device_both_figures_are_shown() 
     ],
 )
 def test_the_plan_says_how_a_step_is_cut(keys: dict[str, object], words: str) -> None:
-    document = plan_document(load_config(overrides=keys), num_examples=100)
+    document = document_of(load_config(overrides=keys), held(100))
     assert words in render_plan(document)
     by_tokens = "micro_batch_tokens" in keys
     assert (document["micro_batches_per_step"] is None) == by_tokens
     assert (document["micro_batch_tokens"] is not None) == by_tokens
 
 
+def test_the_head_of_the_text_is_that_of_the_document() -> None:
+    document = document_of(load_config("qwen2.5-coder-1.5b"), held(4530, 19))
+    rows = head_rows(document)
+    assert [name for name, _ in rows][:4] == ["model", "examples", "batch", "steps"]
+    lines = render_plan(document).splitlines()[1 : len(rows) + 1]
+    assert lines == [f"  {name:<13}  {text}" for name, text in rows]
+
+
 def test_claims_speak_of_the_preset_not_of_the_run() -> None:
     config = load_config("llama2-7b", overrides={"num_train_epochs": 1})
-    document = plan_document(config, num_examples=10)
+    document = document_of(config, held(10))
     assert document["total_steps"] == 1
     claims = {claim["statement"]: claim for claim in document["claims"]}
     assert claims["8 epochs: 512 steps"]["planned"] == 512
@@ -644,7 +659,7 @@ def offline(*_: object, **__: object) -> None:
 def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("train.base_model.find_model", offline)
+    monkeypatch.setattr("train.survey.find_model", offline)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "x"}\n' * 40)
     config = load_config("llama2-7b", overrides={"data.train": str(rows), "valid_fraction": 0.2})
@@ -662,8 +677,8 @@ def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
 def test_the_claim_stands_in_where_the_data_set_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("train.base_model.find_model", offline)
-    monkeypatch.setattr("data.source.read_rows", offline)
+    monkeypatch.setattr("train.survey.find_model", offline)
+    monkeypatch.setattr("train.survey.read_rows", offline)
     print_plan(load_config("starcoder2-3b"), as_json=True)
     document = json.loads(capsys.readouterr().out)
     assert (document["num_examples"], document["total_steps"]) == (20000, 2502)
@@ -672,8 +687,8 @@ def test_the_claim_stands_in_where_the_data_set_cannot_be_had(
 
 def test_an_architecture_is_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    found, reason = find_decoder_config(load_config(overrides={"model.path": str(tmp_path)}))
-    assert (found, reason) == (decoder(LLAMA), "")
+    config = load_config(overrides={"model.path": str(tmp_path)})
+    assert find_decoder_config(config) == decoder(LLAMA)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "lama"}))
     with pytest.raises(UserError, match="lama"):
         find_decoder_config(load_config(overrides={"model.path": str(tmp_path)}))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from files.errors import UserError
 from train.config.load import load_config
 from train.config.schema import LoraSettings, RunConfig
+from train.plan.known import Unknown
 
 if TYPE_CHECKING:
     from lora import LoraConfig
@@ -38,14 +39,14 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     return dataclasses.replace(saved, lora_dropout=settings.lora_dropout)
 
 
-def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | None) -> RunConfig:
+def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | Unknown) -> RunConfig:
     """Return the configuration with `lora.*` as the adapter of `lora.init_from` has it.
 
     Doing it twice changes nothing, and without `lora.init_from` nothing changes.
 
     Args:
         config: What is asked.
-        decoder: The base's architecture; None where it is not known, and targets are not compared.
+        decoder: The base's architecture; targets are not compared where it is not known.
 
     Raises:
         UserError: The user wrote something else, or the adapter cannot be trained here.
@@ -56,7 +57,7 @@ def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | None) -> R
     settings = config.lora
     if settings.init_from is None or config.train.method != "lora":
         return config
-    model = None if decoder is None else build(decoder, device="meta")
+    model = None if isinstance(decoder, Unknown) else build(decoder, device="meta")
     saved = saved_config(Path(settings.init_from).expanduser(), model)
     values: dict[str, Any] = {key: getattr(saved, key) for key in _OF_THE_WEIGHTS}
     written = _written(config)

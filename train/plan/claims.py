@@ -6,6 +6,7 @@ from typing import Any
 
 from train.config.load import Claim, Preset
 from train.config.schema import RunConfig
+from train.plan.known import Unknown
 from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
 from train.plan.steps import effective_batch_size, plan_run, rank_shares
 
@@ -79,8 +80,8 @@ _SIZE_QUANTITIES = (
 
 
 def _measure_size(name: str, config: RunConfig) -> float | None:
-    decoder, _ = find_decoder_config(config)
-    if decoder is None:
+    decoder = find_decoder_config(config)
+    if isinstance(decoder, Unknown):
         return None
     sizes = model_sizes(decoder, config.train.method, config.lora)
     if name.endswith("gigabytes"):

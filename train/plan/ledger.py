@@ -19,6 +19,7 @@ from files.errors import UserError
 from train.config.schema import LoraSettings, RunConfig
 from train.plan.adapters import lora_config
 from train.plan.decide import decide_attention, decide_micro_batch_tokens
+from train.plan.known import Unknown
 from train.plan.steps import RunPlan, effective_batch_size, rank_shares
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
-def find_decoder_config(config: RunConfig) -> tuple[DecoderConfig | None, str]:
-    """Return the architecture of `model.path`, or None with the reason why it is not known.
+def find_decoder_config(config: RunConfig) -> DecoderConfig | Unknown:
+    """Return the architecture of `model.path`, or why it is not known.
 
     The seeds' models are known without a network; otherwise config.json is read from the folder or
     fetched from the hub.
@@ -133,18 +134,18 @@ def find_decoder_config(config: RunConfig) -> tuple[DecoderConfig | None, str]:
 
     path = config.model.path
     if path is None:
-        return None, "model.path is not set"
+        return Unknown("model.path is not set")
     on_hub = is_hub_id(path)
     shipped = shipped_config(path) if on_hub and config.model.revision is None else None
     if shipped is not None:
-        return parse_config(read_json_object(shipped), str(shipped)), ""
+        return parse_config(read_json_object(shipped), str(shipped))
     try:
         folder = resolve_config(path, config.model.revision)
     except UserError as error:
         if on_hub:
-            return None, str(error)
+            return Unknown(str(error))
         raise
-    return read_config(folder), ""
+    return read_config(folder)
 
 
 MEMORY_CATEGORIES = (

@@ -68,7 +68,7 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
         UserError: A run failed (with that run's own error), or there was no kill or no resume.
     """
     # The runs read what is written below: all of it, as if a user had written it.
-    config = with_starting_adapter(config, find_decoder_config(config)[0])
+    config = with_starting_adapter(config, find_decoder_config(config))
     directory = config.train.output_dir
     parent = Path("runs") if directory is None else Path(os.path.expanduser(directory)).parent
     made = [path for path in (parent, *parent.parents) if not path.exists()]

@@ -1,0 +1,65 @@
+"""What is known of a run's data and model before it starts, and why the rest is not.
+
+What would need them is None in the plan's document; why they are unknown is said once, here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from data.examples import Examples
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """What is not known yet; `because` says why, or what to do about it."""
+
+    because: str
+
+
+NO_DATA = Unknown("pass a file or folder as data.train")
+
+
+class Sets(Protocol):
+    """The examples of a run, by set (`train.dataset.Data`)."""
+
+    @property
+    def train(self) -> Examples: ...  # noqa: D102
+    @property
+    def valid(self) -> Examples | None: ...  # noqa: D102
+    @property
+    def test(self) -> Examples | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class KnownData:
+    """Data that was read.
+
+    Attributes:
+        num_examples: Training examples; rows, where they could not be tokenised.
+        num_valid: Valid examples; 0 plans no evaluation.
+        num_test: Test examples.
+        lengths: Tokens of each training example.
+        counts: What the data held (rows, truncated, dropped, …), passed on as it is.
+    """
+
+    num_examples: int
+    num_valid: int
+    num_test: int
+    lengths: Sequence[int] | Unknown
+    counts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, data: Sets) -> KnownData:
+        """Return what is known of data that was tokenised."""
+        return cls(
+            num_examples=len(data.train),
+            num_valid=0 if data.valid is None else len(data.valid),
+            num_test=0 if data.test is None else len(data.test),
+            lengths=data.train.lengths.tolist(),
+            counts=dataclasses.asdict(data.train.counts),
+        )

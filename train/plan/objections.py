@@ -1,0 +1,208 @@
+"""What a careful reader would object to in a plan, each in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from files.errors import counted
+from train.config.schema import RunConfig
+from train.plan.adapters import starting_adapter_note
+from train.plan.decide import Machine, decide_attention
+from train.plan.known import KnownData, Unknown
+from train.plan.steps import RunPlan
+from train.text import size_text
+
+if TYPE_CHECKING:
+    from models.config import DecoderConfig
+
+# Below this, two evaluations that differ by a few hundredths of a nat may as well be equal.
+FEW_VALID_EXAMPLES = 50
+
+
+def objections(
+    config: RunConfig,
+    document: Mapping[str, Any],
+    plan: RunPlan | None,
+    data: KnownData | Unknown,
+    decoder: DecoderConfig | Unknown,
+    machine: Machine,
+) -> list[str]:
+    """Return what is to be looked at before the run starts.
+
+    Args:
+        config: What is asked, decided for the machine.
+        document: The plan's document so far.
+        plan: Its steps; None where neither data nor seed tell them.
+        data: What the data holds.
+        decoder: The architecture.
+        machine: What it is planned for.
+    """
+    return [
+        *starting_adapter_note(config),
+        *_of_the_model(config, decoder, machine),
+        *_of_the_data(config, document, data),
+        *(_of_the_steps(config, document, plan) if plan else []),
+        *_of_the_room(config, document),
+    ]
+
+
+def _of_the_model(
+    config: RunConfig, decoder: DecoderConfig | Unknown, machine: Machine
+) -> list[str]:
+    if config.model.path is None:
+        return ["model.path is not set: give a hub id or a folder"]
+    if isinstance(decoder, Unknown):
+        return [f"the model is not known, so neither are its parameters: {decoder.because}"]
+    found = list(decoder.notes)
+    length, trained = config.data.max_length, decoder.max_position_embeddings
+    if length > trained and decoder.rope.rope_type == "default":
+        found.append(f"data.max_length={length} is beyond the {trained} positions of the model")
+    p = decoder.attention_dropout if config.model.dropout is None else config.model.dropout
+    if p > 0 and decide_attention(config, decoder, machine.device, length) == "fused":
+        found.append(
+            f"attention dropout {p:g}: on CUDA the fused attention draws it by (seed, step, "
+            "micro-batch, layer), so a resumed run is exact, but another cut into micro-batches "
+            "draws other masks; model.attention=eager draws the same for any cut, model.dropout=0 "
+            "nothing"
+        )
+    return found
+
+
+def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
+    found = []
+    if document["world_size"] > 1:
+        found.append(
+            f"{document['world_size']} ranks asked: planned for them, but this version trains on "
+            "one (with train.effective_batch_size set, the steps are the same there)"
+        )
+    total, available = document["memory"]["total"], document["available_memory"]
+    if available is not None and total is not None and total > available:
+        remedy = "train.per_device_train_batch_size (results are the same) or data.max_length"
+        lasting = ("weights", "adapters", "gradients", "optimizer")
+        if sum(document["memory"][name] for name in lasting) > available:
+            remedy = "lora.r, or take a smaller model: batches are not what fills it"
+        found.append(
+            f"memory: about {size_text(total)} needed, {size_text(available)} there; lower {remedy}"
+        )
+    free, needed = _free_disk(config), document["disk"]["total"]
+    if needed is not None and free is not None and needed > free:
+        found.append(
+            f"disk: {size_text(needed)} needed, {size_text(free)} free; set checkpoint.total_limit"
+        )
+    return found
+
+
+def _of_the_data(
+    config: RunConfig, document: Mapping[str, Any], known: KnownData | Unknown
+) -> list[str]:
+    found = []
+    data, counts = config.data, document["data"]
+    if isinstance(known, Unknown):
+        given = document["num_examples"]
+        source = f"the seed's {given:,} rows stand in" if given else "the steps are not known"
+        found.append(f"no data was read ({source}): {known.because}")
+    elif isinstance(known.lengths, Unknown):
+        found.append(
+            f"rows are counted, not tokenised, each taken to be data.max_length long: "
+            f"{known.lengths.because}"
+        )
+    if data.format != "template" and (data.prompt_template or data.completion_template):
+        found.append(f"data.prompt_template is not read under data.format={data.format}")
+    rows = counts.get("rows")
+    limit = f"data.max_length={data.max_length}"
+    for name, what in (
+        ("truncated", f"cut at {limit}"),
+        ("dropped", f"dropped: longer than {limit}, or without a token to train on"),
+    ):
+        share = counts.get(name)
+        if share and rows:
+            found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
+    merged = counts.get("merged_prompts")
+    if merged and rows:
+        found.append(
+            f"in {merged:,} of {rows:,} rows ({merged / rows:.1%}) the completion begins inside a "
+            "token of the prompt, and a model that is given the prompt reads other tokens: end the "
+            "prompt with a line break"
+        )
+    turns = counts.get("assistant_turns")
+    for name, what in (
+        (
+            "untrained_turns",
+            "untrained: the chat template leaves nothing of them in the text (train.show_data "
+            "shows what it leaves)",
+        ),
+        ("left_out_turns", "kept out of the loss by their rows (weight 0, or train false)"),
+        (
+            "thoughtless_turns",
+            "trained without their thinking, which the chat template leaves out of the text",
+        ),
+    ):
+        if turns and counts.get(name):
+            found.append(f"{counts[name]:,} of {turns:,} assistant turns are {what}")
+    valid = counts.get("valid_examples")
+    without_valid = isinstance(known, KnownData) and not valid
+    if without_valid and config.checkpoint.load_best_at_end:
+        found.append(
+            "checkpoint.load_best_at_end has no valid set to choose by: final/ will be the last "
+            "state; give data.valid or data.valid_fraction"
+        )
+    if without_valid and (config.eval.steps or config.eval.per_epoch) is not None:
+        found.append(
+            "evaluations are asked for, and there is no valid set: give data.valid or "
+            "data.valid_fraction"
+        )
+    # A folder may hold files of both, and a column may tell them apart.
+    same = data.valid == data.train and data.split_column is None
+    if same and isinstance(data.valid, str) and Path(data.valid).is_file():
+        found.append("data.valid is data.train: the valid loss will not show overfitting")
+    if valid and valid < FEW_VALID_EXAMPLES and config.eval.early_stopping_patience is not None:
+        found.append(
+            f"{valid} valid examples decide early stopping: their noise may be larger than the "
+            "differences between evaluations"
+        )
+    return found
+
+
+def _of_the_steps(config: RunConfig, document: Mapping[str, Any], plan: RunPlan) -> list[str]:
+    found = []
+    shares = document["rank_shares"]
+    if len(set(shares)) > 1:
+        found.append(
+            f"{counted(plan.effective_batch_size, 'example')} over {plan.world_size} ranks are "
+            f"{', '.join(str(share) for share in shares)}: uneven, and exact all the same"
+        )
+    last = plan.num_examples - (plan.steps_per_epoch - 1) * plan.effective_batch_size
+    if plan.num_examples < plan.effective_batch_size:
+        found.append(
+            f"all {counted(plan.num_examples, 'example')} are fewer than the "
+            f"{plan.effective_batch_size} of one step: lower train.gradient_accumulation_steps or "
+            "train.per_device_train_batch_size"
+        )
+    elif 2 * last < plan.effective_batch_size:
+        found.append(
+            f"the last step of an epoch holds {last} of "
+            f"{counted(plan.effective_batch_size, 'example')}"
+        )
+    if plan.warmup_steps >= plan.total_steps:
+        found.append(
+            f"the warm-up ({counted(plan.warmup_steps, 'step')}) is as long as the run "
+            f"({counted(plan.total_steps, 'step')}): the peak learning rate is never reached"
+        )
+    if config.checkpoint.total_limit is None and len(plan.save_steps) > 20:
+        found.append(
+            f"{len(plan.save_steps)} checkpoints are kept: checkpoint.total_limit bounds them"
+        )
+    return found
+
+
+def _free_disk(config: RunConfig) -> int | None:
+    folder = Path(config.train.output_dir or "runs").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

@@ -1,0 +1,153 @@
+"""The plan's document as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from files.errors import counted
+from train.plan.ledger import MEMORY_CATEGORIES, SHARE_OF_PEAK
+from train.text import size_text
+
+
+def render_plan(document: Mapping[str, Any]) -> str:
+    """Return a plan document as text for a terminal."""
+    lines = ["Plan" + (f" of {document['preset']}" if document["preset"] else "")]
+    rows = [*head_rows(document), *_cost_rows(document)]
+    width = max(len(name) for name, _ in rows)
+    lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+    if document["claims"]:
+        lines += ["", "The seed's claims, against its own settings"]
+        lines += [f"  {_claim_line(claim)}" for claim in document["claims"]]
+    if document["departures"]:
+        lines += ["", "Where this preset departs from its seed, or fills a gap"]
+        lines += [f"  - {departure}" for departure in document["departures"]]
+    if document["warnings"]:
+        lines += ["", "To look at"]
+        lines += [f"  ! {warning}" for warning in document["warnings"]]
+    return "\n".join(lines) + "\n"
+
+
+def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is trained, on what, in how many steps, as named values.
+
+    They are the head of the plan's text; what it costs is left out.
+    """
+    count = document["num_examples"]
+    data = document["data"]
+    examples = "unknown" if count is None else f"{count:,} ({document['num_examples_from']})"
+    held = [
+        f"{data[f'{name}_examples']:,} {name}"
+        for name in ("valid", "test")
+        if data.get(f"{name}_examples")
+    ]
+    batch = f"{counted(document['effective_batch_size'], 'example')} a step"
+    if document["world_size"] > 1:
+        batch += (
+            f", on {document['world_size']} ranks {'/'.join(map(str, document['rank_shares']))}"
+        )
+    if document["micro_batches_per_step"]:
+        micro_batches = counted(document["micro_batches_per_step"], "micro-batch", "micro-batches")
+        batch += f", in {micro_batches} of {document['micro_batch_size']}"
+    elif document["micro_batch_tokens"]:
+        batch += f", in micro-batches of at most {document['micro_batch_tokens']:,} tokens"
+    if document["world_size"] > 1:
+        batch += " a rank"
+    precision = document["precision"]
+    if precision == "auto":
+        precision = "precision auto (counted as bf16)"
+    return [
+        ("model", f"{document['model'] or 'unknown'}, {document['method']}, {precision}"),
+        ("examples", ", ".join([examples, *held])),
+        ("batch", batch),
+        *_step_rows(document),
+        *_parameter_rows(document),
+    ]
+
+
+def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if document["steps_per_epoch"] is None:
+        total = document["total_steps"]
+        return [("steps", f"{total:,}" if total else "unknown without data")]
+    rates = document["learning_rates"]
+    rows = [
+        (
+            "steps",
+            f"{document['total_steps']:,} ({document['steps_per_epoch']:,} an epoch), "
+            f"{document['warmup_steps']:,} of warm-up",
+        ),
+        ("evaluations", _listed(document["eval_steps"])),
+        ("checkpoints", _listed(document["save_steps"])),
+    ]
+    if rates:
+        shown = list(rates.items())
+        shown = shown if len(shown) <= 6 else [*shown[:3], *shown[-2:]]
+        rows.append(("learning rate", ", ".join(f"{rate:.3g} at {step}" for step, rate in shown)))
+    return rows
+
+
+def _parameter_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not document["total_parameters"]:
+        return []
+    trained, total = document["trainable_parameters"], document["total_parameters"]
+    share = f"({document['trainable_percent']:.2f} %)"
+    return [("parameters", f"{trained:,} trained of {total:,} {share}")]
+
+
+def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    memory = document["memory"]
+    if memory["total"]:
+        rank = " a rank" if document["world_size"] > 1 else ""
+        parts = ", ".join(
+            f"{name} {size_text(memory[name])}" for name in MEMORY_CATEGORIES if memory[name]
+        )
+        recomputing = {None: "not decided", True: "on", False: "off"}
+        without = ""
+        if other := document["memory_recomputing"]:
+            without = f" without recomputing, {size_text(other['total'])} with it"
+        rows.append((f"memory{rank}", f"about {size_text(memory['total'])}{without}: {parts}"))
+        rows.append(
+            (
+                "recomputing",
+                f"{recomputing[document['gradient_checkpointing']]} "
+                f"({document['gradient_checkpointing_because']})",
+            )
+        )
+    disk = document["disk"]
+    if disk["total"]:
+        minutes = disk["one_more_each_minutes"]
+        more = f" (and one each {minutes:g} minutes)" if minutes else ""
+        rows.append(
+            (
+                "disk",
+                f"{size_text(disk['total'])}: {counted(disk['checkpoints_kept'], 'checkpoint')} of "
+                f"{size_text(disk['checkpoint'])}{more}, best and final "
+                f"{size_text(disk['best_and_final'])}",
+            )
+        )
+    compute = document["compute"]
+    if compute["flops"]:
+        tokens = f"{compute['tokens_are']} {compute['tokens']:,} tokens"
+        hours = compute["a100_hours"]
+        estimate = f"; one A100 at {SHARE_OF_PEAK:.0%} of its bf16 peak: about {hours:.1f} h"
+        rows.append(("work", tokens + (estimate if hours >= 0.05 else "")))
+    return rows
+
+
+def _claim_line(claim: Mapping[str, Any]) -> str:
+    mark = "✓" if claim["holds"] else "✗"
+    value = claim["planned"]
+    planned = ""
+    if value is not None and not claim["holds"]:
+        planned = f" → {value:,}" if isinstance(value, int) else f" → {value:.3g}"
+    note = f" ({claim['note']})" if claim["note"] else ""
+    return f"{mark} {claim['statement']}{planned}{note}"
+
+
+def _listed(steps: Sequence[int]) -> str:
+    if not steps:
+        return "none"
+    if len(steps) <= 6:
+        return ", ".join(f"{step:,}" for step in steps)
+    return f"{steps[0]:,}, {steps[1]:,}, {steps[2]:,}, … {steps[-1]:,} ({len(steps)} in all)"

@@ -1,0 +1,148 @@
+"""A look at a run before anything large is read: what would end it at once, and `--plan`.
+
+The run and `--plan` refuse alike, so that what is planned can be started.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.source import read_rows
+from files.errors import UserError
+from files.hub import resolve_model
+from models import build
+from models.config import DecoderConfig
+from models.weights import check_weights
+from train.base_model import find_model
+from train.config.paths import with_whole_paths
+from train.config.schema import RunConfig
+from train.dataset import load_data, prompt_format, refuse_without_valid
+from train.log.metrics import require_tensorboard
+from train.plan.adapters import with_starting_adapter
+from train.plan.decide import Machine, decide, machine_to_plan_for, this_machine
+from train.plan.document import plan_document
+from train.plan.known import NO_DATA, KnownData, Unknown
+from train.plan.ledger import find_decoder_config, is_hub_id
+from train.plan.text import render_plan
+from train.saving.folder import run_folder
+from train.show_data import first_example
+from train.world import World
+
+
+def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:
+    """Refuse what the settings, the machine and the disk say by themselves.
+
+    Args:
+        config: What is asked.
+        machine: The machine that the run would compute on, from `train.plan.decide.this_machine`.
+        new: Whether the run would begin; a resumed one has its folder.
+
+    Raises:
+        UserError: More than one rank, settings that contradict each other there, kernels that
+            cannot run, no TensorBoard, or a folder that is in use.
+    """
+    World.from_environment()
+    decide(config, machine)
+    if config.log.tensorboard:
+        require_tensorboard()
+    if new:
+        run_folder(config)
+
+
+def refuse_model(config: RunConfig, decoder: DecoderConfig | Unknown) -> None:
+    """Refuse weights of this machine that cannot be loaded; of the Hub's nothing is known yet.
+
+    Args:
+        config: What is asked.
+        decoder: The architecture; an unknown one checks that the weights are there alone.
+
+    Raises:
+        UserError: They are not there or are pickles, or their names, shapes or types are not those
+            of the architecture.
+    """
+    path = config.model.path
+    if path is None or config.model.random_init or not Path(path).expanduser().is_dir():
+        return
+    folder = resolve_model(path, config.model.revision, weights=True).folder
+    if not isinstance(decoder, Unknown):
+        check_weights(folder, build(decoder, device="meta"))
+
+
+def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = None) -> None:
+    """Answer `--plan`: print the plan as text, or as one JSON object and nothing else.
+
+    Data and tokenizer are read where they can be had; where the hub cannot be reached, the plan
+    counts with the rows that the seed states, and says what to pass instead.
+
+    Raises:
+        UserError: What would end the run before its first step, or a row or config.json that is not
+            what it must be.
+    """
+    refuse_early(config, this_machine(config), new=True)
+    config = with_whole_paths(config)
+    decoder = find_decoder_config(config)
+    refuse_model(config, decoder)
+    config = with_starting_adapter(config, decoder)
+    data = _look_at_data(config, decoder)
+    document = plan_document(config, data, decoder, machine_to_plan_for(config), ranks or 1)
+    if as_json:
+        print(json.dumps(document, allow_nan=False, indent=2))
+        return
+    print(render_plan(document))
+    if isinstance(data, KnownData) and not isinstance(data.lengths, Unknown):
+        print(f"An example, as it will be trained\n{first_example(config)}")
+
+
+def _look_at_data(config: RunConfig, decoder: DecoderConfig | Unknown) -> KnownData | Unknown:
+    """Tokenise the rows or, where model or tokenizer cannot be had today, count them."""
+    specs = config.data.train
+    if specs is None:
+        return NO_DATA
+    try:
+        folder = _tokenizer_folder(config)
+        if isinstance(folder, Unknown):
+            return _counted_rows(config, folder)
+        if isinstance(decoder, Unknown):
+            return _counted_rows(config, decoder)
+        return KnownData.of(load_data(config, folder, decoder))
+    except UserError as error:
+        named = [specs] if isinstance(specs, str) else specs
+        if not any(spec.startswith("hub:") for spec in named):
+            raise
+        return Unknown(str(error))
+
+
+def _tokenizer_folder(config: RunConfig) -> Path | Unknown:
+    """Return the folder of the model's small files, where it can be had today."""
+    path = config.model.path
+    try:
+        return find_model(config, weights=False).folder
+    except UserError as error:
+        if path is not None and not is_hub_id(path):
+            raise
+        return Unknown(str(error))
+
+
+def _counted_rows(config: RunConfig, why: Unknown) -> KnownData:
+    """Count the rows of each set, which cannot be tokenised."""
+    data = config.data
+    columns = prompt_format(data).columns()
+
+    def count(spec: str | Sequence[str] | None, split: str) -> int:
+        if spec is None:
+            return 0
+        rows = read_rows(spec, fields=columns, split_column=data.split_column, split=split)
+        return sum(1 for _ in rows)
+
+    by_column = data.train if data.split_column is not None else None
+    rows = train = count(data.train, "train")
+    valid = count(data.valid or by_column, "valid")
+    if not valid and data.valid_fraction:
+        valid = math.ceil(train * data.valid_fraction)
+        train -= valid
+    if not valid:
+        refuse_without_valid(config)
+    return KnownData(train, valid, count(data.test or by_column, "test"), why, {"rows": rows})
