@@ -46,7 +46,7 @@ from train.config.command_line import parse
 from train.config.load import load_config, read_preset, to_toml
 from train.log.metrics import Metrics, read_metrics
 from train.log.samples import samples_so_far
-from train.report.page import read_record
+from train.report.record import read_record
 from train.saving.checkpoints import read_state
 from train.saving.resume import _is_finished
 from train.state import EarlyStopping, TrainState

@@ -12,8 +12,10 @@ import pytest
 from files.errors import UserError
 from train.plan.schedule import learning_rate_factor
 from train.report.__main__ import main
-from train.report.page import events, notes, read_record, render_report, write_report
+from train.report.notes import events, notes
+from train.report.page import render_report, write_report
 from train.report.plots import running_mean
+from train.report.record import read_record
 
 CONFIG = """preset = "demo"
 [model]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from files.errors import counted
 from train.command import command
 from train.log.metrics import read_metrics
-from train.text import size_text
+from train.text import numbered, size_text
 
 Rows = Sequence[tuple[str, str]]
 
@@ -60,12 +60,6 @@ def format_count(count: float) -> str:
 def format_loss(loss: float | None) -> str:
     """Return a loss with four decimals; `non-finite` for the null of metrics.jsonl."""
     return "non-finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
-
-
-def format_list(values: Sequence[int], most: int = 8) -> str:
-    """Return numbers as people list them: `3, 4`, or `3, 4 and 12 more` beyond `most`."""
-    shown = ", ".join(f"{value:,}" for value in values[:most])
-    return shown + (f" and {len(values) - most:,} more" if len(values) > most else "")
 
 
 def progress_line(
@@ -116,7 +110,7 @@ def event_lines(row: Mapping[str, Any]) -> list[str]:
         row: A train row of metrics.jsonl.
     """
     rows = sorted(set(row.get("rows") or []))
-    where = f"; row{'s' if len(rows) > 1 else ''} {format_list(rows)} of data.train" if rows else ""
+    where = f"; {numbered('row', rows)} of data.train" if rows else ""
     lines = []
     if row.get("skipped"):
         lines.append(f"step {row['step']}: no weight was changed ({row['skipped']}){where}")
