@@ -9,7 +9,9 @@ import math
 import pytest
 
 from models.config import parse_config
-from train.config.load import load_config, preset_names, read_preset
+from train.config.layers import preset_names
+from train.config.load import load_config
+from train.config.presets import read_preset
 from train.config.schema import LoraSettings
 from train.plan.claims import agrees, check_claims, measure
 from train.plan.document import plan_document

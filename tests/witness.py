@@ -99,8 +99,10 @@ def runs(folder: Path) -> Iterator[str]:
 
 def texts() -> Iterator[str]:
     """Yield hashes of what the command says without a model: presets, help, plans."""
-    from train.config.command_line import list_presets_text, show_text
-    from train.config.load import load_config, preset_names
+    from train.config.command_line import show_text
+    from train.config.layers import preset_names
+    from train.config.load import load_config
+    from train.plan.text import list_presets_text
     from train.run import main
 
     def said(*arguments: str) -> str:

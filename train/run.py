@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
 from train.command import run_command
-from train.config.command_line import Arguments, list_presets_text, parse, show_text
+from train.config.command_line import Arguments, parse, show_text
 from train.config.load import load_config
 from train.config.schema import RunConfig
+from train.plan.text import list_presets_text
 
 if TYPE_CHECKING:
     from train.saving.resume import Resume

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 import data.chat
-import train.config.load as config_load
+import train.config.layers as config_layers
 from data.examples import Examples, load_examples
 from data.limited import LimitedChild
 from data.prompt import PromptFormat
@@ -43,7 +43,9 @@ from models import build
 from models.config import read_config
 from models.weights import fill, initialise, save_model
 from train.config.command_line import parse
-from train.config.load import load_config, read_preset, to_toml
+from train.config.load import load_config
+from train.config.presets import read_preset
+from train.config.toml import to_toml
 from train.log.metrics import Metrics, read_metrics
 from train.log.samples import samples_so_far
 from train.report.record import read_record
@@ -448,17 +450,17 @@ def _use_overrides(_: Path, path: Path) -> None:
 
 def _prepare_preset(folder: Path) -> None:
     for name in ("codellama-7b", "codellama-7b-improved"):
-        text = (config_load.PRESET_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+        text = (config_layers.PRESET_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
 
 
 def _use_preset(folder: Path, path: Path) -> None:
-    shipped = config_load.PRESET_FOLDER
-    config_load.PRESET_FOLDER = folder
+    shipped = config_layers.PRESET_FOLDER
+    config_layers.PRESET_FOLDER = folder
     try:
         read_preset(path.stem)
     finally:
-        config_load.PRESET_FOLDER = shipped
+        config_layers.PRESET_FOLDER = shipped
 
 
 # --- a run's folder ------------------------------------------------------------------------------

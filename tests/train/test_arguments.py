@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from train.config.command_line import Arguments, list_presets_text, parse, show_text
-from train.config.load import load_config, preset_names
+from train.config.command_line import Arguments, parse, show_text
+from train.config.layers import preset_names
+from train.config.load import load_config
+from train.plan.text import list_presets_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,8 @@ from files.errors import UserError
 from kernels import attention as attention_module
 from kernels.cpu import attention as cpu_attention
 from models.config import parse_config
-from train.config.load import load_config, preset_names
+from train.config.layers import preset_names
+from train.config.load import load_config
 from train.dataset import load_data
 from train.plan.decide import (
     UNKNOWN,

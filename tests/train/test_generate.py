@@ -18,7 +18,8 @@ from files.folders import replace_folder
 from lora import LoraConfig, inject, load_adapter, save_adapter
 from models import load_model
 from models.config import RopeConfig
-from train.config.load import load_config, to_toml
+from train.config.load import load_config
+from train.config.toml import to_toml
 from train.generate import (
     context_length,
     find_stop_ids,

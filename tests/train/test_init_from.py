@@ -20,7 +20,8 @@ from files.errors import UserError
 from lora import LoraConfig, inject, save_adapter
 from models import load_model
 from models.config import read_config
-from train.config.load import load_config, to_toml
+from train.config.load import load_config
+from train.config.toml import to_toml
 from train.plan.adapters import with_starting_adapter
 from train.plan.known import Unknown
 from train.run import main, run

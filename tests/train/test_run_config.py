@@ -9,19 +9,12 @@ from pathlib import Path
 import pytest
 
 from files.errors import UserError
-from train.config.load import (
-    PACKAGE_ROOT,
-    check_resume_overrides,
-    flat,
-    load_config,
-    preset_names,
-    read_preset,
-    resolve_key,
-    resume_keys,
-    to_toml,
-)
+from train.config.layers import PACKAGE_ROOT, preset_names
+from train.config.load import check_resume_overrides, load_config, resolve_key, resume_keys
+from train.config.presets import read_preset
 from train.config.schema import KEYS, SECTIONS
-from train.config.spellings import SEVERAL
+from train.config.stack import SEVERAL
+from train.config.toml import flat, to_toml
 
 # The whole of the design's table of keys, with its defaults.
 DEFAULTS = {
@@ -531,7 +524,7 @@ def test_such_values_on_the_command_line(text: str) -> None:
 
 
 def test_presets_that_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.config.load.PRESET_FOLDER", tmp_path)
+    monkeypatch.setattr("train.config.layers.PRESET_FOLDER", tmp_path)
     (tmp_path / "a.toml").write_text("extends = 'b'")
     (tmp_path / "b.toml").write_text("extends = 'a'")
     with pytest.raises(UserError, match=r"extends itself \(a → b → a\)"):

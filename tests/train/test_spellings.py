@@ -7,17 +7,11 @@ from typing import Any
 import pytest
 
 from files.errors import UserError
-from train.config.load import flat, load_config, to_toml
+from train.config.load import load_config
 from train.config.schema import KEYS
-from train.config.spellings import (
-    RENAMED,
-    SEVERAL,
-    TRANSLATED,
-    UNSUPPORTED,
-    UNSUPPORTED_FAMILIES,
-    keys_of,
-    unsupported,
-)
+from train.config.spellings import TRANSLATED, keys_of, unsupported
+from train.config.stack import RENAMED, SEVERAL, UNSUPPORTED, UNSUPPORTED_FAMILIES
+from train.config.toml import flat, to_toml
 
 PLAIN = flat(load_config())
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 
 from files.errors import UserError, did_you_mean, note
 from train.command import CommandParser, command
-from train.config.load import Preset, preset_names, read_preset, to_toml
+from train.config.layers import preset_names
+from train.config.presets import read_preset
 from train.config.schema import KEYS
 from train.config.spellings import keys_of, unsupported
-from train.plan.steps import effective_batch_size, plan_run
+from train.config.toml import to_toml
 
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
@@ -229,27 +230,6 @@ def _about_option(option: str) -> str:
     return (
         f"unknown option '{option}'{did_you_mean(option, OPTIONS)} (--help shows what is possible)"
     )
-
-
-def list_presets_text() -> str:
-    """Return the presets as a table; steps are those of the rows that the seed states."""
-    presets = [read_preset(name) for name in preset_names()]
-    rows = [("preset", "method", "batch", "steps", "seed"), *(_row(preset) for preset in presets)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row, preset in zip(rows, [None, *presets], strict=True):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"{line}  {preset.description if preset else 'what it does'}".rstrip())
-    return "\n".join(lines)
-
-
-def _row(preset: Preset) -> tuple[str, str, str, str, str]:
-    config = preset.config
-    steps = "-"
-    if preset.num_examples is not None:
-        steps = f"{plan_run(config, preset.num_examples).total_steps:,}"
-    seed = preset.seed.split("_")[0] if preset.seed else "-"
-    return preset.name, config.train.method, str(effective_batch_size(config)), steps, seed
 
 
 def show_text(name: str) -> str:

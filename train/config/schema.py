@@ -433,3 +433,10 @@ KEYS: dict[str, Key] = {
     for section, settings in SECTIONS.items()
     for key in _section_keys(section, settings)
 }
+# Keys that name files and folders.
+PATH_KEYS = ("model.path", "data.train", "data.valid", "data.test", "lora.init_from")
+
+
+def keys_in(section: str) -> list[Key]:
+    """Return a section's keys, in order."""
+    return [key for key in KEYS.values() if key.section == section]

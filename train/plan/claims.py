@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config.load import Claim, Preset
+from train.config.presets import Claim, Preset
 from train.config.schema import RunConfig
 from train.plan.known import Unknown
 from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes

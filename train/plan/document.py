@@ -12,7 +12,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.config.load import read_preset
+from train.config.presets import read_preset
 from train.config.schema import RunConfig
 from train.plan.claims import check_claims, claim_row
 from train.plan.decide import (

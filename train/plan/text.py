@@ -1,4 +1,4 @@
-"""The plan's document as text for a terminal."""
+"""The plan's document as text for a terminal, and the presets as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from files.errors import counted
+from train.config.layers import preset_names
+from train.config.presets import Preset, read_preset
 from train.plan.ledger import MEMORY_CATEGORIES, SHARE_OF_PEAK
+from train.plan.steps import effective_batch_size, plan_run
 from train.text import size_text
 
 
@@ -151,3 +154,24 @@ def _listed(steps: Sequence[int]) -> str:
     if len(steps) <= 6:
         return ", ".join(f"{step:,}" for step in steps)
     return f"{steps[0]:,}, {steps[1]:,}, {steps[2]:,}, … {steps[-1]:,} ({len(steps)} in all)"
+
+
+def list_presets_text() -> str:
+    """Return the presets as a table; steps are those of the rows that the seed states."""
+    presets = [read_preset(name) for name in preset_names()]
+    rows = [("preset", "method", "batch", "steps", "seed"), *(_row(preset) for preset in presets)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row, preset in zip(rows, [None, *presets], strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"{line}  {preset.description if preset else 'what it does'}".rstrip())
+    return "\n".join(lines)
+
+
+def _row(preset: Preset) -> tuple[str, str, str, str, str]:
+    config = preset.config
+    steps = "-"
+    if preset.num_examples is not None:
+        steps = f"{plan_run(config, preset.num_examples).total_steps:,}"
+    seed = preset.seed.split("_")[0] if preset.seed else "-"
+    return preset.name, config.train.method, str(effective_batch_size(config)), steps, seed

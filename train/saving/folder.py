@@ -28,8 +28,8 @@ from kernels.cpu.rounding import library
 from lora import adapter_tensors, save_adapter
 from models.layers import CausalLM
 from models.weights import save_model
-from train.config.load import to_toml
 from train.config.schema import RunConfig
+from train.config.toml import to_toml
 from train.dataset import Data
 from train.log.metrics import METRICS_FILE
 from train.plan.steps import RunPlan

@@ -11,8 +11,9 @@ from files.errors import UserError
 from files.hub import ModelSource, hashed_weights
 from models.layers import CausalLM
 from models.weights import weights_files
-from train.config.load import flat, resume_keys
+from train.config.load import resume_keys
 from train.config.schema import RunConfig
+from train.config.toml import flat
 from train.dataset import Data
 from train.saving.folder import device_name, package_versions
 

@@ -35,8 +35,8 @@ from files.child import python
 from files.errors import UserError
 from files.faults import listening
 from files.folders import make_free_folder
-from train.config.load import to_toml
 from train.config.schema import RunConfig
+from train.config.toml import to_toml
 from train.log.metrics import METRICS_FILE, read_metrics
 from train.plan.adapters import with_starting_adapter
 from train.plan.ledger import find_decoder_config

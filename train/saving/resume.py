@@ -11,8 +11,9 @@ from files.atomic import RunLock
 from files.errors import UserError, no_such_folder
 from files.folders import damage, sweep
 from files.strict_json import read_json_object
-from train.config.load import check_resume_overrides, flat, load_config
+from train.config.load import check_resume_overrides, load_config
 from train.config.schema import RunConfig
+from train.config.toml import flat
 from train.plan.steps import RunPlan
 from train.report.page import REPORT_FILE, write_report
 from train.saving.checkpoints import STEP_FOLDER, Checkpoints, read_state
