@@ -17,12 +17,13 @@ from lora import adapter_config
 from train.assemble import Run
 from train.evaluate import evaluate
 from train.generate import find_stop_ids, generate
-from train.log.console import closing_summary, format_count, redrawn_text
+from train.log.console import closing_summary, redrawn_text
 from train.log.samples import MOST_NEW_TOKENS, choose_samples
 from train.precision import COMPUTE_DTYPES
 from train.report.page import write_report
 from train.saving.restore import whole_best
 from train.signals import Signals
+from train.text import format_count
 
 
 def opening_panel(run: Run) -> None:

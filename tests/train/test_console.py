@@ -13,11 +13,9 @@ from train.log.console import (
     Console,
     closing_summary,
     eval_line,
-    format_count,
-    format_duration,
-    format_loss,
     progress_line,
 )
+from train.text import format_count, format_duration, format_loss
 
 
 class Terminal(io.StringIO):

@@ -99,7 +99,8 @@ def test_documents_hold_what_is_trained(
     assert plan["trainable_parameters"] == status["trainable_parameters"] == trained
     line = (
         f"lora.init_from={adapter}: goes on from its adapter, with that one's r=3, lora_alpha=7.5, "
-        "target_modules=c_fc,q_proj, use_rslora=True, bias=lora_only; lora_dropout=0 is this run's"
+        'target_modules=["c_fc", "q_proj"], use_rslora=true, bias=lora_only; lora_dropout=0 is '
+        "this run's"
     )
     assert line in plan["warnings"][0]
     assert output.count(f"note: {line}") == 1
@@ -115,6 +116,9 @@ def test_the_dropout_is_the_runs_own_wherever_it_was_given(
     assert final["lora_dropout"] == 0.05
 
 
+ADAPTED = '["c_fc", "q_proj"]'
+
+
 @pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
 @pytest.mark.parametrize(
     ("setting", "has", "asked"),
@@ -122,9 +126,9 @@ def test_the_dropout_is_the_runs_own_wherever_it_was_given(
         ("lora.r=8", "r=3", "lora.r=8"),
         ("lora.r=4", "r=3", "lora.r=4"),
         ("lora_alpha=32", "lora_alpha=7.5", "lora.lora_alpha=32"),
-        ("target_modules=all-linear", "target_modules=c_fc,q_proj", "target_modules=all-linear"),
-        ("target_modules=q_proj", "target_modules=c_fc,q_proj", "lora.target_modules=q_proj"),
-        ("use_rslora=false", "use_rslora=True", "lora.use_rslora=False"),
+        ("target_modules=all-linear", f"target_modules={ADAPTED}", "target_modules=all-linear"),
+        ("target_modules=q_proj", f"target_modules={ADAPTED}", 'lora.target_modules=["q_proj"]'),
+        ("use_rslora=false", "use_rslora=true", "lora.use_rslora=false"),
         ("lora.bias=none", "bias=lora_only", "lora.bias=none"),
     ],
 )

@@ -20,7 +20,17 @@ from tqdm import tqdm
 from files.errors import counted
 from train.command import command
 from train.log.metrics import read_metrics
-from train.text import numbered, size_text
+from train.text import (
+    ASCII_BOX,
+    UNICODE_BOX,
+    aligned,
+    format_count,
+    format_duration,
+    format_loss,
+    numbered,
+    panel,
+    size_text,
+)
 
 Rows = Sequence[tuple[str, str]]
 
@@ -28,38 +38,6 @@ SEPARATOR = " · "
 # The bar comes last: on a narrow terminal it is what is cut off.
 BAR_FORMAT = "{desc} {bar:12}"
 LEFT_OUT_FIRST = ("memory", "norm", "epoch", "speed")
-UNICODE_BOX = ("┌", "┐", "└", "┘", "─", "│")
-ASCII_BOX = ("+", "+", "+", "+", "-", "|")
-
-
-def format_duration(seconds: float) -> str:
-    """Return seconds as people say them: `0.4s`, `43s`, `12m05`, `1h52`, `3d04h`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    if round(seconds) < 60:
-        return f"{seconds:.0f}s"
-    minutes, second = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{second:02d}"
-    hours, minute = divmod(round(seconds / 60), 60)
-    if hours < 48:
-        return f"{hours}h{minute:02d}"
-    days, hour = divmod(round(seconds / 3600), 24)
-    return f"{days}d{hour:02d}h"
-
-
-def format_count(count: float) -> str:
-    """Return a count with a decimal unit: `912`, `5.8k`, `36.9M`, `1.54B`."""
-    for limit, unit, decimals in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
-        # 999.95 and more would print as 1000.0 of the unit below.
-        if count >= limit * 0.99995:
-            return f"{count / limit:.{decimals}f}{unit}"
-    return f"{count:.0f}"
-
-
-def format_loss(loss: float | None) -> str:
-    """Return a loss with four decimals; `non-finite` for the null of metrics.jsonl."""
-    return "non-finite" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
 
 
 def progress_line(
@@ -187,15 +165,10 @@ class Console:
 
     def panel(self, title: str, rows: Rows) -> None:
         """Print named values in a box, names and values each aligned."""
-        width = max((len(name) for name, _ in rows), default=0)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        inside = max(len(line) for line in [*lines, title + "  "]) + 2
-        left_top, right_top, left_bottom, right_bottom, flat, upright = self._box()
-        head = f"{flat} {title} "
-        self.say(left_top + head + flat * (inside - len(head)) + right_top)
-        for line in lines:
-            self.say(f"{upright} {line:<{inside - 2}} {upright}")
-        self.say(left_bottom + flat * inside + right_bottom)
+        joined = "".join(UNICODE_BOX)
+        box = UNICODE_BOX if self._encodable(joined) == joined else ASCII_BOX
+        for line in panel(title, rows, box):
+            self.say(line)
 
     def train(self, row: Mapping[str, Any], log: bool) -> None:
         """Show one step: in place on a terminal; elsewhere as a line, where `log` says so.
@@ -259,9 +232,8 @@ class Console:
         """
         self.close()
         self.panel(title, rows)
-        width = max((len(purpose) for purpose, _ in commands), default=0)
-        for purpose, line in commands:
-            self.say(f"  {purpose:<{width}}  {line}")
+        for line in aligned(commands):
+            self.say(f"  {line}")
 
     def _start(self, seconds_of_first_step: float) -> None:
         """Set the clock that the time to go is reckoned from, and begin the progress line."""
@@ -282,10 +254,6 @@ class Console:
         if self._started is None or done <= 0:
             return None
         return (self._clock() - self._started) / done * (self._total_steps - step)
-
-    def _box(self) -> tuple[str, ...]:
-        joined = "".join(UNICODE_BOX)
-        return UNICODE_BOX if self._encodable(joined) == joined else ASCII_BOX
 
     def _encodable(self, text: str) -> str:
         """Return the text, its characters that the stream cannot show replaced."""

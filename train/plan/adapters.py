@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from files.errors import UserError
 from train.config.load import load_config
 from train.config.schema import LoraSettings, RunConfig
+from train.config.toml import typed
 from train.plan.known import Unknown
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | Unknown) -
         values["target_modules"] = settings.target_modules
     wrong = [key for key in values if key in written and values[key] != getattr(settings, key)]
     if wrong:
-        has = ", ".join(f"{key}={_shown(values[key])}" for key in wrong)
-        asked = ", ".join(f"lora.{key}={_shown(getattr(settings, key))}" for key in wrong)
+        has = ", ".join(f"{key}={typed(values[key])}" for key in wrong)
+        asked = ", ".join(f"lora.{key}={typed(getattr(settings, key))}" for key in wrong)
         raise UserError(
             f"lora.init_from={settings.init_from}: its adapter has {has}, but {asked} is asked "
             "for; leave that out to go on with the adapter as it is, or unset lora.init_from "
@@ -80,7 +81,7 @@ def starting_adapter_note(config: RunConfig) -> list[str]:
     settings = config.lora
     if settings.init_from is None or config.train.method != "lora":
         return []
-    values = ", ".join(f"{key}={_shown(getattr(settings, key))}" for key in _OF_THE_WEIGHTS)
+    values = ", ".join(f"{key}={typed(getattr(settings, key))}" for key in _OF_THE_WEIGHTS)
     return [
         f"lora.init_from={settings.init_from}: goes on from its adapter, with that one's {values}; "
         f"lora_dropout={settings.lora_dropout:g} is this run's own"
@@ -114,7 +115,3 @@ def _written(config: RunConfig) -> set[str]:
         for key in _OF_THE_WEIGHTS
         if f"lora.{key}" in config.given or getattr(config.lora, key) != getattr(untouched, key)
     }
-
-
-def _shown(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

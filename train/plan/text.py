@@ -10,15 +10,14 @@ from train.config.layers import preset_names
 from train.config.presets import Preset, read_preset
 from train.plan.ledger import MEMORY_CATEGORIES, SHARE_OF_PEAK
 from train.plan.steps import effective_batch_size, plan_run
-from train.text import size_text
+from train.text import aligned, size_text
 
 
 def render_plan(document: Mapping[str, Any]) -> str:
     """Return a plan document as text for a terminal."""
     lines = ["Plan" + (f" of {document['preset']}" if document["preset"] else "")]
     rows = [*head_rows(document), *_cost_rows(document)]
-    width = max(len(name) for name, _ in rows)
-    lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+    lines += [f"  {line}" for line in aligned(rows)]
     if document["claims"]:
         lines += ["", "The seed's claims, against its own settings"]
         lines += [f"  {_claim_line(claim)}" for claim in document["claims"]]
@@ -158,20 +157,15 @@ def _listed(steps: Sequence[int]) -> str:
 
 def list_presets_text() -> str:
     """Return the presets as a table; steps are those of the rows that the seed states."""
-    presets = [read_preset(name) for name in preset_names()]
-    rows = [("preset", "method", "batch", "steps", "seed"), *(_row(preset) for preset in presets)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row, preset in zip(rows, [None, *presets], strict=True):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"{line}  {preset.description if preset else 'what it does'}".rstrip())
-    return "\n".join(lines)
+    header = ("preset", "method", "batch", "steps", "seed", "what it does")
+    return "\n".join(aligned([header, *map(_preset_row, map(read_preset, preset_names()))]))
 
 
-def _row(preset: Preset) -> tuple[str, str, str, str, str]:
+def _preset_row(preset: Preset) -> tuple[str, ...]:
     config = preset.config
     steps = "-"
     if preset.num_examples is not None:
         steps = f"{plan_run(config, preset.num_examples).total_steps:,}"
     seed = preset.seed.split("_")[0] if preset.seed else "-"
-    return preset.name, config.train.method, str(effective_batch_size(config)), steps, seed
+    batch = str(effective_batch_size(config))
+    return preset.name, config.train.method, batch, steps, seed, preset.description

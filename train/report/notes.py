@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from files.errors import counted
 from train.command import command
-from train.log.console import format_loss, redrawn_text
+from train.log.console import redrawn_text
 from train.log.metrics import METRICS_FILE, Row
 from train.report.record import Record
 from train.state import DEVIATIONS, WINDOW
-from train.text import numbered
+from train.text import format_loss, numbered
 
 # Thresholds. Each note states its numbers, so that the reader may judge otherwise.
 BARELY_MOVED = 0.01  # share of its first value that the valid loss has to fall by

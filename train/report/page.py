@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,13 +15,20 @@ from typing import Any
 from files.atomic import write_text
 from files.errors import counted
 from train.command import command
-from train.log.console import format_duration, format_loss
 from train.log.metrics import Row
 from train.plan.schedule import learning_rate_factor
 from train.report.notes import events, notes
 from train.report.plots import draw_plots
 from train.report.record import Record, read_record
-from train.text import numbered, size_text
+from train.text import (
+    fenced,
+    format_duration,
+    format_loss,
+    format_seconds,
+    markdown_table,
+    numbered,
+    size_text,
+)
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
@@ -103,7 +109,7 @@ def _results(record: Record) -> str:
     )
     if trainable and total:
         rows.append(("trained parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"))
-    return "## Result\n\n" + _table(("", ""), rows) if rows else ""
+    return "## Result\n\n" + markdown_table(("", ""), rows) if rows else ""
 
 
 def _test_result(record: Record) -> str:
@@ -153,7 +159,7 @@ def _evaluations(record: Record) -> str:
     text = "## Evaluations\n\n"
     if rows:
         header = ("step", "epoch", "train loss", "valid loss", "change", "")
-        text += _table(header, rows, "rrrrrl")
+        text += markdown_table(header, rows, "rrrrrl")
         text += (
             "\n\nLosses are nats per target, token means over the whole set "
             f"({record.valid[-1]['targets']:,} valid targets); the train loss is that of the steps "
@@ -167,7 +173,7 @@ def _evaluations(record: Record) -> str:
             (f"{row['step']:,}", format_loss(row["loss"]), f"{row['targets']:,}")
             for row in record.test
         ]
-        text += "\n\n" + _table(header, tests, "rrr")
+        text += "\n\n" + markdown_table(header, tests, "rrr")
     return text
 
 
@@ -205,7 +211,7 @@ def _plan_against_actual(record: Record) -> str:
         held = memory["total"] - memory.get("overhead", 0)
         name = "memory of model and training"
         compare(name, held, status.get("training_memory_bytes"), size_text)
-    text = "## Plan against actual\n\n" + _table(("", "planned", "actual"), rows, "lrr")
+    text = "## Plan against actual\n\n" + markdown_table(("", "planned", "actual"), rows, "lrr")
     examples, batch, per_epoch = (
         plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")
     )
@@ -230,7 +236,7 @@ def _claims(record: Record) -> str:
         for claim in record.plan.get("claims") or []
     ]
     header = ("claim", "", "")
-    return "## The seed's claims\n\n" + _table(header, rows, "lll") if rows else ""
+    return "## The seed's claims\n\n" + markdown_table(header, rows, "lll") if rows else ""
 
 
 def _learning_rate_check(record: Record) -> str:
@@ -280,13 +286,14 @@ def _speed(record: Record) -> str:
         return ""
     tokens, targets = (sum(row[name] for row in record.train) for name in ("tokens", "targets"))
     evaluating = sum(row.get("seconds") or 0.0 for row in record.valid + record.test)
+    median = format_seconds(statistics.median(seconds))
     rows = [
         ("tokens trained on", f"{tokens:,} ({counted(targets, 'target')})"),
         (
             "throughput",
             f"{tokens / sum(seconds):,.0f} tokens/s, {targets / sum(seconds):,.0f} targets/s",
         ),
-        ("step", f"median {_short(statistics.median(seconds))}, slowest {_short(max(seconds))}"),
+        ("step", f"median {median}, slowest {format_seconds(max(seconds))}"),
         ("time in steps", format_duration(sum(seconds))),
     ]
     if evaluating:
@@ -298,7 +305,7 @@ def _speed(record: Record) -> str:
             whole = f"{size_text(peak)}: {size_text(before)} before the model was loaded (Python, "
             whole += "torch, libraries, rows), then model and training, and freed memory that is "
             rows[-1] = ("peak memory of the process", f"{whole}kept for the next step")
-    return "## Speed and memory\n\n" + _table(("", ""), rows)
+    return "## Speed and memory\n\n" + markdown_table(("", ""), rows)
 
 
 def _samples(record: Record) -> str:
@@ -311,18 +318,18 @@ def _samples(record: Record) -> str:
             ("after", "Completion after training"),
         ):
             if sample.get(name) is not None:
-                parts.append(f"{heading}:\n\n{_fenced(sample[name])}")
+                parts.append(f"{heading}:\n\n{fenced(sample[name])}")
     return "## Sample\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _environment(record: Record) -> str:
     rows = [(name, f"`{value}`") for name, value in _flat(record.environment) if value is not None]
-    return "## Environment\n\n" + _table(("", ""), rows) if rows else ""
+    return "## Environment\n\n" + markdown_table(("", ""), rows) if rows else ""
 
 
 def _configuration(record: Record) -> str:
     text = (record.folder / "config.toml").read_text(encoding="utf-8")
-    return "## Configuration\n\n" + _fenced(text, "toml")
+    return "## Configuration\n\n" + fenced(text, "toml")
 
 
 def _epoch(record: Record, step: int) -> str:
@@ -340,23 +347,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield prefix + name, value
 
 
-def _short(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
 def _bullets(heading: str, lines: Sequence[str]) -> str:
     return f"## {heading}\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "ll") -> str:
-    """Return a Markdown table; `align` has an `l` or an `r` for each column."""
-    rule = ["---:" if side == "r" else "---" for side in align]
-    cells = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
-def _fenced(text: str, language: str = "") -> str:
-    """Return the text as a code block that no run of backquotes in it can close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
