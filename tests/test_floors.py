@@ -19,6 +19,25 @@ FLOORS = {
     "train": {"files", "kernels", "lora", "models", "data"},
     "benchmarks": {"files", "kernels", "lora", "models", "data", "train"},
 }
+# The floors inside train/, from the ground up. Rooms of one floor do not ask each other; what is
+# not listed stands on the loop's floor, and train.run on top of it.
+GROUND_OF_TRAIN = (
+    *("command", "early_stopping", "loss", "memory", "precision", "signals", "spikes", "text"),
+    *("presets", "world"),
+)
+FLOORS_OF_TRAIN = (
+    GROUND_OF_TRAIN,
+    ("config", "optim"),
+    ("plan",),
+    ("log",),
+    ("report",),
+    ("saving",),
+)
+# Arrows that still point up, (file, what it asks): to be emptied, never to be added to.
+UPWARD_IN_TRAIN = {
+    # It names the type of a run's data, which is defined above it.
+    ("train/saving/folder.py", "train.prepare"),
+}
 # A package of others that one place alone may import: prefix of the import → paths that may.
 KEEPERS = {
     "triton": ("kernels/triton/",),
@@ -77,6 +96,32 @@ def test_imports_stay_on_their_floor(path: Path) -> None:
                 )
         if top in NEVER_IN_PRODUCT:
             assert relative.startswith(MAY_IMPORT_THE_STACK), f"{relative} imports {name}"
+
+
+def floor_in_train(name: str) -> int:
+    """Return the floor of a module of train/: 0 at the ground, the run's on top."""
+    room = name.split(".")[1]
+    if room == "run":
+        return len(FLOORS_OF_TRAIN) + 1
+    floors = [floor for floor, rooms in enumerate(FLOORS_OF_TRAIN) if room in rooms]
+    return floors[0] if floors else len(FLOORS_OF_TRAIN)
+
+
+def test_inside_train_too_nothing_asks_what_stands_above_or_beside_it() -> None:
+    upward = set()
+    for path in (ROOT / "train").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[1] == "__init__":
+            continue
+        floor = floor_in_train(".".join(parts))
+        for name in imports(path):
+            if not under(name, "train") or name == "train":
+                continue
+            room, other = name.split(".")[1], floor_in_train(name)
+            beside = other == floor and 0 < floor < len(FLOORS_OF_TRAIN) and room != parts[1]
+            if other > floor or beside:
+                upward.add((path.relative_to(ROOT).as_posix(), f"train.{room}"))
+    assert upward == UPWARD_IN_TRAIN
 
 
 def uses_of_pickle(source: str) -> list[str]:
