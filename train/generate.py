@@ -41,9 +41,6 @@ from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES
 from train.saving.checkpoints import STEP_FOLDER
 
-PROMPT_FORMAT_FILE = "prompt_format.json"
-MAX_NEW_TOKENS = 256
-
 
 @torch.no_grad()
 def generate(
@@ -129,7 +126,7 @@ def room(config: DecoderConfig, prompt_ids: Sequence[int]) -> int:
     """Return how many tokens the context has left after a prompt.
 
     Raises:
-        UserError: None: the prompt is empty, or fills the context.
+        UserError: The prompt is empty, or fills the context.
     """
     context = context_length(config)
     if not prompt_ids:
@@ -171,12 +168,12 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Tokenizer, folder: Path) -> 
     beside = read_json_object(path).get("eos_token_id") if path.is_file() else None
     found: set[int] = set()
     for ids in (tokenizer.eos_id, config.eos_token_id, beside):
-        for token in ids if isinstance(ids, list | tuple) else [ids]:
-            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-                raise UserError(
-                    f"{path}: eos_token_id is {ids!r}, but must be a token id or a list of them"
-                )
-            found |= {token} if token is not None else set()
+        tokens = ids if isinstance(ids, list | tuple) else [ids]
+        if any(type(token) not in (int, type(None)) for token in tokens):
+            raise UserError(
+                f"{path}: eos_token_id is {ids!r}, but must be a token id or a list of them"
+            )
+        found |= {token for token in tokens if token is not None}
     return frozenset(found)
 
 
@@ -210,13 +207,17 @@ class Generator:
         """
         form = None if raw else self.prompt_format
         if form is not None:
-            _check_columns(form, values)
+            columns = form.prompt_columns() if form.format == "template" else ["prompt"]
+            if isinstance(values, str) and len(columns) != 1:
+                needed = " ".join(f"--field {column}=…" for column in columns) or "--raw"
+                raise UserError(
+                    f"the prompt's template has {len(columns) or 'no'} columns, which one text "
+                    f"cannot fill: use {needed}"
+                )
             return form.prompt_ids(values, self.tokenizer)
-        if not isinstance(values, str):
-            raise UserError(
-                "--field needs a prompt format to fill, and there is none: use --prompt"
-            )
-        return self.tokenizer.encode(values)
+        if isinstance(values, str):
+            return self.tokenizer.encode(values)
+        raise UserError("--field needs a prompt format to fill, and there is none: use --prompt")
 
 
 def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
@@ -272,9 +273,8 @@ def load_from_adapter(
     source = resolve_model(base_path, pinned).folder
     model = load_model(source, dtype=dtype, device=device)
     load_adapter(model, adapter)
-    return _generator(
-        model, source, adapter, _stored_format(adapter), f"{adapter} over {base_path}"
-    )
+    name = f"{adapter} over {base_path}"
+    return _generator(model, source, adapter, _stored_format(adapter), name)
 
 
 def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Generator:
@@ -344,21 +344,8 @@ def _trained_folder(run: Path) -> Path:
 
 
 def _stored_format(folder: Path) -> PromptFormat | None:
-    path = folder / PROMPT_FORMAT_FILE
+    path = folder / "prompt_format.json"
     return PromptFormat.from_dict(read_json_object(path)) if path.is_file() else None
-
-
-def _check_columns(form: PromptFormat, values: str | Mapping[str, Any]) -> None:
-    """Refuse one text for a template with several columns, or none."""
-    if form.format != "template" or not isinstance(values, str):
-        return
-    columns = form.prompt_columns()
-    if len(columns) != 1:
-        needed = " ".join(f"--field {column}=…" for column in columns) or "--raw"
-        raise UserError(
-            f"the prompt's template has {len(columns) or 'no'} columns, which one text cannot "
-            f"fill: use {needed}"
-        )
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -383,14 +370,10 @@ def _parser() -> CommandParser:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the prompt; without any, standard input is read")
     prompt.add_argument("--prompt-file", type=Path, help="a file with the prompt")
-    prompt.add_argument(
-        "--field",
-        action="append",
-        metavar="NAME=VALUE",
-        help="one column of the prompt's template; may be given several times",
-    )
+    columns = "one column of the prompt's template; may be given several times"
+    prompt.add_argument("--field", action="append", metavar="NAME=VALUE", help=columns)
     parser.add_argument("--raw", action="store_true", help="feed the prompt as it stands")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
@@ -400,17 +383,12 @@ def _parser() -> CommandParser:
 
 
 def _read_prompt(options: argparse.Namespace) -> str | dict[str, str]:
-    """Return the prompt or its columns.
-
-    The last line end of a file or of standard input is the editor's or the shell's, not the
-    prompt's, unless the prompt is to be fed as it stands.
-    """
+    """Return the prompt or its columns."""
     if options.field:
-        pairs = [field.partition("=") for field in options.field]
-        for name, equals, _ in pairs:
-            if not equals:
-                raise UserError(f"--field {name}: must be NAME=VALUE")
-        return {name: value for name, _, value in pairs}
+        for field in options.field:
+            if "=" not in field:
+                raise UserError(f"--field {field}: must be NAME=VALUE")
+        return dict(field.split("=", 1) for field in options.field)
     if options.prompt is not None:
         return options.prompt
     where = options.prompt_file or "standard input"
@@ -421,6 +399,7 @@ def _read_prompt(options: argparse.Namespace) -> str | dict[str, str]:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+    # The last line end is the editor's or the shell's, unless the prompt is fed as it stands.
     return text if options.raw else text.removesuffix("\n").removesuffix("\r")
 
 
@@ -451,14 +430,12 @@ def _complete(options: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - started
     print(loaded.tokenizer.decode(ids), flush=True)
-    left = room(loaded.model.config, prompt_ids)
+    ended, left = "ended by itself", room(loaded.model.config, prompt_ids)
     if len(ids) == left:
         context = counted(left + len(prompt_ids), "token")
         ended = f"stopped at the end of the model's context of {context}"
     elif len(ids) == options.max_new_tokens:
         ended = f"stopped at --max-new-tokens {len(ids)}"
-    else:
-        ended = "ended by itself"
     speed = f"{len(ids) / seconds:.1f} tokens/s"
     print(f"[{loaded.name}: {counted(len(ids), 'token')}, {ended}, {speed}]", file=sys.stderr)
     return 0
