@@ -99,15 +99,16 @@ def read_layer(path: Path, skip: Iterable[str] = ()) -> list[Entry]:
 def _line_of(text: str, section: str, key: str) -> int:
     """Return the 1-based line where a key (or, without one, a section) stands; 1 if not found."""
     table = ""
-    name = re.escape(key)
+    name, dotted = re.escape(key), rf"{re.escape(section)}\s*\.\s*"
     for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*\[+\s*([\w.\"'-]+)\s*\]+", line)
+        # Patterns are slow, and few lines hold what they look for.
+        header = "[" in line and re.match(r"\s*\[+\s*([\w.\"'-]+)\s*\]+", line)
         if header:
             table = header.group(1)
             if not section and table.split(".")[0] == key:
                 return number
-        prefix = "" if table == section else rf"{re.escape(section)}\s*\.\s*"
-        if re.match(rf"\s*{prefix}[\"']?{name}[\"']?\s*[=.]", line):
+        prefix = "" if table == section else dotted
+        if key in line and re.match(rf"\s*{prefix}[\"']?{name}[\"']?\s*[=.]", line):
             return number
     return 1
 
