@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from files.atomic import write_text
 from files.errors import counted
 from train.command import command
 from train.log.metrics import Row
-from train.plan.schedule import learning_rate_factor
+from train.report.against_plan import claims, plan_against_actual
 from train.report.notes import events, notes
 from train.report.plots import draw_plots
 from train.report.record import Record, read_record
@@ -26,14 +25,10 @@ from train.text import (
     format_loss,
     format_seconds,
     markdown_table,
-    numbered,
     size_text,
 )
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
-
-# Learning rates are written unrounded; anything beyond a few roundings of fp64 is another schedule.
-LEARNING_RATE_TOLERANCE = 1e-12
 
 
 def write_report(run_folder: Path) -> Path:
@@ -75,9 +70,9 @@ def render_report(record: Record, plots: Sequence[Path] | None) -> str:
         _bullets("What happened on the way", list(events(record))),
         _curves(record, plots),
         _evaluations(record),
-        _plan_against_actual(record),
+        plan_against_actual(record),
         _bullets("Warned before the run", record.plan.get("warnings") or []),
-        _claims(record),
+        claims(record),
         _speed(record),
         _samples(record),
         _environment(record),
@@ -175,109 +170,6 @@ def _evaluations(record: Record) -> str:
         ]
         text += "\n\n" + markdown_table(header, tests, "rrr")
     return text
-
-
-def _plan_against_actual(record: Record) -> str:
-    plan, status = record.plan, record.status
-    if not plan:
-        return ""
-    rows: list[tuple[str, str, str]] = []
-
-    def compare(
-        name: str, planned: Any, actual: Any, show: Any = lambda value: f"{value:,}"
-    ) -> None:
-        if planned is not None:
-            rows.append((name, show(planned), "—" if actual is None else show(actual)))
-
-    compare("steps", record.total_steps, record.step)
-    epochs = record.train[-1]["epoch"] if record.train else 0.0
-    if plan.get("steps_per_epoch") and record.total_steps:
-        compare(
-            "epochs",
-            record.total_steps / plan["steps_per_epoch"],
-            epochs,
-            lambda value: f"{value:.2f}",
-        )
-    planned_evals = plan.get("eval_steps")
-    if planned_evals is not None:
-        done = {row["step"] for row in record.valid}
-        compare("evaluations", len(planned_evals), len(done & set(planned_evals)))
-    compare("warm-up steps", plan.get("warmup_steps"), _warmup_done(record))
-    for name in ("trainable_parameters", "total_parameters"):
-        compare(name.replace("_", " "), plan.get(name), status.get(name))
-    # Of model and training alone: what surrounds them stands under "Speed and memory".
-    memory = plan.get("memory") or {}
-    if memory.get("total") is not None:
-        held = memory["total"] - memory.get("overhead", 0)
-        name = "memory of model and training"
-        compare(name, held, status.get("training_memory_bytes"), size_text)
-    text = "## Plan against actual\n\n" + markdown_table(("", "planned", "actual"), rows, "lrr")
-    examples, batch, per_epoch = (
-        plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")
-    )
-    sentences = []
-    if examples and batch and per_epoch:
-        sentences.append(
-            f"{counted(examples, 'example')} in batches of {batch:,} make "
-            f"{counted(per_epoch, 'step')} an epoch."
-        )
-    sentences.append(_learning_rate_check(record))
-    return "\n\n".join([text, " ".join(sentences).strip()]).strip()
-
-
-def _claims(record: Record) -> str:
-    """Return what the preset's seed claims, beside what the formulas give for it."""
-    rows = [
-        (
-            claim["statement"],
-            {True: "holds", False: "**does not hold**", None: "cannot be checked"}[claim["holds"]],
-            claim.get("note") or "",
-        )
-        for claim in record.plan.get("claims") or []
-    ]
-    header = ("claim", "", "")
-    return "## The seed's claims\n\n" + markdown_table(header, rows, "lll") if rows else ""
-
-
-def _learning_rate_check(record: Record) -> str:
-    """Compare each step's learning rate with the schedule of configuration and plan."""
-    schedule, peak = record.section("schedule"), record.section("optimizer").get("learning_rate")
-    warmup, total = record.plan.get("warmup_steps"), record.total_steps
-    if not record.train or peak is None or warmup is None or total is None:
-        return ""
-    drawn = [*(record.plan.get("earlier_schedules") or [])]
-    drawn.append({"until": math.inf, "warmup_steps": warmup, "total_steps": total})
-    wrong = []
-    for row in record.train:
-        followed = next(one for one in drawn if row["step"] <= one["until"])
-        factor = learning_rate_factor(
-            schedule["name"],
-            row["step"] - 1,
-            warmup_steps=followed["warmup_steps"],
-            total_steps=followed["total_steps"],
-            min_lr_ratio=schedule.get("min_lr_ratio", 0.0),
-        )
-        if abs(row["learning_rate"] - peak * factor) > LEARNING_RATE_TOLERANCE * peak:
-            wrong.append(row["step"])
-    if wrong:
-        return f"**The learning rate is not the schedule's at {numbered('step', wrong)}.**"
-    return (
-        f"The learning rate of all {len(record.train):,} steps is the schedule's "
-        f"({schedule['name']})."
-    )
-
-
-def _warmup_done(record: Record) -> int | None:
-    """Return the steps before the highest learning rate, None while it may still rise.
-
-    None too where the schedule was redrawn: the peak may lie in either.
-    """
-    if record.plan.get("earlier_schedules") or len(record.train) <= (
-        record.plan.get("warmup_steps") or 0
-    ):
-        return None
-    top = max(record.train, key=lambda row: row["learning_rate"])
-    return top["step"] - 1
 
 
 def _speed(record: Record) -> str:
