@@ -34,8 +34,8 @@ from train.run import run
 from train.saving.checkpoints import Checkpoints
 from train.saving.folder import trained_tensors
 from train.saving.saver import Saver
-from train.state import EarlyStopping, TrainState
-from train.step import StepResult, train_step
+from train.state import EarlyStopping, StepResult, TrainState
+from train.step import train_step
 
 
 def configuration(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,24 +20,7 @@ from train.command import command, run_command
 from train.loss import exact_sum, loss_sum
 from train.memory import does_not_fit, within_memory
 from train.precision import Precision
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The loss over a set.
-
-    Attributes:
-        loss: Token mean (nats per target).
-        targets: Tokens with a label.
-        seconds: Wall time.
-        reduced_batch_size: Examples in a forward pass, where memory did not suffice for as many as
-            were asked for; else None.
-    """
-
-    loss: float
-    targets: int
-    seconds: float
-    reduced_batch_size: int | None = None
+from train.state import EvalResult
 
 
 @torch.no_grad()

@@ -19,77 +19,53 @@ from train.evaluate import evaluate
 from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, redrawn_text
 from train.log.samples import MOST_NEW_TOKENS, choose_samples
+from train.plan.text import head_rows
 from train.precision import COMPUTE_DTYPES
 from train.report.page import write_report
 from train.saving.restore import whole_best
 from train.signals import Signals
-from train.text import format_count
 
 
 def opening_panel(run: Run) -> None:
-    """Say what is about to be trained, on what, and how."""
-    config, plan, data = run.config, run.plan, run.data
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in run.model.parameters())
+    """Say what is about to be trained, on what, and how: the head of the plan, and what runs it."""
+    config, model, counts = run.config, run.model, run.data.train.counts
+    document = json.loads((run.folder / "plan.json").read_bytes())
     method = "every weight"
     if config.train.method == "lora":
         # Those of the adapter itself: lora.init_from brings its own.
-        lora = adapter_config(run.model)
+        lora = adapter_config(model)
         targets = lora.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)
         method = f"LoRA r={lora.r} alpha={lora.lora_alpha} on {named}"
-    counts = data.train.counts
-    sets = " · ".join(
-        f"{name} {len(examples):,}"
-        for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test))
-        if examples is not None
-    )
     products = library(run.precision.device, COMPUTE_DTYPES[config.train.precision])
-    steps = f"{counted(plan.total_steps, 'step')}, {plan.steps_per_epoch} an epoch"
-    evaluations = f"{counted(len(plan.eval_steps), 'evaluation')}, " if plan.eval_steps else ""
+    recomputing = ", gradient checkpointing" if model.gradient_checkpointing else ""
     run.records.console.panel(
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
         [
-            ("model", f"{config.model.path} ({format_count(total)} parameters)"),
-            ("method", f"{method}: {trained:,} trained, {trained / total:.2%}"),
-            ("examples", sets),
+            *head_rows(document),
+            ("trained", f"{method}, {config.optimizer.name}, {config.schedule.name}"),
             (
                 "tokens",
                 f"{counts.tokens:,}, {counts.targets:,} of them targets; "
-                f"{counted(counts.truncated, 'row')} cut, {counts.dropped:,} dropped",
-            ),
-            (
-                "step",
-                f"{counted(plan.effective_batch_size, 'example')}, in {plan.micro_batch_text}, "
+                f"{counted(counts.truncated, 'row')} cut, {counts.dropped:,} dropped; "
                 f"{config.data.batching}",
-            ),
-            (
-                "run",
-                f"{steps}; {evaluations}{counted(len(plan.save_steps), 'save')}",
-            ),
-            (
-                "learning rate",
-                f"{config.optimizer.learning_rate:g}, {config.schedule.name}, "
-                f"{counted(plan.warmup_steps, 'step')} of warm-up, {config.optimizer.name}",
             ),
             (
                 "computes in",
                 f"{config.train.precision} on {run.precision.device.type} "
                 f"({counted(torch.get_num_threads(), 'thread')}), products {products}, attention "
-                f"{run.model.attention_implementation}, kernels {run.model.operations.name}"
-                f"{', gradient checkpointing' if run.model.gradient_checkpointing else ''}",
+                f"{model.attention_implementation}, kernels {model.operations.name}{recomputing}",
             ),
             ("folder", str(run.folder)),
         ],
     )
-    plan_document = json.loads((run.folder / "plan.json").read_bytes())
-    for warning in plan_document["warnings"]:
+    for warning in document["warnings"]:
         run.records.say(f"note: {warning}")
     if run.state.step:
-        run.records.say(f"resumed at step {run.state.step} of {plan.total_steps}")
-    for earlier in plan_document["earlier_schedules"]:
+        run.records.say(f"resumed at step {run.state.step} of {run.plan.total_steps}")
+    for earlier in document["earlier_schedules"]:
         if earlier["until"] == run.state.step:
-            run.records.say(redrawn_text(earlier, plan.total_steps))
+            run.records.say(redrawn_text(earlier, run.plan.total_steps))
 
 
 def before_training(run: Run) -> None:

@@ -12,8 +12,8 @@ from train.batches import StepBatches
 from train.evaluate import evaluate
 from train.memory import does_not_fit, is_out_of_memory
 from train.signals import Signals
-from train.state import TrainState, observe_loss
-from train.step import StepResult, train_step
+from train.state import StepResult, TrainState, observe_loss
+from train.step import train_step
 
 # A run whose loss is not finite this many steps in a row is stopped (exit code 3).
 NON_FINITE_LIMIT = 3

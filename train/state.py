@@ -1,4 +1,4 @@
-"""What a resume continues from: the counters of a run, its best evaluation, its latest losses."""
+"""What a step and an evaluation gave, and what a resume continues from: the state of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,51 @@ from typing import Any
 WINDOW = 128
 MIN_LOSSES = 32
 DEVIATIONS = 6.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: Token mean over the step's targets (nats): the number that was differentiated.
+        learning_rate: The rate of the update.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        targets: Tokens with a label.
+        tokens: Real tokens, padding left out.
+        seconds: Wall time of the step.
+        skipped: Why no weight was touched (`no targets`, `non-finite`, `out of memory`), or None
+            after an update.
+        examples: Index of each of the step's examples; where some micro-batches had a loss that is
+            not finite, those of these alone.
+    """
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    targets: int
+    tokens: int
+    seconds: float
+    skipped: str | None = None
+    examples: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The loss over a set.
+
+    Attributes:
+        loss: Token mean (nats per target).
+        targets: Tokens with a label.
+        seconds: Wall time.
+        reduced_batch_size: Examples in a forward pass, where memory did not suffice for as many as
+            were asked for; else None.
+    """
+
+    loss: float
+    targets: int
+    seconds: float
+    reduced_batch_size: int | None = None
 
 
 @dataclass

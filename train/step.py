@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,33 +20,7 @@ from train.loss import exact_sum, loss_sum
 from train.memory import within_memory
 from train.optim.buffers import Optimizer, clip_factor
 from train.precision import LossScaler, Precision
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did.
-
-    Attributes:
-        loss: Token mean over the step's targets (nats): the number that was differentiated.
-        learning_rate: The rate of the update.
-        grad_norm: Global L2 norm of the gradient before clipping.
-        targets: Tokens with a label.
-        tokens: Real tokens, padding left out.
-        seconds: Wall time of the step.
-        skipped: Why no weight was touched (`no targets`, `non-finite`, `out of memory`), or None
-            after an update.
-        examples: Index of each of the step's examples; where some micro-batches had a loss that is
-            not finite, those of these alone.
-    """
-
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    targets: int
-    tokens: int
-    seconds: float
-    skipped: str | None = None
-    examples: tuple[int, ...] = ()
+from train.state import StepResult
 
 
 def train_step(

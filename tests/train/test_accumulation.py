@@ -29,7 +29,8 @@ from train.evaluate import evaluate
 from train.loss import exact_sum
 from train.optim.adamw import AdamW
 from train.precision import LossScaler, Precision
-from train.step import StepResult, train_step
+from train.state import StepResult
+from train.step import train_step
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]

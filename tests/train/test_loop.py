@@ -17,12 +17,10 @@ from train.batches import StepBatches
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.dataset import Data
-from train.evaluate import EvalResult
 from train.loop import advance, train
 from train.plan.steps import RunPlan, plan_run
 from train.signals import Signals
-from train.state import EarlyStopping, TrainState
-from train.step import StepResult
+from train.state import EarlyStopping, EvalResult, StepResult, TrainState
 
 LENGTHS = [5, 31, 12, 18, 27, 9, 40, 14, 22, 6]  # ten examples in steps of four: 4, 4, 2
 EXAMPLES: Any = RaggedExamples(LENGTHS)

@@ -24,7 +24,8 @@ from train.plan.ledger import memory_ledger
 from train.precision import Precision
 from train.run import execute
 from train.saving.resume import find_run
-from train.step import StepResult, train_step
+from train.state import StepResult
+from train.step import train_step
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -14,8 +14,15 @@ from train.config.load import load_config
 from train.loop import advance
 from train.run import execute
 from train.saving.resume import find_run
-from train.state import DEVIATIONS, MIN_LOSSES, WINDOW, EarlyStopping, TrainState, observe_loss
-from train.step import StepResult
+from train.state import (
+    DEVIATIONS,
+    MIN_LOSSES,
+    WINDOW,
+    EarlyStopping,
+    StepResult,
+    TrainState,
+    observe_loss,
+)
 
 
 def losses(count: int, seed: int = 0) -> list[float]:

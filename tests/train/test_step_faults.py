@@ -34,8 +34,8 @@ from train.plan.steps import plan_run
 from train.precision import LossScaler, Precision
 from train.run import execute, main
 from train.saving.resume import find_run
-from train.state import EarlyStopping, TrainState
-from train.step import StepResult, train_step
+from train.state import EarlyStopping, StepResult, TrainState
+from train.step import train_step
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]

@@ -13,15 +13,13 @@ import torch
 from train.command import command
 from train.config.schema import RunConfig
 from train.dataset import Data
-from train.evaluate import EvalResult
 from train.log.busy_cores import BusyCores, busy_text, threads_spin
 from train.log.console import Console
 from train.log.metrics import Metrics
 from train.memory import peak_memory
 from train.plan.steps import RunPlan
 from train.precision import LossScaler
-from train.state import TrainState
-from train.step import StepResult
+from train.state import EvalResult, StepResult, TrainState
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from train.plan.decide import (
     decide_kernels,
     decide_recomputing,
 )
-from train.plan.known import KnownData, Sets, Unknown
+from train.plan.known import KnownData, Unknown
 from train.plan.ledger import (
     MEMORY_CATEGORIES,
     compute_estimate,
@@ -37,11 +37,12 @@ from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_share
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
+    from train.dataset import Data
 
 
 def complete(
     config: RunConfig,
-    data: Sets,
+    data: Data,
     decoder: DecoderConfig,
     machine: Machine,
     earlier: Sequence[Mapping[str, Any]] = (),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.examples import Examples
+    from train.dataset import Data
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,6 @@ class Unknown:
 
 
 NO_DATA = Unknown("pass a file or folder as data.train")
-
-
-class Sets(Protocol):
-    """The examples of a run, by set (`train.dataset.Data`)."""
-
-    @property
-    def train(self) -> Examples: ...  # noqa: D102
-    @property
-    def valid(self) -> Examples | None: ...  # noqa: D102
-    @property
-    def test(self) -> Examples | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class KnownData:
     counts: Mapping[str, Any]
 
     @classmethod
-    def of(cls, data: Sets) -> KnownData:
+    def of(cls, data: Data) -> KnownData:
         """Return what is known of data that was tokenised."""
         return cls(
             num_examples=len(data.train),

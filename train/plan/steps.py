@@ -18,7 +18,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from files.errors import UserError, counted
+from files.errors import UserError
 from train.config.schema import RunConfig
 from train.plan.decide import decide_micro_batch_tokens
 from train.plan.schedule import learning_rate_factor, warmup_step_count
@@ -76,13 +76,6 @@ class RunPlan:
             min_lr_ratio=self.min_lr_ratio,
         )
         return self.peak_learning_rate * factor
-
-    @property
-    def micro_batch_text(self) -> str:
-        """What a micro-batch holds, in words."""
-        if self.micro_batch_size is None:
-            return f"micro-batches of at most {self.micro_batch_tokens:,} tokens"
-        return f"micro-batches of {counted(self.micro_batch_size, 'example')}"
 
     def logs_at(self, step: int) -> bool:
         """Return whether `step` goes to TensorBoard and the console."""
