@@ -2405,12 +2405,6 @@ MUTATIONS = [
             "test_a_run_gives_its_final_else_its_best_with_the_tokenizer_beside_it",
         ),
         (
-            "best/ comes before final/",
-            '(run_or_adapter / "final", run_or_adapter / "best")',
-            '(run_or_adapter / "best", run_or_adapter / "final")',
-            "test_a_run_gives_its_final_else_its_best_with_the_tokenizer_beside_it",
-        ),
-        (
             "the dtype is that of most tensors, not of most numbers",
             "elements[info.dtype] += info.num_bytes // info.dtype.itemsize",
             "elements[info.dtype] += 1",
@@ -2421,6 +2415,16 @@ MUTATIONS = [
             "    _require_vacant(out)\n",
             "",
             "test_out_must_be_vacant",
+        ),
+    ),
+    *_of(
+        "train/artifact.py",
+        "tests/train/test_merge.py",
+        (
+            "best/ comes before final/",
+            '(run_or_adapter / "final", run_or_adapter / "best")',
+            '(run_or_adapter / "best", run_or_adapter / "final")',
+            "test_a_run_gives_its_final_else_its_best_with_the_tokenizer_beside_it",
         ),
     ),
     *_of(

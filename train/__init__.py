@@ -11,5 +11,6 @@ saving/      checkpoints, best/, final/, resume, the proof that it is exact
 log/         metrics.jsonl, TensorBoard, the console
 report/      report.md and its plots
 finish.py    before the first step and after the last
-generate.py merge.py show_data.py       using the result; looking at the rows
+artifact.py generate.py merge.py        using the result
+survey.py show_data.py       a look before anything large is read; the rows
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +23,6 @@ from torch import Tensor
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted, no_such_folder
-from files.folders import damage
 from files.hub import resolve_model
 from files.strict_json import read_json_object
 from kernels.segments import Segments
@@ -33,13 +31,13 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
+from train.artifact import base_of, run_and_trained
 from train.base_model import find_model, load_base
-from train.command import CommandParser, command, run_command
+from train.command import CommandParser, run_command
 from train.config.load import load_config
 from train.dataset import prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES
-from train.saving.checkpoints import STEP_FOLDER
 
 
 @torch.no_grad()
@@ -231,7 +229,7 @@ def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
     Raises:
         UserError: The folder is no run's, nothing is trained yet, or files are missing or damaged.
     """
-    run, trained = _run_and_trained(run)
+    run, trained = run_and_trained(run)
     config = load_config(file=run / "config.toml")
     if config.train.method == "lora":
         base = find_model(config, weights=True)
@@ -257,23 +255,18 @@ def load_from_adapter(
     Raises:
         UserError: The folder is no adapter's, no base is named, or files are missing or damaged.
     """
-    path = adapter / "adapter_config.json"
     if not adapter.is_dir():
         raise UserError(f"--adapter {adapter}: {no_such_folder(adapter)}")
-    if not path.is_file():
+    if not (adapter / "adapter_config.json").is_file():
         raise UserError(
             f"{adapter}: not an adapter, which has an adapter_config.json; "
             "for a run use --run, for a model --model"
         )
-    named = read_json_object(path)
-    base_path, revision = base or named.get("base_model_name_or_path"), named.get("revision")
-    if not isinstance(base_path, str) or not base_path:
-        raise UserError(f"{path}: base_model_name_or_path is not set: name the base with --base")
-    pinned = revision if isinstance(revision, str) and not base else None
-    source = resolve_model(base_path, pinned).folder
+    found = base_of(adapter, base)
+    source = found.folder
     model = load_model(source, dtype=dtype, device=device)
     load_adapter(model, adapter)
-    name = f"{adapter} over {base_path}"
+    name = f"{adapter} over {base or found.repository or source}"
     return _generator(model, source, adapter, _stored_format(adapter), name)
 
 
@@ -308,39 +301,6 @@ def _generator(
     tokenizer = Tokenizer.load(place, None if place == trained else chat_template)
     stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     return Generator(model, tokenizer, form, stop_ids, name)
-
-
-def _run_and_trained(place: Path) -> tuple[Path, Path]:
-    """Return a run's folder and what is taken of it; `place` is the run's, or the one to take."""
-    if not place.is_dir():
-        raise UserError(f"--run {place}: {no_such_folder(place)}")
-    if (place / "config.toml").is_file():
-        return place, _trained_folder(place)
-    whole = place.resolve()
-    run = whole.parent.parent if whole.parent.name == "checkpoints" else whole.parent
-    is_checkpoint = STEP_FOLDER.fullmatch(whole.name) is not None
-    of_a_run = is_checkpoint or whole.name in ("final", "best")
-    if not of_a_run or not (run / "config.toml").is_file():
-        raise UserError(
-            f"{place}: not the folder of a run, which has a config.toml, and none of a run's: "
-            "for an adapter use --adapter, for a model --model"
-        )
-    if is_checkpoint and (problem := damage(place)) is not None:
-        raise UserError(f"--run {problem}; take another one, or the run's folder")
-    return run, place
-
-
-def _trained_folder(run: Path) -> Path:
-    for folder in (run / "final", run / "best"):
-        if folder.is_dir():
-            return folder
-    for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        if damage(checkpoint) is None:
-            return checkpoint
-    raise UserError(
-        f"{run}: nothing is trained yet (there is no final/, best/ or whole checkpoint): "
-        f"go on with `{command()} --resume {shlex.quote(str(run))}`"
-    )
 
 
 def _stored_format(folder: Path) -> PromptFormat | None:

@@ -7,7 +7,6 @@ not at all.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from collections import Counter
@@ -19,12 +18,12 @@ import torch
 from data.chat_templates import SETTINGS_FILE, TEMPLATE_FILE, in_one_folder, named_files
 from files.errors import UserError, counted
 from files.folders import replace_folder
-from files.hub import ModelSource, resolve_model
 from files.tensors import read_header
-from lora import load_adapter, merge, read_adapter_config
+from lora import load_adapter, merge
 from models import load_model
 from models.weights import save_model, weights_files
-from train.command import CommandParser, command, run_command
+from train.artifact import adapter_folder, base_of
+from train.command import CommandParser, run_command
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
 _TOKENIZER_FILES = (
@@ -54,8 +53,8 @@ def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> s
         OSError: The disk is full.
     """
     _require_vacant(out)
-    adapter = _adapter_folder(run_or_adapter)
-    source = _base_model(adapter, base)
+    adapter = adapter_folder(run_or_adapter)
+    source = base_of(adapter, base)
     dtype = checkpoint_dtype(source.folder)
     model = load_model(source.folder, dtype=dtype)
     load_adapter(model, adapter)
@@ -93,40 +92,6 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
 def _require_vacant(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is there already and is not an empty folder; choose another OUT")
-
-
-def _adapter_folder(run_or_adapter: Path) -> Path:
-    """Return the adapter's folder: the one given, or the `final/` or `best/` of a run."""
-    if not (run_or_adapter / "config.toml").is_file():
-        return run_or_adapter
-    for folder in (run_or_adapter / "final", run_or_adapter / "best"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-        if (folder / "config.json").is_file():
-            raise UserError(
-                f"{run_or_adapter}: was trained in full, so {folder} is a whole model already and "
-                "there is nothing to merge"
-            )
-    raise UserError(
-        f"{run_or_adapter}: this run has no final/ or best/ yet; finish it with "
-        f"`{command()} --resume {shlex.quote(str(run_or_adapter))}`, or give one of its checkpoints"
-    )
-
-
-def _base_model(adapter: Path, base: str | None) -> ModelSource:
-    """Return the base model's files, from `base` or as the adapter's configuration names it."""
-    document = read_adapter_config(adapter)
-    if base is not None:
-        return resolve_model(base)
-    named, revision = document.get("base_model_name_or_path"), document.get("revision")
-    if not isinstance(named, str) or not named:
-        raise UserError(f"{adapter}: names no base model; give it with --base FOLDER")
-    try:
-        return resolve_model(named, revision if isinstance(revision, str) else None)
-    except UserError as error:
-        raise UserError(
-            f"the base model that {adapter} names: {error}, or give it with --base FOLDER"
-        ) from None
 
 
 def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
