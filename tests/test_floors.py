@@ -196,3 +196,32 @@ def test_what_is_imported_is_declared() -> None:
         if not path.is_relative_to(ROOT / "benchmarks"):
             foreign = {name.split(".")[0] for name in imports(path)} - {*FLOORS, "lathe"}
             assert foreign <= declared | set(sys.stdlib_module_names), path
+
+
+# What a reader opens, in this order, from the command to the written report.
+WALK = (
+    *("run", "assemble", "loop", "batches", "step", "loss", "evaluate", "plan/steps"),
+    *("plan/schedule", "optim/adamw", "saving/checkpoints", "report/page"),
+)
+
+
+def lines_of(*paths: Path) -> int:
+    return sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
+
+
+def test_the_walk_is_one_of_twenty_minutes() -> None:
+    assert lines_of(*(ROOT / "train" / f"{name}.py" for name in WALK)) <= 1700
+
+
+def test_no_file_is_longer_than_a_reader_s_patience() -> None:
+    rows = ROOT / "data" / "demo"
+    long = [path for path in product_files() if lines_of(path) > 450 and rows not in path.parents]
+    assert not long
+
+
+def test_the_house_does_not_grow_unasked() -> None:
+    """Lines of the product and of the benchmarks; a budget is raised with a reason in LOG.md."""
+    files = product_files()
+    benchmarks = [path for path in files if path.is_relative_to(ROOT / "benchmarks")]
+    assert lines_of(*benchmarks) <= 4300
+    assert lines_of(*files) - lines_of(*benchmarks) <= 24500

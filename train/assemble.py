@@ -100,13 +100,7 @@ def assemble(
 ) -> Run:
     """Load the model, build what trains it, and take up the checkpoint of `resume`.
 
-    Args:
-        config: What was asked, every `auto` decided.
-        plan: Its plan.
-        data: Its rows.
-        device: Where it computes.
-        folder: The run's folder; a resume that is refused changes nothing in it.
-        resume: What is continued, None for a new run.
+    A resume that is refused changes nothing in `folder`. `config` has every `auto` decided.
 
     Raises:
         UserError: The weights cannot be had, or the checkpoint does not fit the configuration, the
@@ -134,9 +128,8 @@ def assemble(
     identity = functools.cache(
         functools.partial(identity_document, config, data, source, model, device)
     )
-    state = TrainState(
-        EarlyStopping(config.eval.early_stopping_patience, config.eval.early_stopping_threshold)
-    )
+    stop = config.eval
+    state = TrainState(EarlyStopping(stop.early_stopping_patience, stop.early_stopping_threshold))
     warnings: list[str] = []
     if resume is not None and resume.state is not None:
         state, warnings = restore(resume, identity(), checkpoints, config, model, optimizer, scaler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,12 +31,8 @@ def train_batching(config: RunConfig, pad_id: int) -> Batching:
 def evaluation_batching(config: RunConfig, pad_id: int) -> Batching:
     """Return how a run's evaluations are cut: it changes speed and memory, never the result."""
     size = config.eval.per_device_batch_size or config.train.per_device_train_batch_size
-    return Batching(
-        micro_batch_size=size,
-        layout=config.data.batching,
-        max_length=config.data.max_length,
-        pad_id=pad_id,
-    )
+    cut = train_batching(config, pad_id)
+    return replace(cut, micro_batch_size=size, micro_batch_tokens=None)
 
 
 @dataclass
