@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import platform
 import sys
 from collections.abc import Callable
@@ -118,6 +119,7 @@ class MemoryUse:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        gc.collect()  # what an earlier run in this process left would be freed in the midst of it
         self.peak_before = peak_memory(device)
         self._allocated_before = allocated_bytes()
         self._most: int | None = None

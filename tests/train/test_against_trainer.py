@@ -14,6 +14,7 @@ import torch
 from small import RaggedExamples, small_model
 
 import lora
+from data.batch import Batching
 from models import load_model
 from models.layers import CausalLM
 from models.weights import save_model
@@ -104,11 +105,7 @@ def our_rows(model: CausalLM, **settings: Any) -> Rows:
         shuffle=True,
         group_by_length=False,
         effective_batch_size=plan.effective_batch_size,
-        micro_batch_size=2,
-        micro_batch_tokens=None,
-        batching="unpadded",
-        max_length=64,
-        pad_id=0,
+        batching=Batching(micro_batch_size=2, layout="unpadded", max_length=64, pad_id=0),
     )
     optimizer = build_optimizer(
         config.optimizer.name, model, weight_decay=config.optimizer.weight_decay
