@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(ENVIRONMENT)
 > $(PYTHON) -m train.run --preset demo
 
+# A process a core, at most four; the tests of a file share their fixtures.
 test: $(ENVIRONMENT)
-> $(PYTHON) -m pytest -q
+> $(PYTHON) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(ENVIRONMENT)
 > $(PYTHON) -m pytest -q -m slow
