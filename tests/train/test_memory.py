@@ -1,12 +1,16 @@
 """Memory of a process on a CPU: what is in use, not what is freed and kept."""
 
+import gc
+
 import pytest
 import torch
 
-from train.memory import allocated_bytes
+from train.memory import MemoryUse, allocated_bytes
+
+told = pytest.mark.skipif(allocated_bytes() is None, reason="this libc does not tell memory")
 
 
-@pytest.mark.skipif(allocated_bytes() is None, reason="this libc does not tell what is allocated")
+@told
 def test_what_is_allocated_is_counted_and_what_is_freed_is_not() -> None:
     before = allocated_bytes()
     block = torch.ones(2**24)
@@ -18,3 +22,21 @@ def test_what_is_allocated_is_counted_and_what_is_freed_is_not() -> None:
     assert after is not None
     assert 2**26 <= with_block - before < 2**26 + 2**20
     assert abs(after - before) < 2**20
+
+
+@told
+def test_what_an_earlier_run_left_does_not_hide_what_this_one_takes() -> None:
+    """A run in the same process leaves circles; they are freed before, not in the midst of it."""
+    circle: list[object] = [torch.ones(2**24)]
+    circle.append(circle)
+    gc.disable()
+    try:
+        del circle
+        use = MemoryUse(torch.device("cpu"))
+    finally:
+        gc.enable()
+    taken = torch.ones(2**22)
+    gc.collect()
+    use.observe()
+    assert use.training is not None
+    assert taken.nbytes <= use.training < taken.nbytes + 2**20
