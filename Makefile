@@ -41,9 +41,7 @@ fix: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.versus_peft --rounds 1
-> $(PYTHON) -m benchmarks.training --profile
-> $(PYTHON) -m benchmarks.loss --rows small small-trainable small-bf16
-> $(PYTHON) -m benchmarks.data tokenise plan first-step --rounds 1
+> $(PYTHON) -m benchmarks.data --rounds 1
 > $(PYTHON) -m benchmarks.readme
 
 bench-kernels: $(ENVIRONMENT)

@@ -13,7 +13,7 @@ import random
 import shutil
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,34 +212,3 @@ def speed(figures: Mapping[str, Any], warm_up: int) -> tuple[float, float]:
     """Return seconds a step (mean) and real tokens a second over the timed steps."""
     seconds = figures["seconds"][warm_up:]
     return sum(seconds) / len(seconds), sum(figures["tokens"][warm_up:]) / sum(seconds)
-
-
-def operations_of_step(
-    model: Any, lengths: Sequence[int], targets: int, *, full: bool
-) -> dict[str, float]:
-    """Return the arithmetic of one step (additions and multiplications), by part.
-
-    Shapes: T tokens of a document, W query heads × head dimension, S rows with a target, N elements
-    of the layers' weights. Forward is 2 N a token; a backward pass takes 2 N for the input and, for
-    what is trained, 2 N for the weight. Causal attention is 2 T² W forward (two products, half of
-    each) and twice that backward. `full`: every weight is trained.
-    """
-    config = model.config
-    frozen = adapters = 0
-    for name, parameter in model.model.layers.named_parameters():
-        if parameter.dim() != 2:
-            continue
-        if "lora_" in name:
-            adapters += parameter.numel()
-        else:
-            frozen += parameter.numel()
-    tokens = sum(lengths)
-    width = config.num_attention_heads * config.head_dim
-    pairs = sum(length**2 for length in lengths)
-    head = config.hidden_size * config.vocab_size
-    return {
-        "linear layers": (6.0 if full else 4.0) * frozen * tokens,
-        "adapters": 6.0 * adapters * tokens,
-        "attention": 3 * 2.0 * pairs * width * config.num_hidden_layers,
-        "head": (6.0 if full else 4.0) * head * targets,
-    }

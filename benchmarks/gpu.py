@@ -16,7 +16,7 @@ import functools
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import harness, peer, product
-from benchmarks.fixtures import DEMO, operations_of_step, ragged_rows
+from benchmarks.fixtures import DEMO, ragged_rows
 from benchmarks.peer import PeftSide
 from data.tokenizer import Tokenizer
 from files.strict_json import read_json_object
@@ -70,6 +70,7 @@ class OurSide:
     kernels: str = "auto"
     micro_batch_tokens: int = EXAMPLES * LENGTH
     checkpointing: bool = False
+    grouped = False  # rows stay in their order
 
     @property
     def text(self) -> str:
@@ -103,6 +104,7 @@ SEEDS = PeftSide("max_length", checkpointing=True, **_FUSED)
 FLAT = PeftSide("flattened", half_adapters=True, **_FUSED)
 SIDES: dict[str, OurSide | PeftSide] = {
     "ours": OURS,
+    "full rows": OURS,
     "triton": TRITON,
     "seeds": SEEDS,
     "flattened": FLAT,
@@ -127,35 +129,27 @@ def rows() -> list[Row]:
     dropped = dataclasses.replace(starcoder, dropout=0.05)
     qwen = Work("Qwen/Qwen2.5-Coder-1.5B-Instruct", 32, 0.1)
     llama = Work("meta-llama/Llama-2-7b-hf", 16)
-    whole = dataclasses.replace(starcoder, rows="full")
-    trained = PeftSide("flattened", precision="bf16", optimizer="adafactor")
+    full_rows = ("full rows", "full rows, triton")
 
-    def of(name: str, work: Work, *sides: str) -> list[Row]:
-        return [Row(f"{name} {side}", work, SIDES[side]) for side in sides]
-
-    def full_rows(name: str, work: Work) -> list[Row]:
-        work = dataclasses.replace(work, rows="full")
-        names = {"full rows": OURS, "full rows, triton": TRITON}
-        return [Row(f"{name} {rows}", work, side) for rows, side in names.items()]
+    def of(name: str, work: Work, *sides: str, most: bool = False) -> Iterator[Row]:
+        for side in sides:
+            of_rows = "full" if most or side in full_rows else work.rows
+            of_side = dataclasses.replace(work, rows=of_rows)
+            yield Row(f"{name} {side}", of_side, SIDES[side.removeprefix("full rows, ")], most)
 
     padded = ("grouped", "padded", "ours padded", "compiled")
     return [
-        *of("E1", starcoder, "ours", "seeds", "flattened", "triton", *padded),
-        *full_rows("E1", starcoder),
+        *of("E1", starcoder, "ours", "seeds", "flattened", "triton", *padded, *full_rows),
         *of("E2", dropped, "ours", "triton", "flattened"),
-        *of("E3", qwen, "ours", "triton", "seeds", "flattened", "grouped", "Liger"),
-        *full_rows("E3", qwen),
-        *of("E4", llama, "ours", "triton", "seeds", "flattened", "grouped"),
-        *full_rows("E4", llama),
+        *of("E3", qwen, "ours", "triton", "seeds", "flattened", "grouped", "Liger", *full_rows),
+        *of("E4", llama, "ours", "triton", "seeds", "flattened", "grouped", *full_rows),
         *of("E5", full, "ours", "triton"),
-        Row("E5 flattened", full, trained),
-        *full_rows("E5", full),
+        Row("E5 flattened", full, PeftSide("flattened", precision="bf16", optimizer="adafactor")),
+        *of("E5", full, *full_rows),
         Row("E6 ours", starcoder, OurSide(checkpointing=True)),
         Row("E6 flattened", starcoder, dataclasses.replace(FLAT, checkpointing=True)),
         *(Row(f"E7 {i}", starcoder, side) for i, side in enumerate(LADDER, start=1)),
-        Row("E8 ours", whole, OURS, most=True),
-        Row("E8 triton", whole, TRITON, most=True),
-        Row("E8 flattened", whole, FLAT, most=True),
+        *of("E8", starcoder, "ours", "triton", "flattened", most=True),
     ]
 
 
@@ -249,7 +243,16 @@ class Ours:
     def step(self, number: int, ids: list[list[int]], tokens: int) -> product.StepResult:
         """Do one step on some documents, in micro-batches of at most `tokens` tokens."""
         batch = product.cut(ids, self.side.batching, tokens, self.max_length)
-        return product.step(self.model, self.optimizer, batch, self.precision, number)
+        return product.train_step(
+            self.model,
+            self.optimizer,
+            batch,
+            learning_rate=2e-4,
+            max_grad_norm=1.0,
+            precision=self.precision,
+            scaler=None,
+            draw=(42, number),
+        )
 
 
 def run_ours(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[str, Any]:
@@ -271,10 +274,9 @@ def run_ours(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[str,
             raise harness.Fault(f"step {step} was skipped: {result.skipped}")
         if not dry:
             torch.cuda.synchronize()  # the update, which the step itself does not wait for
-        found["seconds"].append(time.perf_counter() - started)
-        found["loss"].append(result.loss)
-        found["norm"].append(result.grad_norm)
-        found["tokens"].append(result.tokens)
+        of_step = (result.loss, result.grad_norm, time.perf_counter() - started, result.tokens)
+        for name, value in zip(found, of_step, strict=True):
+            found[name].append(value)
     return {**found, "micro_batch_tokens": tokens}
 
 
@@ -350,7 +352,7 @@ def gate(work: Work, dry: bool) -> dict[str, Any]:
     """Return how far fp32 gradients are from PEFT's on two layers of the real widths.
 
     Dropout is off: the two draw theirs differently. Documents of unequal length lie end to end on
-    our side and are padded on PEFT's.
+    our side; PEFT's has them one by one.
     """
     device = torch.device("cpu" if dry else "cuda")
     config = decoder_of(work, dry, layers=2)
@@ -358,18 +360,15 @@ def gate(work: Work, dry: bool) -> dict[str, Any]:
     ids = [row[: DRY_LENGTH if dry else 256] for row in token_rows(work, 1, dry)[:4]]
     ids = [row[: len(row) - i] for i, row in enumerate(ids)]
     targets = sum(len(row) - 1 for row in ids)
-    width = max(map(len, ids))
 
     # Rounded as ours are, then exact again: both sides hold the same numbers.
     precision = "bf16 weights" if work.rank else "fp32"
     theirs: Any = their_model(work, PeftSide("longest", precision=precision), device, config)
     theirs.float()
-    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
-    logits = theirs(input_ids=padded, attention_mask=mask).logits[:, :-1].float()
-    labels = padded[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    (loss / targets).backward()
+    for row in ids:
+        one = torch.tensor([row], device=device)
+        logits = theirs(input_ids=one).logits[0, :-1].float()
+        (nn.functional.cross_entropy(logits, one[0, 1:], reduction="sum") / targets).backward()
     expected = {
         plain_name(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None
     }
@@ -388,13 +387,15 @@ def gate(work: Work, dry: bool) -> dict[str, Any]:
     return {"gate": worst}
 
 
-def be(_: Path, task: str, number: int) -> dict[str, Any]:
+def be(_: Path | None, task: str, number: int, dry: bool = False) -> dict[str, Any]:
     """Be the process of one row, of a gate, or of the card's rates."""
     if task == "rates":
         rates = harness.ceilings(harness.flusher())
         return {**rates, "device": torch.cuda.get_device_name()}
     row = rows()[number]
-    return gate(row.work, False) if task == "gate" else work_on(row, WARM_UP + TIMED, False)
+    if task == "gate":
+        return gate(row.work, dry)
+    return work_on(row, 2 if dry else WARM_UP + TIMED, dry)
 
 
 def work_on(row: Row, steps: int, dry: bool) -> dict[str, Any]:
@@ -418,10 +419,21 @@ def gate_fault(answered: dict[str, Any]) -> str | None:
 
 
 def arithmetic(work: Work, ids: list[list[int]], dry: bool) -> float:
-    """Return the operations of a step of the real tokens in `ids`."""
+    """Return the operations of a step of the real tokens in `ids`: additions and multiplications.
+
+    Of N weights in the layers forward is 2 N a token; a backward pass takes 2 N for the input and,
+    where they are trained, 2 N for them. Causal attention over T tokens, W query heads × head size
+    wide, is 2 T² W forward (two products, half of each) and twice that backward.
+    """
     model = build(decoder_of(work, dry), device="meta")
+    config, frozen_or_trained = model.config, 4.0 if work.rank else 6.0
     if work.rank:
         inject(model, LoraConfig(r=work.rank, lora_alpha=2 * work.rank))
     lengths = [len(row) for row in ids]
-    targets = sum(lengths) - len(lengths)
-    return sum(operations_of_step(model, lengths, targets, full=not work.rank).values())
+    tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
+    total = frozen_or_trained * config.hidden_size * config.vocab_size * (tokens - len(lengths))
+    for name, weight in model.model.layers.named_parameters():
+        if weight.dim() == 2:
+            total += (6.0 if "lora_" in name else frozen_or_trained) * weight.numel() * tokens
+    width = config.num_attention_heads * config.head_dim
+    return total + 6.0 * pairs * width * config.num_hidden_layers

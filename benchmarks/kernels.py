@@ -9,7 +9,7 @@ side is first compared with fp64, its outputs and all gradients; one that differ
 is recorded as wrong. Where that is one of ours, or one of ours fails, the exit code is 1. Then the
 sides take turns, each captured as a CUDA graph, so that the host's part in a launch does not count,
 with the L2 cache overwritten before each replay. Every line is recorded as soon as it is measured.
-After `--minutes` nothing new is begun.
+After `--minutes` nothing new is begun; `--minutes 0` measures the card's ceilings alone.
 
 `--dry-run` compares every case at small shapes, on a CPU under Triton's interpreter, and times
 nothing. `--decide` reads the records and writes into kernels/triton/launch.json which operations
@@ -117,8 +117,11 @@ def measure(case: Case, names: Sequence[str], flush: torch.Tensor) -> dict[str, 
     return found
 
 
-def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor) -> bool:
-    """Check, time, print and record the sides of one case; return whether all were right."""
+def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor | None) -> bool:
+    """Check, time, print and record the sides of one case; return whether ours were right.
+
+    Without `flush` nothing is timed, and all must be right.
+    """
     print(f"\n{case.part}: {case.text}", flush=True)
     exact: dict[float, Results] = {}
     right, wrong = [], {}
@@ -128,8 +131,12 @@ def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor
             right.append(name)
         else:
             wrong[name] = fault
-            print(f"  {name:<32} not timed: {fault}", flush=True)
+        if flush is None or fault is not None:
+            what = "agrees with fp64" if fault is None else f"not timed: {fault}"
+            print(f"  {name:<32} {what}", flush=True)
         gc.collect()
+    if flush is None:
+        return not wrong
     exact.clear()
     torch.cuda.empty_cache()
     figures = measure(case, right, flush)
@@ -155,40 +162,26 @@ def compare(case: Case, room: Room, rates: dict[str, float], flush: torch.Tensor
     return not failed & {TRITON, LATHE}
 
 
-def dry_run(parts: Sequence[str]) -> int:
-    """Compare every side of every case at small shapes; return the exit code."""
-    room = Room(torch.device("cpu"), torch.float32, dry=True)
-    faults = 0
-    for part, make in cases():
-        if part not in parts:
-            continue
-        case = make(room)
-        print(f"{case.part}: {case.text}")
-        exact: dict[float, Results] = {}
-        for name in case.sides:
-            fault = attempt(case, name, room, exact)
-            faults += fault is not None
-            print(f"  {name:<32} {fault or 'agrees with fp64'}", flush=True)
-    return 1 if faults else 0
-
-
-def run(parts: Sequence[str], minutes: float) -> int:
+def run(parts: Sequence[str], minutes: float, dry: bool = False) -> int:
     """Compare and time the cases of `parts`; return the exit code."""
-    if not torch.cuda.is_available():
+    if not dry and not torch.cuda.is_available():
         print("benchmarks.kernels needs a CUDA device; --dry-run checks every case without one")
         return 2
     deadline = time.monotonic() + 60 * minutes
-    room = Room(torch.device("cuda"), torch.bfloat16, dry=False)
-    flush = harness.flusher()
-    rates = harness.ceilings(flush)
-    device = torch.cuda.get_device_name()
-    products = f"bf16 {rates['gemm_tflops']:,.0f} TFLOP/s"
-    print(f"{device}: copy {rates['copy_gb_s']:,.0f} GB/s, {products}")
+    room, rates, flush = Room(torch.device("cpu"), torch.float32, dry=True), {}, None
+    if not dry:
+        room = Room(torch.device("cuda"), torch.bfloat16, dry=False)
+        flush = harness.flusher()
+        rates = harness.ceilings(flush)
+        products = f"bf16 {rates['gemm_tflops']:,.0f} TFLOP/s"
+        name = torch.cuda.get_device_name()
+        print(f"{name}: copy {rates['copy_gb_s']:,.0f} GB/s, {products}", flush=True)
+        harness.append("ceilings", rates)
     faults = left = 0
     for part, make in cases():
         if part not in parts:
             continue
-        if time.monotonic() > deadline:
+        if not dry and time.monotonic() > deadline:
             left += 1
             continue
         faults += not compare(make(room), room, rates, flush)
@@ -204,20 +197,18 @@ def gains(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     or missing side is no gain. Where several cards of one capability were measured, it gains on
     all of them.
     """
-    places = ("capability", "device", "part", "case", "side")
-    newest = {tuple(row[name] for name in places): row for row in records}
+    places = ("capability", "device", "part", "case")
+    newest = {(*(row[name] for name in places), row["side"]): row for row in records}
     wanted = Counter(FIELDS[part] for part, _ in cases() if part in FIELDS)
     verdicts: dict[tuple[str, str], dict[tuple[str, ...], list[bool]]] = {}
     for (capability, device, part, case, side), row in newest.items():
         if side != TRITON or part not in FIELDS:
             continue
         reference = newest.get((capability, device, part, case, LATHE), {"error": "not measured"})
-        faster = "error" not in row and "error" not in reference
-        if faster:
-            label = "full" if "full" in reference else "forward"
-            faster = label in row and row[label]["ms"] <= GAIN * reference[label]["ms"]
-        of_card = verdicts.setdefault((capability, device), {})
-        of_card.setdefault(FIELDS[part], []).append(faster)
+        label = "full" if "full" in reference else "forward"
+        faster = "error" not in row | reference and label in row
+        faster = faster and row[label]["ms"] <= GAIN * reference[label]["ms"]
+        verdicts.setdefault((capability, device), {}).setdefault(FIELDS[part], []).append(faster)
     found: dict[str, set[str]] = {}
     for (capability, _), of_card in verdicts.items():
         gaining = {
@@ -286,9 +277,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--decide", action="store_true")
     options = parser.parse_args()
-    if options.decide:
-        sys.exit(decide())
-    sys.exit(dry_run(options.parts) if options.dry_run else run(options.parts, options.minutes))
+    sys.exit(decide() if options.decide else run(options.parts, options.minutes, options.dry_run))
 
 
 if __name__ == "__main__":

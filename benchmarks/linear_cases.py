@@ -1,4 +1,4 @@
-"""Adapted linear layers (PEFT's, torch's and ours, and the orders of the products), and the loss.
+"""Adapted linear layers, PEFT's, torch's and ours, and the loss.
 
 Legend: M token rows · K, N features in and out · r rank · J layers on one input
         H hidden size · V vocabulary
@@ -9,7 +9,6 @@ Bytes of the loss: logits are written by the product, read and overwritten by th
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +22,6 @@ from kernels.operands import Operands
 from kernels.segments import Segments
 
 FLOOR = "frozen linear alone"
-SMALL_FIRST = "small product first, in PyTorch"
-AUGMENTED = "augmented K, in PyTorch"
 TWO_PRODUCTS = "its two products alone"
 LOGITS, CHUNKED = "logits, F.cross_entropy in fp32", "F.linear_cross_entropy"
 SCALE = 2.0  # alpha / r, as the presets have it
@@ -90,8 +87,6 @@ def linears(
     for name, kind in _PEFT.items():
         sides[name] = functools.partial(_peft, room, problem, kind)
     if p == 0:
-        sides[SMALL_FIRST] = lambda _: _small_first(problem)
-        sides[AUGMENTED] = lambda _: _augmented(problem)
         sides[COMPILED] = compiled
     one_way = c * (m * k + k * total + m * total) / 1e9
     product, small = 2 * m * k * total, 2 * m * r * (k * len(ns) + total)
@@ -149,80 +144,6 @@ def _peft(room: Room, problem: Problem, kind: torch.dtype, p: float) -> Side:
     return Side(forward, full, checked_without_dropout=True)
 
 
-def _small_first(problem: Problem) -> Side:
-    """The low-rank product first, the large one added to it in cuBLAS's epilogue (beta = 1)."""
-    leaves, upstream = problem.leaves, problem.upstream
-    x = leaves["x"]
-    ws = [leaves[f"w{i}"] for i in range(len(upstream))]
-    factors = [[leaves[f"{kind}{i}"].to(x.dtype) for kind in "ab"] for i in range(len(ws))]
-
-    def run() -> tuple[list[Tensor], list[Tensor]]:
-        ys, lows = [], []
-        for w, (a, b) in zip(ws, factors, strict=True):
-            low = torch.mm(x, a.t())
-            y = x.new_empty(len(x), len(w)).addmm_(low, b.t(), beta=0, alpha=SCALE)
-            ys.append(y.addmm_(x, w.t()))
-            lows.append(low)
-        return ys, lows
-
-    def full() -> Results:
-        ys, lows = run()
-        found = {f"y{i}": y for i, y in enumerate(ys)}
-        d_lows = [torch.mm(dy, b).mul_(SCALE) for dy, (_, b) in zip(upstream, factors, strict=True)]
-        dx = torch.mm(d_lows[0], factors[0][0])
-        for i, (dy, w) in enumerate(zip(upstream, ws, strict=True)):
-            if i:
-                dx.addmm_(d_lows[i], factors[i][0])
-            found[f"d a{i}"] = torch.mm(d_lows[i].t(), x)
-            found[f"d b{i}"] = torch.mm(dy.t(), lows[i]).mul_(SCALE)
-            dx.addmm_(dy, w)
-        return found | {"d x": dx}
-
-    return Side(lambda: {f"y{i}": y for i, y in enumerate(run()[0])}, full)
-
-
-def _augmented(problem: Problem) -> Side:
-    """Adapters in further columns and rows of one product: [x | s]·[W | cB]ᵀ, [dy | ds]·[W ; A].
-
-    Inputs and upstream gradients lie in the wide buffers already, where a norm or an activation
-    would have written them; the factors were put beside the weights after the last update.
-    """
-    leaves, upstream = problem.leaves, problem.upstream
-    x, rank, count = leaves["x"], len(leaves["a0"]), len(upstream)
-    (m, k), ns = x.shape, [dy.shape[1] for dy in upstream]
-    total, extra = sum(ns), rank * count
-    starts = [0, *itertools.accumulate(ns)]
-    outs = [slice(starts[i], starts[i + 1]) for i in range(count)]
-    lows = [slice(i * rank, (i + 1) * rank) for i in range(count)]
-    wide = x.new_zeros(m, k + extra)
-    wide[:, :k] = x
-    weight = x.new_zeros(total + extra, k + extra)
-    wide_dy = x.new_zeros(m, total + extra)
-    for i, (out, low) in enumerate(zip(outs, lows, strict=True)):
-        weight[out, :k] = leaves[f"w{i}"]
-        weight[total:, :k][low] = leaves[f"a{i}"]
-        weight[out, k:][:, low] = SCALE * leaves[f"b{i}"]
-        wide_dy[:, out] = upstream[i]
-    a, s, ds = weight[total:, :k], wide[:, k:], wide_dy[:, total:]
-
-    def forward() -> Results:
-        s.copy_(torch.mm(wide[:, :k], a.t()))
-        y = torch.mm(wide, weight[:total].t())
-        return {f"y{i}": y[:, out] for i, out in enumerate(outs)}
-
-    def full() -> Results:
-        found = forward()
-        ds.copy_(torch.mm(wide_dy[:, :total], weight[:total, k:]))
-        found["d x"] = torch.mm(wide_dy, weight[:, :k])
-        d_a = torch.mm(ds.t(), wide[:, :k])
-        for i, (out, low) in enumerate(zip(outs, lows, strict=True)):
-            found[f"d a{i}"] = d_a[low]
-            found[f"d b{i}"] = torch.mm(wide_dy[:, out].t(), s[:, low]).mul_(SCALE)
-        return found
-
-    return Side(forward, full)
-
-
 def from_liger(name: str) -> Callable[..., Any]:
     """Return a function of Liger where it is installed; its kernels write into their inputs."""
     from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
@@ -230,17 +151,14 @@ def from_liger(name: str) -> Callable[..., Any]:
     return getattr(functional, name)
 
 
-def loss(
-    rows: int, hidden: int, vocabulary: int, masked: float, room: Room, trained: bool = False
-) -> Case:
-    """Cross-entropy of a linear head: summed loss, gradients of hidden states and trained head."""
+def loss(rows: int, hidden: int, vocabulary: int, masked: float, room: Room) -> Case:
+    """Cross-entropy of a frozen linear head: summed loss and gradients of hidden states."""
     m, h, v = room.rows(rows), room.size(hidden), room.size(vocabulary)
     leaves = {"x": room.draw(m, h), "weight": room.draw(v, h, scale=h**-0.5)}
     targets = torch.randint(v, (m,), generator=room.generator, device=room.device)
     targets[torch.rand(m, generator=room.generator, device=room.device) < masked] = -100
     wanted = (targets != -100).nonzero().squeeze(1)
-    needed = list(leaves) if trained else ["x"]
-    problem = Problem(leaves, needed, [torch.ones((), device=room.device)])
+    problem = Problem(leaves, ["x"], [torch.ones((), device=room.device)])
 
     def ours(side: str) -> Run:
         run = room.operations(side).linear_cross_entropy

@@ -5,14 +5,15 @@ Its process imports nothing of Lathe's before its imports are measured, and then
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.fixtures import ACCUMULATION, BATCH, MAX_LENGTH, MODELS, Fixture, examples_of
+from benchmarks.fixtures import ACCUMULATION, BATCH, MAX_LENGTH, MODELS, examples_of
 
 
 @dataclass(frozen=True)
@@ -45,43 +46,16 @@ class PeftSide:
         return ", ".join(part for part in parts if part)
 
 
-def candidates(fixture: Fixture) -> list[PeftSide]:
-    """Return the peer's settings that may be its best."""
-    full = fixture.method == "full"
-    optimizer = "adafactor" if full else "adamw_torch_fused"
-    precisions = ["fp32", "bf16"] if full else ["fp32", "bf16", "bf16 weights"]
-    sides = [PeftSide("longest", True, precision, optimizer) for precision in precisions]
-    sides += [PeftSide("flattened", False, precision, optimizer) for precision in precisions]
-    for precision in (precisions[0], precisions[-1]):
-        sides.append(PeftSide("longest", True, precision, optimizer, compiled=True))
-    return sides
-
-
-def fastest(found: Iterable[tuple[float, PeftSide]]) -> PeftSide:
-    """Return the side with the most tokens a second; compiled only where it gives 5 % more.
-
-    Less is noise, and the first step of a compiled run takes most of a minute.
-    """
-    return max(found, key=lambda pair: pair[0] / (1.05 if pair[1].compiled else 1))[1]
-
-
-def best_side(model: str) -> PeftSide:
-    """Return the fastest candidate of the last pilots on this kind of machine.
-
-    Without one it is what is best nearly everywhere: padded to the longest, grouped, bf16, fused.
-    """
-    here = harness.circumstances()
-    newest = {
-        row["settings"]: row
-        for row in harness.read("versus_peft_pilot")
-        if row["model"] == model and all(row[name] == here[name] for name in ("device", "threads"))
-    }
-    ran = [row for row in newest.values() if "failed" not in row]
-    if not ran:
-        print(f"{model}: no pilot on this machine yet, see --pilot; the peer's usual best is taken")
-        padded = [side for side in candidates(MODELS[model]) if side.batching == "longest"]
-        return [side for side in padded if not side.compiled][-1]
-    return fastest((row["tokens_per_second"], PeftSide(**row["side"])) for row in ran)
+_PADDED = PeftSide("longest", True, "bf16 weights", "adamw_torch_fused")
+# The fastest of eight settings that were tried on two cores of an AMD EPYC, whose records are
+# results/versus_peft_pilot.jsonl: longest or flattened, fp32, bf16 or a base in bf16, compiled.
+BEST = {
+    "tiny": dataclasses.replace(_PADDED, precision="fp32", compiled=True),
+    "small": _PADDED,
+    "medium": dataclasses.replace(_PADDED, compiled=True),
+    "large-vocabulary": dataclasses.replace(_PADDED, compiled=True),
+    "small-full": PeftSide("longest", True, "bf16", "adafactor"),
+}
 
 
 def run_peft(folder: Path, model: str, side: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -168,33 +142,28 @@ def train_with_trainer(
     further arguments of TrainingArguments.
     """
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     tokens: list[int] = []
 
-    def collate(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         documents = [row["input_ids"] for row in examples]
         lengths = [len(document) for document in documents]
         tokens.append(sum(lengths))
         if side.batching == "flattened":
-            # The first label of a document would be predicted from the document before it.
-            labels = [label for document in documents for label in (-100, *document[1:])]
-            return {
-                "input_ids": torch.tensor([[i for document in documents for i in document]]),
-                "labels": torch.tensor([labels]),
-                "position_ids": torch.tensor([[i for n in lengths for i in range(n)]]),
-            }
+            return DataCollatorWithFlattening()(examples)
         width = max_length if side.batching == "max_length" else max(lengths)
 
         def padded(filler: int) -> torch.Tensor:
             return torch.tensor([ids + [filler] * (width - len(ids)) for ids in documents])
 
-        mask = [[1] * length + [0] * (width - length) for length in lengths]
-        return {
-            "input_ids": padded(0),
-            "labels": padded(-100),
-            "attention_mask": torch.tensor(mask),
-        }
+        ids, labels = padded(0), padded(-100)
+        return {"input_ids": ids, "labels": labels, "attention_mask": (labels >= 0).long()}
 
     seconds: list[float] = []
 

@@ -6,29 +6,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import harness
 from benchmarks.fixtures import ACCUMULATION, BATCH, MAX_LENGTH, MODELS, Fixture
 from data.batch import Batching, MicroBatch, micro_batches
 from data.examples import Example
-from models.config import read_config
-from train import finish, loop  # which `run` imports only when it begins
-from train.assemble import set_up
-from train.base_model import base_dtype, find_model, load_base, make_trainable
+from train import assemble, finish, loop  # which `run` imports only when it begins
 from train.batches import StepBatches
 from train.config.load import load_config
-from train.dataset import load_data
 from train.loss import loss_sum
 from train.memory import within_memory
 from train.optim import build_optimizer
-from train.plan.decide import decide, this_machine
-from train.plan.steps import RunPlan, plan_run
+from train.plan.steps import plan_run
 from train.precision import Precision
 from train.run import run
 from train.saving.checkpoints import Checkpoints
@@ -80,27 +74,6 @@ def run_lathe(
     return {**figures, "imports_bytes": imports}
 
 
-def step(
-    model: Any,
-    optimizer: Any,
-    batch: list[MicroBatch],
-    precision: Precision,
-    number: int,
-    learning_rate: float = 2e-4,
-) -> StepResult:
-    """Do one step on a batch."""
-    return train_step(
-        model,
-        optimizer,
-        batch,
-        learning_rate=learning_rate,
-        max_grad_norm=1.0,
-        precision=precision,
-        scaler=None,
-        draw=(42, number),
-    )
-
-
 class Documents:
     """Token ids as a set of examples: every token but the first is a target."""
 
@@ -126,37 +99,3 @@ def cut(ids: list[list[int]], layout: str, tokens: int | None, max_length: int) 
         pad_id=0,
     )
     return micro_batches(examples, range(len(ids)), settings)
-
-
-class Assembled(NamedTuple):
-    """A run's parts as `train.run` assembles them, for steps that are done one by one."""
-
-    model: Any
-    optimizer: Any
-    precision: Precision
-    plan: RunPlan
-    batches: StepBatches
-
-    def steps(self, first: int, count: int) -> Iterator[tuple[float, list[MicroBatch]]]:
-        """Do some steps, and yield the seconds and the micro-batches of each."""
-        for number in range(first, first + count):
-            started = time.perf_counter()
-            batch = self.batches.cut(*self.plan.batch(number))
-            rate = self.plan.learning_rate(number)
-            step(self.model, self.optimizer, batch, self.precision, number, rate)
-            yield time.perf_counter() - started, batch
-
-
-def assemble(config: Any) -> Assembled:
-    """Do what comes before a run's first step."""
-    machine = this_machine(config)
-    config = decide(config, machine)
-    device = set_up(config, machine)
-    source = find_model(config, weights=True)
-    data = load_data(config, source.folder, read_config(source.folder))
-    plan = plan_run(config, len(data.train), num_valid=0)
-    model = load_base(config, source, base_dtype(config), device)
-    make_trainable(model, config)
-    optimizer = build_optimizer(config.optimizer.name, model)
-    precision = Precision(config.train.precision, device)
-    return Assembled(model, optimizer, precision, plan, StepBatches.of(config, plan, data))

@@ -12,15 +12,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import data, harness, kernels, loss, training, versus_peft
+from benchmarks import data, harness, kernels, versus_peft
 
 DOCUMENTS = tuple(harness.ROOT / place / "README.md" for place in ("", "benchmarks", "kernels"))
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "ratios": versus_peft.ratios_table,
     "versus_peft": versus_peft.table,
-    "training": training.table,
-    "profile": training.profile_table,
-    "loss": loss.table,
     "data": data.table,
     "kernels": kernels.table,
     "gpu": versus_peft.gpu_table,

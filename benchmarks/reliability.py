@@ -61,7 +61,6 @@ PROMISED = {
     "seconds of the tests": "≤ 120 on two cores",
     "writing a checkpoint / its bytes": "≤ 2",
     "verifying a checkpoint / writing its bytes": "≤ 2",
-    "verifying a checkpoint / reading its bytes": "",
     "GiB/s written": "",
     "GiB/s verified": "",
     "stall of a save / copying its tensors": "1, but for noise",
@@ -103,14 +102,6 @@ def write_plainly(tensors: dict[str, Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_plainly(path: Path) -> None:
-    """Read a file's bytes."""
-    buffer = bytearray(2**20)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-
-
 def disk_speed(gibibytes: float) -> dict[str, float]:
     """Return what writing and verifying a checkpoint cost beside its bytes; the sides take turns.
 
@@ -136,7 +127,6 @@ def disk_speed(gibibytes: float) -> dict[str, float]:
         sides: dict[str, Callable[[], object]] = {
             "write": lambda: write_plainly(tensors, plain),
             "save": save,
-            "read": lambda: read_plainly(target / "model.safetensors"),
             "verify": verify,
         }
         taken: dict[str, list[float]] = {side: [] for side in sides}
@@ -149,7 +139,6 @@ def disk_speed(gibibytes: float) -> dict[str, float]:
     figures = {
         "writing a checkpoint / its bytes": seconds["save"] / seconds["write"],
         "verifying a checkpoint / writing its bytes": seconds["verify"] / seconds["write"],
-        "verifying a checkpoint / reading its bytes": seconds["verify"] / seconds["read"],
         "GiB/s written": size / seconds["save"],
         "GiB/s verified": size / seconds["verify"],
     }

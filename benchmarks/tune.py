@@ -16,23 +16,23 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.case import TRITON, Room, triton
+from benchmarks.case import TRITON, Results, Room, triton
 from benchmarks.harness import told
 from benchmarks.kernel_cases import gelu, norm, optimizer, swiglu
-from benchmarks.kernels import TOLERANCE
+from benchmarks.kernels import TOLERANCE, difference
 from kernels.loss import chunk_rows_of
 from kernels.segments import Segments
 from kernels.triton import launch as triton_launch
 
 GAIN = 0.98  # of the defaults' time
-Workload = tuple[Callable[[], Iterable[Tensor]], Callable[[], object]]  # compared, timed
+Workload = tuple[Callable[[], Results], Callable[[], object]]  # compared, timed
 
 
 def candidates(kernel: str) -> Iterator[dict[str, int]]:
@@ -62,24 +62,23 @@ def workloads(kernel: str, room: Room) -> list[Workload]:
     if kernel in ("low_rank", "input_gradient", "adapter_gradient"):
         sizes = ((3072, 1, 16), (12_288, 1, 16), (1536, 2, 32), (3072, 3, 16))
         calls = [_linears(room, kernel, *size, p) for size in sizes for p in (0.0, 0.1)]
-        return [(call, call) for call in calls]
-    if kernel == "cross_entropy":
+    elif kernel == "cross_entropy":
         calls = [_cross_entropy(room, v) for v in (49_152, 151_936, 32_000)]
-        return [(call, call) for call in calls]
-    if kernel in ("adamw", "adafactor"):
+    elif kernel in ("adamw", "adafactor"):
         make = optimizer(kernel, [(12_288, 3072)], "", room).sides[TRITON]
-        return [(lambda: make(0.0).results().values(), make(0.0).forward)]
-    if kernel == "norms":
+        return [(lambda: make(0.0).results(), make(0.0).forward)]
+    elif kernel == "norms":
         cases = [norm(8192, 3072, True, room), norm(8192, 1536, False, room)]
+        calls = [case.sides[TRITON](0.0).results for case in cases]
     else:
         cases = [swiglu(8192, 8960, room), gelu(8192, 12_288, room)]
-    sides = [case.sides[TRITON](0.0) for case in cases]
-    return [(lambda side=side: side.results().values(), side.results) for side in sides]
+        calls = [case.sides[TRITON](0.0).results for case in cases]
+    return [(call, call) for call in calls]
 
 
 def _linears(
     room: Room, kernel: str, width: int, count: int, rank: int, p: float
-) -> Callable[[], list[Tensor]]:
+) -> Callable[[], Results]:
     of_linears = triton("linears")
     m, k = room.rows(8192), room.size(width)
     x = room.draw(m, k)
@@ -88,33 +87,25 @@ def _linears(
     rows = Segments.build([m], device=room.device, examples=[0], draw=(42, 1)).dropout_rows
     draws = of_linears.Draws([(p, module) for module in range(count)], rows)
 
-    def input_gradient() -> list[Tensor]:
+    def input_gradient() -> Results:
         dx = x.clone()
         of_linears.add_input_gradient(dx, d_low, a, draws)
-        return [dx]
+        return {"dx": dx}
 
     return {
-        "low_rank": lambda: [of_linears.low_rank_product(x, a, draws)],
+        "low_rank": lambda: {"low": of_linears.low_rank_product(x, a, draws)},
         "input_gradient": input_gradient,
-        "adapter_gradient": lambda: [of_linears.adapter_gradient(x, d_low, draws)],
+        "adapter_gradient": lambda: {"dA": of_linears.adapter_gradient(x, d_low, draws)},
     }[kernel]
 
 
-def _cross_entropy(room: Room, vocabulary: int) -> Callable[[], list[Tensor]]:
+def _cross_entropy(room: Room, vocabulary: int) -> Callable[[], Results]:
     v = room.size(vocabulary)
     rows = room.rows(chunk_rows_of(vocabulary, torch.bfloat16, "cuda"))
     logits = room.draw(rows, v)
     targets = torch.randint(v, (rows,), generator=room.generator, device=room.device)
     cross_entropy_ = triton("loss").cross_entropy_
-    return lambda: list(cross_entropy_(logits.clone(), targets, 1.0))
-
-
-def differs(found: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    """Return whether results are further apart than their roundings explain."""
-    return any(
-        not (one.double() - other.double()).norm() <= tolerance * other.double().norm()
-        for one, other in zip(found, expected, strict=True)
-    )
+    return lambda: dict(zip("yd", cross_entropy_(logits.clone(), targets, 1.0), strict=True))
 
 
 def tune(
@@ -131,11 +122,11 @@ def tune(
     calls = workloads(kernel, room)
     exact = kernel in ("adamw", "adafactor")  # fp32 whatever the room is, and not in a graph
     tolerance = TOLERANCE[torch.float32 if exact else room.dtype]
-    expected: list[list[Tensor]] = []
+    expected: list[Results] = []
     tried: list[object] = []
     best: dict[str, int] | None = triton_launch.DEFAULTS[kernel]
     best_score = default_score = math.inf
-    before = launch.get(kernel)
+    before = dict(launch)
     for settings in candidates(kernel):
         if time.monotonic() > deadline:
             best = None
@@ -144,9 +135,10 @@ def tune(
         score = 0.0
         fault = None
         try:
-            found = [list(results()) for results, _ in calls]
+            found = [results() for results, _ in calls]
             expected = expected or found
-            if any(differs(*pair, tolerance) for pair in zip(found, expected, strict=True)):
+            pairs = zip(found, expected, strict=True)
+            if any(not difference(*pair)[0] <= tolerance for pair in pairs):
                 fault = "results differ from those of the defaults"
             elif flush is not None:
                 times = [median(harness.on_device(call, flush, not exact)) for _, call in calls]
@@ -159,9 +151,8 @@ def tune(
             default_score = min(default_score, score) if len(tried) == 1 else default_score
             if score < best_score and (len(tried) == 1 or score < GAIN * default_score):
                 best, best_score = settings, score
-    launch.pop(kernel, None)
-    if before is not None:
-        launch[kernel] = before
+    launch.clear()
+    launch.update(before)
     return best, tried
 
 

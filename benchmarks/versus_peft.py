@@ -1,7 +1,6 @@
 """Lathe beside transformers Trainer + PEFT: the same model, rows, adapter, order and optimizer.
 
     python -m benchmarks.versus_peft [--models tiny small …] [--rounds N] [--steps N]
-    python -m benchmarks.versus_peft --pilot      once a machine: the peer's best settings
     python -m benchmarks.versus_peft --device cuda [--rows E1 E3 …] [--minutes 7]
     python -m benchmarks.versus_peft --device cuda --dry-run      on a CPU, small, nothing timed
 
@@ -21,15 +20,12 @@ trained one), causal attention and the head, of real tokens, whatever a side com
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,131 +48,73 @@ from benchmarks.fixtures import (
 )
 from benchmarks.gpu import TIMED, WARM_UP, Row
 from benchmarks.harness import Fault
-from benchmarks.peer import PeftSide, best_side, candidates, fastest
+from benchmarks.peer import BEST, PeftSide
 
 GPU_ROWS = ("E1", "E2", "E3", "E4", "E5", "E6", "E7", "E8")
-SEEDS, BEST = "peft, as the seeds ran it", "peft, best settings"
+PEFT_SEEDS, PEFT_BEST = "peft, as the seeds ran it", "peft, best settings"
 LATHE, LATHE_FP32, LATHE_PADDED = "lathe", "lathe, fp32", "lathe, padded, fp32"
-CANDIDATE_SECONDS = 240  # a candidate that takes longer in the pilot is not the best
 ROW_SECONDS = 150  # so that a command of 7 minutes ends within ten
-_IN_ONE = {"train.micro_batch_tokens": "auto"}
+IN_ONE = {"train.micro_batch_tokens": "auto"}
+FP32 = {**IN_ONE, "train.precision": "fp32"}
+Settings = Mapping[str, Any]  # of Lathe: what differs from its defaults
 
 
-@dataclass(frozen=True)
-class LatheSide:
-    """A run of Lathe: what differs from its defaults."""
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    order: str = "rows"  # the file of rows that it trains on
-
-    @property
-    def precision(self) -> str:
-        """As the configuration's key."""
-        return self.settings.get("train.precision", "auto")
-
-    @property
-    def text(self) -> str:
-        """The settings in one line."""
-        return " ".join(f"{name}={value}" for name, value in self.settings.items())
-
-
-Side = PeftSide | LatheSide
-
-
-class Comparison:
-    """One model's folder, and the runs in fp32 that others are compared with."""
-
-    def __init__(self, model: str, steps: int | None, folder: Path, fp32_bound: float = FP32_BOUND):
-        self.fp32_bound = fp32_bound
-        self.model, self.fixture, self.folder = model, MODELS[model], folder
-        self.steps = self.fixture.warm_up + (steps or self.fixture.steps)
-        self.parameters = write_base(self.fixture, folder)
-        write_rows(folder, self.fixture.warm_up, self.steps - self.fixture.warm_up)
-        self.references: dict[str, dict[str, Any]] = {}
-
-    def measure(self, name: str, side: Side, limit: float = 3600) -> dict[str, Any]:
-        """Run one side in a process of its own, check it, and return its record.
-
-        Raises:
-            Fault: It failed, or computed something else.
-            subprocess.TimeoutExpired: It takes more than `limit` seconds.
-        """
-        if side.order not in self.references:
-            fp32 = LatheSide({**_IN_ONE, "train.precision": "fp32"}, side.order)
-            self.references[side.order] = self._run(fp32, limit)
-        figures, reference = self._run(side, limit), self.references[side.order]
-        bound = self.fp32_bound if side.precision == "fp32" else self.fixture.bf16_bound
-        fault = disagreement(figures, reference, {"loss": (bound, 0.0)})
-        if fault is not None:
-            raise Fault(f"{self.model}: {name} ({side.text}) computed {fault}")
-        seconds, tokens = speed(figures, self.fixture.warm_up)
-        row = {
-            **{"model": self.model, "parameters": self.parameters},
-            **{"side": name, "settings": side.text},
-            "seconds_per_step": seconds,
-            "tokens_per_second": tokens,
-            "real_share": sum(figures["tokens"]) / (self.steps * EXAMPLES_IN_STEP * MAX_LENGTH),
-            "first_step_seconds": figures["seconds"][0],
-            **{name: figures[name] for name in ("peak_bytes", "imports_bytes")},
-            "process_threads": figures["threads"],
-            "loss_difference": largest_difference(figures, reference),
-            "steps": self.steps,
-            "warm_up": self.fixture.warm_up,
-        }
-        print(
-            f"  {name:<26} {seconds:8.3f} s  {tokens:9,.0f} tok/s"
-            f"  {row['peak_bytes'] / 2**20:7,.0f} MiB  loss within {row['loss_difference']:.1e}"
-            f"  {side.text}",
-            flush=True,
-        )
-        return row
-
-    def _run(self, side: Side, limit: float) -> dict[str, Any]:
-        task: dict[str, Any] = {"model": self.model, "steps": self.steps}
-        if isinstance(side, PeftSide):
-            return harness.in_process("peer:run_peft", self.folder, limit, side=vars(side), **task)
-        return harness.in_process("product:run_lathe", self.folder, limit, **vars(side), **task)
-
-
-def pilot(model: str, steps: int | None) -> None:
-    """Run each of the peer's candidates once, check and record them, and name the fastest."""
-    print(f"\n{model}: the peer's settings, each once")
-    found: list[tuple[float, PeftSide]] = []
-    with tempfile.TemporaryDirectory() as name:
-        comparison = Comparison(model, steps, Path(name))
-        for side in candidates(MODELS[model]):
-            try:
-                row = comparison.measure("candidate", side, CANDIDATE_SECONDS)
-                found.append((row["tokens_per_second"], side))
-            except (subprocess.TimeoutExpired, Fault) as error:
-                row = {"failed": str(error).strip().splitlines()[-1][-300:]}
-                print(f"  candidate {side.text}: {row['failed']}", flush=True)
-            about = {"model": model, "settings": side.text, "side": vars(side)}
-            harness.append("versus_peft_pilot", {**row, **about})
-    if not found:
-        raise Fault(f"{model}: none of the peer's candidates ran")
-    print(f"  the best: {fastest(found).text}")
-
-
-def compare(model: str, rounds: int | None, steps: int | None) -> None:
+def compare(model: str, rounds: int | None, timed: int | None) -> None:
     """Measure all sides in turns, record every measurement, then median and spread of each side."""
     fixture = MODELS[model]
+    steps = fixture.warm_up + (timed or fixture.steps)
     optimizer = "adafactor" if fixture.method == "full" else "adamw_torch"
-    sides: dict[str, Side] = {
-        SEEDS: PeftSide("max_length", optimizer=optimizer),  # their settings, on a CPU
-        BEST: best_side(model),
-        LATHE_PADDED: LatheSide({"train.precision": "fp32", "data.batching": "max_length"}),
-        LATHE_FP32: LatheSide({**_IN_ONE, "train.precision": "fp32"}),
-        LATHE: LatheSide(_IN_ONE),
+    sides: dict[str, PeftSide | Settings] = {
+        PEFT_SEEDS: PeftSide("max_length", optimizer=optimizer),  # their settings, on a CPU
+        PEFT_BEST: BEST[model],
+        LATHE_PADDED: {"train.precision": "fp32", "data.batching": "max_length"},
+        LATHE_FP32: FP32,
+        LATHE: IN_ONE,
     }
     print(f"\n{model}: seconds a step, real tokens/s, peak memory of the process")
-    with tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(model, steps, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = write_base(fixture, folder)
+        write_rows(folder, fixture.warm_up, steps - fixture.warm_up)
+
+        def run(side: PeftSide | Settings, order: str = "rows") -> dict[str, Any]:
+            task: dict[str, Any] = {"model": model, "steps": steps}
+            if isinstance(side, PeftSide):
+                return harness.in_process("peer:run_peft", folder, side=vars(side), **task)
+            task |= {"settings": side, "order": order}
+            return harness.in_process("product:run_lathe", folder, **task)
+
+        references = {order: run(FP32, order) for order in ("rows", BEST[model].order)}
 
         def measure(name: str, number: int) -> dict[str, Any] | None:
+            side = sides[name]
             if name == LATHE_PADDED and number > 0:
                 return None  # like for like, once
-            row = comparison.measure(name, sides[name])
+            if isinstance(side, PeftSide):
+                order, precision, text = side.order, side.precision, side.text
+            else:
+                order, precision = "rows", side.get("train.precision", "auto")
+                text = " ".join(f"{key}={value}" for key, value in side.items())
+            figures, reference = run(side), references[order]
+            bound = FP32_BOUND if precision == "fp32" else fixture.bf16_bound
+            fault = disagreement(figures, reference, {"loss": (bound, 0.0)})
+            if fault is not None:
+                raise Fault(f"{model}: {name} ({text}) computed {fault}")
+            seconds, tokens = speed(figures, fixture.warm_up)
+            row = {
+                **{"model": model, "parameters": parameters, "side": name, "settings": text},
+                "seconds_per_step": seconds,
+                "tokens_per_second": tokens,
+                "real_share": sum(figures["tokens"]) / (steps * EXAMPLES_IN_STEP * MAX_LENGTH),
+                "first_step_seconds": figures["seconds"][0],
+                **{name: figures[name] for name in ("peak_bytes", "imports_bytes")},
+                "process_threads": figures["threads"],
+                "loss_difference": largest_difference(figures, reference),
+                **{"steps": steps, "warm_up": fixture.warm_up},
+            }
+            memory, apart = row["peak_bytes"] / 2**20, f"{row['loss_difference']:.1e}"
+            line = f"  {name:<26} {seconds:8.3f} s  {tokens:9,.0f} tok/s  {memory:7,.0f} MiB"
+            print(f"{line}  loss within {apart}  {text}", flush=True)
             harness.append("versus_peft_rounds", {**row, "round": number})
             return row
 
@@ -228,10 +166,10 @@ def ratios_table(records: Iterable[Mapping[str, Any]]) -> list[str]:
         + [
             f"{sides[LATHE][figure] / sides[name][figure]:.2f} ×"
             for figure in ("tokens_per_second", "peak_bytes")
-            for name in (SEEDS, BEST)
+            for name in (PEFT_SEEDS, PEFT_BEST)
         ]
         for model, sides in _by_model(records).items()
-        if {SEEDS, BEST, LATHE} <= sides.keys()
+        if {PEFT_SEEDS, PEFT_BEST, LATHE} <= sides.keys()
     ]
     return harness.table(columns, rows)
 
@@ -251,7 +189,7 @@ def wrong(
     row: Row, figures: Mapping[str, Any], reference: Mapping[str, Any], dry: bool
 ) -> str | None:
     """Return in words how a row computed something else than the reference row of its work."""
-    grouped = isinstance(row.side, PeftSide) and row.side.grouped
+    grouped = row.side.grouped
     other_masks = isinstance(row.side, PeftSide) and row.work.dropout > 0
     config = gpu.decoder_of(row.work, dry)
     loss = FP32_BOUND if dry else bf16_bound(config.hidden_size, config.num_hidden_layers)
@@ -268,8 +206,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """Return what a timed row of so many operations a step is recorded with."""
     seconds, tokens = (figures[name][WARM_UP:] for name in ("seconds", "tokens"))
-    grouped = isinstance(row.side, PeftSide) and row.side.grouped
-    compared = slice(WARM_UP if grouped else None)  # the others are in another order
+    compared = slice(WARM_UP if row.side.grouped else None)  # the others are in another order
     losses = ({"loss": side["loss"][compared]} for side in (figures, reference))
     return {
         **harness.fifths(seconds, "seconds_per_step"),
@@ -289,55 +226,61 @@ class OutOfTime(Exception):
     """A row was not measured for want of time: nothing is recorded of it."""
 
 
-def run_on_gpu(names: Sequence[str], minutes: float) -> int:
-    """Measure the rows whose names begin with one of `names`; return the exit code."""
-    if not torch.cuda.is_available():
+def run_on_gpu(names: Sequence[str], minutes: float, dry: bool = False) -> int:
+    """Measure the rows whose names begin with one of `names`; return the exit code.
+
+    `dry`: compare them and their gates at small shapes in this process, and record nothing.
+    """
+    if not dry and not torch.cuda.is_available():
         print("--device cuda needs a CUDA device; --dry-run checks every row without one")
         return 2
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else Trainer spreads over all cards
+    if not dry:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else Trainer spreads over all cards
     deadline = time.monotonic() + 60 * minutes
     answers: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def ask(task: str, number: int) -> dict[str, Any]:
-        """Ask a process once; what went wrong, but for want of time, is its answer's `error`."""
-        if (task, number) in answers:
-            return answers[task, number]
-        limit = min(ROW_SECONDS, deadline - time.monotonic() + ROW_SECONDS)
+    def answer(task: str, number: int) -> dict[str, Any]:
+        """Ask a process; what went wrong is its answer's `error`."""
+        if not dry and time.monotonic() > deadline:
+            raise OutOfTime
         try:
+            if dry:
+                return gpu.be(None, task, number, dry=True)
             with tempfile.TemporaryDirectory() as folder:
                 of_task = {"task": task, "number": number}
-                found = harness.in_process("gpu:be", Path(folder), limit, **of_task)
+                return harness.in_process("gpu:be", Path(folder), ROW_SECONDS, **of_task)
         except subprocess.TimeoutExpired:
-            if limit < ROW_SECONDS:
-                raise OutOfTime from None
-            found = {"error": f"{task}: more than {ROW_SECONDS} s"}
-        except (Fault, ValueError, IndexError, KeyError) as error:
+            return {"error": f"{task}: more than {ROW_SECONDS} s"}
+        except (Exception, Fault) as error:  # whatever a library raises is the row's result
             text = (str(error).strip().splitlines() or ["no answer"])[-1]
-            found = {"error": text[:300].replace("|", "/")}
-        answers[task, number] = found
-        return found
+            return {"error": text[:300].replace("|", "/")}
 
-    rates = ask("rates", 0)
+    def ask(task: str, number: int) -> dict[str, Any]:
+        if (task, number) not in answers:
+            answers[task, number] = answer(task, number)
+        return answers[task, number]
+
+    rates = {} if dry else ask("rates", 0)
     if "error" in rates:
         print(f"the card's rates could not be measured: {rates['error']}")
         return 1
-    rates = {name: rates[name] for name in ("copy_gb_s", "gemm_tflops", "device")}
     every, faults, left = gpu.rows(), 0, 0
     for number, row in enumerate(every):
         if row.name.split()[0] not in names:
             continue
         try:
-            if time.monotonic() > deadline:
-                raise OutOfTime
-            found = measured(row, every, number, ask)
+            found = measured(row, every, number, ask, dry)
         except OutOfTime:
             left += 1
             continue
         faults += "error" in found
         about = {"row": row.name, "work": row.work.text, "who": row.who, "side": row.side.text}
-        record = {**about, **rates, **found}
-        harness.append("gpu", record)
-        cells = "  ".join(filter(None, _cells(record)))
+        if dry:
+            cells = found.get("error", "agrees")
+        else:
+            about |= {name: rates[name] for name in ("copy_gb_s", "gemm_tflops", "device")}
+            harness.append("gpu", {**about, **found})
+            cells = "  ".join(filter(None, _cells({**about, **found})))
         print(f"{row.name:<24} {cells}  ({row.who}: {row.side.text})", flush=True)
     if left:
         print(f"{left} rows left out after {minutes:g} minutes; --rows measures those missing")
@@ -345,7 +288,11 @@ def run_on_gpu(names: Sequence[str], minutes: float) -> int:
 
 
 def measured(
-    row: Row, every: Sequence[Row], number: int, ask: Callable[[str, int], dict[str, Any]]
+    row: Row,
+    every: Sequence[Row],
+    number: int,
+    ask: Callable[[str, int], dict[str, Any]],
+    dry: bool = False,
 ) -> dict[str, Any]:
     """Return what a row is recorded with: its figures, or under `error` what is wrong."""
     model = (row.work.model, row.work.rank)
@@ -358,7 +305,8 @@ def measured(
     if "error" in figures:
         return figures
     if row.most:
-        return {"most_tokens": figures["most_tokens"]}
+        most = figures["most_tokens"]
+        return {"most_tokens": most} if most else {"error": "not one document fits"}
     first = next(
         i
         for i, other in enumerate(every)
@@ -367,34 +315,13 @@ def measured(
     reference = ask("row", first)
     if "error" in reference:
         return {"error": f"nothing to compare with: {every[first].name}: {reference['error']}"}
-    fault = wrong(row, figures, reference, dry=False)
+    fault = wrong(row, figures, reference, dry)
     if fault is not None:
         return {"error": fault}
+    if dry:
+        return {}
     timed = gpu.token_rows(row.work, WARM_UP + TIMED, False)[WARM_UP * gpu.EXAMPLES :]
     return figures_of(row, figures, reference, gpu.arithmetic(row.work, timed, False) / TIMED)
-
-
-def dry_run(names: Sequence[str]) -> int:
-    """Compare every row's losses and every gate at small shapes; return the exit code."""
-    ours = gpu.OurSide(kernels="reference")
-    gate = functools.cache(lambda work: gpu.gate_fault(gpu.gate(work, True)))
-    plain = functools.cache(lambda work: gpu.work_on(Row("", work, ours), 2, True))
-    faults = 0
-    for row in gpu.rows():
-        if row.name.split()[0] not in names:
-            continue
-        try:
-            figures = gpu.work_on(row, 2, True)
-            if row.most:
-                fault = None if figures["most_tokens"] else "no token fits"
-            else:
-                ragged = dataclasses.replace(row.work, dropout=0.0, rows="ragged")
-                fault = gate(ragged) or wrong(row, figures, plain(row.work), dry=True)
-        except (Exception, Fault) as error:  # whatever a library raises is the row's result
-            fault = harness.told(error)
-        faults += fault is not None
-        print(f"{row.name:<24} {fault or 'agrees'}  ({row.who}: {row.side.text})", flush=True)
-    return 1 if faults else 0
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -428,22 +355,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, help="default: 3 for tiny, else 2")
     parser.add_argument("--steps", type=int, help="steps that are timed; default: by model")
-    parser.add_argument("--pilot", action="store_true", help="find the peer's best settings")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", nargs="+", choices=GPU_ROWS, help="with --device cuda")
     parser.add_argument("--minutes", type=float, default=7.0, help="with --device cuda")
     parser.add_argument("--dry-run", action="store_true", help="with --device cuda: small, no GPU")
     options = parser.parse_args()
     if options.device == "cuda":
-        names = options.rows or GPU_ROWS
-        sys.exit(dry_run(names) if options.dry_run else run_on_gpu(names, options.minutes))
+        sys.exit(run_on_gpu(options.rows or GPU_ROWS, options.minutes, options.dry_run))
     if options.rows or options.dry_run:
         parser.error("--rows and --dry-run go with --device cuda")
     for model in options.models:
-        if options.pilot:
-            pilot(model, options.steps)
-        else:
-            compare(model, options.rounds, options.steps)
+        compare(model, options.rounds, options.steps)
 
 
 if __name__ == "__main__":

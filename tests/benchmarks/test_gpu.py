@@ -32,7 +32,7 @@ ROWS = [
 def test_every_row_computes_what_the_reference_does(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert versus_peft.dry_run([name]) == 0, capsys.readouterr().out
+    assert versus_peft.run_on_gpu([name], 0.0, dry=True) == 0, capsys.readouterr().out
 
 
 def test_every_row_belongs_to_a_command() -> None:
