@@ -1,8 +1,9 @@
 """What a case of `benchmarks.kernels` is: one operation at one shape, its sides, its exact result.
 
-A side is anything that computes the operation; `exact` is what the reference, which the tests hold
-to literal formulas, or a literal formula gives in fp64. A name in a side's results that `exact` has
-is checked before the side is timed. In a dry room the shapes are small, and odd where they can be.
+A side is anything that computes the operation, or as a floor less than it; `exact` is what the
+reference, which the tests hold to literal formulas, or a literal formula gives in fp64. A name in a
+side's results that `exact` has is checked before the side is timed. In a dry room the shapes are
+small, and odd where they can be.
 
 Bytes and operations are the fewest that the operation can do with: each tensor read or written once
 a pass, 2·M·K·N operations a product. All sides of a case are credited with them, the floors too, so
@@ -40,6 +41,7 @@ class Side:
     full: Callable[[], Results] | None  # None where there is no backward pass
     # Its dropout is drawn by a generator of its own: only what it computes at p = 0 is compared.
     checked_without_dropout: bool = False
+    compared: bool = True  # not where it computes less than the operation
 
     def results(self) -> Results:
         """Return what both passes give; without a backward pass, what the forward pass does."""
@@ -106,7 +108,7 @@ class Problem:
     needed: Sequence[str]
     upstream: Sequence[Tensor]
 
-    def side(self, run: Run, checked_without_dropout: bool = False) -> Side:
+    def side(self, run: Run) -> Side:
         """Return the side that calls `run` with the leaves by name, and differentiates."""
         inputs = {n: x.detach().requires_grad_(n in self.needed) for n, x in self.leaves.items()}
 
@@ -123,7 +125,7 @@ class Problem:
             named = {f"d {n}": g for n, g in zip(self.needed, gradients, strict=True)}
             return outputs | named
 
-        return Side(forward, full, checked_without_dropout)
+        return Side(forward, full)
 
     def makes(self, run: Run) -> Callable[[float], Side]:
         """Return what makes the side of an operation without dropout."""

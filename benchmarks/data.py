@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,22 +121,12 @@ def plan(rounds: int, _: int) -> None:
 
     random, ids = np.random.default_rng(0), np.ones(MAX_LENGTH, dtype=np.int32)
     examples = product.Documents(ids[:n] for n in random.integers(16, MAX_LENGTH, 100_000))
-    config = product.load_config(overrides={"train.num_train_epochs": 1})
+    settings = {"train.num_train_epochs": 1, "train.micro_batch_tokens": 4096}
+    settings |= {"data.group_by_length": True, "data.max_length": MAX_LENGTH}
+    config = product.load_config(overrides=settings)
     planned = product.plan_run(config, len(examples), num_valid=0)
-    batches = product.StepBatches(
-        examples=examples,  # pyright: ignore[reportArgumentType]  # of lengths alone
-        seed=42,
-        shuffle=True,
-        group_by_length=True,
-        effective_batch_size=planned.effective_batch_size,
-        batching=product.Batching(
-            micro_batch_size=8,
-            micro_batch_tokens=4096,
-            layout="unpadded",
-            max_length=MAX_LENGTH,
-            pad_id=0,
-        ),
-    )
+    read: Any = SimpleNamespace(train=examples, tokenizer=SimpleNamespace(pad_id=0))
+    batches = product.StepBatches.of(config, planned, read)
 
     def cut(number: int) -> int:
         steps = (planned.batch(step)[1:] for step in range(1, planned.steps_per_epoch + 1))

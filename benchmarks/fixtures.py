@@ -45,11 +45,6 @@ class Fixture:
         """AdamW for adapters, Adafactor for full fine-tuning."""
         return "adafactor" if self.method == "full" else "adamw"
 
-    @property
-    def bf16_bound(self) -> float:
-        """How far a step's loss may be from fp32's in bf16."""
-        return bf16_bound(self.config["hidden_size"], self.config["num_hidden_layers"])
-
 
 def bf16_bound(hidden_size: int, num_layers: int) -> float:
     """Return how far a step's loss may be from another side's where either computes in bf16.
@@ -163,18 +158,21 @@ def write_base(fixture: Fixture, folder: Path) -> int:
     return parameters
 
 
-def examples_of(path: Path, tokenizer: Any, prompt_format: Any, **changed: Any) -> Any:
-    """Return a file's rows as examples of at most `MAX_LENGTH` tokens, without a cache."""
+def examples_of(
+    path: Path, tokenizer: Any, prompt_format: Any, cache_root: Path | None = None
+) -> Any:
+    """Return a file's rows as examples of at most `MAX_LENGTH` tokens."""
     from data.examples import load_examples
 
-    options = {"max_length": MAX_LENGTH, "on_overflow": "truncate", "cache_root": None, **changed}
     return load_examples(
         str(path),
         split_column=None,
         split=None,
         tokenizer=tokenizer,
         prompt_format=prompt_format,
-        **options,
+        max_length=MAX_LENGTH,
+        on_overflow="truncate",
+        cache_root=cache_root,
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -297,36 +296,25 @@ def run_theirs(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[st
     if side.grouped:  # the steps that warm up keep their order: their losses can be compared
         first = (1 if dry else WARM_UP) * each
         ids = ids[:first] + sorted(ids[first:], key=len, reverse=True)
-    with tempfile.TemporaryDirectory() as folder:
-        return peer.train_with_trainer(
-            model,
-            ids,
-            side,
-            steps=steps,
-            batch=batch,
-            accumulation=each // batch,
-            max_length=DRY_LENGTH if dry else LENGTH,
-            folder=Path(folder),
-            use_cpu=dry,
-            **more,
-        )
+    max_length = DRY_LENGTH if dry else LENGTH
+    return peer.train_with_trainer(model, ids, side, steps, batch, max_length, **more)
 
 
 def most_tokens(row: Row, dry: bool) -> dict[str, Any]:
     """Return how many tokens fit into one micro-batch, in documents of full length."""
     document = token_rows(row.work, 1, dry)[0]
+    device = torch.device("cpu" if dry else "cuda")
+    ours = theirs = None
     if isinstance(row.side, OurSide):
         ours = Ours(row, dry)
-
-        def fits(count: int) -> bool:
-            return ours.step(count, [document] * count, count * LENGTH).skipped is None
     else:
-        device = torch.device("cpu" if dry else "cuda")
         theirs = their_model(row.work, row.side, device, decoder_of(row.work, dry)).train()
 
-        def fits(count: int) -> bool:
-            attempt = functools.partial(_backward, theirs, document, count)
-            return bool(product.within_memory(attempt, device))
+    def fits(count: int) -> bool:
+        if ours is not None:
+            return ours.step(count, [document] * count, count * LENGTH).skipped is None
+        attempt = functools.partial(_backward, theirs, document, count)
+        return bool(product.within_memory(attempt, device))
 
     most = 0
     for count in (1, 2) if dry else (8, 12, 16, 24, 32, 48, 64, 96, 128, 192):

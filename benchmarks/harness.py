@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
@@ -242,16 +241,6 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def grouped(
-    records: Iterable[Mapping[str, Any]], *names: str
-) -> dict[Any, list[Mapping[str, Any]]]:
-    """Return the records by the values of some names (of one: by its value), in their order."""
-    found: dict[Any, list[Mapping[str, Any]]] = {}
-    for row in sorted(records, key=itemgetter(*names)):
-        found.setdefault(itemgetter(*names)(row), []).append(row)
-    return found
 
 
 def spread(middle: float, least_and_most: Sequence[float], digits: int = 0, unit: str = "") -> str:

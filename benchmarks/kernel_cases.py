@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import COMPILED, LATHE, TRITON, Case, Problem, Results, Room, Run, Side, triton
+from benchmarks.case import COMPILED, LATHE, TRITON, Case, Problem, Results, Room, Run, Side
 from benchmarks.fixtures import ragged_rows
 from benchmarks.linear_cases import from_liger, linears, loss
 from kernels import varlen
@@ -138,24 +138,6 @@ def swiglu(rows: int, intermediate: int, room: Room) -> Case:
     return _pointwise(room, "swiglu", f"{m:,} × {i:,}", problem, literal, ours, moved, liger)
 
 
-def gelu(rows: int, intermediate: int, room: Room) -> Case:
-    """GELU in its tanh form of a layer's output and its bias, alone.
-
-    The reference has no such step: its bias comes in with the product before (`linear_gelu`).
-    """
-    m, i = room.rows(rows), room.size(intermediate)
-    problem = Problem({"x": room.draw(m, i), "bias": room.draw(i)}, ["x"], [room.draw(m, i)])
-    alone = triton("elementwise").gelu_tanh
-
-    def literal(x: Tensor, bias: Tensor) -> Tensor:
-        return F.gelu(x + bias, approximate="tanh")
-
-    moved = (2 * m * i, 5 * m * i)
-    case = _pointwise(room, "gelu", f"{m:,} × {i:,}", problem, literal, lambda _: alone, moved)
-    sides = {name: side for name, side in case.sides.items() if name != LATHE}
-    return replace(case, sides=sides, floor="eager")
-
-
 def linear_gelu(rows: int, hidden: int, intermediate: int, room: Room) -> Case:
     """A frozen layer with its bias and GELU: with either backend the whole of it."""
     m, h, i = room.rows(rows), room.size(hidden), room.size(intermediate)
@@ -199,7 +181,6 @@ def attend(rows: int, heads: int, kv: int, d: int, room: Room) -> Case:
     m, d = room.rows(rows), 8 if room.dry else d
     lengths = documents(m, 1024, 1) if not room.dry else documents(m, 9, 40)
     segments = Segments.build(lengths, device=room.device)
-    alone = [Segments.build([length], device=room.device) for length in lengths]
     scale, longest, count = d**-0.5, max(lengths), len(lengths)
     leaves = {"q": room.draw(m, heads, d), "k": room.draw(m, kv, d), "v": room.draw(m, kv, d)}
     problem = Problem(leaves, list(leaves), [room.draw(m, heads * d)])
@@ -220,26 +201,6 @@ def attend(rows: int, heads: int, kv: int, d: int, room: Room) -> Case:
         )
         return out.transpose(1, 2)[document, place].flatten(1)
 
-    def flexible(_: float) -> Side:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (document[i] == document[j]) & (i >= j)
-
-        blocks = create_block_mask(visible, None, None, m, m, device=str(room.device))
-        run: Callable[..., Any] = torch.compile(flex_attention)
-
-        def call(**qkv: Tensor) -> Tensor:
-            wide = [x.transpose(0, 1).unsqueeze(0) for x in qkv.values()]
-            out = run(*wide, block_mask=blocks, scale=scale, enable_gqa=True)
-            return out[0].transpose(0, 1).flatten(1)
-
-        return problem.side(call)
-
-    def one_by_one(**qkv: Tensor) -> Tensor:
-        pieces = zip(*(x.split(lengths) for x in qkv.values()), alone, strict=True)
-        return torch.cat([attention(*piece, scale=scale) for piece in pieces])
-
     def ours(**chosen: Any) -> Run:
         return lambda **qkv: attention(**qkv, segments=segments, scale=scale, **chosen)
 
@@ -248,11 +209,8 @@ def attend(rows: int, heads: int, kv: int, d: int, room: Room) -> Case:
     moved = room.dtype.itemsize * m * d * (2 * heads + 2 * kv) / 1e9
     sides = {
         LATHE: problem.makes(ours()),
-        "documents one by one": problem.makes(one_by_one),
         "padded, SDPA with a mask": problem.makes(padded),
     }
-    if not room.dry:  # its backward pass is CUDA's
-        sides["flex_attention"] = flexible
     return Case(
         part="attention",
         text=f"{m:,} rows, {count} documents, {heads} + {kv} heads of {d} (ours: {which})",
@@ -371,7 +329,6 @@ def cases() -> Iterator[tuple[str, Callable[[Room], Case]]]:
         yield "layer-norm", functools.partial(norm, m, 3072, True)
         for h in (1536, 4096):
             yield "rms-norm", functools.partial(norm, m, h, False)
-        yield "gelu", functools.partial(gelu, m, 12_288)
         yield "linear-gelu", functools.partial(linear_gelu, m, 3072, 12_288)
         for i in (8960, 11_008):
             yield "swiglu", functools.partial(swiglu, m, i)

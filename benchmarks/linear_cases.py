@@ -8,6 +8,7 @@ Bytes of the loss: logits are written by the product, read and overwritten by th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from kernels.segments import Segments
 
 FLOOR = "frozen linear alone"
 TWO_PRODUCTS = "its two products alone"
-LOGITS, CHUNKED = "logits, F.cross_entropy in fp32", "F.linear_cross_entropy"
+LOGITS = "logits, F.cross_entropy in fp32"
 SCALE = 2.0  # alpha / r, as the presets have it
 _PEFT = {"PEFT, fp32 adapters": torch.float32, "PEFT, adapters in bf16": torch.bfloat16}
 
@@ -58,36 +59,26 @@ def linears(
 
         return call
 
-    def eager(x: Tensor, *, p: float, **tensors: Tensor) -> list[Tensor]:
+    def eager(x: Tensor, **tensors: Tensor) -> list[Tensor]:
         ys = []
         for i in range(len(ns)):
             a, b = (tensors[f"{kind}{i}"].to(x.dtype) for kind in "ab")
-            low_rank = F.linear(F.dropout(x, p, training=True), a)
-            ys.append(F.linear(x, tensors[f"w{i}"]) + SCALE * F.linear(low_rank, b))
+            ys.append(F.linear(x, tensors[f"w{i}"]) + SCALE * F.linear(F.linear(x, a), b))
         return ys
-
-    def compiled(p: float) -> Side:
-        run = room.compile(functools.partial(eager, p=p))
-        return problem.side(run, checked_without_dropout=True)
 
     def frozen(x: Tensor, **tensors: Tensor) -> list[Tensor]:
         return [F.linear(x, tensors[f"w{i}"]) for i in range(len(ns))]
 
-    def floor(_: float) -> Side:
-        side = Problem(leaves, ["x"], problem.upstream).side(frozen)
-        assert side.full is not None
-        # Another function: nothing of it can be compared with the adapted layer.
-        return Side(_renamed(side.forward), _renamed(side.full))
-
+    alone = Problem(leaves, ["x"], problem.upstream)
     sides: dict[str, Callable[[float], Side]] = {
-        FLOOR: floor,
+        FLOOR: lambda _: dataclasses.replace(alone.side(frozen), compared=False),
         TRITON: lambda p: problem.side(ours(TRITON, p)),
         LATHE: lambda p: problem.side(ours(LATHE, p)),
     }
     for name, kind in _PEFT.items():
         sides[name] = functools.partial(_peft, room, problem, kind)
     if p == 0:
-        sides[COMPILED] = compiled
+        sides[COMPILED] = lambda _: problem.side(room.compile(eager))
     one_way = c * (m * k + k * total + m * total) / 1e9
     product, small = 2 * m * k * total, 2 * m * r * (k * len(ns) + total)
     return Case(
@@ -100,10 +91,6 @@ def linears(
         teraflops=((product + small) / 1e12, (2 * product + 3 * small) / 1e12),
         floor=FLOOR,
     )
-
-
-def _renamed(function: Callable[[], Results]) -> Callable[[], Results]:
-    return lambda: {f"frozen {name}": value for name, value in function().items()}
 
 
 def _peft(room: Room, problem: Problem, kind: torch.dtype, p: float) -> Side:
@@ -167,10 +154,6 @@ def loss(rows: int, hidden: int, vocabulary: int, masked: float, room: Room) -> 
     def logits_first(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
 
-    def torch_chunked(x: Tensor, weight: Tensor) -> Tensor:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(x, weight, targets, reduction="sum", options=options)
-
     def liger(x: Tensor, weight: Tensor) -> Tensor:
         return from_liger("liger_fused_linear_cross_entropy")(x, weight, targets, reduction="sum")
 
@@ -183,7 +166,7 @@ def loss(rows: int, hidden: int, vocabulary: int, masked: float, room: Room) -> 
                 torch.mm(some @ weight.t(), weight, out=of_out)
             return {"products": out}
 
-        return Side(run, run)
+        return Side(run, run, compared=False)
 
     sides: dict[str, Callable[[float], Side]] = {
         TWO_PRODUCTS: products,
@@ -192,8 +175,6 @@ def loss(rows: int, hidden: int, vocabulary: int, masked: float, room: Room) -> 
         LOGITS: problem.makes(logits_first),
         COMPILED: lambda _: problem.side(room.compile(logits_first)),
     }
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-        sides[CHUNKED] = problem.makes(torch_chunked)
     if not room.dry:  # its kernels are CUDA's
         sides["Liger"] = problem.makes(liger)
     s = len(wanted)

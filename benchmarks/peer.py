@@ -6,14 +6,17 @@ Its process imports nothing of Lathe's before its imports are measured, and then
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import harness
-from benchmarks.fixtures import ACCUMULATION, BATCH, MAX_LENGTH, MODELS, examples_of
+from benchmarks.fixtures import BATCH, MAX_LENGTH, MODELS, examples_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,6 @@ BEST = {
 
 def run_peft(folder: Path, model: str, side: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train with transformers Trainer and PEFT and return loss, seconds and tokens of each step."""
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, Trainer  # noqa: F401  # counted as an import
 
@@ -69,25 +71,14 @@ def run_peft(folder: Path, model: str, side: dict[str, Any], steps: int) -> dict
     from data.prompt import PromptFormat
     from data.tokenizer import Tokenizer
 
-    settings = PeftSide(**side)
-    examples = examples_of(
-        folder / f"{settings.order}.jsonl", Tokenizer.load(folder), PromptFormat(text_field="text")
-    )
+    settings, turns = PeftSide(**side), PromptFormat(text_field="text")
+    examples = examples_of(folder / f"{settings.order}.jsonl", Tokenizer.load(folder), turns)
     dtype = torch.bfloat16 if settings.precision == "bf16 weights" else torch.float32
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if MODELS[model].method == "lora":
         base = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
-    figures = train_with_trainer(
-        base,
-        [example.input_ids.tolist() for example in examples],
-        settings,
-        steps=steps,
-        batch=BATCH,
-        accumulation=ACCUMULATION,
-        max_length=MAX_LENGTH,
-        folder=folder,
-        use_cpu=True,
-    )
+    rows = [example.input_ids.tolist() for example in examples]
+    figures = train_with_trainer(base, rows, settings, steps, BATCH, MAX_LENGTH)
     return {**figures, "imports_bytes": imports}
 
 
@@ -96,7 +87,6 @@ def untrained(
 ) -> Any:
     """Return a model of the architecture of a config.json, wrapped by PEFT where it has a rank."""
     import peft
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     theirs = AutoConfig.for_model(**{k: value for k, value in raw.items() if k != "torch_dtype"})
@@ -126,22 +116,17 @@ def train_with_trainer(
     model: Any,
     rows: list[list[int]],
     side: PeftSide,
-    *,
     steps: int,
     batch: int,
-    accumulation: int,
     max_length: int,
-    folder: Path,
-    use_cpu: bool,
     **more: Any,
 ) -> dict[str, Any]:
     """Train a model of transformers, all tokens being targets.
 
     Returns loss, gradient norm before clipping, seconds and real tokens of each step. `rows` are
-    token ids in the order of training, `max_length` is what that batching pads to, and `more` are
-    further arguments of TrainingArguments.
+    token ids in the order of training, as many for each step, `max_length` is what that batching
+    pads to, and `more` are further arguments of TrainingArguments.
     """
-    import torch
     from transformers import (
         DataCollatorWithFlattening,
         Trainer,
@@ -149,6 +134,8 @@ def train_with_trainer(
         TrainingArguments,
     )
 
+    on_cpu = model.device.type == "cpu"
+    accumulation = len(rows) // steps // batch
     tokens: list[int] = []
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,7 +155,7 @@ def train_with_trainer(
     seconds: list[float] = []
 
     def now() -> float:
-        if not use_cpu:
+        if not on_cpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -182,7 +169,7 @@ def train_with_trainer(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(folder / "peft"),
+            output_dir=tempfile.gettempdir(),  # where nothing is saved
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=steps,
@@ -197,7 +184,7 @@ def train_with_trainer(
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=use_cpu,
+            use_cpu=on_cpu,
             seed=42,
             disable_tqdm=True,
             remove_unused_columns=False,

@@ -36,14 +36,12 @@ def configuration(
     fixture: Fixture, folder: Path, order: str, steps: int, settings: Mapping[str, Any]
 ) -> Any:
     """Return the configuration of a run of Lathe over rows in a fixed order."""
-    method: dict[str, Any] = {"train.method": fixture.method}
-    if fixture.method == "lora":
-        method["lora.init_from"] = str(folder / "adapter")
-        method["lora.lora_dropout"] = 0.0
+    adapter = {"lora.init_from": str(folder / "adapter"), "lora.lora_dropout": 0.0}
     return load_config(
         overrides={
             "model.path": str(folder),
-            **method,
+            "train.method": fixture.method,
+            **(adapter if fixture.method == "lora" else {}),
             "data.train": str(folder / f"{order}.jsonl"),
             "data.max_length": MAX_LENGTH,
             "data.shuffle": False,

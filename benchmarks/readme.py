@@ -29,25 +29,20 @@ _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def circumstances(records: list[dict[str, Any]]) -> str:
     """Return in one line where, with what and at which commits records were measured."""
-
-    def all_of(values: list[str]) -> str:
-        return ", ".join(dict.fromkeys(values))
-
-    devices = all_of([f"{row['device']}, {row['threads']} threads" for row in records])
-    versions = all_of(
-        [
-            f"{package} {version}"
-            for row in records
-            for package, version in row["versions"].items()
-            if package in ("torch", "transformers", "peft")
-        ]
+    versions = [
+        f"{package} {version}"
+        for row in records
+        for package, version in row["versions"].items()
+        if package in ("torch", "transformers", "peft")
+    ]
+    told = (
+        ("", [f"{row['device']}, {row['threads']} threads" for row in records]),
+        ("", versions),
+        ("", [row["utc"][:10] for row in records]),
+        ("commit ", [row["commit"][:7] + " with changes" * row["dirty"] for row in records]),
+        ("", [f"`{row['command']}`" for row in records]),
     )
-    commits = all_of(
-        [row["commit"][:7] + (" with changes" if row["dirty"] else "") for row in records]
-    )
-    days = all_of([row["utc"][:10] for row in records])
-    commands = all_of([f"`{row['command']}`" for row in records])
-    return f"{devices}; {versions}; {days}; commit {commits}; {commands}"
+    return "; ".join(what + ", ".join(dict.fromkeys(values)) for what, values in told)
 
 
 def with_tables(text: str) -> str:

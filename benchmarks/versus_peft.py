@@ -14,18 +14,20 @@ On a GPU (`benchmarks.gpu` has the rows): before a row is timed the gate of its 
 Then its steps are compared with those of Lathe's first row of the same work: same tokens at every
 step, at the five first ones a loss within `bf16_bound` and a gradient's norm within `NORM_BOUND`.
 What differs is recorded as wrong, and the exit code is 1. Records are appended row by row; after
-`--minutes` nothing new begins. TFLOP/s count 4 N operations a token for a frozen weight (6 N for a
-trained one), causal attention and the head, of real tokens, whatever a side computes beyond them.
+`--minutes` nothing new begins. TFLOP/s are of real tokens, whatever a side computes beyond them.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,7 +98,8 @@ def compare(model: str, rounds: int | None, timed: int | None) -> None:
                 order, precision = "rows", side.get("train.precision", "auto")
                 text = " ".join(f"{key}={value}" for key, value in side.items())
             figures, reference = run(side), references[order]
-            bound = FP32_BOUND if precision == "fp32" else fixture.bf16_bound
+            size = (fixture.config[name] for name in ("hidden_size", "num_hidden_layers"))
+            bound = FP32_BOUND if precision == "fp32" else bf16_bound(*size)
             fault = disagreement(figures, reference, {"loss": (bound, 0.0)})
             if fault is not None:
                 raise Fault(f"{model}: {name} ({text}) computed {fault}")
@@ -189,7 +192,6 @@ def wrong(
     row: Row, figures: Mapping[str, Any], reference: Mapping[str, Any], dry: bool
 ) -> str | None:
     """Return in words how a row computed something else than the reference row of its work."""
-    grouped = row.side.grouped
     other_masks = isinstance(row.side, PeftSide) and row.work.dropout > 0
     config = gpu.decoder_of(row.work, dry)
     loss = FP32_BOUND if dry else bf16_bound(config.hidden_size, config.num_hidden_layers)
@@ -197,8 +199,8 @@ def wrong(
     if not other_masks:  # the norm scatters with them; the gate has compared gradients without
         bounds["norm"] = (0.0, FP32_BOUND if dry else NORM_BOUND)
     # Later the two drift apart as two runs of one side do: rounding decides what Adam divides by.
-    first = 1 if dry and grouped else WARM_UP
-    return disagreement(figures, reference, bounds, first, reordered=grouped)
+    first = 1 if dry and row.side.grouped else WARM_UP
+    return disagreement(figures, reference, bounds, first, reordered=row.side.grouped)
 
 
 def figures_of(
@@ -237,9 +239,9 @@ def run_on_gpu(names: Sequence[str], minutes: float, dry: bool = False) -> int:
     if not dry:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else Trainer spreads over all cards
     deadline = time.monotonic() + 60 * minutes
-    answers: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def answer(task: str, number: int) -> dict[str, Any]:
+    @functools.cache
+    def ask(task: str, number: int) -> dict[str, Any]:
         """Ask a process; what went wrong is its answer's `error`."""
         if not dry and time.monotonic() > deadline:
             raise OutOfTime
@@ -254,11 +256,6 @@ def run_on_gpu(names: Sequence[str], minutes: float, dry: bool = False) -> int:
         except (Exception, Fault) as error:  # whatever a library raises is the row's result
             text = (str(error).strip().splitlines() or ["no answer"])[-1]
             return {"error": text[:300].replace("|", "/")}
-
-    def ask(task: str, number: int) -> dict[str, Any]:
-        if (task, number) not in answers:
-            answers[task, number] = answer(task, number)
-        return answers[task, number]
 
     rates = {} if dry else ask("rates", 0)
     if "error" in rates:
@@ -337,9 +334,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def gpu_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the records of each card as lines of README."""
-    nothing = ["", "Nothing has been measured yet: `make bench-gpu`, on a machine with a GPU."]
-    lines: list[str] = [] if records else nothing
-    for device, of_card in harness.grouped(records, "device").items():
+    if not records:
+        return ["Nothing has been measured yet: `make bench-gpu`, on a machine with a GPU."]
+    lines: list[str] = []
+    card = itemgetter("device")
+    for device, found in itertools.groupby(sorted(records, key=card), card):
+        of_card = list(found)
         rate = of_card[0]["gemm_tflops"]
         lines += ["", f"{device}: bf16 products {rate:,.0f} TFLOP/s; shares are of it.", ""]
         lines += harness.table(

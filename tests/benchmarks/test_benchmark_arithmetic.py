@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import harness
-from benchmarks.fixtures import MODELS, disagreement, speed
+from benchmarks.fixtures import MODELS, bf16_bound, disagreement, speed
 from benchmarks.peer import BEST, PeftSide
 from benchmarks.versus_peft import LATHE, PEFT_BEST, PEFT_SEEDS, ratios_table, summary
 
@@ -26,7 +26,7 @@ def test_runs_that_differ_are_named() -> None:
 
 
 def test_the_bound_of_bf16_grows_with_width_and_depth() -> None:
-    bounds = [MODELS[name].bf16_bound for name in ("tiny", "small", "medium")]
+    bounds = [bf16_bound(32, 2), bf16_bound(256, 4), bf16_bound(512, 9)]
     assert bounds == sorted(bounds)
     assert bounds[0] == pytest.approx(2 * 0.02 * 32**0.5 * 24**0.5 / 512)
     assert bounds[-1] < 0.02

@@ -205,7 +205,7 @@ def test_the_table_names_card_and_shares_and_says_what_was_not_timed() -> None:
 def test_every_part_decides_on_operations_that_there_are() -> None:
     names = {field.name for field in dataclasses.fields(Operations)}
     assert set().union(*FIELDS.values()) <= names
-    assert set(PARTS) - set(FIELDS) == {"gelu", "attention"}
+    assert set(PARTS) - set(FIELDS) == {"attention"}
 
 
 @interpreted
