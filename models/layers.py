@@ -301,8 +301,10 @@ class CausalLM(nn.Module, ABC):
         self.gradient_checkpointing = False
         self.name_or_path: str | None = None
         self.revision: str | None = None
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = Decoder(
-            nn.Embedding(config.vocab_size, config.hidden_size),
+            # Given its weight it draws none: on meta that would load torch's compiler, 2 s.
+            nn.Embedding(*embedding.shape, _weight=embedding),
             nn.ModuleList(map(self.layer, range(config.num_hidden_layers))),
             self.norm(),
         )

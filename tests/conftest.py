@@ -1,6 +1,8 @@
 """Fixtures that several folders of tests share: a model folder, rows, and a cache of their own."""
 
+import gc
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +10,14 @@ import interpreted  # noqa: F401  # before anything that may import triton
 import numpy as np
 import pytest
 import torch
-from small import small_model
+from small import DROPOUTS, small_model
 
 # The networks here are small: a second thread gains nothing, and on a busy machine two threads that
 # wait for each other cost a factor of ten.
 torch.set_num_threads(1)
+
+FIGURES = "matplotlib.figure"
+loaded: list[object] = []  # that module, once a test has had it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,6 +27,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    """Take what imports made out of every later collection: each run of a test makes one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let all be taken apart at exit: Triton's bindings name what stays frozen as leaked."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_matplotlib() -> Iterator[None]:
+    """Draw nothing, as where matplotlib is not installed: plots are most of a short run's time."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, FIGURES, None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def matplotlib(_no_matplotlib: None) -> Iterator[None]:
+    """Let the runs of a file draw their plots all the same."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if loaded:
+            monkeypatch.setitem(sys.modules, FIGURES, loaded[0])
+        else:
+            monkeypatch.delitem(sys.modules, FIGURES)
+        yield
+        loaded[:] = [sys.modules[FIGURES]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,8 +94,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     special = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
-    dropouts = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
-    model = small_model("starcoder2", vocab_size=257, **dropouts)
+    model = small_model("starcoder2", vocab_size=257, **DROPOUTS)
     save_model(model, folder, config=model.config)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(special))

@@ -8,6 +8,7 @@ import torch
 
 from data.examples import Counts, Example
 from kernels.dispatch import Operations
+from lora import LoraConfig, inject
 from models import build
 from models.config import DecoderConfig, parse_config
 from models.layers import CausalLM
@@ -39,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embedding_dropout": 0.0,
     },
 }
+
+DROPOUTS = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
 
 
 class RaggedExamples:
@@ -96,4 +99,23 @@ def small_model(
             if parameter.ndim == 1:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter += 0.1 * noise.to(dtype)
+    return model
+
+
+def adapted(
+    dropout: float = 0.0,
+    family: str = "starcoder2",
+    dtype: torch.dtype = torch.float64,
+    rank: int = 4,
+    **given: Any,
+) -> CausalLM:
+    """Return such a network with adapters whose B is away from 0, or A would have no gradient."""
+    model = small_model(family, dtype, **given)
+    inject(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout), seed=3)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+            if name.endswith("lora_B"):
+                parameter.data.normal_(0, 0.1, generator=generator)
     return model

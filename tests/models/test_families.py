@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from runs import settings, train
 from small import FAMILIES, RaggedExamples, small_config, small_model
+from steps import cut, one_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.batch import Batching, micro_batches
 from lora import load_adapter
 from models import families, load_model
 from models.config import parse_config
@@ -20,11 +21,6 @@ from train.config import load_config
 from train.config.schema import LoraSettings
 from train.optim.adamw import AdamW
 from train.plan.ledger import memory_ledger, model_sizes
-from train.precision import Precision
-from train.run import run
-from train.step import train_step
-
-CPU = torch.device("cpu")
 
 
 def transformers_model(folder: Path) -> torch.nn.Module:
@@ -65,18 +61,9 @@ def test_a_full_step_gives_the_weights_of_transformers_and_torch(
     reference.step()
 
     parameters = dict(model.named_parameters())
-    train_step(
-        model,
-        AdamW(parameters, eps=1e-3),
-        micro_batches(
-            examples, [0], Batching(micro_batch_size=1, layout="unpadded", max_length=48, pad_id=0)
-        ),
-        learning_rate=1e-3,
-        max_grad_norm=0.0,
-        precision=Precision("fp32", CPU),
-        scaler=None,
-        draw=(0, 1),
-    )
+    optimizer = AdamW(parameters, eps=1e-3)
+    batch = cut(1, examples=examples)
+    one_step(model, optimizer, batch, learning_rate=1e-3, max_grad_norm=0.0)
     for name, before in load_model(tmp_path / "base").named_parameters():
         assert not torch.equal(parameters[name], before), name
     assert_same_logits(theirs, model)
@@ -95,19 +82,8 @@ def test_a_run_s_result_is_what_others_load(
     save_model(start, base, config=start.config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_folder / name, base)
-    overrides = {
-        "model.path": str(base),
-        "data.train": str(rows_file / "train.jsonl"),
-        "train.method": method,
-        "train.device": "cpu",
-        "train.max_steps": 2,
-        "train.output_dir": str(output),
-        "optimizer.learning_rate": 1e-2,
-        "log.tensorboard": False,
-        "log.progress": False,
-        "eval.samples": 0,
-    }
-    run(load_config(overrides=overrides))
+    changes = {"train.method": method, "train.device": "cpu", "train.max_steps": 2}
+    train(settings(base, rows_file, output, **changes))
     plan = json.loads((output / "plan.json").read_text())
     trained = load_model(base if method == "lora" else output / "final")
     if method == "lora":

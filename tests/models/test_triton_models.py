@@ -3,11 +3,10 @@
 import pytest
 import torch
 from interpreted import DEVICE, TRITON
-from small import FAMILIES, RaggedExamples, small_model
+from small import FAMILIES, RaggedExamples, adapted, small_model
+from steps import cut
 
-from data.batch import Batching, micro_batches
 from kernels.dispatch import operations
-from lora import LoraConfig, inject
 from models.layers import CausalLM
 from train.loss import loss_sum
 
@@ -15,18 +14,13 @@ pytestmark = [
     pytest.mark.skipif(not TRITON, reason="triton is not installed"),
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
-LENGTHS = [3, 11, 5]
 
 
 def model_of(family: str, backend: str, method: str) -> CausalLM:
-    model = small_model(family, torch.float32, operations=operations(backend, DEVICE))
-    if method == "lora":
-        inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1), seed=3)
-        generator = torch.Generator().manual_seed(5)
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):  # away from 0, or A has no gradient
-                parameter.data.normal_(0, 0.1, generator=generator)
-    return model.to(DEVICE)
+    chosen = operations(backend, DEVICE)
+    if method == "full":
+        return small_model(family, operations=chosen).to(DEVICE)
+    return adapted(0.1, family, torch.float32, operations=chosen).to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +30,7 @@ def model_of(family: str, backend: str, method: str) -> CausalLM:
 def test_loss_and_gradients_are_those_of_the_reference(
     family: str, method: str, checkpointing: bool
 ) -> None:
-    batch = micro_batches(
-        RaggedExamples(LENGTHS),
-        [0, 1, 2],
-        Batching(micro_batch_size=3, layout="unpadded", max_length=48, pad_id=0),
-    )[0]
+    (batch,) = cut(3, examples=RaggedExamples([3, 11, 5]))
     sides = []
     for backend in ("reference", "triton"):
         model = model_of(family, backend, method)

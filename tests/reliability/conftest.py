@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small import small_model
+from small import DROPOUTS, small_model
 
 from models.weights import save_model
 
@@ -17,8 +17,7 @@ def one_layer(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Return a folder like `model_folder`'s with one layer: hundreds of runs are done on it."""
     folder = tmp_path_factory.mktemp("one-layer")
     shutil.copytree(model_folder, folder, dirs_exist_ok=True)
-    dropouts = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
-    model = small_model("starcoder2", vocab_size=257, num_hidden_layers=1, **dropouts)
+    model = small_model("starcoder2", vocab_size=257, num_hidden_layers=1, **DROPOUTS)
     save_model(model, folder, config=model.config)
     return folder
 

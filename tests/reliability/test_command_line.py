@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
+from runs import arguments
 from trials import outcome, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,13 +36,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
         assert process.poll() is None, f"it ended with {process.returncode}"
         assert time.monotonic() < deadline, "nothing comes of it"
         time.sleep(0.005)
-
-
-def spelled(value: object) -> str:
-    """Return a value as the command line takes it."""
-    if isinstance(value, list):
-        return ",".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def goes_on(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -79,8 +73,7 @@ def test_the_command_killed_by_the_clock_ends_in_the_same_bits(
         for act, place in places.items():
             place.mkdir()
             given = {**values, "train.output_dir": place / "run"}
-            arguments = [f"{key}={spelled(value)}" for key, value in given.items()]
-            jobs.append(pool.submit(act, arguments, place))
+            jobs.append(pool.submit(act, arguments(given), place))
     assert jobs[0].result() == [-signal.SIGKILL] * 3 + [0]
     assert jobs[1].result() == [0]
     killed, alone = (outcome(place / "run") for place in places.values())

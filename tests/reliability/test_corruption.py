@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from trials import Reference, reference, settings
 
 from files.folders import MANIFEST, damage
-from train.report import page as report
 from train.run import execute, main
 from train.saving.checkpoints import Checkpoints
 from train.saving.resume import find_run
@@ -39,9 +38,8 @@ def whole(
 
 
 @pytest.fixture
-def run(whole: tuple[Reference, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(whole: tuple[Reference, Path], tmp_path: Path) -> Path:
     """Return a copy of that run which has not heard of its end."""
-    monkeypatch.setattr(report, "draw_plots", lambda *_, **__: None)
     copy = Path(shutil.copytree(whole[1].parent, tmp_path / "copy")) / "run"
     (copy / "status.json").unlink()
     return copy

@@ -1,8 +1,6 @@
 """SIGKILL anywhere: taken up again, a run ends in the bits of one that nobody touched."""
 
-import itertools
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from runs import signalled
 from trials import (
     Point,
     Reference,
@@ -123,18 +122,6 @@ def test_a_run_killed_while_its_rows_are_cached_loses_nothing(
         assert killed_once((untouched, tmp_path, point)) == ""
 
 
-def signalled(*numbers: signal.Signals) -> Callable[[str], None]:
-    """Return a listener that sends the process signals while it does its third step."""
-    steps = itertools.count(1)
-
-    def listen(name: str) -> None:
-        if name == "step.gradient" and next(steps) == 3:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-
-    return listen
-
-
 @pytest.mark.parametrize(
     ("numbers", "code", "saved"),
     [
@@ -152,7 +139,7 @@ def test_a_run_stopped_by_a_signal_loses_nothing(
 ) -> None:
     """The step in progress is done and saved; a second signal ends the process at once."""
     values = untouched.at(tmp_path)
-    assert attempt(values, signalled(*numbers)) == code
+    assert attempt(values, signalled(3, *numbers)) == code
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir() == saved
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == ("preempted" if saved else "running")
@@ -165,7 +152,7 @@ def test_a_checkpoint_asked_for_by_signal_is_where_a_killed_run_goes_on(
 ) -> None:
     """Asked for at step 3, which has no checkpoint of its own; killed at the end of step 4."""
     values = untouched.at(tmp_path)
-    asked, kill = signalled(signal.SIGUSR1), killed_at("save.begun", 3)
+    asked, kill = signalled(3, signal.SIGUSR1), killed_at("save.begun", 3)
 
     def listen(name: str) -> None:
         asked(name)

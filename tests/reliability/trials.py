@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
+import runs
+from runs import OF_THE_PROCESS, rows_of
 
 from files.atomic import sha256_file
 from files.faults import listening
@@ -24,29 +25,20 @@ from files.folders import damage
 from train import loop
 from train.command import run_command
 from train.config.load import load_config
-from train.report import page as report
 from train.run import execute
 from train.saving.resume import find_run
 
 # A child that takes longer than this hangs, however busy the machine is; its alarm ends it.
 MAX_SECONDS = 300
-# State that tells of the process or the clock, not of what was computed.
-OF_THE_PROCESS = ("seconds", "resumed_from", "peak_memory_bytes")
 Point = tuple[str, int]
 
 
 def settings(model: Path, rows: Path, **changes: Any) -> dict[str, Any]:
     """Return a run of 5 steps whose epoch has 4: dropout, accumulation, evaluations, rotation."""
-    return {
-        "model.path": str(model),
-        "data.train": str(rows / "train.jsonl"),
-        "data.valid": str(rows / "valid.jsonl"),
+    wanted = {
         "data.test": str(rows / "test.jsonl"),
-        "data.max_length": 48,
         "train.per_device_train_batch_size": 1,
-        "train.gradient_accumulation_steps": 3,
         "train.max_steps": 5,
-        "train.precision": "fp32",
         "lora.r": 2,
         "lora.target_modules": ["q_proj", "c_proj"],
         "lora.lora_dropout": 0.1,
@@ -58,10 +50,9 @@ def settings(model: Path, rows: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint.steps": 2,
         "checkpoint.total_limit": 1,
         "checkpoint.load_best_at_end": True,
-        "log.tensorboard": False,
-        "log.progress": False,
         **changes,
     }
+    return runs.settings(model, rows, Path(), **wanted)
 
 
 def begin_or_resume(values: Mapping[str, Any]) -> int:
@@ -85,14 +76,13 @@ def outcome(folder: Path) -> dict[str, Any]:
         assert damage(place) is None, damage(place)
     state = json.loads((checkpoints[-1] / "state.json").read_text())["state"]
     status = json.loads((folder / "status.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "tensors": {
             f"{place.name}/{path.name}": sha256_file(path)
             for place in places
             for path in sorted(place.glob("*.safetensors"))
         },
-        "rows": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
+        "rows": rows_of(folder),
         "state": {k: v for k, v in state.items() if k not in OF_THE_PROCESS},
         "status": {k: status[k] for k in ("state", "reason", "step", "best", "tokens", "targets")},
     }
@@ -152,8 +142,7 @@ def attempt(values: Mapping[str, Any], listener: Callable[[str], None] | None = 
     """Begin or resume a run in a child and return the child's exit code.
 
     Beside the run's folder lie `log.txt`, and `ledger.jsonl` with step and example ids of every
-    step that any of its processes did. Plots are left out, as where matplotlib is not installed:
-    they are most of such a run's time.
+    step that any of its processes did.
     """
     folder = Path(values["train.output_dir"])
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +156,6 @@ def attempt(values: Mapping[str, Any], listener: Callable[[str], None] | None = 
 
     def work() -> int:
         loop.train_step = entered
-        report.draw_plots = lambda *_, **__: None
         with listening(listener or (lambda _: None)):
             return run_command(lambda: begin_or_resume(values))
 
@@ -215,9 +203,7 @@ class Reference:
 def reference(values: Mapping[str, Any], folder: Path) -> Reference:
     """Do a run that nobody touches, and note what it passes."""
     # Once in this process, so that no child has to import anything.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_plots", lambda *_, **__: None)
-        begin_or_resume({**values, "train.output_dir": str(folder / "first")})
+    begin_or_resume({**values, "train.output_dir": str(folder / "first")})
     run = folder / "untouched" / "run"
     assert attempt({**values, "train.output_dir": str(run)}, noted(folder / "points")) == 0
     counts: Counter[str] = Counter()
@@ -232,10 +218,5 @@ def side_by_side(work: Callable[[Any], Any], cases: Sequence[Any]) -> list[Any]:
     """Return what `work` returns for every case; two are done at a time."""
     # Forked, so that nothing is imported again; frozen, so that no collector writes to every page.
     gc.freeze()
-    try:
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            return pool.map(work, cases, chunksize=1)
-    finally:
-        # What stays frozen is not taken apart at exit, and Triton's bindings then name each of
-        # their types and functions as leaked, behind the summary of the tests.
-        gc.unfreeze()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(work, cases, chunksize=1)

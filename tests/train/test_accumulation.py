@@ -5,19 +5,18 @@ below 1e-12 for the few thousand terms here.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import FAMILIES, RaggedExamples, small_model
+from small import DROPOUTS, FAMILIES, adapted, small_model
+from steps import CPU, EXAMPLES, FP32, batching, cut, gradient_step, one_step, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.cpu.rounding
 import kernels.dropout
 import kernels.linears
-from data.batch import Batching, MicroBatch, micro_batches
 from kernels.cpu.attention import attention
 from kernels.dropout import module_id
 from kernels.segments import Segments
@@ -30,86 +29,17 @@ from train.loss import exact_sum
 from train.optim.adamw import AdamW
 from train.precision import LossScaler, Precision
 from train.state import StepResult
-from train.step import train_step
 
-CPU = torch.device("cpu")
-LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]
-EXAMPLES = RaggedExamples(LENGTHS)
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 LAYOUTS = ["unpadded", "longest", "max_length"]
 
 
-class GradientsOnly(AdamW):
-    """An optimizer that keeps the gradient it is given and touches no weight."""
-
-    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        self.seen = {
-            name: p.grad * gradient_scale
-            for name, p in self.parameters.items()
-            if p.grad is not None
-        }
-
-
-def adapted(dropout: float = 0.0, family: str = "starcoder2", **changes: object) -> CausalLM:
-    model = small_model(family, torch.float64, **changes)
-    inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout), seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.double()
-            if name.endswith("lora_B"):  # away from 0, or A has no gradient
-                parameter.data.normal_(0, 0.1, generator=generator)
-    return model
-
-
 def all_dropped(attention: str = "eager") -> CausalLM:
     """Return a StarCoder2 that drops 0.1 everywhere: adapters, attention, residuals, embeddings."""
-    rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
-    model = adapted(0.1, **rates)
+    model = adapted(0.1, **DROPOUTS)
     for layer in model.model.layers:
         layer.self_attn.implementation = attention
     return model
-
-
-def cut(
-    size: int,
-    batching: str = "unpadded",
-    indices: Sequence[int] = range(8),
-    tokens: int | None = None,
-) -> list[MicroBatch]:
-    return micro_batches(
-        EXAMPLES,
-        list(indices),
-        Batching(
-            micro_batch_size=size,
-            micro_batch_tokens=tokens,
-            layout=batching,
-            max_length=48,
-            pad_id=0,
-        ),
-    )
-
-
-def one_step(
-    model: CausalLM,
-    batch: list[MicroBatch],
-    max_grad_norm: float = 0.0,
-    scaler: LossScaler | None = None,
-    draw: tuple[int, int] = (42, 7),
-) -> tuple[StepResult, dict[str, torch.Tensor]]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = GradientsOnly(trained)
-    result = train_step(
-        model,
-        optimizer,
-        batch,
-        learning_rate=1e-3,
-        max_grad_norm=max_grad_norm,
-        precision=Precision("fp32", CPU),
-        scaler=scaler,
-        draw=draw,
-    )
-    return result, optimizer.seen
 
 
 def assert_same(one: tuple, other: tuple, tolerance: float = 1e-12) -> None:
@@ -123,31 +53,31 @@ def assert_same(one: tuple, other: tuple, tolerance: float = 1e-12) -> None:
         assert difference <= tolerance, name
 
 
-@pytest.mark.parametrize("batching", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "windows"), CUTS)
 def test_every_cut_and_every_padding_gives_one_loss_and_one_gradient(
-    size: int, windows: int, batching: str
+    size: int, windows: int, layout: str
 ) -> None:
     model = adapted()
-    batch = cut(size, batching)
+    batch = cut(size, layout)
     assert len(batch) == windows
-    assert_same(one_step(model, cut(8)), one_step(model, batch))
+    assert_same(gradient_step(model, cut(8)), gradient_step(model, batch))
 
 
 @pytest.mark.parametrize("rope", [None, "dynamic"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("batching", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_and_lengths_that_are_rounded_up_change_nothing(
-    family: str, batching: str, attention: str, rope: str | None, monkeypatch: pytest.MonkeyPatch
+    family: str, layout: str, attention: str, rope: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {} if rope is None else {"rope_scaling": {"rope_type": rope, "factor": 2.0}}
     model = adapted(0.1, family, max_position_embeddings=16, **changes)
     for layer in model.model.layers:
         layer.self_attn.implementation = attention
-    expected = one_step(model, cut(3, batching))
+    expected = gradient_step(model, cut(3, layout))
     monkeypatch.setattr(kernels.cpu.rounding, "rounds", lambda device, dtype: True)
-    assert_same(expected, one_step(model, cut(3, batching)))
+    assert_same(expected, gradient_step(model, cut(3, layout)))
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -180,58 +110,60 @@ def test_attention_in_rounded_blocks_is_that_without(
 @pytest.fixture(scope="module")
 def dropped_step() -> tuple[StepResult, dict[str, torch.Tensor]]:
     """What one unpadded micro-batch of all examples gives with dropout everywhere."""
-    return one_step(all_dropped(), cut(8))
+    return gradient_step(all_dropped(), cut(8))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("batching", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("size", "windows"), CUTS)
 def test_no_draw_depends_on_the_cut_the_padding_or_recomputation(
-    size: int, windows: int, batching: str, checkpointing: bool, dropped_step: tuple
+    size: int, windows: int, layout: str, checkpointing: bool, dropped_step: tuple
 ) -> None:
     model = all_dropped()
     model.gradient_checkpointing = checkpointing
-    batch = cut(size, batching)
+    batch = cut(size, layout)
     assert len(batch) == windows
-    assert_same(dropped_step, one_step(model, batch))
+    assert_same(dropped_step, gradient_step(model, batch))
 
 
 @pytest.mark.parametrize(
-    ("batching", "tokens", "windows"),
+    ("layout", "tokens", "windows"),
     [("unpadded", 50, 3), ("longest", 90, 3), ("max_length", 150, 3)],
 )
 def test_no_draw_depends_on_a_cut_by_tokens(
-    batching: str, tokens: int, windows: int, dropped_step: tuple
+    layout: str, tokens: int, windows: int, dropped_step: tuple
 ) -> None:
-    batch = cut(8, batching, tokens=tokens)
+    batch = cut(8, layout, micro_batch_tokens=tokens)
     assert len(batch) == windows
-    assert_same(dropped_step, one_step(all_dropped(), batch))
+    assert_same(dropped_step, gradient_step(all_dropped(), batch))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_adapters_of_other_families_draw_by_the_same_rule(family: str) -> None:
     """Their q, k and v read one input, and so do gate and up: each draws a mask of its own."""
     model = adapted(0.1, family)
-    whole = one_step(model, cut(8))
+    whole = gradient_step(model, cut(8))
     model.gradient_checkpointing = True
-    for size, batching in ((4, "longest"), (1, "unpadded"), (8, "max_length")):
-        assert_same(whole, one_step(model, cut(size, batching)))
+    for size, layout in ((4, "longest"), (1, "unpadded"), (8, "max_length")):
+        assert_same(whole, gradient_step(model, cut(size, layout)))
 
 
 def test_no_draw_depends_on_the_order_of_the_examples(dropped_step: tuple) -> None:
-    shuffled = one_step(all_dropped(), cut(3, indices=[5, 2, 7, 0, 6, 1, 3, 4]))
+    shuffled = gradient_step(all_dropped(), cut(3, indices=[5, 2, 7, 0, 6, 1, 3, 4]))
     assert_same(dropped_step, shuffled)
 
 
 def test_attention_dropout_on_a_cpu_follows_the_rule_under_sdpa_too(dropped_step: tuple) -> None:
-    assert_same(dropped_step, one_step(all_dropped("sdpa"), cut(2, "longest")))
+    assert_same(dropped_step, gradient_step(all_dropped("sdpa"), cut(2, "longest")))
 
 
 def test_draws_belong_to_seed_and_step_and_to_nothing_that_ran_before(dropped_step: tuple) -> None:
     model = all_dropped()
-    losses = {one_step(model, cut(8), draw=draw)[0].loss for draw in ((42, 8), (43, 7), (7, 42))}
+    losses = {
+        gradient_step(model, cut(8), draw=draw)[0].loss for draw in ((42, 8), (43, 7), (7, 42))
+    }
     assert len(losses | {dropped_step[0].loss}) == 4
-    again, gradients = one_step(model, cut(8))
+    again, gradients = gradient_step(model, cut(8))
     assert again.loss == dropped_step[0].loss
     assert all(torch.equal(gradients[name], dropped_step[1][name]) for name in gradients)
 
@@ -262,16 +194,16 @@ def test_every_place_draws_masks_of_its_own(
 
     monkeypatch.setattr(kernels.dropout, "keep_mask", counted)
     monkeypatch.setattr(kernels.linears, "keep_mask", counted)
-    one_step(model, cut(8, "longest"))
+    gradient_step(model, cut(8, "longest"))
     assert drawn == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
 def test_gradient_checkpointing_changes_no_bit(family: str) -> None:
     model = adapted(0.1, family)
-    result, gradients = one_step(model, cut(2))
+    result, gradients = gradient_step(model, cut(2))
     model.gradient_checkpointing = True
-    again, recomputed = one_step(model, cut(2))
+    again, recomputed = gradient_step(model, cut(2))
     assert again.loss == result.loss
     assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
 
@@ -279,7 +211,7 @@ def test_gradient_checkpointing_changes_no_bit(family: str) -> None:
 def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
     """Not the mean of micro-batch means, which overweights short examples."""
     model = adapted()
-    result, _ = one_step(model, cut(2))
+    result, _ = gradient_step(model, cut(2))
     total, targets = 0.0, 0
     with torch.no_grad():
         for example in EXAMPLES.examples:
@@ -290,7 +222,7 @@ def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
             targets += int((labels[1:] != -100).sum())
     assert result.targets == targets
     assert result.loss == pytest.approx(total / targets, rel=1e-12)
-    means = [one_step(model, cut(1, indices=[i]))[0].loss for i in range(8)]
+    means = [gradient_step(model, cut(1, indices=[i]))[0].loss for i in range(8)]
     assert abs(sum(means) / 8 - result.loss) > 1e-3
 
 
@@ -302,7 +234,7 @@ def test_losses_are_added_up_in_fp64() -> None:
 def test_the_gradient_is_that_of_the_token_mean() -> None:
     """Against autograd over one dense computation of the same mean."""
     model = adapted()
-    _, gradients = one_step(model, cut(4))
+    _, gradients = gradient_step(model, cut(4))
     total, targets = torch.zeros((), dtype=torch.float64), 0
     for example in EXAMPLES.examples:
         ids, labels = (torch.from_numpy(a).long() for a in (example.input_ids, example.labels))
@@ -319,18 +251,19 @@ def test_the_last_window_of_an_epoch_is_a_mean_over_its_own_targets() -> None:
     """A window of three micro-batches where others have four is divided by what it holds."""
     model = adapted()
     assert_same(
-        one_step(model, cut(1, indices=[0, 1, 2])), one_step(model, cut(3, indices=[0, 1, 2]))
+        gradient_step(model, cut(1, indices=[0, 1, 2])),
+        gradient_step(model, cut(3, indices=[0, 1, 2])),
     )
 
 
 def test_clipping_sees_the_whole_gradient_once_and_after_unscaling() -> None:
     model = adapted()
-    free, gradients = one_step(model, cut(2))
+    free, gradients = gradient_step(model, cut(2))
     bound = free.grad_norm / 3
     scaler = LossScaler()
     scaler.scale = 1024.0
     for loss_scaler in (None, scaler):
-        clipped, small = one_step(model, cut(2), max_grad_norm=bound, scaler=loss_scaler)
+        clipped, small = gradient_step(model, cut(2), max_grad_norm=bound, scaler=loss_scaler)
         assert clipped.grad_norm == pytest.approx(free.grad_norm, rel=1e-12)
         for name, gradient in gradients.items():
             # min(1, c / (n + 1e-6)), the stack's rule
@@ -344,20 +277,10 @@ def test_a_batch_without_targets_is_skipped() -> None:
     for micro_batch in batch:
         micro_batch.targets.fill_(-100)
         object.__setattr__(micro_batch, "target_rows", torch.empty(0, dtype=torch.int64))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
-    result = train_step(
-        model,
-        AdamW(trained),
-        batch,
-        learning_rate=1.0,
-        max_grad_norm=1.0,
-        precision=Precision("fp32", CPU),
-        scaler=None,
-        draw=(0, 1),
-    )
-    assert result.skipped == "no targets"
-    assert all(torch.equal(before[name], trained[name]) for name in before)
+    parameters = trained(model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    assert one_step(model, AdamW(parameters), batch).skipped == "no targets"
+    assert all(torch.equal(before[name], parameters[name]) for name in before)
 
 
 class NoDoubles(TorchDispatchMode):
@@ -374,15 +297,9 @@ class NoDoubles(TorchDispatchMode):
 def test_the_device_needs_no_fp64() -> None:
     model = small_model("starcoder2")
     inject(model, LoraConfig(r=4, lora_dropout=0.1))
-    examples: Any = EXAMPLES
     with NoDoubles():
-        result, _ = step_with(model, None)
-        evaluated = evaluate(
-            model,
-            examples,
-            Batching(micro_batch_size=3, layout="unpadded", max_length=48, pad_id=0),
-            Precision("fp32", CPU),
-        )
+        result, _ = adamw_step(model)
+        evaluated = evaluate(model, EXAMPLES, batching(3), FP32)
     assert result.targets == evaluated.targets
 
 
@@ -409,51 +326,31 @@ def test_a_step_waits_for_the_device_when_its_gradient_is_there_and_for_nothing_
     inject(model, LoraConfig(r=4, lora_dropout=0.1))
     model.gradient_checkpointing = checkpointing
     at: list[int] = []
-    one_step(model, cut(2))  # what a CPU's attention lays out for these lengths is kept
+    gradient_step(model, cut(2))  # what a CPU's attention lays out for these lengths is kept
     with Waits() as waits:
-        optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
-        result = train_step(
-            model,
-            optimizer,
-            cut(2),
-            learning_rate=1e-2,
-            max_grad_norm=1.0,
-            precision=Precision("fp32", CPU),
-            scaler=None,
-            draw=(0, 1),
-            meanwhile=lambda: at.append(len(waits.seen)),
-        )
+        look = lambda: at.append(len(waits.seen))  # noqa: E731
+        result = one_step(model, AdamW(trained(model)), cut(2), meanwhile=look)
     assert len(cut(2)) == 4
     assert result.skipped is None
     assert waits.seen == ["_local_scalar_dense"] * 2  # the norm, then the loss
     assert at == [0]
 
 
-def step_with(model: CausalLM, scaler: LossScaler | None) -> tuple[StepResult, AdamW]:
-    optimizer = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
-    result = train_step(
-        model,
-        optimizer,
-        cut(4),
-        learning_rate=1e-2,
-        max_grad_norm=1.0,
-        precision=Precision("fp32", CPU),
-        scaler=scaler,
-        draw=(0, 1),
-    )
-    return result, optimizer
+def adamw_step(model: CausalLM, scaler: LossScaler | None = None) -> tuple[StepResult, AdamW]:
+    optimizer = AdamW(trained(model))
+    return one_step(model, optimizer, cut(4), scaler=scaler), optimizer
 
 
 def test_an_overflow_halves_the_scale_and_redoes_the_step() -> None:
-    """The first attempts overflow fp64, and the step is done all the same, with its own draws."""
+    """At first the norm's square overflows fp64; the step is done all the same, its draws too."""
     plain, scaled = adapted(0.1), adapted(0.1)
-    expected, _ = step_with(plain, None)
+    expected, _ = adamw_step(plain)
     scaler = LossScaler()
-    scaler.scale = 2.0**1023
-    result, optimizer = step_with(scaled, scaler)
+    scaler.scale = 2.0**530
+    result, optimizer = adamw_step(scaled, scaler)
     assert result.skipped is None
     assert optimizer.steps == 1
-    assert scaler.scale < 2.0**1023
+    assert scaler.scale < 2.0**530
     assert scaler.good_steps == 1
     assert result.loss == pytest.approx(expected.loss, rel=1e-12)
     for one, other in zip(plain.parameters(), scaled.parameters(), strict=True):
@@ -467,7 +364,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(scaled: bool)
         model.model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
     scaler = LossScaler() if scaled else None
-    result, optimizer = step_with(model, scaler)
+    result, optimizer = adamw_step(model, scaler)
     assert result.skipped == "non-finite"
     # Of no use to the scale either: at 0.5 the next 2000 fp16 steps would underflow.
     assert scaler is None or scaler.state() == LossScaler().state()
@@ -483,7 +380,7 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(
     monkeypatch.setattr(step, "loss_sum", lambda *given: loss_sum(*given) + float("inf"))
     model = adapted()
     before = [p.detach().clone() for p in model.parameters()]
-    result, optimizer = step_with(model, None)
+    result, optimizer = adamw_step(model)
     assert (result.skipped, result.loss) == ("non-finite", float("inf"))
     assert 0 < result.grad_norm < float("inf")
     assert optimizer.steps == 0
@@ -500,20 +397,11 @@ def test_the_head_s_own_gradient_is_under_the_scaler_too() -> None:
     exact.load_state_dict(model.state_dict())
     gradients = {}
     for name, decoder in (("fp16", model), ("fp32", exact)):
-        optimizer = GradientsOnly(dict(decoder.named_parameters()))
         scaler = LossScaler() if name == "fp16" else None
-        result = train_step(
-            decoder,
-            optimizer,
-            cut(8),
-            learning_rate=1e-3,
-            max_grad_norm=0.0,
-            precision=Precision(name, CPU),
-            scaler=scaler,
-            draw=(0, 1),
-        )
+        precision = Precision(name, CPU)
+        result, seen = gradient_step(decoder, cut(8), precision=precision, scaler=scaler)
         assert result.skipped is None, name
         assert scaler is None or scaler.scale < LossScaler.initial_scale
-        gradients[name] = optimizer.seen["lm_head.weight"]
+        gradients[name] = seen["lm_head.weight"]
     difference = (gradients["fp16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
     assert difference < 0.01  # fp16 rounds each of a few products to 11 bits

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from recorded import disk_calls
+from runs import checkpoints_of, train
 
 from files.errors import UserError
-from files.faults import listening
-from train.config.load import load_config
-from train.run import execute
 from train.saving import saver
 from train.saving.background import BackgroundWriter
 
@@ -56,24 +55,15 @@ def test_what_a_job_ended_with_is_raised_once(asked_by: str) -> None:
 
 
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model.path": str(model_folder),
-        "data.train": str(rows / "train.jsonl"),
-        "data.max_length": 48,
-        "train.per_device_train_batch_size": 2,
+    """Return a run of 4 steps of 2 examples that saves every other step and evaluates nothing."""
+    values = {
+        "data.valid": None,
         "train.gradient_accumulation_steps": 1,
         "train.max_steps": 4,
-        "train.precision": "fp32",
-        "train.output_dir": str(output),
         "checkpoint.steps": 2,
-        "log.tensorboard": False,
-        "log.progress": False,
         **changes,
     }
-
-
-def train(values: dict[str, Any]) -> Path:
-    return execute(load_config(overrides=values)).folder
+    return runs.settings(model_folder, rows, output, **values)
 
 
 def test_steps_are_done_while_a_checkpoint_is_written(
@@ -92,10 +82,9 @@ def test_steps_are_done_while_a_checkpoint_is_written(
         if name == "save.begun":
             waited.append(third.wait(30))
 
-    with listening(listener):
-        run = train(settings(model_folder, rows_file, tmp_path / "run"))
+    run = train(settings(model_folder, rows_file, tmp_path / "run"), listener).folder
     assert waited == [True, True]
-    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+    assert len(checkpoints_of(run)) == 2
 
 
 def test_a_save_holds_the_weights_of_its_step_though_training_goes_on(
@@ -112,11 +101,10 @@ def test_a_save_holds_the_weights_of_its_step_though_training_goes_on(
         if name == "save.begun" and not third.is_set():
             third.wait(30)
 
-    with listening(late):
-        background = train(settings(model_folder, rows_file, tmp_path / "a"))
+    background = train(settings(model_folder, rows_file, tmp_path / "a"), late).folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver, "available_memory", lambda _: 0)
-        foreground = train(settings(model_folder, rows_file, tmp_path / "b"))
+        foreground = train(settings(model_folder, rows_file, tmp_path / "b")).folder
     for step in ("step-00000002", "step-00000004"):
         for file in ("adapter_model.safetensors", "optimizer.safetensors"):
             one, other = (run / "checkpoints" / step / file for run in (background, foreground))
@@ -133,8 +121,7 @@ def test_without_room_for_a_copy_training_waits_for_the_writing(
         if name == "save.begun":
             threads.add(threading.current_thread())
 
-    with listening(listener):
-        train(settings(model_folder, rows_file, tmp_path / "run"))
+    train(settings(model_folder, rows_file, tmp_path / "run"), listener)
     assert threads == {threading.main_thread()}
 
 
@@ -151,10 +138,8 @@ def test_minutes_between_saves_are_minutes(
     monkeypatch.setattr(saver.time, "monotonic", lambda: now)
     values = settings(model_folder, rows_file, tmp_path / "run", **{"checkpoint.steps": "none"})
     values |= {"checkpoint.minutes": 1, "checkpoint.total_limit": "none", "train.max_steps": 7}
-    with listening(step_done):
-        run = train(values)
-    steps = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert steps == [f"step-{step:08d}" for step in (3, 6, 7)]
+    run = train(values, step_done).folder
+    assert [path.name for path in checkpoints_of(run)] == [f"step-{step:08d}" for step in (3, 6, 7)]
 
 
 def test_what_a_save_speaks_of_is_on_the_disk_before_it(

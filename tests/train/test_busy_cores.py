@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import settings, train
 
-from train.config.load import load_config
 from train.log import busy_cores, records
 from train.log.busy_cores import BusyCores, busy_text, thread_times, threads_spin
-from train.run import run
 
 SECOND = 10**9
 
@@ -119,16 +118,8 @@ def test_a_run_says_it_once_and_names_what_to_type(
 
     monkeypatch.setattr(records, "BusyCores", busy)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    settings = {
-        "model.path": str(model_folder),
-        "data.train": str(rows_file / "train.jsonl"),
-        "train.max_steps": 4,
-        "train.effective_batch_size": 2,
-        "train.output_dir": str(tmp_path / "a run"),
-        "checkpoint.steps": None,
-        "log.tensorboard": False,
-    }
-    folder = run(load_config(overrides=settings))
+    changes = {"train.max_steps": 4, "checkpoint.steps": None}
+    folder = train(settings(model_folder, rows_file, tmp_path / "a run", **changes)).folder
     said = capsys.readouterr().out
     assert said.count("the cores are busy with something else") == 1
     assert "waited 50% of their time" in said

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import arguments, settings
 from transformers import AutoTokenizer
 
 from data.tokenizer import Tokenizer
@@ -34,23 +35,15 @@ def run(model_folder: Path, template: Path, tmp_path_factory: pytest.TempPathFac
     """A run over a model without a chat template, started beside the template's file."""
     folder = tmp_path_factory.mktemp("chat-run")
     messages = [*QUESTION, {"role": "assistant", "content": "ho"}]
-    (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    for split in ("train", "valid"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(template.parent)
         code = main(
             [
-                f"model.path={model_folder}",
-                f"data.train={folder / 'rows.jsonl'}",
-                f"data.valid={folder / 'rows.jsonl'}",
-                "data.format=messages",
-                "data.chat_template=mine.jinja",
-                "train.max_steps=1",
-                "train.precision=fp32",
-                "lora.r=2",
-                "load_best_at_end=true",
-                "log.progress=false",
-                "log.tensorboard=false",
-                f"output_dir={folder / 'run'}",
+                *arguments(settings(model_folder, folder, folder / "run")),
+                *("data.format=messages", "data.chat_template=mine.jinja"),
+                *("train.max_steps=1", "load_best_at_end=true"),
             ]
         )
     assert code == 0

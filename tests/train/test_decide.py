@@ -288,7 +288,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
     monkeypatch.setattr(loop_module, "train_step", watched_step)
     monkeypatch.setattr(checkpoint_module.Checkpoints, "save", watched_save)
-    monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: None)
     return seen
 
 

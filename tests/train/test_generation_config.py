@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import settings, train
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data.tokenizer import Tokenizer
@@ -13,7 +14,6 @@ from lora import LoraConfig, inject, save_adapter
 from models import load_model
 from train.generate import find_stop_ids, load_from_adapter, load_from_model, load_run
 from train.merge import merge_adapter
-from train.run import main
 from train.saving.folder import GENERATION_CONFIG
 
 # Odd spacing and a key of another version: a file that is read and written again loses them.
@@ -47,19 +47,8 @@ def test_a_run_keeps_it_in_final_and_best(
     method: str, base: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = [
-        f"model.path={base}",
-        f"data.train={rows_file / 'train.jsonl'}",
-        f"data.valid={rows_file / 'valid.jsonl'}",
-        f"train.method={method}",
-        f"output_dir={run}",
-        "max_steps=2",
-        "eval.steps=1",
-        "data.max_length=48",
-        "log.tensorboard=false",
-        "log.progress=false",
-    ]
-    assert main(settings) == 0
+    changes = {"train.method": method, "train.max_steps": 2, "eval.steps": 1}
+    train(settings(base, rows_file, run, **changes))
     for name in ("final", "best"):
         assert (run / name / GENERATION_CONFIG).read_text() == TEXT
     assert load_run(run, CPU, FP32).stop_ids == {0, 98}
@@ -71,15 +60,7 @@ def test_a_run_keeps_it_in_final_and_best(
 
 
 def test_a_base_without_one_gives_none(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    settings = [
-        f"model.path={model_folder}",
-        f"data.train={rows_file / 'train.jsonl'}",
-        f"output_dir={tmp_path / 'run'}",
-        "max_steps=1",
-        "data.max_length=48",
-        "log.tensorboard=false",
-    ]
-    assert main(settings) == 0
+    train(settings(model_folder, rows_file, tmp_path / "run", **{"train.max_steps": 1}))
     assert not (tmp_path / "run" / "final" / GENERATION_CONFIG).exists()
 
 

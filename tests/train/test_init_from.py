@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -57,17 +58,10 @@ def adapter(model_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(model_folder: Path, rows_file: Path, adapter: Path, tmp_path: Path) -> list[str]:
-    return [
-        f"model.path={model_folder}",
-        f"data.train={rows_file / 'train.jsonl'}",
-        f"lora.init_from={adapter}",
-        "data.max_length=48",
-        "max_steps=2",
-        "train.precision=fp32",
-        "log.tensorboard=false",
-        "log.progress=false",
-        f"output_dir={tmp_path / 'run'}",
-    ]
+    values = runs.settings(model_folder, rows_file, tmp_path / "run")
+    for key in ("lora.r", "data.valid"):
+        del values[key]
+    return [*runs.arguments(values), f"lora.init_from={adapter}", "max_steps=2"]
 
 
 def lora_section(folder: Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import FAMILIES, RaggedExamples, small_model
-from test_resume import settings, stop_after, train, trained_bits
+from runs import resume, signalled, train, trained_bits
+from small import FAMILIES, RaggedExamples, adapted, small_model
+from steps import cut, gradient_step, one_step
+from test_resume import settings
 
 from benchmarks.gpu import Work, gate, gate_fault, rows
-from data.batch import Batching, micro_batches
 from kernels.dispatch import operations
 from lora import LoraConfig, inject
 from models import build
@@ -22,14 +23,11 @@ from train.config.load import load_config
 from train.optim import build_optimizer
 from train.plan.ledger import memory_ledger
 from train.precision import Precision
-from train.run import execute
-from train.saving.resume import find_run
 from train.state import StepResult
-from train.step import train_step
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-LENGTHS = [70, 31, 120, 18, 64, 9, 200, 14]
+EXAMPLES: Any = RaggedExamples([70, 31, 120, 18, 64, 9, 200, 14])
 BACKENDS = ["reference", "triton"]
 GATED = ["E1 ours", "E3 ours", "E4 ours", "E5 ours"]
 
@@ -63,52 +61,22 @@ def test_stopped_and_resumed_ends_in_the_same_bits(
     rows_file: Path,
     tmp_path: Path,
     cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = {"train.device": "cuda", "train.deterministic": True, **changes}
     whole = train(settings(model_folder, rows_file, tmp_path / "whole", **changes))
     run = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        stop_after(3, patch, signal.SIGTERM)
-        train(settings(model_folder, rows_file, run, **changes))
-    execute(*find_run(run, {}))
+    train(settings(model_folder, rows_file, run, **changes), signalled(3, signal.SIGTERM))
+    resume(run)
     assert trained_bits(run) == trained_bits(whole.folder)
 
 
-def one_step(family: str, backend: str, precision: str, **cut: Any) -> tuple[StepResult, Any]:
-    model = small_model(family, torch.float32, operations=operations(backend, CUDA))
-    inject(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1), seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            parameter.data.normal_(0, 0.1, generator=generator)
-    model.to(CUDA)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer("adamw", model, operations=model.operations)
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(learning_rate: float, gradient_scale: float = 1.0) -> None:
-        seen.update({n: p.grad.double() for n, p in trained.items() if p.grad is not None})
-
-    optimizer.step = keep  # type: ignore[method-assign]
-    examples: Any = RaggedExamples(LENGTHS)
-    options: dict[str, Any] = {"micro_batch_size": 8, "micro_batch_tokens": None, **cut}
-    batch = micro_batches(
-        examples,
-        range(len(LENGTHS)),
-        **{"batching": "unpadded", "max_length": 200, "pad_id": 0, **options},
-    )
-    result = train_step(
-        model,
-        optimizer,
-        batch,
-        learning_rate=1e-3,
-        max_grad_norm=1.0,
-        precision=Precision(precision, CUDA),
-        scaler=None,
-        draw=(42, 7),
-    )
-    return result, seen
+def step_on_cuda(
+    family: str, backend: str, precision: str, size: int = 8, **given: Any
+) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    model = adapted(0.1, family, torch.float32, rank=8, operations=operations(backend, CUDA))
+    batch = cut(size, examples=EXAMPLES, **{"max_length": 200, **given})
+    result, seen = gradient_step(model.to(CUDA), batch, precision=Precision(precision, CUDA))
+    return result, {name: gradient.double() for name, gradient in seen.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,18 +86,18 @@ def test_every_cut_gives_one_loss_and_one_gradient(
     family: str, precision: str, bound: float, backend: str
 ) -> None:
     """The bounds are on norms: fp32 products in another order; bf16 ones rounded to 8 bits."""
-    whole, gradients = one_step(family, backend, precision)
-    for cut in (
-        {"micro_batch_size": 1},
-        {"micro_batch_size": 3},
+    whole, gradients = step_on_cuda(family, backend, precision)
+    for change in (
+        {"size": 1},
+        {"size": 3},
         {"micro_batch_tokens": 200},
-        {"batching": "longest", "micro_batch_size": 2},
-        {"batching": "max_length"},
+        {"layout": "longest", "size": 2},
+        {"layout": "max_length"},
     ):
-        other, of_cut = one_step(family, backend, precision, **cut)
+        other, of_cut = step_on_cuda(family, backend, precision, **change)
         assert other.loss == pytest.approx(whole.loss, rel=bound)
         for name, gradient in gradients.items():
-            assert (of_cut[name] - gradient).norm() <= bound * gradient.norm(), (cut, name)
+            assert (of_cut[name] - gradient).norm() <= bound * gradient.norm(), (change, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,23 +107,15 @@ def test_a_step_waits_for_the_device_only_at_its_end(backend: str) -> None:
     inject(model, LoraConfig(r=8, lora_dropout=0.1))
     model.to(CUDA)
     optimizer = build_optimizer("adamw", model, operations=model.operations)
-    examples: Any = RaggedExamples(LENGTHS)
-    batch = micro_batches(
-        examples,
-        range(len(LENGTHS)),
-        Batching(micro_batch_size=3, layout="unpadded", max_length=200, pad_id=0),
-    )
+    batch = cut(3, examples=EXAMPLES, max_length=200)
     for number in (1, 2):  # the first may compile and load
         torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
         try:
-            train_step(
+            one_step(
                 model,
                 optimizer,
                 batch,
-                learning_rate=1e-3,
-                max_grad_norm=1.0,
                 precision=Precision("bf16", CUDA),
-                scaler=None,
                 draw=(42, number),
                 meanwhile=lambda: torch.cuda.set_sync_debug_mode("default"),
             )
@@ -205,20 +165,8 @@ def test_the_ledger_is_near_what_a_step_takes(method: str, checkpointing: bool) 
     optimizer = build_optimizer("adamw", model, operations=model.operations)
     examples: Any = RaggedExamples(lengths)
     for number in (1, 2):
-        train_step(
-            model,
-            optimizer,
-            micro_batches(
-                examples,
-                range(16),
-                Batching(micro_batch_size=16, layout="unpadded", max_length=512, pad_id=0),
-            ),
-            learning_rate=1e-3,
-            max_grad_norm=1.0,
-            precision=Precision("bf16", CUDA),
-            scaler=None,
-            draw=(42, number),
-        )
+        batch = cut(16, examples=examples, max_length=512)
+        one_step(model, optimizer, batch, precision=Precision("bf16", CUDA), draw=(42, number))
     taken = torch.cuda.max_memory_allocated() - before
     named = ledger["total"] - ledger["overhead"]
     assert 0.85 * named <= taken <= ledger["total"], (taken, ledger)

@@ -17,6 +17,7 @@ from train.report.page import render_report, write_report
 from train.report.plots import running_mean
 from train.report.record import read_record
 
+pytestmark = pytest.mark.usefixtures("matplotlib")
 CONFIG = """preset = "demo"
 [model]
 path = "data/demo/base"
@@ -421,7 +422,6 @@ def test_without_matplotlib_the_report_says_how_to_get_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_run(tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = write_report(folder).read_text()
     assert "pip install matplotlib" in report and ".png" not in report

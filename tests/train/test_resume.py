@@ -4,12 +4,15 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
+from runs import OF_THE_PROCESS, checkpoints_of, resume, rows_of, signalled, train, trained_bits
 
 from files.atomic import RunLock, sha256_file
 from files.errors import UserError
@@ -18,10 +21,9 @@ from files.folders import replace_folder
 from files.tensors import TensorFile
 from lora import adapter_tensors
 from train import finish, loop
-from train.config.load import load_config
 from train.precision import LossScaler
-from train.run import Outcome, execute, main
-from train.saving.resume import _is_finished, find_run
+from train.run import main
+from train.saving.resume import _is_finished
 
 STEPS = 8
 
@@ -32,64 +34,14 @@ def _own_cache(cache: Path) -> None:
 
 
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model.path": str(model_folder),
-        "data.train": str(rows / "train.jsonl"),
-        "data.valid": str(rows / "valid.jsonl"),
-        "data.max_length": 48,
-        "train.per_device_train_batch_size": 2,
-        "train.gradient_accumulation_steps": 3,
-        "train.max_steps": STEPS,
-        "train.precision": "fp32",
-        "train.output_dir": str(output),
-        "lora.r": 4,
-        "lora.lora_dropout": 0.1,
-        "optimizer.learning_rate": 1e-2,
-        "eval.steps": 2,
-        "checkpoint.steps": 1,
-        "log.tensorboard": False,
-        "log.progress": False,
-        **changes,
-    }
-
-
-def train(values: dict[str, Any]) -> Outcome:
-    return execute(load_config(overrides=values))
-
-
-def trained_bits(run: Path) -> dict[str, str]:
-    """Return the hashes of the last checkpoint's tensors and of what the run hands out."""
-    last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return {
-        f"{folder.name}/{path.name}": sha256_file(path)
-        for folder in (last, run / "best", run / "final")
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-
-
-def rows_without_time(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    every_step = {"lora.lora_dropout": 0.1, "eval.steps": 2, "checkpoint.steps": 1}
+    values = {"train.max_steps": STEPS, **every_step, **changes}
+    return runs.settings(model_folder, rows, output, **values)
 
 
 def last_state(run: Path) -> dict[str, Any]:
-    last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    state = json.loads((last / "state.json").read_text())["state"]
-    return {
-        k: v for k, v in state.items() if k not in ("seconds", "resumed_from", "peak_memory_bytes")
-    }
-
-
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    """Let the process send itself a signal while it does the given step."""
-    plain = loop.train_step
-
-    def step_and_signal(*arguments: Any, **named: Any) -> Any:
-        if named["draw"][1] == step:
-            os.kill(os.getpid(), number)
-        return plain(*arguments, **named)
-
-    monkeypatch.setattr(loop, "train_step", step_and_signal)
+    state = json.loads((checkpoints_of(run)[-1] / "state.json").read_text())["state"]
+    return {key: value for key, value in state.items() if key not in OF_THE_PROCESS}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -118,31 +70,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_stopped_and_resumed_equals_uninterrupted(
-    name: str,
-    model_folder: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     """22 rows in steps of 6 are 4 steps an epoch: stops fall mid-epoch and at an epoch's end."""
     changes = VARIANTS[name]
     whole = train(settings(model_folder, rows_file, tmp_path / "whole", **changes))
     run = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        outcome = train(settings(model_folder, rows_file, run, **changes))
+    values = settings(model_folder, rows_file, run, **changes)
+    outcome = train(values, signalled(2, signal.SIGTERM))
     assert outcome.reason == "sigterm"
     assert outcome.exit_code == 143
     assert json.loads((run / "status.json").read_text())["state"] == "preempted"
     if whole.reason == "completed":
-        with monkeypatch.context() as patch:
-            stop_after(4, patch, signal.SIGINT)
-            outcome = execute(*find_run(run, {}))
+        outcome = resume(run, signalled(2, signal.SIGINT))  # its own second, the run's fourth
         assert (outcome.reason, outcome.exit_code) == ("sigint", 130)
-    outcome = execute(*find_run(run, {}))
+    outcome = resume(run)
     assert outcome.reason == whole.reason
     assert trained_bits(run) == trained_bits(whole.folder)
-    assert rows_without_time(run) == rows_without_time(whole.folder)
+    assert rows_of(run) == rows_of(whole.folder)
     assert last_state(run) == last_state(whole.folder)
 
 
@@ -162,24 +107,22 @@ def finished(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempP
 @pytest.fixture
 def run_copy(finished: Path, tmp_path: Path) -> Path:
     """Return the finished run, copied elsewhere: a run's folder may be moved."""
-    import shutil
-
     return Path(shutil.copytree(finished, tmp_path / "moved"))
 
 
 def test_a_finished_run_is_verified_and_left_alone(
     run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = rows_without_time(run_copy)
+    before = rows_of(run_copy)
     assert main(["--resume", str(run_copy)]) == 0
     assert "nothing is left to do" in capsys.readouterr().out
-    assert rows_without_time(run_copy) == before
+    assert rows_of(run_copy) == before
 
 
 def test_one_checkpoint_can_be_resumed_from(run_copy: Path, finished: Path) -> None:
     assert main(["--resume", str(run_copy / "checkpoints" / "step-00000003")]) == 0
     assert trained_bits(run_copy) == trained_bits(finished)
-    assert rows_without_time(run_copy) == rows_without_time(finished)
+    assert rows_of(run_copy) == rows_of(finished)
 
 
 def test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken(run_copy: Path) -> None:
@@ -207,13 +150,13 @@ def test_a_resume_goes_on_with_the_loss_scale(
     values = settings(model_folder, rows_file, run, **{"train.precision": "fp16"})
     train(values | {"train.max_steps": 2})
     assert last_state(run)["scaler"] == {"scale": 8.0, "good_steps": 2}
-    execute(*find_run(run, {"train.max_steps": 4}))
+    resume(run, **{"train.max_steps": 4})
     assert last_state(run)["scaler"] == {"scale": 16.0, "good_steps": 1}
 
 
 def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
     assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
-    rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
+    rows = [row for row in rows_of(run_copy) if row["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
 
 
@@ -241,7 +184,7 @@ def test_a_run_that_is_made_longer_says_what_became_of_its_learning_rate(
     assert "The learning rate of all 10 steps is the schedule's (cosine)." in report
     (one,) = earlier_schedules(run_copy)
     assert (one["until"], one["total_steps"], one["warmup_steps"]) == (8, 8, 1)
-    rows = [row for row in rows_without_time(run_copy) if row["kind"] == "train"]
+    rows = [row for row in rows_of(run_copy) if row["kind"] == "train"]
     rates = {row["step"]: row["learning_rate"] for row in rows}
     for step in range(2, 11):
         assert rates[step] == pytest.approx(cosine(step, 8 if step <= 8 else 10), abs=1e-12)
@@ -362,14 +305,13 @@ def test_other_threads_are_warned_about() -> None:
 
 
 def test_samples_of_before_the_stop_are_kept(
-    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        train(settings(model_folder, rows_file, run, **{"eval.samples": 1}))
+    values = settings(model_folder, rows_file, run, **{"eval.samples": 1})
+    train(values, signalled(2, signal.SIGTERM))
     before = json.loads((run / "status.json").read_text())["samples"][0]["before"]
-    execute(*find_run(run, {}))
+    resume(run)
     sample = json.loads((run / "status.json").read_text())["samples"][0]
     assert before is not None
     assert sample["before"] == before
@@ -379,13 +321,11 @@ def test_samples_of_before_the_stop_are_kept(
 def test_a_run_without_a_checkpoint_starts_from_the_first_step(
     run_copy: Path, finished: Path
 ) -> None:
-    import shutil
-
     shutil.rmtree(run_copy / "checkpoints")
     (run_copy / "status.json").unlink()
     assert main(["--resume", str(run_copy)]) == 0
     assert trained_bits(run_copy) == trained_bits(finished)
-    assert rows_without_time(run_copy) == rows_without_time(finished)
+    assert rows_of(run_copy) == rows_of(finished)
 
 
 def test_the_data_fingerprint_is_compared_not_only_the_path() -> None:
@@ -469,8 +409,8 @@ def test_a_best_that_is_not_that_of_its_step_is_not_handed_out(
                 (run / "best").rename(tmp_path / "elsewhere")
 
     values = settings(model_folder, rows_file, run, **{"checkpoint.load_best_at_end": True})
-    with listening(spoil), pytest.raises(UserError, match=r"best: missing, damaged or not that of"):
-        train(values)
+    with pytest.raises(UserError, match=r"best: missing, damaged or not that of"):
+        train(values, spoil)
     assert not (run / "final").exists()
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
 
@@ -508,8 +448,6 @@ def test_another_base_model_of_the_same_size_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import shutil
-
     (run_copy / "status.json").unlink()
     other = Path(shutil.copytree(model_folder, tmp_path / "other"))
     damage_file(other / "model.safetensors")
@@ -600,9 +538,8 @@ def test_a_signal_after_the_last_step_is_answered(
         if name == "run.ends":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with listening(stop):
-        outcome = train(settings(model_folder, rows_file, tmp_path / "run"))
+    outcome = train(settings(model_folder, rows_file, tmp_path / "run"), stop)
     assert (outcome.reason, outcome.exit_code) == ("sigterm", 143)
     assert not (tmp_path / "run" / "final").exists()
-    assert execute(*find_run(tmp_path / "run", {})).reason == "completed"
+    assert resume(tmp_path / "run").reason == "completed"
     assert (tmp_path / "run" / "final").is_dir()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
+from runs import resume, rows_of
 
 from data.rows_in_memory import keep_rows
 from data.source import read_rows
@@ -16,27 +18,17 @@ from files.atomic import sha256_file
 from files.errors import UserError
 from train.config.load import load_config
 from train.dataset import with_rows
-from train.run import execute, run
-from train.saving.resume import find_run
+from train.run import run
 
 ROWS = [{"text": f"def f{i}(x): return x + {i}"} for i in range(9)]
 VALID = [{"text": f"class C{i}: pass"} for i in range(3)]
 
 
-def settings(model_folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model.path": str(model_folder),
-        "data.max_length": 48,
-        "train.effective_batch_size": 3,
-        "train.max_steps": 4,
-        "train.precision": "fp32",
-        "train.output_dir": str(output),
-        "lora.r": 2,
-        "checkpoint.steps": 2,
-        "log.tensorboard": False,
-        "log.progress": False,
-        **changes,
-    }
+def settings(model_folder: Path, output: Path, **files: str) -> dict[str, Any]:
+    """Return a run of 4 steps of 2 examples, over the files named or none."""
+    values = {"data.train": None, "data.valid": None, **files, "train.max_steps": 4}
+    values |= {"train.gradient_accumulation_steps": 1, "checkpoint.steps": 2}
+    return runs.settings(model_folder, output, output, **values)
 
 
 class Dataset:
@@ -67,10 +59,7 @@ def test_a_run_of_rows_is_the_run_of_the_file_that_holds_them(
     config = load_config(overrides=settings(model_folder, tmp_path / "rows"))
     found = run(config, rows={"train": Dataset(), "validation": (row for row in VALID)})
     assert weights(found) == weights(expected)
-    evaluations = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open() if '"eval"' in line]
-        for folder in (found, expected)
-    ]
+    evaluations = [[row["loss"] for row in rows_of(one, "eval")] for one in (found, expected)]
     assert evaluations[0] == evaluations[1] != []
 
 
@@ -114,10 +103,10 @@ def test_a_resume_finds_the_rows_or_says_what_is_missing(
 
     aside = kept.rename(tmp_path / "aside.jsonl")
     with pytest.raises(UserError, match=r"given in memory, and .* does not hold them any more"):
-        execute(*find_run(cut, {}))
+        resume(cut)
     keep_rows(ROWS)
     assert kept.read_bytes() == aside.read_bytes()
-    execute(*find_run(cut, {}))
+    resume(cut)
     assert weights(cut) == weights(whole)
 
 

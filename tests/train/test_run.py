@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import runs
 import torch
+from runs import rows_of
 
 from files.tensors import TensorFile, write_tensors
 from models import load_model
@@ -27,35 +29,34 @@ def _own_cache(cache: Path) -> None:
 
 
 def arguments(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
-    return [
-        f"model.path={model}",
-        f"data.train={rows / 'train.jsonl'}",
-        f"data.valid={rows / 'valid.jsonl'}",
-        f"data.test={rows / 'test.jsonl'}",
-        "data.max_length=48",
-        "per_device_train_batch_size=4",
-        "gradient_accumulation_steps=2",
-        "num_train_epochs=2",
-        "train.precision=fp32",
-        "lora.r=4",
-        "learning_rate=1e-2",
-        f"output_dir={output}",
-        "log.progress=false",
-        *more,
-    ]
+    """Return the arguments of a run of 6 steps of 8 examples, two epochs."""
+    changes = {
+        "data.test": str(rows / "test.jsonl"),
+        "train.per_device_train_batch_size": 4,
+        "train.gradient_accumulation_steps": 2,
+        "train.num_train_epochs": 2,
+    }
+    return [*runs.arguments(runs.settings(model, rows, output, **changes)), *more]
 
 
 @pytest.fixture(scope="module")
-def folder(model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    model_folder: Path,
+    rows_file: Path,
+    matplotlib: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Return a finished run with everything turned on."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    more = ["eval.steps=2", "eval.on_start=true", "eval.samples=2", "load_best_at_end=true"]
+    more = [
+        "eval.steps=2",
+        "eval.on_start=true",
+        "eval.samples=2",
+        "load_best_at_end=true",
+        "log.tensorboard=true",
+    ]
     assert main(arguments(model_folder, rows_file, output, *more)) == 0
     return output
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_folder_holds_what_the_contract_says(folder: Path) -> None:
@@ -89,27 +90,19 @@ def test_the_environment_says_which_library_multiplied(folder: Path) -> None:
 
 
 def test_every_step_has_a_row_with_the_contract_s_fields(folder: Path) -> None:
-    train = [row for row in rows_of(folder) if row["kind"] == "train"]
+    train = rows_of(folder, "train")
     assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
-    fields = ["step", "epoch", "loss", "learning_rate", "grad_norm", "targets", "tokens", "seconds"]
+    assert (folder / "metrics.jsonl").read_text().count('"seconds"') == len(rows_of(folder))
+    fields = ["step", "epoch", "loss", "learning_rate", "grad_norm", "targets", "tokens"]
     assert all(set(fields) <= set(row) for row in train)
     assert [row["epoch"] for row in train[:3]] == [8 / 22, 16 / 22, 1.0]
     assert train[0]["learning_rate"] == 0.0  # the first step of a warm-up
     assert train[1]["learning_rate"] == 0.01
-    evals = [(row["step"], row["split"]) for row in rows_of(folder) if row["kind"] == "eval"]
-    assert evals == [
-        (0, "valid"),
-        (0, "test"),
-        (2, "valid"),
-        (4, "valid"),
-        (6, "valid"),
-        (6, "test"),
-    ]
-    assert all(
-        row["train_loss"]
-        for row in rows_of(folder)
-        if row["kind"] == "eval" and row["step"] > 0 and row["split"] == "valid"
-    )
+    evals = [(row["step"], row["split"]) for row in rows_of(folder, "eval")]
+    valid = [(step, "valid") for step in (2, 4, 6)]
+    assert evals == [(0, "valid"), (0, "test"), *valid, (6, "test")]
+    since = [row["train_loss"] for row in rows_of(folder, "eval") if row["split"] == "valid"]
+    assert all(since[1:])
 
 
 def test_status_plan_and_samples(folder: Path) -> None:
@@ -196,8 +189,7 @@ def test_a_full_run_loads_in_transformers(
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "run"
-    more = ["train.method=full", "optimizer.name=adafactor", "log.tensorboard=false", "test=none"]
-    more[-1] = "data.test=none"
+    more = ["train.method=full", "optimizer.name=adafactor", "data.test=none"]
     assert main(arguments(model_folder, rows_file, output, *more)) == 0
     theirs = AutoModelForCausalLM.from_pretrained(output / "final", dtype=torch.float32).eval()
     ours = load_model(output / "final")
@@ -211,7 +203,7 @@ def test_biases_are_trained_over_a_base_in_bf16(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    more = ["lora.bias=all", "train.precision=bf16", "log.tensorboard=false"]
+    more = ["lora.bias=all", "train.precision=bf16"]
     assert main(arguments(model_folder, rows_file, output, *more)) == 0
     with TensorFile(output / "final" / "adapter_model.safetensors") as file:
         assert any(name.endswith("input_layernorm.bias") for name in file.names)
@@ -237,13 +229,7 @@ def test_a_setting_that_is_no_utf_8_is_refused(
 
 
 def test_from_python_in_three_lines(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    overrides = {
-        "model.path": str(model_folder),
-        "data.train": str(rows_file / "train.jsonl"),
-        "train.max_steps": 1,
-        "train.output_dir": str(tmp_path / "run"),
-        "log.tensorboard": False,
-    }
+    overrides = runs.settings(model_folder, rows_file, tmp_path / "run", **{"train.max_steps": 1})
     assert run(load_config(overrides=overrides)) == tmp_path / "run"
 
 
@@ -252,7 +238,7 @@ def test_random_weights_from_an_architecture_alone(
 ) -> None:
     bare = tmp_path / "architecture"
     shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    more = ["model.random_init=true", "train.method=full", "max_steps=1", "log.tensorboard=false"]
+    more = ["model.random_init=true", "train.method=full", "max_steps=1"]
     assert main(arguments(bare, rows_file, tmp_path / "run", *more)) == 0
 
 
@@ -424,8 +410,9 @@ def test_tensorboard_that_is_not_installed_is_missed_before_anything_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    given = arguments(model_folder, tmp_path / "none", tmp_path / "run", "log.tensorboard=true")
     for asked in ([], ["--plan"]):
-        assert main([*asked, *arguments(model_folder, tmp_path / "none", tmp_path / "run")]) == 2
+        assert main([*asked, *given]) == 2
         assert "log.tensorboard=false" in capsys.readouterr().err
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import resume, rows_of, settings, train
 
 from train import step as step_module
-from train.config.load import load_config
 from train.loop import advance
-from train.run import execute
-from train.saving.resume import find_run
 from train.state import (
     DEVIATIONS,
     MIN_LOSSES,
@@ -78,11 +76,6 @@ def test_the_window_survives_json_bit_for_bit() -> None:
     assert len(text) < 4096
 
 
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
 @pytest.mark.usefixtures("cache")
 def test_a_run_records_its_spikes_and_a_resumed_one_the_same(
     model_folder: Path,
@@ -99,29 +92,18 @@ def test_a_run_records_its_spikes_and_a_resumed_one_the_same(
         return loss + 10.0 * micro_batch.num_targets if draw[1] == 37 else loss
 
     monkeypatch.setattr(step_module, "loss_sum", spiked)
-    monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: [])
-
-    def settings(output: Path, **changes: Any) -> dict[str, Any]:
-        return {
-            "model.path": str(model_folder),
-            "data.train": str(rows_file / "train.jsonl"),
-            "data.max_length": 48,
-            "train.per_device_train_batch_size": 4,
-            "train.gradient_accumulation_steps": 1,
-            "train.max_steps": 38,
-            "train.precision": "fp32",
-            "train.output_dir": str(output),
-            "lora.r": 4,
-            "schedule.name": "constant",
-            "schedule.warmup_steps": 0,
-            "checkpoint.steps": 34,
-            "checkpoint.total_limit": None,
-            "log.tensorboard": False,
-            "log.progress": False,
-            **changes,
-        }
-
-    whole = execute(load_config(overrides=settings(tmp_path / "whole"))).folder
+    changes = {
+        "data.valid": None,
+        "train.per_device_train_batch_size": 4,
+        "train.gradient_accumulation_steps": 1,
+        "train.max_steps": 38,
+        "optimizer.learning_rate": 2e-4,
+        "schedule.name": "constant",
+        "schedule.warmup_steps": 0,
+        "checkpoint.steps": 34,
+        "checkpoint.total_limit": None,
+    }
+    whole = train(settings(model_folder, rows_file, tmp_path / "whole", **changes)).folder
     capsys.readouterr()
     rows = rows_of(whole)
     (spike,) = [row for row in rows if "spike" in row]
@@ -135,7 +117,7 @@ def test_a_run_records_its_spikes_and_a_resumed_one_the_same(
     assert f"step 37 ({spike['loss']:.4f}, {spike['spike']:.1f} deviations; rows " in report
 
     stopped = tmp_path / "stopped"
-    execute(load_config(overrides=settings(stopped, **{"train.max_steps": 34})))
-    execute(*find_run(stopped, {"train.max_steps": 38}))
+    train(settings(model_folder, rows_file, stopped, **{**changes, "train.max_steps": 34}))
+    resume(stopped, **{"train.max_steps": 38})
     assert rows_of(stopped) == rows
     assert "step 37: the loss, " in capsys.readouterr().out

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from runs import arguments as as_arguments
+from runs import settings
 
 from files import folders
 from files.atomic import RunLock
@@ -38,11 +40,9 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def arguments(model_folder: Path, rows_file: Path) -> list[str]:
-    rows = rows_file / "train.jsonl"
-    return [
-        *(f"model.path={model_folder}", f"data.train={rows}", "max_steps=1", "lora.r=2"),
-        *("effective_batch_size=2", "log.tensorboard=false"),
-    ]
+    values = settings(model_folder, rows_file, Path(), **{"train.max_steps": 1})
+    del values["train.output_dir"]
+    return as_arguments(values)
 
 
 @pytest.mark.usefixtures("one_second")

@@ -9,15 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import runs
 import torch
-from small import RaggedExamples, small_model
+from runs import arguments, checkpoints_of, resume, rows_of, train
+from small import adapted, small_model
+from steps import EXAMPLES, FP32, GradientsOnly, batching, cut, one_step, trained
 
-from data.batch import Batching, MicroBatch, micro_batches
+from data.batch import MicroBatch
 from files.atomic import sha256_file
 from files.errors import UserError
 from files.faults import listening
 from files.folders import damage
-from lora import LoraConfig, inject
 from models.layers import CausalLM
 from train import evaluate as evaluate_module
 from train import loop
@@ -31,15 +33,9 @@ from train.optim import build_optimizer
 from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer
 from train.plan.steps import plan_run
-from train.precision import LossScaler, Precision
-from train.run import execute, main
-from train.saving.resume import find_run
+from train.precision import LossScaler
+from train.run import main
 from train.state import EarlyStopping, StepResult, TrainState
-from train.step import train_step
-
-CPU = torch.device("cpu")
-LENGTHS = [3, 40, 7, 22, 15, 2, 31, 9]
-EXAMPLES: Any = RaggedExamples(LENGTHS)
 
 
 def refused_by_cuda() -> None:
@@ -79,45 +75,11 @@ class Faults:
 
 
 def network(dtype: torch.dtype = torch.float64, method: str = "lora") -> CausalLM:
-    """Return a network with dropout whose LoRA weights are away from zero."""
-    model = small_model("starcoder2", dtype, residual_dropout=0.1, embedding_dropout=0.1)
-    if method == "lora":
-        inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1), seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-        if name.endswith("lora_B"):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data = 0.1 * noise.to(dtype)
-    return model
-
-
-def cut(size: int) -> list[MicroBatch]:
-    return micro_batches(
-        EXAMPLES,
-        range(8),
-        Batching(micro_batch_size=size, layout="unpadded", max_length=48, pad_id=0),
-    )
-
-
-def one_step(
-    model: CausalLM,
-    optimizer: Optimizer,
-    batch: list[MicroBatch],
-    scaler: LossScaler | None = None,
-    number: int = 1,
-) -> StepResult:
-    return train_step(
-        model,
-        optimizer,
-        batch,
-        learning_rate=1e-2,
-        max_grad_norm=1.0,
-        precision=Precision("fp32", CPU),
-        scaler=scaler,
-        draw=(0, number),
-    )
+    """Return a network with dropout."""
+    rates = {"residual_dropout": 0.1, "embedding_dropout": 0.1}
+    if method == "full":
+        return small_model("starcoder2", dtype, **rates)
+    return adapted(0.1, dtype=dtype, **rates)
 
 
 def bits(model: CausalLM, optimizer: Optimizer) -> dict[str, bytes]:
@@ -143,13 +105,14 @@ def test_out_of_memory_leaves_everything_as_it_was(
     model = network(method="full")
     optimizer = build_optimizer("adamw", model)
     scaler = LossScaler() if scaled else None
-    one_step(model, optimizer, cut(4), scaler)
+    one_step(model, optimizer, cut(4), scaler=scaler)
     if scaler:
         scaler.scale, scaler.good_steps = 2.0**1023, 7  # overflows, so that attempts change it
     before = bits(model, optimizer)
     first_attempt = 2 if scaled else 0
     with listening(Faults(lambda _, j: j == first_attempt + 3, refuse)):
-        result = one_step(model, optimizer, cut(2) if not scaled else cut(4), scaler, number=2)
+        batch = cut(4 if scaled else 2)
+        result = one_step(model, optimizer, batch, scaler=scaler, draw=(0, 2))
     assert result.skipped == "out of memory"
     assert bits(model, optimizer) == before
     assert no_gradient(model)
@@ -193,27 +156,16 @@ def test_what_did_not_fit_is_gone_when_memory_is_given_back(
 # The step is done again
 
 
-class GradientsOnly(AdamW):
-    """An optimizer that keeps the gradient it is given and touches no weight."""
-
-    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        self.seen = {
-            n: p.grad * gradient_scale for n, p in self.parameters.items() if p.grad is not None
-        }
-
-
 class OneStep:
     """A run that does a step, says what it says into a list, and has nothing to write."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
-        self.optimizer = GradientsOnly(
-            {name: p for name, p in model.named_parameters() if p.requires_grad}
-        )
+        self.optimizer = GradientsOnly(trained(model))
         self.state = TrainState(EarlyStopping(None))
         self.said: list[str] = []
         self.records = SimpleNamespace(say=self.said.append)
-        self.precision, self.scaler = Precision("fp32", CPU), None
+        self.precision, self.scaler = FP32, None
         self.memory = SimpleNamespace(observe=None)
         self.sizes: list[list[int]] = []
 
@@ -229,7 +181,7 @@ def redone(dtype: torch.dtype, faults: Faults, **settings: Any) -> tuple[OneStep
     def one(model: Any, optimizer: Any, batch: list[MicroBatch], **given: Any) -> StepResult:
         given["meanwhile"]()
         run.sizes.append([len(part.examples) for part in batch])
-        return one_step(model, optimizer, batch, number=given["draw"][1])
+        return one_step(model, optimizer, batch, draw=(0, given["draw"][1]))
 
     with listening(faults), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", one)
@@ -310,12 +262,7 @@ def test_an_evaluation_goes_on_in_smaller_batches(
         return loss_sum(model, micro_batch, *more, **named)
 
     def evaluated() -> evaluate_module.EvalResult:
-        return evaluate(
-            network(),
-            EXAMPLES,
-            Batching(micro_batch_size=6, layout="unpadded", max_length=48, pad_id=0),
-            Precision("fp32", CPU),
-        )
+        return evaluate(network(), EXAMPLES, batching(6), FP32)
 
     monkeypatch.setattr(evaluate_module, "loss_sum", limited)
     room = 1000
@@ -377,7 +324,7 @@ def test_nothing_changes_where_a_number_is_not_finite(
 
         parameter.register_hook(spoiled)
         expected = tuple(range(8))
-    result = one_step(model, optimizer, cut(2), number=2)
+    result = one_step(model, optimizer, cut(2), draw=(0, 2))
     assert result.skipped == "non-finite"
     assert result.examples == expected
     assert math.isfinite(result.loss) == (place == "gradient")
@@ -391,7 +338,8 @@ def test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler(
     model = network()
     scaler = LossScaler()
     poison(math.inf, lambda *_: True)
-    assert one_step(model, build_optimizer("adamw", model), cut(4), scaler).skipped == "non-finite"
+    result = one_step(model, build_optimizer("adamw", model), cut(4), scaler=scaler)
+    assert result.skipped == "non-finite"
     assert scaler.state() == LossScaler().state()
 
 
@@ -399,62 +347,41 @@ def test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler(
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_and_no_plots(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tokenised rows out of the user's cache, and drawing, most of a short run's time, out."""
-    monkeypatch.setattr("train.report.page.draw_plots", lambda *_, **__: [])
+def _own_cache(cache: Path) -> None:
+    """Keep tokenised rows out of the user's cache."""
 
 
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model.path": str(model_folder),
-        "data.train": str(rows / "train.jsonl"),
-        "data.valid": str(rows / "valid.jsonl"),
-        "data.max_length": 48,
-        "train.per_device_train_batch_size": 2,
-        "train.gradient_accumulation_steps": 3,
+    """Return a run whose dropout does not depend on the cut: its attention is written out."""
+    values = {
         "train.max_steps": 6,
-        "train.precision": "fp32",
-        "train.output_dir": str(output),
-        "model.attention": "eager",  # its dropout does not depend on the cut
-        "lora.r": 4,
+        "model.attention": "eager",
         "lora.lora_dropout": 0.1,
-        "optimizer.learning_rate": 1e-2,
         "checkpoint.steps": 2,
         "checkpoint.total_limit": None,
-        "log.tensorboard": False,
-        "log.progress": False,
         **changes,
     }
-
-
-def train(values: dict[str, Any], faults: Callable[[str], None] = NEVER) -> Path:
-    with listening(faults):
-        return execute(load_config(overrides=values)).folder
-
-
-def rows_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
+    return runs.settings(model_folder, rows, output, **values)
 
 
 def hashes(run: Path) -> dict[str, str]:
-    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    last = checkpoints_of(run)[-1]
     return {path.name: sha256_file(path) for path in sorted(last.glob("*.safetensors"))}
 
 
 def test_a_run_goes_on_in_smaller_micro_batches_and_so_does_its_resume(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = train(settings(model_folder, rows_file, tmp_path / "plain"))
+    plain = train(settings(model_folder, rows_file, tmp_path / "plain")).folder
 
     def at_step_3() -> Faults:
         return Faults(lambda step, j: (step, j) == (3, 2))
 
-    run = train(settings(model_folder, rows_file, tmp_path / "run"), at_step_3())
+    run = train(settings(model_folder, rows_file, tmp_path / "run"), at_step_3()).folder
     assert capsys.readouterr().out.count("out of memory at step 3") == 1
-    divisors = [row.get("micro_batch_divisor") for row in rows_of(run)]
+    divisors = [row.get("micro_batch_divisor") for row in rows_of(run, "train")]
     assert divisors == [None, None, 2, 2, 2, 2]
-    for row, expected in zip(rows_of(run), rows_of(plain), strict=True):
+    for row, expected in zip(rows_of(run, "train"), rows_of(plain, "train"), strict=True):
         # fp32 as above; AdamW's division by √v̂ magnifies what each of four updates differs by
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     report = (run / "report.md").read_text()
@@ -476,8 +403,8 @@ def test_a_run_goes_on_in_smaller_micro_batches_and_so_does_its_resume(
 
     with pytest.raises(Killed):
         train(settings(model_folder, rows_file, other), killed)
-    execute(*find_run(other, {}))
-    assert [row.get("micro_batch_divisor") for row in rows_of(other)] == divisors
+    resume(other)
+    assert [row.get("micro_batch_divisor") for row in rows_of(other, "train")] == divisors
     assert hashes(other) == hashes(run)
 
 
@@ -485,12 +412,9 @@ def test_a_single_example_too_long_ends_the_run_with_its_state_saved(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 4}
-    plain = train(settings(model_folder, rows_file, tmp_path / "plain", **values))
+    plain = train(settings(model_folder, rows_file, tmp_path / "plain", **values)).folder
     run = tmp_path / "run"
-    given = [
-        f"{k}={'none' if v is None else str(v).lower() if isinstance(v, bool) else v}"
-        for k, v in settings(model_folder, rows_file, run, **values).items()
-    ]
+    given = arguments(settings(model_folder, rows_file, run, **values))
     with listening(Faults(lambda step, j: (step, j) == (4, 3))):
         assert main(given) == 2
     error = capsys.readouterr().err
@@ -498,10 +422,10 @@ def test_a_single_example_too_long_ends_the_run_with_its_state_saved(
     assert "the state after step 3 is saved" in error
     assert "data.max_length" in error and "gradient_checkpointing" in error
     assert error.count("\n") == 1
-    saved = sorted((run / "checkpoints").glob("step-*"))[-1]
+    saved = checkpoints_of(run)[-1]
     assert (saved.name, damage(saved)) == ("step-00000003", None)
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
-    execute(*find_run(run, {}))
+    resume(run)
     assert hashes(run) == hashes(plain)
 
 
@@ -521,9 +445,9 @@ def test_out_of_memory_in_the_update_ends_the_run_and_saves_nothing(
         with pytest.raises(UserError, match=r"step 4: .*cannot be undone.*step-00000002"):
             train(settings(model_folder, rows_file, run))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
-    assert [row["step"] for row in rows_of(run)] == [1, 2, 3]
-    execute(*find_run(run, {}))
-    expected = train(settings(model_folder, rows_file, tmp_path / "plain"))
+    assert [row["step"] for row in rows_of(run, "train")] == [1, 2, 3]
+    resume(run)
+    expected = train(settings(model_folder, rows_file, tmp_path / "plain")).folder
     assert hashes(run) == hashes(expected)
 
 
@@ -539,9 +463,9 @@ def test_three_steps_that_are_not_finite_end_with_exit_code_3_and_the_last_good_
     run = tmp_path / "run"
     poison(math.nan, lambda micro_batch, step: step in (3, 4, 5))
     values = settings(model_folder, rows, run, **{"data.on_overflow": "drop"})
-    outcome = execute(load_config(overrides=values))
+    outcome = train(values)
     assert (outcome.reason, outcome.exit_code) == ("non_finite", 3)
-    skipped = rows_of(run)[2:]
+    skipped = rows_of(run, "train")[2:]
     assert [row["skipped"] for row in skipped] == ["non-finite"] * 3
     assert all(row["loss"] is None for row in skipped)
     assert [len(row["examples"]) for row in skipped] == [6, 4, 6]  # step 4 ends an epoch of 22
@@ -553,10 +477,10 @@ def test_three_steps_that_are_not_finite_end_with_exit_code_3_and_the_last_good_
     assert "3 of 5 steps changed nothing (non-finite): step 3 (rows " in report
     # A resume goes on behind them, and one more bad step ends it again.
     poison(math.nan, lambda micro_batch, step: step == 6)
-    assert execute(*find_run(run, {})).reason == "non_finite"
+    assert resume(run).reason == "non_finite"
     poison(math.nan, lambda micro_batch, step: False)
-    assert execute(*find_run(run, {"train.max_steps": 8})).reason == "completed"
-    assert [row["step"] for row in rows_of(run)] == list(range(1, 9))
+    assert resume(run, **{"train.max_steps": 8}).reason == "completed"
+    assert [row["step"] for row in rows_of(run, "train")] == list(range(1, 9))
 
 
 def test_an_evaluation_in_smaller_batches_is_recorded(
@@ -575,7 +499,7 @@ def test_an_evaluation_in_smaller_batches_is_recorded(
 
     monkeypatch.setattr(evaluate_module, "loss_sum", limited)
     values = {"eval.per_device_batch_size": 4, "train.max_steps": 1}
-    run = train(settings(model_folder, rows_file, tmp_path / "run", **values))
+    run = train(settings(model_folder, rows_file, tmp_path / "run", **values)).folder
     assert [row["reduced_batch_size"] for row in rows_of(run, "eval")] == [2]
     assert "out of memory: batches of 2" in capsys.readouterr().out
     assert "evaluation at step 1: it was done in batches of 2" in (run / "report.md").read_text()
