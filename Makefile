@@ -17,9 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(ENVIRONMENT)
 > $(PYTHON) -m train.run --preset demo
 
-# A process a core, at most four; the tests of a file share their fixtures.
+# A process a core, at most four; one that has nothing left takes tests from another.
 test: $(ENVIRONMENT)
-> $(PYTHON) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+> $(PYTHON) -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: $(ENVIRONMENT)
 > $(PYTHON) -m pytest -q -m slow

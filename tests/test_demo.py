@@ -1,35 +1,23 @@
 """The demo as a newcomer runs it: `python -m train.run --preset demo`, then `train.generate`."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from children import ROOT, python
+from runs import rows_of
 
 
 def command(module: str, *arguments: str, cache: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"LATHE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return python("-m", module, *arguments, LATHE_CACHE=str(cache), HF_HUB_OFFLINE="1").stdout
 
 
 def run_demo(tmp_path: Path, *changes: str) -> tuple[Path, list[dict[str, Any]]]:
     run = tmp_path / "run"
     cache = tmp_path / "cache"
     command("train.run", "--preset", "demo", f"output_dir={run}", *changes, cache=cache)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return run, rows
+    return run, rows_of(run)
 
 
 def losses(rows: list[dict[str, Any]], split: str) -> list[float]:

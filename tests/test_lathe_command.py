@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from children import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[1]
 # What the installed script does (pip writes it so), but for this checkout, wherever it lies.
 SCRIPT = f"""\
 #!{sys.executable}
@@ -100,13 +100,7 @@ def test_our_folders_are_ours_whatever_python_s_path_is(
         f"import lathe\nfor name in {OURS!r}: print(__import__(name).__file__)"
     )
     path = os.pathsep.join([str(project / "src"), str(ROOT)])
-    found = subprocess.run(
-        [sys.executable, "-P", "print_files.py"],
-        cwd=project,
-        env={**os.environ, **environment, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    found = python("-P", "print_files.py", cwd=project, **{**environment, "PYTHONPATH": path})
     assert found.stdout.splitlines() == [str(ROOT / name / "__init__.py") for name in OURS]
 
 
@@ -135,9 +129,7 @@ def test_help_says_what_was_typed(project: Path, name: str) -> None:
 
 
 def test_help_of_a_module_says_how_it_was_started() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "train.run", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-m", "train.run", "--help")
     assert done.stdout.startswith(f"usage: {sys.executable} -m train.run ")
     assert f"\n  {sys.executable} -m train.show_data  " in done.stdout
 
@@ -154,9 +146,7 @@ def test_a_command_that_is_not_there_is_named(project: Path, typed: str, meant: 
 def test_the_file_itself_is_the_command_too(project: Path) -> None:
     """For torchrun, and where nothing is installed."""
     file = str(ROOT / "lathe.py")
-    done = subprocess.run(
-        [sys.executable, "-P", file, "merge", "--help"], cwd=project, capture_output=True, text=True
-    )
+    done = python("-P", file, "merge", "--help", cwd=project, PYTHONPATH="")
     assert done.stdout.startswith(f"usage: {sys.executable} {file} merge")
 
 

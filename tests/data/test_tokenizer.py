@@ -2,12 +2,10 @@
 
 import datetime
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import python
 from transformers import PreTrainedTokenizerFast
 
 from data.tokenizer import Tokenizer
@@ -294,4 +292,4 @@ def test_neither_torch_nor_transformers_is_needed(tokenizer_folder):
         f"Tokenizer.load({str(tokenizer_folder())!r}).encode('a')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.getcwd())
+    python("-c", code)

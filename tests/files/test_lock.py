@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from children import ROOT, python
 
 from files.atomic import RunLock
 from files.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 HOLDER = """
 import sys, time
@@ -124,10 +122,7 @@ write_text(sys.argv[1] + "/a", "b")
 def test_everything_is_imported_without_what_only_unix_has(tmp_path: Path) -> None:
     """Torch and filelock are imported first: on Windows they have ways of their own."""
     program = "import filelock, numpy, tokenizers, torch, tqdm, jinja2, huggingface_hub\n" + WINDOWS
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    python("-c", program, str(tmp_path))
     assert (tmp_path / "a").read_text() == "b"
 
 

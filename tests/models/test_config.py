@@ -1,14 +1,12 @@
 """config.json in both dialects, against transformers' own reading of it; bad values by name."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import python
 from transformers import AutoConfig
 
 from files.errors import UserError
@@ -231,9 +229,7 @@ def test_what_is_left_aside_is_said_and_raw_is_kept() -> None:
 
 def test_no_torch_is_imported() -> None:
     code = "import sys, models.config; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, env=environment).returncode == 0
+    python("-c", code)
 
 
 # --- bad input ----------------------------------------------------------------------------------

@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import python
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +19,6 @@ from models.config import parse_config, read_config
 from models.families import FAMILIES
 from models.weights import fill, initialise, save_model, weights_files
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -552,14 +549,7 @@ def test_loading_never_holds_more_than_the_model_and_one_shard(
     assert count * 4 > 7 * shard
     del model
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        output = subprocess.run(
-            [sys.executable, "-c", MEMORY_SCRIPT, str(tied_llama), str(folder), dtype],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        output = python("-c", MEMORY_SCRIPT, str(tied_llama), str(folder), dtype).stdout
         # Measured against the peak of loading a tiny model, so that code and libraries cancel;
         # keeping every file mapped or read would add more than seven shards.
         growth = int(output)

@@ -1,19 +1,16 @@
 """The command line, and that looking around needs no torch."""
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from children import python
 
 from files.errors import UserError
 from train.config.command_line import Arguments, parse, show_text
 from train.config.layers import preset_names
 from train.config.load import load_config
 from train.plan.text import list_presets_text
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -127,21 +124,14 @@ def test_looking_around_never_imports_torch(
     line: list[str], code: int, out: str, tmp_path: Path
 ) -> None:
     script = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import sys\n"
         "from train.run import main\n"
         "try:\n    code = main()\n"
         "except SystemExit as end:\n    code = end.code or 0\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
         "sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT), *line],
-        cwd=tmp_path,  # from any folder
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
+    done = python("-c", script, *line, code=code, cwd=tmp_path)  # from any folder
     assert out in (done.stdout if code == 0 else done.stderr)
     assert "Traceback" not in done.stderr
 

@@ -1,12 +1,12 @@
 """How commands are called and what they answer, whichever of them it is."""
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import ROOT, python
 
 from files.errors import counted, note
 from train import command as command_module
@@ -111,13 +111,8 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
 
 def test_evaluate_says_what_it_is_and_what_to_do_instead() -> None:
     """It used to end with 0 and no word, as if it had evaluated something."""
-    done = subprocess.run(
-        [sys.executable, "-m", "train.evaluate", "runs/a"],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
+    done = python("-m", "train.evaluate", "runs/a", code=2)
+    assert done.stdout == ""
     assert "-m train.evaluate` is not built yet" in done.stderr
     assert "eval.steps" in done.stderr and done.stderr.count("\n") == 1
 
@@ -168,7 +163,6 @@ def test_a_note_is_a_plain_line_and_no_warning(capsys: pytest.CaptureFixture[str
 
 
 def test_nothing_of_ours_warns_with_a_source_line() -> None:
-    root = Path(__file__).resolve().parents[2]
     for folder in ("files", "kernels", "lora", "models", "data", "train"):
-        for path in (root / folder).rglob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             assert "warnings.warn" not in path.read_text(encoding="utf-8"), path

@@ -5,30 +5,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import RaggedExamples, small_model
+from small import DROPOUTS, RaggedExamples, small_model
+from steps import CPU, EXAMPLES, FP32, batching
 
-from data.batch import LAYOUTS, Batching
+from data.batch import LAYOUTS
 from models.layers import CausalLM
-from train import evaluate as module
 from train.evaluate import evaluate
 from train.precision import Precision
 
-CPU = torch.device("cpu")
-EXAMPLES = RaggedExamples([3, 40, 7, 22, 15, 2, 31, 9])
-DROPOUTS = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.1)
-
 
 def loss_of(model: CausalLM, precision: str = "fp32", **settings: Any) -> float:
-    given = {"micro_batch_size": 3, "layout": "unpadded", "max_length": 48, "pad_id": 0, **settings}
-    examples: Any = EXAMPLES
-    result = evaluate(model, examples, Batching(**given), Precision(precision, CPU))
+    given = batching(**{"size": 3, **settings})
+    result = evaluate(model, EXAMPLES, given, Precision(precision, CPU))
     assert result.targets == EXAMPLES.num_targets.sum()
     return result.loss
 
 
-@pytest.mark.parametrize("batching", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
-def test_it_is_the_token_mean_without_dropout(batch_size: int, batching: str) -> None:
+def test_it_is_the_token_mean_without_dropout(batch_size: int, layout: str) -> None:
     """Against dense logits, in fp64; batches of 3 leave one of 2 at the end."""
     model = small_model("starcoder2", torch.float64, **DROPOUTS)
     total = 0.0
@@ -37,28 +32,25 @@ def test_it_is_the_token_mean_without_dropout(batch_size: int, batching: str) ->
         with torch.no_grad():
             logits = model(ids[None])[0]
         total += F.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
-    loss = loss_of(model, micro_batch_size=batch_size, layout=batching)
+    loss = loss_of(model, size=batch_size, layout=layout)
     assert loss == pytest.approx(total / EXAMPLES.num_targets.sum(), rel=1e-12)
 
 
-def test_longest_come_first_in_the_run_s_precision_and_nothing_is_recorded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_longest_come_first_in_the_run_s_precision_and_nothing_is_recorded() -> None:
     lengths: list[int] = []
 
-    def watched(model: CausalLM, micro_batch: Any, *arguments: Any, **more: Any) -> torch.Tensor:
-        lengths.extend(micro_batch.lengths)
+    def watch(layer: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        _, _, segments, *_ = given
+        lengths.extend(segments.lengths)
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert not torch.is_grad_enabled()
-        return loss_sum(model, micro_batch, *arguments, **more)
 
-    loss_sum = module.loss_sum
-    monkeypatch.setattr(module, "loss_sum", watched)
     model = small_model("llama")
+    watching = model.model.layers[0].register_forward_pre_hook(watch)
     loss = loss_of(model, "bf16")
+    watching.remove()
     assert lengths == sorted(EXAMPLES.lengths, reverse=True)
-    monkeypatch.undo()
     # bf16 rounds to 8 bits, and a mean of many losses errs by less than one of them.
     assert loss == pytest.approx(loss_of(model), rel=2**-8)
     assert loss != loss_of(model)
@@ -68,10 +60,5 @@ def test_a_set_without_targets_is_zero_not_nan() -> None:
     empty = RaggedExamples([4, 3])
     for example in empty.examples:
         example.labels.fill(-100)
-    result = evaluate(
-        small_model("llama"),
-        empty,
-        Batching(micro_batch_size=2, layout="unpadded", max_length=48, pad_id=0),
-        Precision("fp32", CPU),
-    )
+    result = evaluate(small_model("llama"), empty, batching(2), FP32)  # type: ignore[arg-type]
     assert (result.loss, result.targets) == (0.0, 0)

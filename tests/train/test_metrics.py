@@ -2,12 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import python
 
 from files.errors import UserError
 from train.log.metrics import Metrics, read_metrics
@@ -194,8 +194,7 @@ def test_neither_torch_nor_tensorboard_is_imported_before_it_is_wanted(tmp_path:
         f"Metrics(Path({str(tmp_path)!r}), tensorboard=False).close();"
         "assert not {'torch', 'tensorboard'} & set(sys.modules)"
     )
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    python("-c", code)
 
 
 @pytest.mark.parametrize(

@@ -4,49 +4,25 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import python
+from runs import arguments, settings
 
 from files.errors import UserError
 from train.config.load import load_config
 from train.saving import prove
 from train.saving.prove import print_comparison, prove_resume
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def lathe(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "train.run", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "LATHE_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
 
 def test_a_killed_and_resumed_run_is_shown_to_be_equal(
     model_folder: Path, rows_file: Path, tmp_path: Path, cache: Path
 ) -> None:
     """The proof itself insists that the child died by SIGKILL and that the resume was at step 2."""
-    done = lathe(
-        cache,
-        "--prove-resume",
-        "2",
-        f"model.path={model_folder}",
-        f"data.train={rows_file / 'train.jsonl'}",
-        f"data.valid={rows_file / 'valid.jsonl'}",
-        "per_device_train_batch_size=2",
-        "gradient_accumulation_steps=3",
-        "checkpoint.per_epoch=4",
-        "precision=fp32",
-        "lora_dropout=0.1",
-        f"output_dir={tmp_path / 'new' / 'run'}",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    values = settings(model_folder, rows_file, tmp_path / "new" / "run")
+    given = [*arguments(values), "checkpoint.per_epoch=4", "lora_dropout=0.1"]
+    done = python("-m", "train.run", "--prove-resume", "2", *given)
     lines = dict(re.findall(r"^(\S+) +([0-9a-f]{16})  \2  equal$", done.stdout, re.MULTILINE))
     assert list(lines) == [
         "best/adapter_model.safetensors",
@@ -71,14 +47,9 @@ def test_the_error_of_a_run_is_that_of_the_proof_and_nothing_is_left(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "abc"}\n{"txt": "abc"}\n')
-    done = lathe(
-        cache,
-        "--prove-resume",
-        f"model.path={model_folder}",
-        f"data.train={rows}",
-        f"output_dir={tmp_path / 'new' / 'run'}",
-    )
-    assert done.returncode == 2
+    given = (f"model.path={model_folder}", f"data.train={rows}")
+    output = f"output_dir={tmp_path / 'new' / 'run'}"
+    done = python("-m", "train.run", "--prove-resume", *given, output, code=2)
     assert done.stderr.startswith(f"error: {rows}:2: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
@@ -87,7 +58,7 @@ def test_the_error_of_a_run_is_that_of_the_proof_and_nothing_is_left(
 def test_the_process_that_watches_holds_no_torch() -> None:
     """Nor a GPU's memory, which the runs need."""
     program = "import sys, train.saving.prove; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    python("-c", program)
 
 
 def write_run(folder: Path, adapter: bytes = b"adapter", loss: float = 1.5) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from models import load_model
 from train.config.load import load_config
 from train.run import main, run
 from train.text import size_text
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -240,20 +237,6 @@ def test_random_weights_from_an_architecture_alone(
     shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     more = ["model.random_init=true", "train.method=full", "max_steps=1"]
     assert main(arguments(bare, rows_file, tmp_path / "run", *more)) == 0
-
-
-@pytest.mark.parametrize("question", [["--list-presets"], ["--show", "demo"], ["--help"]])
-def test_questions_are_answered_without_torch(question: list[str]) -> None:
-    program = (
-        "import sys\nfrom train.run import main\n"
-        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
-        "assert 'torch' not in sys.modules\nsys.exit(code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *question], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
 
 
 # --- bad input: one sentence, exit code 2, no traceback ---

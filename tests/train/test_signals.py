@@ -2,8 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
+
+from children import python
 
 from train.signals import Signals
 
@@ -28,8 +28,7 @@ def test_the_second_signal_exits_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('never', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGINT
+    done = python("-c", program, code=128 + signal.SIGINT)
     assert done.stdout == "still here\n"
     # What the first one does is said at once: a step, or loading weights, may take a while.
     assert "Ctrl-C: stopping after the next whole step" in done.stderr

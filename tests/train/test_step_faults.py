@@ -249,22 +249,21 @@ def test_it_is_halved_until_it_fits() -> None:
 
 
 @pytest.mark.parametrize("refuse", REFUSALS)
-def test_an_evaluation_goes_on_in_smaller_batches(
-    refuse: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_goes_on_in_smaller_batches(refuse: Callable[[], None]) -> None:
     sizes: list[int] = []
-    loss_sum = evaluate_module.loss_sum
 
-    def limited(model: CausalLM, micro_batch: MicroBatch, *more: Any, **named: Any) -> torch.Tensor:
-        if micro_batch.num_tokens > room:
+    def limit(layer: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        _, _, segments, *_ = given
+        if segments.num_rows > room:
             refuse()
-        sizes.append(len(micro_batch.examples))
-        return loss_sum(model, micro_batch, *more, **named)
+        sizes.append(len(segments.lengths))
+
+    model = network()
+    model.model.layers[0].register_forward_pre_hook(limit)
 
     def evaluated() -> evaluate_module.EvalResult:
-        return evaluate(network(), EXAMPLES, batching(6), FP32)
+        return evaluate(model, EXAMPLES, batching(6), FP32)
 
-    monkeypatch.setattr(evaluate_module, "loss_sum", limited)
     room = 1000
     expected = evaluated()
     assert (sizes, expected.reduced_batch_size) == ([6, 2], None)
