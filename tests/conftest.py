@@ -3,13 +3,14 @@
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import interpreted  # noqa: F401  # before anything that may import triton
 import numpy as np
 import pytest
 import torch
+from runs import Refused
 from small import DROPOUTS, small_model
 
 # The networks here are small: a second thread gains nothing, and on a busy machine two threads that
@@ -77,6 +78,20 @@ def cache(tmp_path: Path, common_cache: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "cache" / "tokenizers").symlink_to(common_cache / "tokenizers")
     monkeypatch.setenv("LATHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Return what gives a command arguments that it refuses, and returns its one sentence."""
+
+    def refused(main: Callable[[list[str]], int], *arguments: str | Path) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1), said
+        assert said.err.startswith("error: "), said.err
+        return said.err
+
+    return refused
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from train.saving.resume import find_run
 # State that tells of the process or the clock, not of what was computed.
 OF_THE_PROCESS = ("seconds", "resumed_from", "peak_memory_bytes")
 Listener = Callable[[str], None]
+Refused = Callable[..., str]  # the fixture of that name
 
 
 def settings(model: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from children import ROOT, python
+from runs import Refused
 
 from files.errors import counted, note
 from train import command as command_module
@@ -25,15 +26,6 @@ COMMANDS: dict[str, Main] = {
 }
 
 
-def complaint(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str] | str) -> str:
-    """Return the one sentence that a command ends with."""
-    words = arguments.split() if isinstance(arguments, str) else arguments
-    assert main(words) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
-
-
 @pytest.mark.parametrize(
     ("name", "arguments", "option"),
     [
@@ -49,11 +41,10 @@ def complaint(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[st
     ],
 )
 def test_an_option_given_twice_is_refused_for_one_value_would_be_lost(
-    name: str, arguments: str, option: str, capsys: pytest.CaptureFixture[str]
+    name: str, arguments: str, option: str, refused: Refused
 ) -> None:
-    assert f"{option} is given twice" in complaint(capsys, COMMANDS[name], arguments).replace(
-        ":", ""
-    )
+    said = refused(COMMANDS[name], *arguments.split())
+    assert f"{option} is given twice" in said.replace(":", "")
 
 
 def test_what_may_be_given_several_times_still_may() -> None:
@@ -73,9 +64,9 @@ def test_what_may_be_given_several_times_still_may() -> None:
     ],
 )
 def test_every_command_s_complaint_is_one_sentence(
-    name: str, arguments: str, capsys: pytest.CaptureFixture[str]
+    name: str, arguments: str, refused: Refused
 ) -> None:
-    assert "--help" in complaint(capsys, COMMANDS[name], arguments)
+    assert "--help" in refused(COMMANDS[name], *arguments.split())
 
 
 @pytest.mark.parametrize(
@@ -95,7 +86,7 @@ def test_every_command_s_complaint_is_one_sentence(
 def test_a_folder_that_is_not_there_is_said_to_be_not_there(
     name: str,
     arguments: str,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -103,7 +94,7 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
-    said = complaint(capsys, COMMANDS[name], arguments)
+    said = refused(COMMANDS[name], *arguments.split())
     assert "no such folder" in said.partition("cannot be reached")[0]
     if "step" not in arguments:
         assert "did you mean 'demo-1'?" in said

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Refused
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -217,14 +218,6 @@ def completed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str
     return capsys.readouterr().out.removesuffix("\n")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes what the base says, with the format of its rows beside it."""
@@ -280,7 +273,7 @@ def test_an_adapter_applies_the_prompt_format_beside_it(
 
 
 def test_several_columns_are_asked_for_by_name(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in adapter.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -288,18 +281,18 @@ def test_several_columns_are_asked_for_by_name(
         format="template", prompt_template="{a} and {b}: ", completion_template="{answer}"
     )
     write_json(tmp_path / "prompt_format.json", form.to_dict())
-    message = refused(capsys, "--adapter", tmp_path, "--prompt", "why")
+    message = refused(main, "--adapter", tmp_path, "--prompt", "why")
     assert "--field a=… --field b=…" in message
     by_name = completed(capsys, "--adapter", tmp_path, "--field", "a=x", "--field", "b=y=z")
     assert by_name == completed(capsys, "--adapter", tmp_path, "--raw", "--prompt", "x and y=z: ")
 
 
 def test_a_run_uses_what_it_trained_and_the_base_of_its_configuration(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = {"model.path": str(base), "train.method": "lora", "data.format": "text"}
     (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
-    assert "nothing is trained yet" in refused(capsys, "--run", tmp_path, "--prompt", "why")
+    assert "nothing is trained yet" in refused(main, "--run", tmp_path, "--prompt", "why")
     (tmp_path / "best").mkdir()
     for file in adapter.iterdir():
         (tmp_path / "best" / file.name).write_bytes(file.read_bytes())
@@ -342,18 +335,18 @@ def test_a_part_of_a_run_is_taken_as_it_is(
 
 
 def test_a_damaged_checkpoint_and_what_is_no_run_s_are_refused(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, refused: Refused
 ) -> None:
     (tmp_path / "config.toml").write_text(to_toml(load_config(overrides={"model.path": str(base)})))
     checkpoint = tmp_path / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     assert "there is no manifest.json; take another one" in refused(
-        capsys, "--run", checkpoint, "--prompt", "x"
+        main, "--run", checkpoint, "--prompt", "x"
     )
     other = tmp_path / "elsewhere" / "final"
     other.mkdir(parents=True)
     for place in (other, tmp_path / "checkpoints"):
-        assert "and none of a run's" in refused(capsys, "--run", place, "--prompt", "x")
+        assert "and none of a run's" in refused(main, "--run", place, "--prompt", "x")
 
 
 def test_a_run_of_full_fine_tuning_needs_no_base(
@@ -369,13 +362,13 @@ def test_a_run_of_full_fine_tuning_needs_no_base(
 
 
 def test_bad_input_is_one_sentence(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, tmp_path: Path, refused: Refused
 ) -> None:
     prompt = ("--prompt", "x")
-    assert "config.toml" in refused(capsys, "--run", tmp_path, *prompt)
-    assert "adapter_config.json" in refused(capsys, "--adapter", tmp_path, *prompt)
-    assert "--base" in refused(capsys, "--model", base, "--base", base, *prompt)
-    assert "prompt.txt" in refused(capsys, "--model", base, "--prompt-file", "no/prompt.txt")
-    assert "NAME=VALUE" in refused(capsys, "--adapter", adapter, "--field", "ask")
-    assert "--field" in refused(capsys, "--model", base, "--field", "ask=x")
-    assert "top_p" in refused(capsys, "--model", base, *prompt, "--top-p", "2")
+    assert "config.toml" in refused(main, "--run", tmp_path, *prompt)
+    assert "adapter_config.json" in refused(main, "--adapter", tmp_path, *prompt)
+    assert "--base" in refused(main, "--model", base, "--base", base, *prompt)
+    assert "prompt.txt" in refused(main, "--model", base, "--prompt-file", "no/prompt.txt")
+    assert "NAME=VALUE" in refused(main, "--adapter", adapter, "--field", "ask")
+    assert "--field" in refused(main, "--model", base, "--field", "ask=x")
+    assert "top_p" in refused(main, "--model", base, *prompt, "--top-p", "2")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Refused
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -58,15 +59,6 @@ def adapter(base: Path, tmp_path: Path) -> Path:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     save_adapter(model, tmp_path / "adapter", base_model=str(base))
     return tmp_path / "adapter"
-
-
-def refused(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def expected_weight(base: Path, adapter: Path, module: str) -> torch.Tensor:
@@ -143,10 +135,10 @@ def test_a_run_gives_its_final_else_its_best_with_the_tokenizer_beside_it(
 
 
 def test_base_overrules_the_name_in_the_adapter(
-    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, tmp_path: Path, refused: Refused
 ) -> None:
     moved = base.rename(tmp_path / "moved")
-    message = refused(adapter, tmp_path / "out", capsys=capsys)
+    message = refused(main, adapter, tmp_path / "out")
     assert str(base) in message
     assert "give it with --base FOLDER" in message
     assert not (tmp_path / "out").exists()
@@ -154,51 +146,45 @@ def test_base_overrules_the_name_in_the_adapter(
 
 
 def test_an_adapter_that_names_no_base_is_told_so(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: Path, tmp_path: Path, refused: Refused
 ) -> None:
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
-    assert "names no base model" in refused(adapter, tmp_path / "out", capsys=capsys)
+    assert "names no base model" in refused(main, adapter, tmp_path / "out")
 
 
-def test_out_must_be_vacant(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_must_be_vacant(adapter: Path, tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert "is not an empty folder" in refused(adapter, out, capsys=capsys)
-    assert "is not an empty folder" in refused(adapter, out / "notes.txt", capsys=capsys)
+    assert "is not an empty folder" in refused(main, adapter, out)
+    assert "is not an empty folder" in refused(main, adapter, out / "notes.txt")
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     assert main([str(adapter), str(out)]) == 0  # an empty folder is vacant
 
 
-def test_folders_that_are_no_adapter(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_are_no_adapter(base: Path, tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "out"
-    assert "no such folder" in refused(tmp_path / "nowhere", out, capsys=capsys)
-    assert "holds a model, not an adapter" in refused(base, out, capsys=capsys)
+    assert "no such folder" in refused(main, tmp_path / "nowhere", out)
+    assert "holds a model, not an adapter" in refused(main, base, out)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.toml").write_text("")
-    assert "no final/ or best/ yet" in refused(run, out, capsys=capsys)
+    assert "no final/ or best/ yet" in refused(main, run, out)
     (run / "final").mkdir()
     (run / "final" / "config.json").write_text("{}")
-    assert "was trained in full" in refused(run, out, capsys=capsys)
+    assert "was trained in full" in refused(main, run, out)
     assert not out.exists()
 
 
-def test_a_diverged_adapter_writes_nothing(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_diverged_adapter_writes_nothing(adapter: Path, tmp_path: Path, refused: Refused) -> None:
     path = adapter / "adapter_model.safetensors"
     with TensorFile(path) as file:
         tensors = {name: file.read(name).clone() for name in file.names}
     nn.init.constant_(next(t for name, t in tensors.items() if "lora_B" in name), float("nan"))
     write_tensors(path, tensors)
-    assert "is not finite" in refused(adapter, tmp_path / "out", capsys=capsys)
+    assert "is not finite" in refused(main, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

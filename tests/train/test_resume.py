@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import runs
 import torch
-from runs import OF_THE_PROCESS, checkpoints_of, resume, rows_of, signalled, train, trained_bits
+from runs import (
+    OF_THE_PROCESS,
+    Refused,
+    checkpoints_of,
+    resume,
+    rows_of,
+    signalled,
+    train,
+    trained_bits,
+)
 
 from files.atomic import RunLock, sha256_file
 from files.errors import UserError
@@ -239,55 +248,40 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_taken(
     assert trained_bits(run_copy) == trained_bits(finished)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the one sentence of a command that exits with 2."""
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
-def test_a_damaged_checkpoint_that_was_named_is_an_error(
-    run_copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_that_was_named_is_an_error(run_copy: Path, refused: Refused) -> None:
     place = run_copy / "checkpoints" / "step-00000004"
     damage_file(place / "adapter_model.safetensors")
-    assert "sha256 mismatch" in refused(capsys, "--resume", str(place))
+    assert "sha256 mismatch" in refused(main, "--resume", str(place))
 
 
-def test_a_folder_without_a_run_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "no run is there" in refused(capsys, "--resume", str(tmp_path))
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path, refused: Refused) -> None:
+    assert "no run is there" in refused(main, "--resume", str(tmp_path))
 
 
-def test_what_changes_results_may_not_be_overridden(
-    run_copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error = refused(capsys, "--resume", str(run_copy), "learning_rate=1e-3")
+def test_what_changes_results_may_not_be_overridden(run_copy: Path, refused: Refused) -> None:
+    error = refused(main, "--resume", str(run_copy), "learning_rate=1e-3")
     assert "optimizer.learning_rate" in error
 
 
 def test_an_edited_configuration_is_refused_with_both_values(
-    run_copy: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, refused: Refused
 ) -> None:
     (run_copy / "status.json").unlink()
     config = run_copy / "config.toml"
     config.write_text(config.read_text().replace("lora_alpha = 32", "lora_alpha = 16"))
-    error = refused(capsys, "--resume", str(run_copy))
+    error = refused(main, "--resume", str(run_copy))
     assert "lora.lora_alpha was 32 and is 16" in error
 
 
 def test_other_data_is_refused(
-    run_copy: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, rows_file: Path, tmp_path: Path, refused: Refused
 ) -> None:
     (run_copy / "status.json").unlink()
     other = tmp_path / "train.jsonl"
     other.write_text((rows_file / "train.jsonl").read_text().replace("a", "b", 1))
     config = run_copy / "config.toml"
     config.write_text(config.read_text().replace(str(rows_file / "train.jsonl"), str(other)))
-    error = refused(capsys, "--resume", str(run_copy))
+    error = refused(main, "--resume", str(run_copy))
     assert "data.train" in error
 
 
@@ -336,19 +330,19 @@ def test_the_data_fingerprint_is_compared_not_only_the_path() -> None:
         check_identity(saved, {**saved, "data": {"train": "abd"}})
 
 
-def test_a_run_in_use_is_not_touched(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_use_is_not_touched(run_copy: Path, refused: Refused) -> None:
     """Another process is in the middle of a save: sweeping its folder would lose it."""
     half_written = run_copy / "checkpoints" / ".tmp-step-00000009"
     half_written.mkdir()
     with RunLock(run_copy):
         for place in (run_copy, run_copy / "checkpoints" / "step-00000003"):
-            assert "in use" in refused(capsys, "--resume", str(place))
+            assert "in use" in refused(main, "--resume", str(place))
     assert half_written.is_dir()
     assert len(list((run_copy / "checkpoints").glob("step-*"))) == STEPS
 
 
 def test_a_refused_resume_changes_nothing(
-    run_copy: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, rows_file: Path, tmp_path: Path, refused: Refused
 ) -> None:
     other = tmp_path / "train.jsonl"
     other.write_text("".join((rows_file / "train.jsonl").read_text().splitlines(True)[:-2]))
@@ -363,7 +357,7 @@ def test_a_refused_resume_changes_nothing(
         }
 
     before = state()
-    refused(capsys, "--resume", str(run_copy / "checkpoints" / "step-00000003"))
+    refused(main, "--resume", str(run_copy / "checkpoints" / "step-00000003"))
     assert state() == before
 
 
@@ -446,14 +440,14 @@ def test_another_base_model_of_the_same_size_is_refused(
     run_copy: Path,
     model_folder: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     (run_copy / "status.json").unlink()
     other = Path(shutil.copytree(model_folder, tmp_path / "other"))
     damage_file(other / "model.safetensors")
     config = run_copy / "config.toml"
     config.write_text(config.read_text().replace(str(model_folder), str(other)))
-    error = refused(capsys, "--resume", str(run_copy))
+    error = refused(main, "--resume", str(run_copy))
     assert "another base model (its files are not those that the run began with)" in error
 
 
@@ -464,14 +458,14 @@ def test_a_status_that_is_none_does_not_say_finished(text: str, tmp_path: Path) 
 
 
 def test_a_resume_refused_for_damaged_metrics_moves_nothing(
-    run_copy: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, refused: Refused
 ) -> None:
     """Nor is the run taken for finished at an earlier step afterwards."""
     with open(run_copy / "metrics.jsonl", "a") as file:
         file.write("garbage\n")
     before = sorted(path.name for path in (run_copy / "checkpoints").iterdir())
     place = run_copy / "checkpoints" / "step-00000003"
-    assert "not a row of metrics" in refused(capsys, "--resume", str(place))
+    assert "not a row of metrics" in refused(main, "--resume", str(place))
     assert sorted(path.name for path in (run_copy / "checkpoints").iterdir()) == before
 
 
@@ -492,6 +486,7 @@ def test_a_best_of_later_steps_is_not_carried_into_other_evaluations(
     model_folder: Path,
     rows_file: Path,
     tmp_path: Path,
+    refused: Refused,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """best/ is that of step 8; the checkpoint of step 4 speaks of step 3, which has none."""
@@ -507,7 +502,8 @@ def test_a_best_of_later_steps_is_not_carried_into_other_evaluations(
     replace_folder(place, lambda folder: write_all(folder, files), step=4)
     if promised:
         rows = (run / "metrics.jsonl").read_bytes()
-        error = refused(capsys, "--resume", str(place), "eval.steps=4")
+        capsys.readouterr()
+        error = refused(main, "--resume", str(place), "eval.steps=4")
         assert (run / "metrics.jsonl").read_bytes() == rows
         assert "best is not that of step 3" in error
         assert (run / "checkpoints" / "step-00000008").is_dir()
