@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import python
 from peft import PeftModel
 from runs import settings, train
 from small import FAMILIES, RaggedExamples, small_config, small_model
@@ -69,6 +70,15 @@ def test_a_full_step_gives_the_weights_of_transformers_and_torch(
     assert_same_logits(theirs, model)
     save_model(model, tmp_path / "after", config=model.config)
     assert_same_logits(transformers_model(tmp_path / "after"), model)
+
+
+def test_a_network_is_made_without_loading_torch_s_compiler() -> None:
+    """It would be most of the time that a short command takes."""
+    code = (
+        "import sys; from models import build; from models.config import read_config;"
+        "build(read_config('data/demo/base')); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    python("-c", code)
 
 
 # A preset runs each of the others, in tests/train/test_decide.py.
