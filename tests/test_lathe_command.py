@@ -106,7 +106,7 @@ def test_our_folders_are_ours_whatever_python_s_path_is(
 
 @pytest.mark.parametrize("path", ["src", ""])
 def test_children_are_immune_too(project: Path, path: str) -> None:
-    """The child that renders chat templates, and the three runs of --prove-resume."""
+    """The child that renders chat templates; the three runs of --prove-resume start alike."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     base = project / "chat base"
     shutil.copytree(ROOT / "data" / "demo" / "base", base, dirs_exist_ok=True)
@@ -116,10 +116,11 @@ def test_children_are_immune_too(project: Path, path: str) -> None:
     settings = ("model.path=chat base", "data.train=chat.jsonl", "data.format=messages")
     shown = lathe(project, "show-data", *settings, "--json", PYTHONPATH=path).stdout
     assert json.loads(shown)["text"].startswith("user: a")
-    proof = lathe(
-        project, *settings, "--prove-resume", "1", "effective_batch_size=1", PYTHONPATH=path
-    )
-    assert "resume is exact on this machine" in proof.stdout
+    if path:  # the one that holds packages named like ours
+        proof = lathe(
+            project, *settings, "--prove-resume", "1", "effective_batch_size=1", PYTHONPATH=path
+        )
+        assert "resume is exact on this machine" in proof.stdout
 
 
 @pytest.mark.parametrize("name", ["run", "show-data", "generate", "merge", "report"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from runs import arguments
-from trials import outcome, settings
+from trials import MAX_SECONDS, outcome, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 Record = Callable[[str, object], None]
@@ -31,7 +31,7 @@ def began(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """Wait until a condition holds; the process must be running until then."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + MAX_SECONDS
     while not condition():
         assert process.poll() is None, f"it ended with {process.returncode}"
         assert time.monotonic() < deadline, "nothing comes of it"
