@@ -22,7 +22,6 @@ from files.faults import listening
 from files.folders import damage
 from models.layers import CausalLM
 from train import evaluate as evaluate_module
-from train import loop
 from train import step as step_module
 from train.batches import StepBatches
 from train.config.load import load_config
@@ -178,14 +177,18 @@ def redone(dtype: torch.dtype, faults: Faults, **settings: Any) -> tuple[OneStep
     run.plan = plan_run(run.config, 8)
     data: Any = SimpleNamespace(train=EXAMPLES, tokenizer=SimpleNamespace(pad_id=0))
 
-    def one(model: Any, optimizer: Any, batch: list[MicroBatch], **given: Any) -> StepResult:
-        given["meanwhile"]()
-        run.sizes.append([len(part.examples) for part in batch])
-        return one_step(model, optimizer, batch, draw=(0, given["draw"][1]))
+    batches = StepBatches.of(run.config, run.plan, data)
+    cut_step = batches.cut
 
-    with listening(faults), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", one)
-        result = step_that_fits(run, StepBatches.of(run.config, run.plan, data), 1)
+    def watched(*given: Any) -> list[MicroBatch]:
+        batch = cut_step(*given)
+        if given[:3] == run.plan.batch(1):  # and not what is cut ahead
+            run.sizes.append([len(part.examples) for part in batch])
+        return batch
+
+    batches.cut = watched  # type: ignore[method-assign]
+    with listening(faults):
+        result = step_that_fits(run, batches, 1)
     return run, result
 
 
