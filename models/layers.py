@@ -304,7 +304,7 @@ class CausalLM(nn.Module, ABC):
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = Decoder(
             # Given its weight it draws none: on meta that would load torch's compiler, 2 s.
-            nn.Embedding(*embedding.shape, _weight=embedding),
+            nn.Embedding(config.vocab_size, config.hidden_size, _weight=embedding),
             nn.ModuleList(map(self.layer, range(config.num_hidden_layers))),
             self.norm(),
         )
