@@ -20,10 +20,10 @@ from train import assemble, finish, loop  # which `run` imports only when it beg
 from train.batches import StepBatches
 from train.config.load import load_config
 from train.loss import loss_sum
-from train.memory import within_memory
 from train.optim import build_optimizer
 from train.plan.steps import plan_run
 from train.precision import Precision
+from train.process.memory import within_memory
 from train.run import run
 from train.saving.checkpoints import Checkpoints
 from train.saving.folder import trained_tensors

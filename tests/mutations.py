@@ -2114,7 +2114,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/memory.py",
+        "train/process/memory.py",
         "tests/train/test_step_faults.py",
         (
             "what an earlier run left is freed in the midst of this one",
@@ -2385,7 +2385,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/signals.py",
+        "train/process/signals.py",
         "tests/train/test_signals.py",
         (
             "a second Ctrl-C waits as the first one does",
@@ -2425,7 +2425,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/artifact.py",
+        "train/saving/artifact.py",
         "tests/train/test_merge.py",
         (
             "best/ comes before final/",
@@ -2457,7 +2457,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/world.py",
+        "train/process/world.py",
         "tests/train/test_world.py",
         (
             "several ranks train as if each were alone",

@@ -21,14 +21,10 @@ FLOORS = {
 }
 # The floors inside train/, from the ground up. Rooms of one floor do not ask each other; what is
 # not listed stands on the loop's floor, and train.run on top of it.
-GROUND_OF_TRAIN = (
-    *("command", "loss", "memory", "precision", "signals", "state", "text"),
-    *("presets", "world"),
-)
 FLOORS_OF_TRAIN = (
-    GROUND_OF_TRAIN,
+    ("process", "loss", "precision", "state", "text", "presets"),
     ("config", "optim"),
-    ("dataset",),
+    ("inputs",),
     ("plan",),
     ("log",),
     ("report",),
@@ -39,7 +35,7 @@ KEEPERS = {
     "triton": ("kernels/triton/",),
     "tensorboard": ("train/log/metrics.py",),
     "torch.utils.tensorboard": ("train/log/metrics.py",),
-    "torch.distributed": ("train/world.py",),
+    "torch.distributed": ("train/process/world.py",),
 }
 NEVER_IN_PRODUCT = (
     "pickle",

@@ -13,9 +13,9 @@ from train.config.layers import preset_names
 from train.config.load import load_config
 from train.config.presets import read_preset
 from train.config.schema import LoraSettings
+from train.inputs.known import NO_DATA, Unknown
 from train.plan.claims import agrees, check_claims, measure
 from train.plan.document import plan_document
-from train.plan.known import NO_DATA, Unknown
 from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
 from train.plan.steps import plan_run, rank_shares
 from train.state import EarlyStopping

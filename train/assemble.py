@@ -16,18 +16,18 @@ from files.folders import recover_folder, sweep
 from files.hub import ModelSource
 from kernels.cpu.process import prepare_process
 from models.layers import CausalLM
-from train.base_model import base_dtype, find_model, load_base, make_trainable
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
-from train.dataset import Data
+from train.inputs.base_model import base_dtype, find_model, load_base, make_trainable
+from train.inputs.dataset import Data
 from train.log.records import Records
 from train.log.samples import Sample, samples_so_far
-from train.memory import MemoryUse
 from train.optim import build_optimizer
 from train.optim.buffers import Optimizer
 from train.plan.decide import Machine
 from train.plan.steps import RunPlan
 from train.precision import LossScaler, Precision
+from train.process.memory import MemoryUse
 from train.saving.background import BackgroundWriter
 from train.saving.checkpoints import Checkpoints
 from train.saving.identity import identity_document

@@ -11,7 +11,7 @@ from data.batch import Batching, MicroBatch, micro_batches
 from data.examples import Examples
 from data.order import epoch_order
 from train.config.schema import RunConfig
-from train.dataset import Data
+from train.inputs.dataset import Data
 from train.plan.steps import RunPlan
 
 

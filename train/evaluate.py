@@ -16,10 +16,10 @@ from data.batch import Batching, micro_batches
 from data.examples import Examples
 from files.errors import UserError
 from models.layers import CausalLM
-from train.command import command, run_command
 from train.loss import exact_sum, loss_sum
-from train.memory import does_not_fit, within_memory
 from train.precision import Precision
+from train.process.command import command, run_command
+from train.process.memory import does_not_fit, within_memory
 from train.state import EvalResult
 
 

@@ -21,9 +21,9 @@ from train.log.console import closing_summary, redrawn_text
 from train.log.samples import MOST_NEW_TOKENS, choose_samples
 from train.plan.text import head_rows
 from train.precision import COMPUTE_DTYPES
+from train.process.signals import Signals
 from train.report.page import write_report
 from train.saving.restore import whole_best
-from train.signals import Signals
 
 
 def opening_panel(run: Run) -> None:

@@ -31,13 +31,13 @@ from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
-from train.artifact import base_of, run_and_trained
-from train.base_model import find_model, load_base
-from train.command import CommandParser, run_command
 from train.config.load import load_config
-from train.dataset import prompt_format
+from train.inputs.base_model import find_model, load_base
+from train.inputs.dataset import prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES
+from train.process.command import CommandParser, run_command
+from train.saving.artifact import base_of, run_and_trained
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from files.faults import faultpoint
 from train.assemble import Run
 from train.batches import StepBatches
 from train.evaluate import evaluate
-from train.memory import does_not_fit, is_out_of_memory
-from train.signals import Signals
+from train.process.memory import does_not_fit, is_out_of_memory
+from train.process.signals import Signals
 from train.state import StepResult, TrainState, observe_loss
 from train.step import train_step
 

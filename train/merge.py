@@ -22,8 +22,8 @@ from files.tensors import read_header
 from lora import load_adapter, merge
 from models import load_model
 from models.weights import save_model, weights_files
-from train.artifact import adapter_folder, base_of
-from train.command import CommandParser, run_command
+from train.process.command import CommandParser, run_command
+from train.saving.artifact import adapter_folder, base_of
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
 _TOKENIZER_FILES = (

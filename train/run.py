@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.command import run_command
 from train.config.command_line import Arguments, parse, show_text
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.plan.text import list_presets_text
+from train.process.command import run_command
 
 if TYPE_CHECKING:
     from train.saving.resume import Resume
@@ -61,7 +61,7 @@ def run(
             f"{type(config).__name__}: load_config(overrides={{'model.path': …}})"
         )
     if rows is not None:
-        from train.dataset import with_rows
+        from train.inputs.dataset import with_rows
 
         config = with_rows(config, rows)
     return execute(config).folder
@@ -72,17 +72,17 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from files.atomic import RunLock
     from models.config import read_config
     from train.assemble import assemble, closing, set_up
-    from train.base_model import find_model
     from train.config.paths import with_whole_paths
-    from train.dataset import load_data
     from train.finish import before_training, finish, opening_panel
+    from train.inputs.adapters import with_starting_adapter
+    from train.inputs.base_model import find_model
+    from train.inputs.dataset import load_data
     from train.loop import train
-    from train.plan.adapters import with_starting_adapter
     from train.plan.decide import decide, this_machine
     from train.plan.document import complete
     from train.plan.steps import plan_run
+    from train.process.signals import Signals
     from train.saving.folder import beginning, new_run_folder, write_documents
-    from train.signals import Signals
     from train.survey import print_plan, refuse_early, refuse_model
 
     machine = this_machine(config)

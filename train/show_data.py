@@ -24,12 +24,12 @@ from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted, no_such_folder
-from train.base_model import find_model
-from train.command import CommandParser, command, run_command
 from train.config.command_line import parse
 from train.config.load import load_config
 from train.config.schema import DataSettings, RunConfig
-from train.dataset import load_data, prompt_format
+from train.inputs.base_model import find_model
+from train.inputs.dataset import load_data, prompt_format
+from train.process.command import CommandParser, command, run_command
 
 DESCRIPTION = """\
 Show the rows as they will be trained: special tokens and all, the trained parts marked (in colour
@@ -132,7 +132,7 @@ def _tokenizer_folder(config: RunConfig) -> Path:
 
 
 def _rows_of(config: RunConfig, split: str, form: PromptFormat) -> Iterator[tuple[int, Row]]:
-    """Return the numbered rows of a split, as `train.dataset.load_data` chooses them."""
+    """Return the numbered rows of a split, as `train.inputs.dataset.load_data` chooses them."""
     settings = config.data
     source = _training_data(settings)
     if split != "test" and (held := _held_out(config)) is not None:

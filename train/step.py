@@ -17,9 +17,9 @@ from data.batch import MicroBatch
 from files.faults import faultpoint
 from models.layers import CausalLM
 from train.loss import exact_sum, loss_sum
-from train.memory import within_memory
 from train.optim.buffers import Optimizer, clip_factor
 from train.precision import LossScaler, Precision
+from train.process.memory import within_memory
 from train.state import StepResult
 
 

@@ -16,20 +16,20 @@ from files.hub import resolve_model
 from models import build
 from models.config import DecoderConfig
 from models.weights import check_weights
-from train.base_model import find_model
 from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
-from train.dataset import load_data, prompt_format, refuse_without_valid
+from train.inputs.adapters import with_starting_adapter
+from train.inputs.base_model import find_model
+from train.inputs.dataset import load_data, prompt_format, refuse_without_valid
+from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.log.metrics import require_tensorboard
-from train.plan.adapters import with_starting_adapter
 from train.plan.decide import Machine, decide, machine_to_plan_for, this_machine
 from train.plan.document import plan_document
-from train.plan.known import NO_DATA, KnownData, Unknown
 from train.plan.ledger import find_decoder_config, is_hub_id
 from train.plan.text import render_plan
+from train.process.world import World
 from train.saving.folder import run_folder
 from train.show_data import first_example
-from train.world import World
 
 
 def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:

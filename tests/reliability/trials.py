@@ -23,7 +23,6 @@ from files.atomic import sha256_file
 from files.faults import listening
 from files.folders import damage
 from train import loop
-from train.command import run_command
 from train.config.load import load_config
 from train.run import execute
 from train.saving.resume import find_run

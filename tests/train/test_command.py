@@ -12,7 +12,7 @@ from runs import Refused
 from files.errors import counted, note
 from train import command as command_module
 from train import evaluate, generate, merge, run, show_data
-from train.command import command
+from train.process.command import command
 from train.report import __main__ as report
 
 Main = Callable[[list[str]], int]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from train.command import command
 from train.log.console import (
     Console,
     closing_summary,
     eval_line,
     progress_line,
 )
+from train.process.command import command
 from train.text import format_count, format_duration, format_loss
 
 

@@ -18,7 +18,7 @@ from kernels.cpu import attention as cpu_attention
 from models.config import parse_config
 from train.config.layers import preset_names
 from train.config.load import load_config
-from train.dataset import load_data
+from train.inputs.dataset import load_data
 from train.plan.decide import (
     UNKNOWN,
     Machine,

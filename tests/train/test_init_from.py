@@ -23,8 +23,8 @@ from models import load_model
 from models.config import read_config
 from train.config.load import load_config
 from train.config.toml import to_toml
-from train.plan.adapters import with_starting_adapter
-from train.plan.known import Unknown
+from train.inputs.adapters import with_starting_adapter
+from train.inputs.known import Unknown
 from train.run import main, run
 from train.saving import prove
 

@@ -16,10 +16,10 @@ from train import loop
 from train.batches import StepBatches
 from train.config.load import load_config
 from train.config.schema import RunConfig
-from train.dataset import Data
+from train.inputs.dataset import Data
 from train.loop import advance, train
 from train.plan.steps import RunPlan, plan_run
-from train.signals import Signals
+from train.process.signals import Signals
 from train.state import EarlyStopping, EvalResult, StepResult, TrainState
 
 LENGTHS = [5, 31, 12, 18, 27, 9, 40, 14, 22, 6]  # ten examples in steps of four: 4, 4, 2

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from train.memory import MemoryUse, allocated_bytes
+from train.process.memory import MemoryUse, allocated_bytes
 
 told = pytest.mark.skipif(allocated_bytes() is None, reason="this libc does not tell memory")
 

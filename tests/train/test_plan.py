@@ -17,9 +17,9 @@ from models import build
 from models.config import DecoderConfig, parse_config
 from train.config.load import load_config
 from train.config.schema import RunConfig
+from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.plan.decide import UNKNOWN, Machine
 from train.plan.document import plan_document
-from train.plan.known import NO_DATA, KnownData, Unknown
 from train.plan.ledger import (
     MEMORY_CATEGORIES,
     disk_bytes,

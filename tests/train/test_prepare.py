@@ -11,11 +11,11 @@ import torch
 from data.locate import open_source
 from files.errors import UserError
 from models.config import read_config
-from train.base_model import base_dtype
 from train.config.load import load_config
 from train.config.paths import with_whole_paths
 from train.config.toml import to_toml
-from train.dataset import Data, load_data
+from train.inputs.base_model import base_dtype
+from train.inputs.dataset import Data, load_data
 from train.plan.decide import Machine, decide
 
 

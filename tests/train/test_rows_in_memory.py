@@ -17,7 +17,7 @@ from data.source import read_rows
 from files.atomic import sha256_file
 from files.errors import UserError
 from train.config.load import load_config
-from train.dataset import with_rows
+from train.inputs.dataset import with_rows
 from train.run import run
 
 ROWS = [{"text": f"def f{i}(x): return x + {i}"} for i in range(9)]

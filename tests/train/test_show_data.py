@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer
 from files.errors import UserError
 from train import run as train_run
 from train.config.load import load_config
-from train.dataset import prompt_format
+from train.inputs.dataset import prompt_format
 from train.show_data import main, printable, segments
 
 ROWS = [

@@ -5,7 +5,7 @@ import signal
 
 from children import python
 
-from train.signals import Signals
+from train.process.signals import Signals
 
 
 def test_requests_are_noted_and_handlers_given_back() -> None:
@@ -21,7 +21,7 @@ def test_requests_are_noted_and_handlers_given_back() -> None:
 def test_the_second_signal_exits_at_once() -> None:
     program = (
         "import os, signal\n"
-        "from train.signals import Signals\n"
+        "from train.process.signals import Signals\n"
         "with Signals():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here', flush=True)\n"

@@ -27,7 +27,6 @@ from train.batches import StepBatches
 from train.config.load import load_config
 from train.evaluate import evaluate
 from train.loop import step_that_fits
-from train.memory import is_out_of_memory, within_memory
 from train.optim import build_optimizer
 from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer

@@ -3,7 +3,7 @@
 import pytest
 
 from files.errors import UserError
-from train.world import World
+from train.process.world import World
 
 
 def test_one_process_without_torchrun_and_with_one_rank() -> None:

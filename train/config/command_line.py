@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from files.errors import UserError, did_you_mean, note
-from train.command import CommandParser, command
 from train.config.layers import preset_names
 from train.config.presets import read_preset
 from train.config.schema import KEYS
 from train.config.spellings import keys_of, unsupported
 from train.config.toml import to_toml
+from train.process.command import CommandParser, command
 
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3

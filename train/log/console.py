@@ -18,8 +18,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from files.errors import counted
-from train.command import command
 from train.log.metrics import read_metrics
+from train.process.command import command
 from train.text import (
     ASCII_BOX,
     UNICODE_BOX,

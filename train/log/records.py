@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from train.command import command
 from train.config.schema import RunConfig
-from train.dataset import Data
+from train.inputs.dataset import Data
 from train.log.busy_cores import BusyCores, busy_text, threads_spin
 from train.log.console import Console
 from train.log.metrics import Metrics
-from train.memory import peak_memory
 from train.plan.steps import RunPlan
 from train.precision import LossScaler
+from train.process.command import command
+from train.process.memory import peak_memory
 from train.state import EvalResult, StepResult, TrainState
 
 

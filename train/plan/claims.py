@@ -6,7 +6,7 @@ from typing import Any
 
 from train.config.presets import Claim, Preset
 from train.config.schema import RunConfig
-from train.plan.known import Unknown
+from train.inputs.known import Unknown
 from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
 from train.plan.steps import effective_batch_size, plan_run, rank_shares
 

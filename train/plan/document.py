@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.config.presets import read_preset
 from train.config.schema import RunConfig
+from train.inputs.known import KnownData, Unknown
 from train.plan.claims import check_claims, claim_row
 from train.plan.decide import (
     UNKNOWN,
@@ -23,7 +24,6 @@ from train.plan.decide import (
     decide_kernels,
     decide_recomputing,
 )
-from train.plan.known import KnownData, Unknown
 from train.plan.ledger import (
     MEMORY_CATEGORIES,
     compute_estimate,
@@ -37,7 +37,7 @@ from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_share
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
-    from train.dataset import Data
+    from train.inputs.dataset import Data
 
 
 def complete(

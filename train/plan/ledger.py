@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
 from train.config.schema import LoraSettings, RunConfig
-from train.plan.adapters import lora_config
+from train.inputs.adapters import lora_config
+from train.inputs.known import Unknown
 from train.plan.decide import decide_attention, decide_micro_batch_tokens
-from train.plan.known import Unknown
 from train.plan.steps import RunPlan, effective_batch_size, rank_shares
 
 if TYPE_CHECKING:

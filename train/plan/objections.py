@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import counted
 from train.config.schema import RunConfig
-from train.plan.adapters import starting_adapter_note
+from train.inputs.adapters import starting_adapter_note
+from train.inputs.known import KnownData, Unknown
 from train.plan.decide import Machine, decide_attention
-from train.plan.known import KnownData, Unknown
 from train.plan.steps import RunPlan
 from train.text import size_text
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.command import CommandParser, run_command
+from train.process.command import CommandParser, run_command
 from train.report.page import write_report
 
 

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from files.errors import counted
-from train.command import command
 from train.log.console import redrawn_text
 from train.log.metrics import METRICS_FILE, Row
+from train.process.command import command
 from train.report.record import Record
 from train.state import DEVIATIONS, WINDOW
 from train.text import format_loss, numbered

@@ -13,8 +13,8 @@ from typing import Any
 
 from files.atomic import write_text
 from files.errors import counted
-from train.command import command
 from train.log.metrics import Row
+from train.process.command import command
 from train.report.against_plan import claims, plan_against_actual
 from train.report.notes import events, notes
 from train.report.plots import draw_plots

@@ -30,7 +30,7 @@ from models.layers import CausalLM
 from models.weights import save_model
 from train.config.schema import RunConfig
 from train.config.toml import to_toml
-from train.dataset import Data
+from train.inputs.dataset import Data
 from train.log.metrics import METRICS_FILE
 from train.plan.steps import RunPlan
 from train.precision import COMPUTE_DTYPES

@@ -14,7 +14,7 @@ from models.weights import weights_files
 from train.config.load import resume_keys
 from train.config.schema import RunConfig
 from train.config.toml import flat
-from train.dataset import Data
+from train.inputs.dataset import Data
 from train.saving.folder import device_name, package_versions
 
 

@@ -37,8 +37,8 @@ from files.faults import listening
 from files.folders import make_free_folder
 from train.config.schema import RunConfig
 from train.config.toml import to_toml
+from train.inputs.adapters import with_starting_adapter
 from train.log.metrics import METRICS_FILE, read_metrics
-from train.plan.adapters import with_starting_adapter
 from train.plan.ledger import find_decoder_config
 from train.saving.checkpoints import read_state
 

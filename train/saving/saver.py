@@ -21,13 +21,13 @@ from lora import fill_adapter
 from models.layers import CausalLM
 from models.weights import fill
 from train.config.schema import RunConfig
-from train.dataset import Data
+from train.inputs.dataset import Data
 from train.log.samples import Sample
-from train.memory import MemoryUse
 from train.optim.buffers import Optimizer
 from train.plan.decide import available_memory
 from train.plan.steps import RunPlan
 from train.precision import LossScaler
+from train.process.memory import MemoryUse
 from train.saving.background import BackgroundWriter
 from train.saving.checkpoints import Checkpoints, room_on_disk
 from train.saving.folder import export, status_document, trained_tensors, write_trained

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.dataset import Data
+    from train.inputs.dataset import Data
 
 
 @dataclass(frozen=True)

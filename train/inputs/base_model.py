@@ -13,7 +13,7 @@ from models.config import read_config
 from models.layers import CausalLM, set_dropout
 from models.weights import initialise
 from train.config.schema import RunConfig
-from train.plan.adapters import lora_config
+from train.inputs.adapters import lora_config
 from train.precision import COMPUTE_DTYPES
 
 

@@ -15,7 +15,7 @@ from files.errors import UserError
 from train.config.load import load_config
 from train.config.schema import LoraSettings, RunConfig
 from train.config.toml import typed
-from train.plan.known import Unknown
+from train.inputs.known import Unknown
 
 if TYPE_CHECKING:
     from lora import LoraConfig

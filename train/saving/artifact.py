@@ -9,7 +9,7 @@ from files.errors import UserError, no_such_folder
 from files.folders import damage
 from files.hub import ModelSource, resolve_model
 from lora import read_adapter_config
-from train.command import command
+from train.process.command import command
 from train.saving.checkpoints import STEP_FOLDER
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from files.errors import UserError
-from train.command import command
+from train.process.command import command
 
 
 @dataclass(frozen=True)
