@@ -24,11 +24,14 @@ from train.config.stack import (
     SEVERAL,
     UNSUPPORTED,
     UNSUPPORTED_FAMILIES,
+    each,
 )
 
 Settings = dict[str, Any]
 # Gets the value and all that the same layer gives under its own names.
 Translator = Callable[[Any, Mapping[str, Any]], Settings]
+# The keys that a name can set, and how its values are read.
+Spelling = tuple[tuple[str, ...], Translator]
 
 _OFF = (False, None, 0, "", "no", "off", "disabled", [], {})
 
@@ -93,20 +96,26 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _words(values: Mapping[Any, Settings], otherwise: str) -> Translator:
-    """Take the values of a table; refuse any other, saying what to write."""
+def _words(key: str, values: Mapping[Any, Any], otherwise: str) -> Spelling:
+    """Take the values of a table, for `key`; refuse any other, saying what to write.
+
+    What means nothing here, or several keys, is written as the settings that it stands for.
+    """
+    means = {
+        word: value if isinstance(value, dict) else {key: value} for word, value in values.items()
+    }
 
     def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
-        for word, settings in values.items():
+        for word, settings in means.items():
             # 1 is not True here: it would be a number of something.
             if word == value and type(word) is type(value):
                 return settings
         raise UserError(otherwise)
 
-    return translator
+    return tuple(dict.fromkeys(key for settings in means.values() for key in settings)), translator
 
 
-def _half(name: str, other: str) -> Translator:
+def _half(name: str, other: str) -> Spelling:
     """`bf16` and `fp16`: which of them is true; both false is fp32."""
 
     def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
@@ -121,13 +130,13 @@ def _half(name: str, other: str) -> Translator:
             f"or auto ({_AUTO_PRECISION})"
         )
 
-    return translator
+    return ("train.precision",), translator
 
 
 _AUTO_PRECISION = "bf16 where the device has it natively, else fp32"
 
 
-def _strategy(key: str, steps: str, no: Settings | None, otherwise: str) -> Translator:
+def _strategy(key: str, steps: str, otherwise: str) -> Spelling:
     """`eval_strategy` and its like: `epoch`, `no`, or `steps` beside the number of steps."""
 
     def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
@@ -135,14 +144,14 @@ def _strategy(key: str, steps: str, no: Settings | None, otherwise: str) -> Tran
             return {"log.per_epoch": 1} if key == "log.steps" else {key: "epoch"}
         if value == "steps" and (steps in layer or key in layer):
             return {}
-        if value in ("no", False) and no is not None:
-            return no
+        if value in ("no", False) and key == "eval.steps":
+            return {key: None}
         raise UserError(otherwise)
 
-    return translator
+    return (key, "log.per_epoch") if key == "log.steps" else (key,), translator
 
 
-def _steps(key: str, per_epoch: str) -> Translator:
+def _steps(key: str, per_epoch: str) -> Spelling:
     """`eval_steps` and its like: a number of steps, where the stack also takes a share of all."""
 
     def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
@@ -153,10 +162,10 @@ def _steps(key: str, per_epoch: str) -> Translator:
             )
         return {key: value}
 
-    return translator
+    return (key,), translator
 
 
-def _share(whole: int) -> Translator:
+def _share(whole: int) -> Spelling:
     """A share of the rows, given as a part of `whole`."""
 
     def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
@@ -168,31 +177,23 @@ def _share(whole: int) -> Translator:
             )
         return {"data.valid_fraction": value / whole}
 
-    return translator
+    return ("data.valid_fraction",), translator
 
 
-def _beta(number: int) -> Translator:
+def _betas(value: Any, layer: Mapping[str, Any]) -> Settings:
     """`adam_beta1` beside `adam_beta2`: a pair here, given once."""
-
-    def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
-        pair = [layer.get("adam_beta1"), layer.get("adam_beta2")]
-        if None in pair:
-            raise UserError("the two betas are one key: say optimizer.betas=[BETA1, BETA2]")
-        return {"optimizer.betas": pair}
-
-    return translator
+    pair = [layer.get("adam_beta1"), layer.get("adam_beta2")]
+    if None in pair:
+        raise UserError("the two betas are one key: say optimizer.betas=[BETA1, BETA2]")
+    return {"optimizer.betas": pair}
 
 
-def _rows(key: str) -> Translator:
+def _rows(value: Any, layer: Mapping[str, Any]) -> Settings:
     """A data set's name: of this machine where it is there, else `owner/name` on the Hub."""
-
-    def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
-        on_hub = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value)
-        if on_hub and not Path(value).suffix and not Path(value).exists():
-            return {key: f"hub:{value}"}
-        return {key: value}
-
-    return translator
+    on_hub = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value)
+    if on_hub and not Path(value).suffix and not Path(value).exists():
+        return {"data.train": f"hub:{value}"}
+    return {"data.train": value}
 
 
 def _targets(value: Any, layer: Mapping[str, Any]) -> Settings:
@@ -243,153 +244,92 @@ def _schedule(value: Any, layer: Mapping[str, Any]) -> Settings:
     return {"schedule.name": "constant" if value == "constant_with_warmup" else value}
 
 
-_UNPADDED = _words(
-    {True: {"data.batching": "unpadded"}},
-    "rows that are not packed are padded: say data.batching=longest or max_length (unpadded puts "
-    "rows end to end too, but none sees another, so that loss and gradient are the same)",
-)
-_METHODS = {"lora": {"train.method": "lora"}, "full": {"train.method": "full"}}
-_WHERE = _words(
-    {True: {"train.device": "cpu"}, False: {"train.device": "auto"}},
-    "say train.device=cpu, cuda, mps or auto",
-)
-_PEFT = _words({True: _METHODS["lora"], False: _METHODS["full"]}, "say train.method=lora or full")
-
-# Name → the keys that it can set, and how its values are read.
-TRANSLATED: dict[str, tuple[tuple[str, ...], Translator]] = {
-    "adam_beta1": (("optimizer.betas",), _beta(1)),
-    "adam_beta2": (("optimizer.betas",), _beta(2)),
-    "adapter": (
-        ("train.method",),
-        _words(
-            {"lora": _METHODS["lora"], None: _METHODS["full"], "": _METHODS["full"]},
+# Names, with spaces between, → the keys that they can set, and how their values are read.
+TRANSLATED: dict[str, Spelling] = each(
+    {
+        "adam_beta1 adam_beta2": (("optimizer.betas",), _betas),
+        "adapter": _words(
+            "train.method",
+            {"lora": "lora", None: "full", "": "full"},
             f"the adapters are LoRA's on a base that is not quantised; {QUANTISED}",
         ),
-    ),
-    "average_tokens_across_devices": (
-        (),
-        _words({True: {}}, "a step's loss is the mean over all its targets, on any ranks"),
-    ),
-    "bf16": (("train.precision",), _half("bf16", "fp16")),
-    "fp16": (("train.precision",), _half("fp16", "bf16")),
-    "data_files": (("data.train",), _rows("data.train")),
-    "data_path": (("data.train",), _rows("data.train")),
-    "dataset": (("data.train",), _rows("data.train")),
-    "dataset_name": (("data.train",), _rows("data.train")),
-    "assistant_only_loss": (("data.completion_only",), _answers_alone),
-    "do_eval": ((), _evaluates),
-    "metric_for_best_model": ((), _words({"eval_loss": {}, "loss": {}}, BEST)),
-    "lora_target_modules": (("lora.target_modules",), _targets),
-    "disable_tqdm": (
-        ("log.progress",),
-        _words(
-            {True: {"log.progress": False}, False: {"log.progress": "auto"}},
-            "say log.progress=true, false or auto",
+        "assistant_only_loss": (("data.completion_only",), _answers_alone),
+        "average_tokens_across_devices": _words(
+            "", {True: {}}, "a step's loss is the mean over all its targets, on any ranks"
         ),
-    ),
-    "eval_steps": (("eval.steps",), _steps("eval.steps", "eval.per_epoch")),
-    "eval_strategy": (
-        ("eval.steps",),
-        _strategy(
-            "eval.steps", "eval_steps", {"eval.steps": None}, "say eval.steps=STEPS, epoch or none"
+        "bf16": _half("bf16", "fp16"),
+        "data_files data_path dataset dataset_name": (("data.train",), _rows),
+        "disable_tqdm": _words(
+            "log.progress", {True: False, False: "auto"}, "say log.progress=true, false or auto"
         ),
-    ),
-    "finetuning_type": (("train.method",), _words(_METHODS, "say train.method=lora or full")),
-    "logging_steps": (("log.steps",), _steps("log.steps", "log.per_epoch")),
-    "logging_strategy": (
-        ("log.steps", "log.per_epoch"),
-        _strategy(
+        "do_eval": ((), _evaluates),
+        "eval_steps": _steps("eval.steps", "eval.per_epoch"),
+        "eval_strategy evaluation_strategy": _strategy(
+            "eval.steps", "eval_steps", "say eval.steps=STEPS, epoch or none"
+        ),
+        "finetuning_type": _words(
+            "train.method", {"lora": "lora", "full": "full"}, "say train.method=lora or full"
+        ),
+        "fp16": _half("fp16", "bf16"),
+        "logging_steps": _steps("log.steps", "log.per_epoch"),
+        "logging_strategy": _strategy(
             "log.steps",
             "logging_steps",
-            None,
             "say log.steps=STEPS or log.per_epoch=TIMES (metrics.jsonl has every step)",
         ),
-    ),
-    "lora_target": (("lora.target_modules",), _targets),
-    "lora_target_linear": (
-        ("lora.target_modules",),
-        _words(
-            {True: {"lora.target_modules": "all-linear"}},
-            "say lora.target_modules=[NAMES]",
+        "lora_target lora_target_modules": (("lora.target_modules",), _targets),
+        "lora_target_linear": _words(
+            "lora.target_modules", {True: "all-linear"}, "say lora.target_modules=[NAMES]"
         ),
-    ),
-    "lr_scheduler": (("schedule.name",), _schedule),
-    "lr_scheduler_type": (("schedule.name",), _schedule),
-    "mixed_precision": (
-        ("train.precision",),
-        _words(
-            {
-                "no": {"train.precision": "fp32"},
-                "bf16": {"train.precision": "bf16"},
-                "fp16": {"train.precision": "fp16"},
-            },
+        "lr_scheduler lr_scheduler_type scheduler": (("schedule.name",), _schedule),
+        "metric_for_best_model": _words("", {"eval_loss": {}, "loss": {}}, BEST),
+        "mixed_precision": _words(
+            "train.precision",
+            {"no": "fp32", "bf16": "bf16", "fp16": "fp16"},
             f"say train.precision=bf16, fp16, fp32 or auto ({_AUTO_PRECISION})",
         ),
-    ),
-    "no_cuda": (("train.device",), _WHERE),
-    "packing": (("data.batching",), _UNPADDED),
-    "pad_to_max_length": (
-        ("data.batching",),
-        _words(
-            {
-                True: {"data.batching": "max_length"},
-                False: {"data.batching": "longest"},
-            },
+        "no_cuda use_cpu": _words(
+            "train.device", {True: "cpu", False: "auto"}, "say train.device=cpu, cuda, mps or auto"
+        ),
+        "packing padding_free sample_packing": _words(
+            "data.batching",
+            {True: "unpadded"},
+            "rows that are not packed are padded: say data.batching=longest or max_length "
+            "(unpadded puts rows end to end too, but none sees another, so that loss and gradient "
+            "are the same)",
+        ),
+        "pad_to_max_length": _words(
+            "data.batching",
+            {True: "max_length", False: "longest"},
             "say data.batching=max_length, longest or unpadded",
         ),
-    ),
-    "padding": (
-        ("data.batching",),
-        _words(
-            {
-                True: {"data.batching": "longest"},
-                "longest": {"data.batching": "longest"},
-                "max_length": {"data.batching": "max_length"},
-            },
+        "padding": _words(
+            "data.batching",
+            {True: "longest", "longest": "longest", "max_length": "max_length"},
             "say data.batching=max_length, longest or unpadded",
         ),
-    ),
-    "padding_free": (("data.batching",), _UNPADDED),
-    "peft_type": ((), _words({"LORA": {}}, f"say train.method=lora: {LORA_ALONE}")),
-    "report_to": (("log.tensorboard",), _report),
-    "sample_packing": (("data.batching",), _UNPADDED),
-    "save_safetensors": (
-        (),
-        _words({True: {}}, "weights are always saved as safetensors, never as pickles"),
-    ),
-    "save_steps": (("checkpoint.steps",), _steps("checkpoint.steps", "checkpoint.per_epoch")),
-    "save_strategy": (
-        ("checkpoint.steps",),
-        _strategy(
+        "peft_type": _words("", {"LORA": {}}, f"say train.method=lora: {LORA_ALONE}"),
+        "report_to": (("log.tensorboard",), _report),
+        "save_safetensors": _words(
+            "", {True: {}}, "weights are always saved as safetensors, never as pickles"
+        ),
+        "save_steps": _steps("checkpoint.steps", "checkpoint.per_epoch"),
+        "save_strategy": _strategy(
             "checkpoint.steps",
             "save_steps",
-            None,
             "say checkpoint.steps=STEPS or epoch; with checkpoint.steps=none and "
             "checkpoint.minutes=none the end alone is saved, and best/ is kept always",
         ),
-    ),
-    "scheduler": (("schedule.name",), _schedule),
-    "task_type": (
-        (),
-        _words({"CAUSAL_LM": {}}, "decoders alone are trained, to say what comes next"),
-    ),
-    "train_on_inputs": (
-        ("data.completion_only",),
-        _words(
-            {True: {"data.completion_only": False}, False: {"data.completion_only": True}},
+        "task_type": _words(
+            "", {"CAUSAL_LM": {}}, "decoders alone are trained, to say what comes next"
+        ),
+        "train_on_inputs train_on_prompt": _words(
+            "data.completion_only",
+            {True: False, False: True},
             "say data.completion_only=true or false",
         ),
-    ),
-    "train_on_prompt": (
-        ("data.completion_only",),
-        _words(
-            {True: {"data.completion_only": False}, False: {"data.completion_only": True}},
-            "say data.completion_only=true or false",
-        ),
-    ),
-    "train_sampling_strategy": (
-        ("data.shuffle", "data.group_by_length"),
-        _words(
+        "train_sampling_strategy": _words(
+            "",
             {
                 "random": {"data.shuffle": True, "data.group_by_length": False},
                 "sequential": {"data.shuffle": False, "data.group_by_length": False},
@@ -397,11 +337,10 @@ TRANSLATED: dict[str, tuple[tuple[str, ...], Translator]] = {
             },
             "say data.shuffle and data.group_by_length",
         ),
-    ),
-    "use_cpu": (("train.device",), _WHERE),
-    "use_lora": (("train.method",), _PEFT),
-    "use_peft": (("train.method",), _PEFT),
-    "val_set_size": (("data.valid_fraction",), _share(1)),
-    "validation_split_percentage": (("data.valid_fraction",), _share(100)),
-}
-TRANSLATED["evaluation_strategy"] = TRANSLATED["eval_strategy"]
+        "use_lora use_peft": _words(
+            "train.method", {True: "lora", False: "full"}, "say train.method=lora or full"
+        ),
+        "val_set_size": _share(1),
+        "validation_split_percentage": _share(100),
+    }
+)
