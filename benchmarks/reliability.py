@@ -157,8 +157,8 @@ def stall() -> dict[str, float]:
 
     def watched(saver: product.Saver, **what: bool) -> None:
         saver.writer.wait()
-        trained = product.trained_tensors(saver.model, saver.config)
-        live = [*trained.values(), *saver.optimizer.state_tensors().values()]
+        trained = product.trained_tensors(saver.run.model, saver.run.config)
+        live = [*trained.values(), *saver.run.optimizer.state_tensors().values()]
         copying.append(timed(lambda: [tensor.clone() for tensor in live])[0])
         saving.append(timed(lambda: plain(saver, **what))[0])
 

@@ -2295,8 +2295,8 @@ MUTATIONS = [
         ),
         (
             "the state does not know of the loss scaler",
-            "state.scaler = self.scaler.state() if self.scaler is not None else None",
-            "state.scaler = None",
+            "run.state.scaler = run.scaler.state() if run.scaler is not None else None",
+            "run.state.scaler = None",
             "tests/train/test_resume.py::test_a_resume_goes_on_with_the_loss_scale",
         ),
         (
@@ -2311,19 +2311,19 @@ MUTATIONS = [
         "tests/train/test_resume.py",
         (
             "moments are not taken up",
-            "optimizer.load_state({name: file.read(name) for name in file.names})",
+            "run.optimizer.load_state({name: file.read(name) for name in file.names})",
             "[file.read(name) for name in file.names]",
             "test_one_checkpoint_can_be_resumed_from",
         ),
         (
             "a stopped run's patience begins anew",
-            "    state = resume.state\n",
-            "    state = resume.state\n    state.stopping.failures = 0\n",
+            "    state = run.state\n",
+            "    state = run.state\n    state.stopping.failures = 0\n",
             "test_stopped_and_resumed_equals_uninterrupted[early stopping counting, eager]",
         ),
         (
             "newer checkpoints stay where a run goes on from an older one",
-            "    saver.checkpoints.set_newer_aside(state.step)\n",
+            "    checkpoints.set_newer_aside(state.step)\n",
             "",
             "test_newer_checkpoints_are_put_aside_when_an_older_one_is_taken",
         ),
@@ -2445,7 +2445,7 @@ MUTATIONS = [
         ),
         (
             "the test set is evaluated with the last weights where final/ holds the best",
-            "        run.saver.load_trained(best)\n",
+            "        load_trained(run, best)\n",
             "",
             "test_the_test_set_is_evaluated_with_the_weights_of_final",
         ),

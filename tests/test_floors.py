@@ -22,10 +22,11 @@ FLOORS = {
 # The floors inside train/, from the ground up. Rooms of one floor do not ask each other; what is
 # not listed stands on the loop's floor, and train.run on top of it.
 FLOORS_OF_TRAIN = (
-    ("process", "loss", "precision", "state", "text", "presets"),
+    ("process", "loss", "precision", "text", "presets"),
     ("config", "optim"),
     ("inputs",),
     ("plan",),
+    ("state",),
     ("log",),
     ("report",),
     ("saving",),

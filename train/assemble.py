@@ -1,4 +1,4 @@
-"""What a run works with, put together: `Run`, and how it comes to be."""
+"""What a run works with, put together."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.batch import Batching
 from files.folders import recover_folder, sweep
-from files.hub import ModelSource
 from kernels.cpu.process import prepare_process
-from models.layers import CausalLM
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
 from train.inputs.base_model import base_dtype, find_model, load_base, make_trainable
 from train.inputs.dataset import Data
 from train.log.records import Records
-from train.log.samples import Sample, samples_so_far
+from train.log.samples import samples_so_far
 from train.optim import build_optimizer
-from train.optim.buffers import Optimizer
 from train.plan.decide import Machine
 from train.plan.steps import RunPlan
 from train.precision import LossScaler, Precision
@@ -34,48 +29,7 @@ from train.saving.identity import identity_document
 from train.saving.restore import restore, settle
 from train.saving.resume import Resume
 from train.saving.saver import Saver
-from train.state import EarlyStopping, TrainState
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that a run works with.
-
-    It has no methods: what is done with it stands where it is done, in `train.loop`.
-
-    Attributes:
-        config: What was asked, every `auto` decided.
-        plan: When what happens.
-        data: The rows.
-        evaluation_batching: How evaluations are cut.
-        source: Where the base model's files are.
-        model: The decoder, its trainable parameters marked.
-        optimizer: Their update rule.
-        precision: What is computed in, and where.
-        scaler: The loss scaler under fp16, else None.
-        state: What a resume continues from; mutable, as the model and the optimizer are.
-        samples: Completions shown in the report.
-        memory: What the training takes.
-        records: Where steps and evaluations are entered.
-        saver: What writes checkpoints, `best/`, `final/` and the status.
-        folder: Where all of it is kept.
-    """
-
-    config: RunConfig
-    plan: RunPlan
-    data: Data
-    evaluation_batching: Batching
-    source: ModelSource
-    model: CausalLM
-    optimizer: Optimizer
-    precision: Precision
-    scaler: LossScaler | None
-    state: TrainState
-    samples: list[Sample]
-    memory: MemoryUse
-    records: Records
-    saver: Saver
-    folder: Path
+from train.state import EarlyStopping, Run, TrainState
 
 
 def set_up(config: RunConfig, machine: Machine) -> torch.device:
@@ -97,10 +51,14 @@ def assemble(
     device: torch.device,
     folder: Path,
     resume: Resume | None,
-) -> Run:
+) -> tuple[Run, Records, Saver]:
     """Load the model, build what trains it, and take up the checkpoint of `resume`.
 
     A resume that is refused changes nothing in `folder`. `config` has every `auto` decided.
+
+    Returns:
+        What the run works with, where steps and evaluations are entered, and what writes
+        checkpoints, `best/`, `final/` and the status.
 
     Raises:
         UserError: The weights cannot be had, or the checkpoint does not fit the configuration, the
@@ -119,50 +77,13 @@ def assemble(
         weight_decay=config.optimizer.weight_decay,
         operations=model.operations,
     )
-    scaler = LossScaler() if precision.needs_loss_scaler else None
     for name in ("best", "final"):
         recover_folder(folder / name)
     sweep(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.total_limit)
-    # The base model's files are hashed once, as they are when training begins.
-    identity = functools.cache(
-        functools.partial(identity_document, config, data, source, model, device)
-    )
     stop = config.eval
     state = TrainState(EarlyStopping(stop.early_stopping_patience, stop.early_stopping_threshold))
-    warnings: list[str] = []
-    if resume is not None and resume.state is not None:
-        state, warnings = restore(resume, identity(), checkpoints, config, model, optimizer, scaler)
-    samples = samples_so_far(folder) if state.step else []
-    writer = BackgroundWriter()
-    records = Records.of(
-        config, plan, data, state, scaler, folder, device, busy=lambda: writer.busy
-    )
-    saver = Saver(
-        config=config,
-        plan=plan,
-        data=data,
-        source=source,
-        model=model,
-        optimizer=optimizer,
-        scaler=scaler,
-        state=state,
-        samples=samples,
-        memory=memory,
-        folder=folder,
-        checkpoints=checkpoints,
-        identity=identity,
-        sync=records.metrics.sync,
-        writer=writer,
-    )
-    if resume is not None and resume.state is not None:
-        # Not before: a resume that is refused changes nothing.
-        warnings += settle(saver, resume)
-    for warning in warnings:
-        records.say(warning)
-    # While the first steps are done.
-    writer.submit(identity)
-    return Run(
+    taken_up = resume is not None and resume.state is not None
+    run = Run(
         config=config,
         plan=plan,
         data=data,
@@ -171,30 +92,43 @@ def assemble(
         model=model,
         optimizer=optimizer,
         precision=precision,
-        scaler=scaler,
-        state=state,
-        samples=samples,
+        scaler=LossScaler() if precision.needs_loss_scaler else None,
+        state=resume.state if resume is not None and resume.state is not None else state,
+        samples=samples_so_far(folder) if taken_up else [],
         memory=memory,
-        records=records,
-        saver=saver,
         folder=folder,
     )
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.total_limit)
+    # The base model's files are hashed once, as they are when training begins.
+    identity = functools.cache(functools.partial(identity_document, run))
+    warnings = restore(run, resume, identity(), checkpoints) if resume and taken_up else []
+    writer = BackgroundWriter()
+    records = Records(run, busy=lambda: writer.busy)
+    saver = Saver(run, checkpoints, identity, records.metrics.sync, writer)
+    if resume and taken_up:
+        # Not before: a resume that is refused changes nothing.
+        warnings += settle(saver, resume)
+    for warning in warnings:
+        records.say(warning)
+    # While the first steps are done.
+    writer.submit(identity)
+    return run, records, saver
 
 
 @contextlib.contextmanager
-def closing(run: Run) -> Iterator[None]:
+def closing(records: Records, saver: Saver) -> Iterator[None]:
     """Close the records in the end; what breaks off with an error leaves a status that says so."""
     try:
         yield
     except BaseException as error:
-        run.saver.writer.close()
-        run.records.console.close()
+        saver.writer.close()
+        records.console.close()
         # On a full disk neither can be written, which must not stand before the error itself.
         with contextlib.suppress(OSError):
-            run.records.metrics.close()
+            records.metrics.close()
         with contextlib.suppress(OSError):
-            run.saver.write_status("failed", "error", error=f"{type(error).__name__}: {error}")
+            saver.write_status("failed", "error", error=f"{type(error).__name__}: {error}")
         raise
-    run.saver.writer.close()
-    run.records.console.close()
-    run.records.metrics.close()
+    saver.writer.close()
+    records.console.close()
+    records.metrics.close()

@@ -77,11 +77,7 @@ class StepBatches:
     def cut(self, epoch: int, start: int, stop: int, divisor: int = 1) -> list[MicroBatch]:
         """Return the examples at positions `start` to `stop` of an epoch's order, cut.
 
-        Args:
-            epoch: The 0-based epoch.
-            start: First position.
-            stop: Position after the last.
-            divisor: What the configured size of a micro-batch is divided by.
+        The configured size of a micro-batch is divided by `divisor`.
         """
         asked = epoch, start, stop, divisor
         ahead, self._ahead = self._ahead, None

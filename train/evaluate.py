@@ -32,12 +32,6 @@ def evaluate(
     Longest examples come first: the largest batch is met at once, and padded batches hold like
     lengths. Where memory does not suffice, batches of half the size are taken from there on.
 
-    Args:
-        model: The decoder to judge.
-        examples: The set.
-        batching: Examples in a forward pass, and how they lie.
-        precision: What to compute in, and where.
-
     Raises:
         UserError: Memory does not suffice for a single example.
     """

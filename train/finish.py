@@ -14,19 +14,21 @@ from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.cpu.rounding import library
 from lora import adapter_config
-from train.assemble import Run
 from train.evaluate import evaluate
 from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, redrawn_text
+from train.log.records import Records
 from train.log.samples import MOST_NEW_TOKENS, choose_samples
 from train.plan.text import head_rows
 from train.precision import COMPUTE_DTYPES
 from train.process.signals import Signals
 from train.report.page import write_report
 from train.saving.restore import whole_best
+from train.saving.saver import Saver, load_trained
+from train.state import Run
 
 
-def opening_panel(run: Run) -> None:
+def opening_panel(run: Run, records: Records) -> None:
     """Say what is about to be trained, on what, and how: the head of the plan, and what runs it."""
     config, model, counts = run.config, run.model, run.data.train.counts
     document = json.loads((run.folder / "plan.json").read_bytes())
@@ -39,7 +41,7 @@ def opening_panel(run: Run) -> None:
         method = f"LoRA r={lora.r} alpha={lora.lora_alpha} on {named}"
     products = library(run.precision.device, COMPUTE_DTYPES[config.train.precision])
     recomputing = ", gradient checkpointing" if model.gradient_checkpointing else ""
-    run.records.console.panel(
+    records.console.panel(
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
         [
             *head_rows(document),
@@ -60,32 +62,32 @@ def opening_panel(run: Run) -> None:
         ],
     )
     for warning in document["warnings"]:
-        run.records.say(f"note: {warning}")
+        records.say(f"note: {warning}")
     if run.state.step:
-        run.records.say(f"resumed at step {run.state.step} of {run.plan.total_steps}")
+        records.say(f"resumed at step {run.state.step} of {run.plan.total_steps}")
     for earlier in document["earlier_schedules"]:
         if earlier["until"] == run.state.step:
-            run.records.say(redrawn_text(earlier, run.plan.total_steps))
+            records.say(redrawn_text(earlier, run.plan.total_steps))
 
 
-def before_training(run: Run) -> None:
+def before_training(run: Run, records: Records, saver: Saver) -> None:
     """Do what `eval.on_start` and `eval.samples` ask for before the first step.
 
     A resumed run has done so before it stopped; it holds the samples of then.
     """
-    run.saver.write_status("running", "started")
+    saver.write_status("running", "started")
     if run.state.step > 0:
         return
     if run.config.eval.on_start:
         for split, examples in (("valid", run.data.valid), ("test", run.data.test)):
             if examples is not None:
-                _evaluate(run, split, examples)
+                _evaluate(run, records, split, examples)
     complete_samples(run, "before")
 
 
-def _evaluate(run: Run, split: str, examples: Examples) -> None:
+def _evaluate(run: Run, records: Records, split: str, examples: Examples) -> None:
     result = evaluate(run.model, examples, run.evaluation_batching, run.precision)
-    run.records.evaluation(split, result)
+    records.evaluation(split, result)
 
 
 def complete_samples(run: Run, when: str) -> None:
@@ -105,7 +107,7 @@ def complete_samples(run: Run, when: str) -> None:
         setattr(sample, when, tokenizer.decode(ids))
 
 
-def finish(run: Run, reason: str, signals: Signals) -> str:
+def finish(run: Run, records: Records, saver: Saver, reason: str, signals: Signals) -> str:
     """Write `final/`, evaluate the test set on it, and leave status, report and summary.
 
     A run that was stopped keeps its checkpoint and says how to go on.
@@ -113,15 +115,15 @@ def finish(run: Run, reason: str, signals: Signals) -> str:
     Returns:
         `reason`, or the name of a signal that came after the last step.
     """
-    run.saver.writer.wait()
+    saver.writer.wait()
     faultpoint("run.ends")
     if signals.stop is not None:
         reason = signals.stop.name.lower()
     if reason not in ("completed", "early_stopping"):
         condition = "failed" if reason == "non_finite" else "preempted"
-        status = run.saver.write_status(condition, reason)
+        status = saver.write_status(condition, reason)
         write_report(run.folder)
-        run.records.console.summary(*closing_summary(status, run.folder))
+        records.console.summary(*closing_summary(status, run.folder))
         return reason
     best, best_step = run.folder / "best", run.state.stopping.best_step
     if run.config.checkpoint.load_best_at_end and best_step is not None:
@@ -131,18 +133,18 @@ def finish(run: Run, reason: str, signals: Signals) -> str:
                 "checkpoint.load_best_at_end=true promises it as final/; resume the run from a "
                 "checkpoint at or before its best step"
             )
-        run.saver.load_trained(best)
-        run.saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
+        load_trained(run, best)
+        saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
     else:
-        run.saver.replace("final", run.saver.export, run.state.step)
+        saver.replace("final", saver.export, run.state.step)
     faultpoint("run.final")
     if run.data.test is not None:
-        _evaluate(run, "test", run.data.test)
+        _evaluate(run, records, "test", run.data.test)
     complete_samples(run, "after")
-    run.records.metrics.sync()
-    status = run.saver.write_status("finished", reason)
+    records.metrics.sync()
+    status = saver.write_status("finished", reason)
     write_report(run.folder)
-    run.records.console.summary(*closing_summary(status, run.folder))
+    records.console.summary(*closing_summary(status, run.folder))
     return reason
 
 

@@ -154,11 +154,6 @@ def context_length(config: DecoderConfig) -> int:
 def find_stop_ids(config: DecoderConfig, tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
     """Return every id that ends a text, as tokenizer, config.json and generation_config.json say.
 
-    Args:
-        config: The model's configuration.
-        tokenizer: The model's tokenizer.
-        folder: The model's folder, with or without a generation_config.json.
-
     Raises:
         UserError: generation_config.json is not a JSON object, or its eos_token_id no ids.
     """
@@ -194,11 +189,7 @@ class Generator:
     name: str
 
     def prompt_ids(self, values: str | Mapping[str, Any], *, raw: bool = False) -> list[int]:
-        """Return the ids of a prompt, in the format of the training rows unless it is `raw`.
-
-        Args:
-            values: The prompt, or the prompt's columns by name.
-            raw: Whether the text is fed as it stands.
+        """Return the ids of a prompt or of its columns, in the training rows' format unless `raw`.
 
         Raises:
             UserError: Columns where there is no format, or a text where several columns are needed.
@@ -221,10 +212,7 @@ class Generator:
 def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
     """Return what a run has trained: its final model, else its best one, else its last checkpoint.
 
-    Args:
-        run: The run's folder, or one of a run's: a checkpoint, `best/` or `final/`.
-        device: Where the model goes.
-        dtype: What it computes in.
+    `run` may be one of a run's folders too: a checkpoint, `best/` or `final/`.
 
     Raises:
         UserError: The folder is no run's, nothing is trained yet, or files are missing or damaged.

@@ -7,19 +7,20 @@ from functools import partial
 from data.batch import MicroBatch
 from files.errors import UserError
 from files.faults import faultpoint
-from train.assemble import Run
 from train.batches import StepBatches
 from train.evaluate import evaluate
+from train.log.records import Records
 from train.process.memory import does_not_fit, is_out_of_memory
 from train.process.signals import Signals
-from train.state import StepResult, TrainState, observe_loss
+from train.saving.saver import Saver
+from train.state import Run, StepResult, TrainState, observe_loss
 from train.step import train_step
 
 # A run whose loss is not finite this many steps in a row is stopped (exit code 3).
 NON_FINITE_LIMIT = 3
 
 
-def train(run: Run, signals: Signals) -> str:
+def train(run: Run, records: Records, saver: Saver, signals: Signals) -> str:
     """Train from the state's step to the plan's end and return why it ended.
 
     Returns:
@@ -29,14 +30,14 @@ def train(run: Run, signals: Signals) -> str:
     Raises:
         UserError: Memory does not suffice, however small the micro-batches.
     """
-    plan, state, saver = run.plan, run.state, run.saver
+    plan, state = run.plan, run.state
     batches = StepBatches.of(run.config, plan, run.data)
     while state.step < plan.total_steps and not state.stopping.should_stop:
         saver.writer.check()
         step = state.step + 1
-        result = step_that_fits(run, batches, step)
+        result = step_that_fits(run, records, saver, batches, step)
         spike = advance(state, result)
-        run.records.step(result, spike)
+        records.step(result, spike)
         faultpoint("step.recorded")
 
         new_best = False
@@ -45,7 +46,7 @@ def train(run: Run, signals: Signals) -> str:
             faultpoint("evaluation.done")
             new_best = state.stopping.observe(step, evaluation.loss)
             since = state.take_loss_since_eval()
-            run.records.evaluation("valid", evaluation, best=new_best, train_loss=since)
+            records.evaluation("valid", evaluation, best=new_best, train_loss=since)
 
         not_finite = state.non_finite_in_a_row >= NON_FINITE_LIMIT
         ends_here = signals.stop is not None or not_finite or state.stopping.should_stop
@@ -61,7 +62,9 @@ def train(run: Run, signals: Signals) -> str:
     return "early_stopping" if state.stopping.should_stop else "completed"
 
 
-def step_that_fits(run: Run, batches: StepBatches, step: int) -> StepResult:
+def step_that_fits(
+    run: Run, records: Records, saver: Saver, batches: StepBatches, step: int
+) -> StepResult:
     """Do one step; where memory does not suffice, redo it in halved micro-batches, which stay.
 
     Raises:
@@ -93,13 +96,13 @@ def step_that_fits(run: Run, batches: StepBatches, step: int) -> StepResult:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise _cannot_be_undone(run, step) from None
+            raise _cannot_be_undone(saver, step) from None
         if result.skipped != "out of memory":
             return result
         if all(len(micro_batch.examples) == 1 for micro_batch in batch):
-            raise _does_not_fit(run, step, batch)
+            raise _does_not_fit(saver, step, batch)
         state.micro_batch_divisor *= 2
-        run.records.say(
+        records.say(
             f"out of memory at step {step}: it is done again, and all goes on, with micro-batches "
             f"1/{state.micro_batch_divisor} of their configured size; the gradient is the same"
         )
@@ -121,23 +124,24 @@ def advance(state: TrainState, result: StepResult) -> float | None:
     return observe_loss(state.recent_losses, result.loss)
 
 
-def _does_not_fit(run: Run, step: int, batch: list[MicroBatch]) -> UserError:
+def _does_not_fit(saver: Saver, step: int, batch: list[MicroBatch]) -> UserError:
     """Save the state before a step that cannot be done, and return the error that says so."""
     saved = ""
-    if run.state.step > 0:
-        run.saver.save(best=False, checkpoint=True)
-        run.saver.writer.wait()
-        saved = f" (the state after step {run.state.step} is saved)"
+    done = saver.run.state.step
+    if done > 0:
+        saver.save(best=False, checkpoint=True)
+        saver.writer.wait()
+        saved = f" (the state after step {done} is saved)"
     longest = max(micro_batch.num_tokens for micro_batch in batch)
     return does_not_fit(f"step {step}", longest, saved)
 
 
-def _cannot_be_undone(run: Run, step: int) -> UserError:
-    run.saver.writer.wait()
-    checkpoints = run.saver.checkpoints
+def _cannot_be_undone(saver: Saver, step: int) -> UserError:
+    saver.writer.wait()
+    checkpoints = saver.checkpoints
     steps = checkpoints.steps()
     last = f"from {checkpoints.path(steps[-1])}" if steps else "at the first step"
     return UserError(
         f"step {step}: out of memory in the update of the weights, which cannot be undone; "
-        f"--resume {run.folder} goes on {last} where more memory is free"
+        f"--resume {saver.run.folder} goes on {last} where more memory is free"
     )

@@ -112,15 +112,16 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
             if resume is None:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device)
-            run = assemble(config, plan, data, device, folder, resume)
+            parts = assemble(config, plan, data, device, folder, resume)
             if resume is not None:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device)
-        with closing(run):
-            opening_panel(run)
-            before_training(run)
-            reason = train(run, signals)
-            reason = finish(run, reason, signals)
+        run, records, saver = parts
+        with closing(records, saver):
+            opening_panel(run, records)
+            before_training(run, records, saver)
+            reason = train(run, records, saver, signals)
+            reason = finish(run, records, saver, reason, signals)
     return Outcome(folder, reason)
 
 

@@ -82,12 +82,7 @@ class Shown:
 def show_rows(
     config: RunConfig, split: str = "train", most: int | None = None
 ) -> Iterator[tuple[Shown, Tokenizer]]:
-    """Yield what becomes of a split's rows, in the order of the data, and the tokenizer.
-
-    Args:
-        config: The run's configuration.
-        split: `train`, `valid` or `test`.
-        most: Rows to read; None reads all.
+    """Yield what becomes of a split's first `most` rows, or of all, and the tokenizer.
 
     Raises:
         NoRowsError: The split has no row.
@@ -245,13 +240,7 @@ def first_example(config: RunConfig) -> str:
 
 
 def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLAIN) -> str:
-    """Return an example for a reader: a line about it, then its text with the trained parts marked.
-
-    Args:
-        shown: The example.
-        tokenizer: What made its ids.
-        marks: What stands before and after a trained part.
-    """
+    """Return an example for a reader: a line about it, and its text, trained parts marked."""
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
     counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
     head = f"row {shown.row}, {shown.source}: {counts}"

@@ -1,15 +1,77 @@
-"""What a step and an evaluation gave, and what a resume continues from: the state of a run."""
+"""What a run works with, what its steps and evaluations give, and what a resume continues from."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.batch import Batching
+    from files.hub import ModelSource
+    from models.layers import CausalLM
+    from train.config.schema import RunConfig
+    from train.inputs.dataset import Data
+    from train.optim.buffers import Optimizer
+    from train.plan.steps import RunPlan
+    from train.precision import LossScaler, Precision
+    from train.process.memory import MemoryUse
 
 # Of loss spikes, see `observe_loss`.
 WINDOW = 128
 MIN_LOSSES = 32
 DEVIATIONS = 6.0
+
+
+@dataclass
+class Sample:
+    """A prompt, what the row says comes next, and what the model says before and after training.
+
+    What comes next is the trained text behind the prompt, up to the next turn of a conversation.
+    """
+
+    prompt: str
+    reference: str
+    before: str | None = None
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run works with.
+
+    It has no methods: what is done with it stands where it is done, in `train.loop`.
+
+    Attributes:
+        config: What was asked, every `auto` decided.
+        plan: When what happens.
+        data: The rows.
+        evaluation_batching: How evaluations are cut.
+        source: Where the base model's files are.
+        model: The decoder, its trainable parameters marked.
+        optimizer: Their update rule.
+        precision: What is computed in, and where.
+        scaler: The loss scaler under fp16, else None.
+        state: What a resume continues from; mutable, as the model and the optimizer are.
+        samples: Completions shown in the report.
+        memory: What the training takes.
+        folder: Where all of it is kept.
+    """
+
+    config: RunConfig
+    plan: RunPlan
+    data: Data
+    evaluation_batching: Batching
+    source: ModelSource
+    model: CausalLM
+    optimizer: Optimizer
+    precision: Precision
+    scaler: LossScaler | None
+    state: TrainState
+    samples: list[Sample]
+    memory: MemoryUse
+    folder: Path
 
 
 @dataclass(frozen=True)

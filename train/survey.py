@@ -35,10 +35,7 @@ from train.show_data import first_example
 def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:
     """Refuse what the settings, the machine and the disk say by themselves.
 
-    Args:
-        config: What is asked.
-        machine: The machine that the run would compute on, from `train.plan.decide.this_machine`.
-        new: Whether the run would begin; a resumed one has its folder.
+    A run that is not `new` is resumed, and has its folder.
 
     Raises:
         UserError: More than one rank, settings that contradict each other there, kernels that
@@ -55,9 +52,7 @@ def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:
 def refuse_model(config: RunConfig, decoder: DecoderConfig | Unknown) -> None:
     """Refuse weights of this machine that cannot be loaded; of the Hub's nothing is known yet.
 
-    Args:
-        config: What is asked.
-        decoder: The architecture; an unknown one checks that the weights are there alone.
+    Of an unknown architecture it is checked alone that the weights are there.
 
     Raises:
         UserError: They are not there or are pickles, or their names, shapes or types are not those

@@ -24,6 +24,7 @@ from files.faults import listening
 from files.folders import damage
 from train import loop
 from train.config.load import load_config
+from train.process.command import run_command
 from train.run import execute
 from train.saving.resume import find_run
 

@@ -130,13 +130,11 @@ def run(recorder: Recorder, signals: Signals | None = None, **settings: Any) -> 
         precision=None,
         scaler=None,
         state=recorder.state,
-        records=recorder,
-        saver=recorder,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", recorder.train_step)
         patch.setattr(loop, "evaluate", recorder.evaluate)
-        return train(given, signals or Signals())
+        return train(given, recorder, recorder, signals or Signals())  # type: ignore[arg-type]
 
 
 def test_it_does_what_the_plan_says_in_this_order() -> None:

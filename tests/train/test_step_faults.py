@@ -32,6 +32,7 @@ from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer
 from train.plan.steps import plan_run
 from train.precision import LossScaler
+from train.process.memory import is_out_of_memory, within_memory
 from train.run import main
 from train.state import EarlyStopping, StepResult, TrainState
 
@@ -162,7 +163,6 @@ class OneStep:
         self.optimizer = GradientsOnly(trained(model))
         self.state = TrainState(EarlyStopping(None))
         self.said: list[str] = []
-        self.records = SimpleNamespace(say=self.said.append)
         self.precision, self.scaler = FP32, None
         self.memory = SimpleNamespace(observe=None)
         self.sizes: list[list[int]] = []
@@ -186,8 +186,10 @@ def redone(dtype: torch.dtype, faults: Faults, **settings: Any) -> tuple[OneStep
         return batch
 
     batches.cut = watched  # type: ignore[method-assign]
+    records: Any = SimpleNamespace(say=run.said.append)
+    saver: Any = None
     with listening(faults):
-        result = step_that_fits(run, batches, 1)
+        result = step_that_fits(run, records, saver, batches, 1)
     return run, result
 
 

@@ -43,11 +43,8 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
 def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | Unknown) -> RunConfig:
     """Return the configuration with `lora.*` as the adapter of `lora.init_from` has it.
 
-    Doing it twice changes nothing, and without `lora.init_from` nothing changes.
-
-    Args:
-        config: What is asked.
-        decoder: The base's architecture; targets are not compared where it is not known.
+    Doing it twice changes nothing, and without `lora.init_from` nothing changes. Where the base is
+    not known, targets are not compared.
 
     Raises:
         UserError: The user wrote something else, or the adapter cannot be trained here.

@@ -74,11 +74,6 @@ def make_trainable(model: CausalLM, config: RunConfig) -> None:
     if config.train.method == "full":
         model.requires_grad_(True)
     elif settings.init_from is not None:
-        load_adapter(
-            model,
-            settings.init_from,
-            trainable=True,
-            lora_dropout=settings.lora_dropout,
-        )
+        load_adapter(model, settings.init_from, trainable=True, lora_dropout=settings.lora_dropout)
     else:
         inject(model, lora_config(settings), seed=config.train.seed)

@@ -98,11 +98,7 @@ def prompt_format(settings: DataSettings) -> PromptFormat:
 def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) -> Data:
     """Tokenise the rows of all sets, or map those that were tokenised before.
 
-    Args:
-        config: The run's configuration.
-        folder: The base model's folder, with the tokenizer.
-        decoder: The base model's architecture: no token may lie beyond its vocabulary, which None
-            leaves unchecked.
+    No token may lie beyond the vocabulary of `decoder`; without one that is left unchecked.
 
     Raises:
         UserError: No training data is named, or a file or row is not what it must be.

@@ -47,7 +47,7 @@ class KnownData:
         """Return what is known of data that was tokenised."""
         return cls(
             num_examples=len(data.train),
-            num_valid=0 if data.valid is None else len(data.valid),
+            num_valid=data.num_valid,
             num_test=0 if data.test is None else len(data.test),
             lengths=data.train.lengths.tolist(),
             counts=dataclasses.asdict(data.train.counts),

@@ -77,24 +77,13 @@ class BusyCores:
 
 
 def threads_spin(device: str, threads: int, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a run's threads wait for each other by spinning.
-
-    Args:
-        device: Type of the device that computes.
-        threads: Threads that share an operation.
-        environment: OMP_WAIT_POLICY is read.
-    """
+    """Return whether a run's threads wait for each other by spinning."""
     passive = environment.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
     return device == "cpu" and threads > 1 and not passive
 
 
 def busy_text(waiting: float, resume: str) -> str:
-    """Return what to tell the user.
-
-    Args:
-        waiting: What `BusyCores.waiting` returned.
-        resume: The command that goes on with the run.
-    """
+    """Return what to tell the user; `resume` is the command that goes on with the run."""
     return (
         f"the cores are busy with something else: threads of this run waited {waiting:.0%} of "
         "their time for one, and OpenMP's threads, which spin while they wait for each other, then "

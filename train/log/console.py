@@ -51,13 +51,8 @@ def progress_line(
 ) -> str:
     """Return one step as a line: where it is, what it did, how fast, how long still.
 
-    Args:
-        row: A train row of metrics.jsonl.
-        total_steps: Steps of the whole run.
-        tokens_per_second: Real tokens; left out when None.
-        memory_bytes: Memory in use; left out when None.
-        eta_seconds: Time to the end; left out when None.
-        width: Columns there are; what is wanted least is left out until the line fits.
+    `row` is a train row of metrics.jsonl. What is None is left out, and what is wanted least until
+    the line fits into `width` columns.
     """
     norm = row["grad_norm"]
     parts = {
@@ -82,11 +77,7 @@ def progress_line(
 
 
 def event_lines(row: Mapping[str, Any]) -> list[str]:
-    """Return what a step's row tells beside its progress: an update left out, a spike of the loss.
-
-    Args:
-        row: A train row of metrics.jsonl.
-    """
+    """Return what a step's row tells beside its progress: an update left out, a spike."""
     rows = sorted(set(row.get("rows") or []))
     where = f"; {numbered('row', rows)} of data.train" if rows else ""
     lines = []
@@ -116,12 +107,7 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
 
 
 def redrawn_text(earlier: Mapping[str, Any], total_steps: int) -> str:
-    """Return what a resume that changed the length of a run did to its learning rate.
-
-    Args:
-        earlier: One of the `earlier_schedules` of plan.json.
-        total_steps: The length that came after it.
-    """
+    """Return what a resume that changed the length of a run, to `total_steps`, did to its rate."""
     return (
         f"the schedule is redrawn from step {earlier['until'] + 1:,} on, for {total_steps:,} steps "
         f"instead of {earlier['total_steps']:,}: the learning rate of that step is "
@@ -174,10 +160,6 @@ class Console:
         """Show one step: in place on a terminal; elsewhere as a line, where `log` says so.
 
         What else its row tells stays on a line of its own.
-
-        Args:
-            row: The step's row as in metrics.jsonl.
-            log: Whether the step is one that the plan logs.
         """
         if self._started is None:
             self._start(row["seconds"])
@@ -223,13 +205,7 @@ class Console:
             self._bar = None
 
     def summary(self, title: str, rows: Rows, commands: Rows = ()) -> None:
-        """Print the closing panel and, below it, what to type next.
-
-        Args:
-            title: The outcome in a few words.
-            rows: Named values.
-            commands: (what it does, command line) pairs.
-        """
+        """Print the closing panel and, below it, what to type next, with what that does."""
         self.close()
         self.panel(title, rows)
         for line in aligned(commands):
@@ -262,12 +238,7 @@ class Console:
 
 
 def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows, Rows]:
-    """Return the arguments of `Console.summary` for a run that has just ended.
-
-    Args:
-        status: The run's status.json.
-        folder: The run's folder, whose metrics.jsonl tells the test losses.
-    """
+    """Return the arguments of `Console.summary` for a run that has just ended."""
     step, total, best = status["step"], status["total_steps"], status.get("best")
     title = f"{status['state']} ({status['reason']}) after {step} of {counted(total, 'step')}"
     rows = []

@@ -34,9 +34,6 @@ def read_metrics(folder: Path) -> list[Row]:
     Without the file there are none. A last line without its newline was cut off by a kill and is
     left out.
 
-    Args:
-        folder: The run's folder.
-
     Raises:
         UserError: A complete line is not a JSON object with a kind and a step.
     """
@@ -101,9 +98,6 @@ class Metrics:
         """Write the row of one evaluation.
 
         The same evaluation done again (a finished run resumed at its last step) replaces its row.
-
-        Args:
-            row: `step`, `split`, `loss`, `targets`, `best`, `train_loss`.
         """
         row = self._write("eval", row)
         tag = EVAL_TAGS.get(row["split"], f"{row['split']}/loss")

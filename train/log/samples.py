@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +11,9 @@ from data.labels import IGNORED
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 from files.strict_json import read_json_object
+from train.state import Sample
 
 MOST_NEW_TOKENS = 200
-
-
-@dataclass
-class Sample:
-    """A prompt, what the row says comes next, and what the model says before and after training.
-
-    What comes next is the trained text behind the prompt, up to the next turn of a conversation.
-    """
-
-    prompt: str
-    reference: str
-    before: str | None = None
-    after: str | None = None
 
 
 def samples_so_far(folder: Path) -> list[Sample]:

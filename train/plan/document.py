@@ -51,13 +51,6 @@ def complete(
 
     Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
     resume) stays.
-
-    Args:
-        config: What is asked, decided for the machine.
-        data: The rows.
-        decoder: The architecture.
-        machine: Where the run computes.
-        earlier: The schedules of a resumed run's steps so far (`Resume.earlier_schedules`).
     """
     document = plan_document(config, KnownData.of(data), decoder, machine)
     document["earlier_schedules"] = list(earlier)
@@ -81,12 +74,7 @@ def plan_document(
     What cannot be known without data or a model is None. Without data, the number of rows is the
     one that the preset's seed states.
 
-    Args:
-        config: What is asked.
-        data: What the data holds.
-        decoder: The architecture, from `find_decoder_config`.
-        machine: What it is planned for; on an unknown one `train.precision=auto` counts as bf16.
-        world_size: Ranks that share a step.
+    On an unknown machine `train.precision=auto` counts as bf16.
 
     Raises:
         UserError: Settings that contradict each other on that machine, or have nothing to train.
@@ -150,25 +138,17 @@ def _lengths(data: KnownData | Unknown) -> Sequence[int] | None:
 
 
 def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
-    if plan is not None:
-        return {
-            "steps_per_epoch": plan.steps_per_epoch,
-            "total_steps": plan.total_steps,
-            "warmup_steps": plan.warmup_steps,
-            "eval_steps": list(plan.eval_steps),
-            "save_steps": list(plan.save_steps),
-            "learning_rates": {str(step): plan.learning_rate(step) for step in plan.eval_steps},
-            "earlier_schedules": [],
-        }
-    total = config.train.max_steps
+    total = plan.total_steps if plan else config.train.max_steps
     warmup = config.schedule.warmup_steps if total is None else warmup_of(config, total)
     return {
-        "steps_per_epoch": None,
+        "steps_per_epoch": plan.steps_per_epoch if plan else None,
         "total_steps": total,
         "warmup_steps": warmup,
-        "eval_steps": None,
-        "save_steps": None,
-        "learning_rates": None,
+        "eval_steps": list(plan.eval_steps) if plan else None,
+        "save_steps": list(plan.save_steps) if plan else None,
+        "learning_rates": {str(step): plan.learning_rate(step) for step in plan.eval_steps}
+        if plan
+        else None,
         "earlier_schedules": [],
     }
 

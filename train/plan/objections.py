@@ -30,16 +30,7 @@ def objections(
     decoder: DecoderConfig | Unknown,
     machine: Machine,
 ) -> list[str]:
-    """Return what is to be looked at before the run starts.
-
-    Args:
-        config: What is asked, decided for the machine.
-        document: The plan's document so far.
-        plan: Its steps; None where neither data nor seed tell them.
-        data: What the data holds.
-        decoder: The architecture.
-        machine: What it is planned for.
-    """
+    """Return what is to be looked at before the run starts."""
     return [
         *starting_adapter_note(config),
         *_of_the_model(config, decoder, machine),

@@ -18,15 +18,16 @@ def render_plan(document: Mapping[str, Any]) -> str:
     lines = ["Plan" + (f" of {document['preset']}" if document["preset"] else "")]
     rows = [*head_rows(document), *_cost_rows(document)]
     lines += [f"  {line}" for line in aligned(rows)]
-    if document["claims"]:
-        lines += ["", "The seed's claims, against its own settings"]
-        lines += [f"  {_claim_line(claim)}" for claim in document["claims"]]
-    if document["departures"]:
-        lines += ["", "Where this preset departs from its seed, or fills a gap"]
-        lines += [f"  - {departure}" for departure in document["departures"]]
-    if document["warnings"]:
-        lines += ["", "To look at"]
-        lines += [f"  ! {warning}" for warning in document["warnings"]]
+    for heading, found in (
+        ("The seed's claims, against its own settings", map(_claim_line, document["claims"])),
+        (
+            "Where this preset departs from its seed, or fills a gap",
+            [f"- {departure}" for departure in document["departures"]],
+        ),
+        ("To look at", [f"! {warning}" for warning in document["warnings"]]),
+    ):
+        below = [f"  {line}" for line in found]
+        lines += ["", heading, *below] if below else []
     return "\n".join(lines) + "\n"
 
 

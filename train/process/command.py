@@ -67,13 +67,10 @@ class CommandParser(argparse.ArgumentParser):
     """argparse for one of our commands: its complaints end as every other bad input does.
 
     An option that takes one value is refused when it is given again.
-
-    Args:
-        name: The command, as `command` takes it.
-        settings: Further arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, name: str, **settings: Any) -> None:
+        """Take the name of a command, and further arguments of `argparse.ArgumentParser`."""
         super().__init__(prog=command(name), allow_abbrev=False, **settings)
         self.register("action", None, _Once)
 

@@ -46,13 +46,7 @@ def within_memory(compute: Callable[[], Result], device: torch.device) -> Result
 
 
 def does_not_fit(what: str, tokens: int, saved: str = "") -> UserError:
-    """Return the error of a single example that memory does not suffice for.
-
-    Args:
-        what: What was being done (`step 3`, `evaluation`).
-        tokens: Its length.
-        saved: What the message says between the cause and the remedies.
-    """
+    """Return the error of a single example, of so many tokens, that memory does not suffice for."""
     return UserError(
         f"{what}: out of memory with a single example of {tokens:,} tokens in a micro-batch"
         f"{saved}; lower data.max_length, or set model.gradient_checkpointing=true or "

@@ -34,35 +34,18 @@ REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 def write_report(run_folder: Path) -> Path:
     """Write report.md and plots/ into a run's folder and return the path of report.md.
 
-    Args:
-        run_folder: The folder of a run in any state.
-
     Raises:
         UserError: The folder is no run's, or a file in it is damaged.
     """
     record = read_record(Path(run_folder))
-    plots = draw_plots(
-        record.folder / PLOTS_FOLDER,
-        record.train,
-        record.valid + record.test,
-        title=record.name,
-        best_step=record.best["step"] if record.best else None,
-        steps_per_epoch=record.plan.get("steps_per_epoch"),
-        max_grad_norm=record.section("optimizer").get("max_grad_norm"),
-        warmup_steps=record.plan.get("warmup_steps"),
-    )
+    plots = draw_plots(record, record.folder / PLOTS_FOLDER)
     path = record.folder / REPORT_FILE
     write_text(path, render_report(record, plots))
     return path
 
 
 def render_report(record: Record, plots: Sequence[Path] | None) -> str:
-    """Return the text of report.md.
-
-    Args:
-        record: What the run's folder says.
-        plots: The files of the plots, to be shown; None where they could not be drawn.
-    """
+    """Return the text of report.md; `plots` is None where they could not be drawn."""
     sections = [
         _heading(record),
         _results(record),

@@ -10,11 +10,12 @@ import numpy as np
 
 from files.atomic import replacing
 from files.errors import counted
+from train.log.metrics import Row
+from train.report.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
 Points = list[tuple[int, float]]
 
 BLUE, ORANGE, GREEN, GREY = "#1f5a96", "#d9701e", "#2e7d4f", "#8a8f98"
@@ -27,38 +28,24 @@ LOG_AXIS_RATIO = 30
 FAR_BOUND = 2.5
 
 
-def draw_plots(
-    folder: Path,
-    train: Sequence[Row],
-    evals: Sequence[Row],
-    *,
-    title: str,
-    best_step: int | None,
-    steps_per_epoch: int | None,
-    max_grad_norm: float | None,
-    warmup_steps: int | None,
-) -> list[Path] | None:
-    """Draw every curve that there are rows for and return the files; None without matplotlib.
+def draw_plots(record: Record, folder: Path) -> list[Path] | None:
+    """Draw into a folder every curve that a run has rows for; None without matplotlib.
 
-    Args:
-        folder: Where the PNG files go; made if missing.
-        train: Train rows of metrics.jsonl.
-        evals: Evaluation rows.
-        title: Name of the run, above each plot.
-        best_step: Step of the best evaluation, marked in the loss plots.
-        steps_per_epoch: Scale of the epoch axis on top; none is drawn without it.
-        max_grad_norm: The clipping bound, drawn into the gradient norms; None or 0 draws none.
-        warmup_steps: End of the warm-up, marked in the learning rate.
+    Marked are the best evaluation, the end of the warm-up and the bound of the gradient norm.
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         return None
-    loss, rate, norm = (_points(train, name) for name in ("loss", "learning_rate", "grad_norm"))
-    valid = _points([row for row in evals if row["split"] == "valid"], "loss")
-    test = _points([row for row in evals if row["split"] == "test"], "loss")
-    beside = _points([row for row in evals if row["split"] == "valid"], "train_loss")
-    targets = {row["step"]: row["targets"] for row in train}
+    loss, rate, norm = (
+        _points(record.train, name) for name in ("loss", "learning_rate", "grad_norm")
+    )
+    valid, test = _points(record.valid, "loss"), _points(record.test, "loss")
+    beside = _points(record.valid, "train_loss")
+    targets = {row["step"]: row["targets"] for row in record.train}
+    best_step = record.best["step"] if record.best else None
+    max_grad_norm = record.section("optimizer").get("max_grad_norm")
+    warmup_steps = record.plan.get("warmup_steps")
 
     def draw_train_loss(axes: Axes) -> None:
         _curve(axes, loss, targets, "loss of a step")
@@ -76,30 +63,13 @@ def draw_plots(
             )
         if valid:
             axes.plot(*_xy(valid), color=BLUE, lw=2, marker="o", ms=4.5, label="valid loss")
-        best = [point for point in valid if point[0] == best_step]
-        if best:
-            (step, value) = best[-1]
-            axes.plot(
-                [step],
-                [value],
-                color=ORANGE,
-                lw=0,
-                marker="*",
-                ms=14,
-                label=f"best: {value:.4f} at step {step}",
-            )
+        for step, value in [point for point in valid if point[0] == best_step][-1:]:
+            label = f"best: {value:.4f} at step {step}"
+            axes.plot([step], [value], color=ORANGE, lw=0, marker="*", ms=14, label=label)
         if test:
             # Hollow and on top: the last test often lies on the best evaluation.
-            axes.plot(
-                *_xy(test),
-                color=GREEN,
-                lw=0,
-                marker="D",
-                ms=9,
-                mfc="none",
-                mew=1.8,
-                label="test loss",
-            )
+            hollow: dict[str, Any] = {"marker": "D", "ms": 9, "mfc": "none", "mew": 1.8}
+            axes.plot(*_xy(test), color=GREEN, lw=0, label="test loss", **hollow)
 
     def draw_learning_rate(axes: Axes) -> None:
         axes.plot(*_xy(rate), color=BLUE, lw=2, **_dots(rate))
@@ -132,7 +102,9 @@ def draw_plots(
     for name, heading, unit, points, draw in plots:
         path = folder / f"{name}.png"
         if points:
-            _save(path, f"{heading} · {title}", unit, draw, steps_per_epoch)
+            _save(
+                path, f"{heading} · {record.name}", unit, draw, record.plan.get("steps_per_epoch")
+            )
             drawn.append(path)
         else:
             # What an earlier report drew from rows that a resume has since dropped.
@@ -208,15 +180,12 @@ def _save(
         epochs = axes.secondary_xaxis(
             "top", functions=(lambda x: np.divide(x, scale), lambda x: np.multiply(x, scale))
         )
-        label = axes.annotate(
-            "epoch",
-            (0, 1),
-            (-6, 7),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-        )
-        label.set(color=GREY, fontsize=8)
+        place: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "ha": "right",
+        }
+        axes.annotate("epoch", (0, 1), (-6, 7), **place).set(color=GREY, fontsize=8)
         epochs.tick_params(colors=GREY, labelsize=8)
         epochs.spines["top"].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

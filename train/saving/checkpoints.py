@@ -29,11 +29,7 @@ STEP_FOLDER = re.compile(r"step-(\d{8})")
 def room_on_disk(what: str, folder: Path, expected_bytes: int, remedy: str) -> Iterator[None]:
     """Check that there is room before something is written in the block, and name what failed.
 
-    Args:
-        what: What is to be saved, for the message.
-        folder: Where it will lie.
-        expected_bytes: Its size.
-        remedy: What the message ends with.
+    The message ends with `remedy`.
 
     Raises:
         UserError: There is no room, or the disk refuses.
@@ -55,10 +51,7 @@ class Checkpoints:
     def __init__(self, folder: Path, total_limit: int | None) -> None:
         """Sweep what an interrupted save left behind.
 
-        Args:
-            folder: The run's `checkpoints/`.
-            total_limit: Checkpoints to keep; the newest and the best are kept beside the limit.
-                None keeps all.
+        Of more than `total_limit` the newest and the best are kept all the same; None keeps all.
         """
         self.folder = folder
         self.total_limit = total_limit

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,15 @@ from torch import Tensor
 from files.atomic import HOLDER_NAME, LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
 from files.folders import make_free_folder
-from files.hub import ModelSource
 from kernels.cpu.rounding import library
 from lora import adapter_tensors, save_adapter
 from models.layers import CausalLM
 from models.weights import save_model
 from train.config.schema import RunConfig
 from train.config.toml import to_toml
-from train.inputs.dataset import Data
 from train.log.metrics import METRICS_FILE
-from train.plan.steps import RunPlan
 from train.precision import COMPUTE_DTYPES
-from train.state import TrainState
+from train.state import Run
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
 # What lies in a run's folder before the run has a status.
@@ -42,7 +40,6 @@ _OF_A_START = (
     *("config.toml", "plan.json", "environment.json", "tensorboard", "checkpoints"),
     *(METRICS_FILE, HOLDER_NAME, LOCK_NAME),
 )
-GENERATION_CONFIG = "generation_config.json"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
@@ -191,29 +188,25 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def status_document(
-    state: TrainState, plan: RunPlan, *, condition: str, reason: str, **more: Any
-) -> dict[str, Any]:
+def status_document(run: Run, condition: str, reason: str, **more: Any) -> dict[str, Any]:
     """Return the content of status.json.
 
     Args:
-        state: The run's state.
-        plan: The run's plan.
+        run: The run.
         condition: `running`, `finished`, `preempted` or `failed`.
         reason: Why: `started`, `completed`, `early_stopping`, `sigint`, `sigterm`, `non_finite`,
             `error`.
-        more: Further fields, such as parameter counts and samples.
+        more: Further fields.
     """
-    stopping = state.stopping
+    state, plan, parameters = run.state, run.plan, list(run.model.parameters())
+    best_step, best_loss = state.stopping.best_step, state.stopping.best_loss
     return {
         "state": condition,
         "reason": reason,
         "step": state.step,
         "total_steps": plan.total_steps,
         "epoch": plan.epoch_of(state.step) if state.step else 0.0,
-        "best": None
-        if stopping.best_step is None
-        else {"step": stopping.best_step, "loss": stopping.best_loss},
+        "best": None if best_step is None else {"step": best_step, "loss": best_loss},
         "seconds": state.seconds,
         "tokens": state.tokens,
         "targets": state.targets,
@@ -222,6 +215,11 @@ def status_document(
         "resumed_from": list(state.resumed_from),
         "process": os.getpid(),
         "updated": utc_now(),
+        "memory_before_bytes": run.memory.peak_before,
+        "training_memory_bytes": run.memory.training,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+        "samples": [asdict(sample) for sample in run.samples],
         **more,
     }
 
@@ -234,45 +232,27 @@ def trained_tensors(model: CausalLM, config: RunConfig) -> dict[str, Tensor]:
 
 
 def write_trained(
-    model: CausalLM,
-    tensors: Mapping[str, Tensor],
-    config: RunConfig,
-    source: ModelSource,
-    folder: Path,
-    dtype: torch.dtype,
+    run: Run, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> dict[str, str]:
     """Write what was trained as others read it: a PEFT adapter, or a whole model in `dtype`.
 
-    Args:
-        model: The decoder; its values are not read.
-        tensors: What `trained_tensors` gave, or a copy of it.
-        config: The run's configuration.
-        source: The base model.
-        folder: Where the files go.
-        dtype: What a whole model is stored as; an adapter keeps its fp32.
+    `tensors` is what `trained_tensors` gave, or a copy of it; an adapter keeps its fp32.
 
     Returns:
         File name → sha256 (hex) of each weights file.
     """
-    if config.train.method == "lora":
-        return save_adapter(
-            model,
-            folder,
-            base_model=source.repository or str(source.folder),
-            revision=source.commit,
-            tensors=tensors,
-        )
-    return save_model(tensors, folder, config=model.config, dtype=dtype)
+    if run.config.train.method == "full":
+        return save_model(tensors, folder, config=run.model.config, dtype=dtype)
+    return save_adapter(
+        run.model,
+        folder,
+        base_model=run.source.repository or str(run.source.folder),
+        revision=run.source.commit,
+        tensors=tensors,
+    )
 
 
-def export(
-    model: CausalLM,
-    tensors: Mapping[str, Tensor],
-    config: RunConfig,
-    source: ModelSource,
-    data: Data,
-    folder: Path,
-) -> dict[str, str]:
+def export(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format.
 
     The base's generation_config.json goes with them, byte for byte: it says where a text ends.
@@ -281,10 +261,11 @@ def export(
         File name → sha256 (hex) of each weights file.
     """
     stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtype = stored.get(model.config.torch_dtype or "", torch.float32)
-    hashes = write_trained(model, tensors, config, source, folder, dtype)
-    data.tokenizer.save(folder)
-    if (source.folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
-    write_json(folder / "prompt_format.json", data.prompt_format.to_dict())
+    dtype = stored.get(run.model.config.torch_dtype or "", torch.float32)
+    hashes = write_trained(run, tensors, folder, dtype)
+    run.data.tokenizer.save(folder)
+    generation = run.source.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+    write_json(folder / "prompt_format.json", run.data.prompt_format.to_dict())
     return hashes

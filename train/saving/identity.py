@@ -8,37 +8,33 @@ from typing import Any
 import torch
 
 from files.errors import UserError
-from files.hub import ModelSource, hashed_weights
-from models.layers import CausalLM
+from files.hub import hashed_weights
 from models.weights import weights_files
 from train.config.load import resume_keys
-from train.config.schema import RunConfig
 from train.config.toml import flat
-from train.inputs.dataset import Data
 from train.saving.folder import device_name, package_versions
+from train.state import Run
 
 
-def identity_document(
-    config: RunConfig, data: Data, source: ModelSource, model: CausalLM, device: torch.device
-) -> dict[str, Any]:
+def identity_document(run: Run) -> dict[str, Any]:
     """Return the configuration, the hashes of data and base model, and the machine, as JSON values.
 
     The base's weights are hashed, which takes as long as reading them.
     """
-    weights = [] if config.model.random_init else weights_files(source.folder)
+    weights = [] if run.config.model.random_init else weights_files(run.source.folder)
     return {
         "config": {
             key: list(value) if isinstance(value, tuple) else value
-            for key, value in flat(config).items()
+            for key, value in flat(run.config).items()
         },
-        "data": data.fingerprints,
+        "data": run.data.fingerprints,
         "model": {
-            "commit": source.commit,
-            "config": model.config.raw,
+            "commit": run.source.commit,
+            "config": run.model.config.raw,
             "files": hashed_weights(weights),
         },
         "machine": {
-            "device": device_name(device),
+            "device": device_name(run.precision.device),
             "torch threads": torch.get_num_threads(),
             **package_versions(),
         },

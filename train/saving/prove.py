@@ -57,9 +57,7 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
 
     The runs are deleted again, unless they differ.
 
-    Args:
-        config: The user's configuration.
-        kill_step: K, the step with whose checkpoint the second run is killed.
+    `kill_step` is K, the step with whose checkpoint the second run is killed.
 
     Returns:
         0 where all is bit-equal, 1 where something differs.
@@ -93,9 +91,6 @@ def prove_resume(config: RunConfig, kill_step: int) -> int:
 
 def results(run: Path) -> dict[str, str]:
     """Return the sha256 (hex) of what a run leaves, times and processes left out.
-
-    Args:
-        run: The folder of a run that has ended.
 
     Returns:
         Name → hash: each tensors file (checkpoints, `best/`, `final/`), each checkpoint's state,
@@ -142,11 +137,7 @@ def _cut(config: RunConfig, kill_step: int) -> RunConfig:
 
 
 def _make_runs(whole: Path, resumed: Path, kill_step: int) -> None:
-    """Make the uninterrupted run, and the other one: killed, then resumed.
-
-    Raises:
-        UserError: As `prove_resume`.
-    """
+    """Make the uninterrupted run, and the other one: killed, then resumed."""
     total = 2 * kill_step
     settings = ["--config", str(whole.parent / "config.toml")]
     print(f"1 of 3: {total} steps, uninterrupted, in {whole}", flush=True)
@@ -186,9 +177,6 @@ def _start(arguments: Sequence[str], program: str, folder: Path) -> int:
     """Run a program of ours in a fresh process and return its exit code, -9 after SIGKILL.
 
     What it prints goes to output.txt in `folder`.
-
-    Raises:
-        UserError: It ended with one.
     """
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         done = subprocess.run(

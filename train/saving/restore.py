@@ -10,71 +10,54 @@ from typing import Any
 from files.errors import UserError
 from files.folders import damage, step_of
 from files.tensors import TensorFile
-from models.layers import CausalLM
-from train.config.schema import RunConfig
-from train.optim.buffers import Optimizer
-from train.precision import LossScaler
 from train.saving.checkpoints import Checkpoints
 from train.saving.identity import check_identity
 from train.saving.resume import Resume
 from train.saving.saver import Saver, load_trained
-from train.state import TrainState
+from train.state import Run
 
 
 def restore(
-    resume: Resume,
-    identity: Mapping[str, Any],
-    checkpoints: Checkpoints,
-    config: RunConfig,
-    model: CausalLM,
-    optimizer: Optimizer,
-    scaler: LossScaler | None,
-) -> tuple[TrainState, list[str]]:
+    run: Run, resume: Resume, identity: Mapping[str, Any], checkpoints: Checkpoints
+) -> list[str]:
     """Take up a checkpoint: fill weights, optimizer and scaler. Nothing changes on the disk.
 
-    Args:
-        resume: What is continued.
-        identity: What the run is trained from now.
-        checkpoints: Those of its folder.
-        config: The run's configuration.
-        model: Filled in place.
-        optimizer: Filled in place.
-        scaler: Filled in place, under fp16.
+    The run's state is that of `resume` already; `identity` is what it is trained from now.
 
     Returns:
-        The state, and warnings of what may change the last bits.
+        Warnings of what may change the last bits.
 
     Raises:
         UserError: The checkpoint does not fit the configuration, the data or the base model.
     """
     assert resume.checkpoint is not None
-    assert resume.state is not None
     assert resume.identity is not None
     warnings = check_identity(resume.identity, identity)
-    best_step = resume.state.stopping.best_step
+    state = run.state
+    best_step = state.stopping.best_step
     lost = best_is_lost(resume, identity, checkpoints, best_step)
-    if config.checkpoint.load_best_at_end and lost:
+    if run.config.checkpoint.load_best_at_end and lost:
         raise UserError(
             f"--resume: {resume.folder / 'best'} is not that of step {best_step}, which has no "
             "checkpoint to make it from again, but checkpoint.load_best_at_end=true promises "
             "it: resume from a checkpoint at or before that step"
         )
-    load_trained(model, config, resume.checkpoint)
+    load_trained(run, resume.checkpoint)
     with TensorFile(resume.checkpoint / "optimizer.safetensors") as file:
-        optimizer.load_state({name: file.read(name) for name in file.names})
-    state = resume.state
-    state.stopping.patience = config.eval.early_stopping_patience
+        run.optimizer.load_state({name: file.read(name) for name in file.names})
+    state.stopping.patience = run.config.eval.early_stopping_patience
     state.resumed_from.append(state.step)
-    if scaler is not None and state.scaler is not None:
-        scaler.load(state.scaler)
-    return state, warnings
+    if run.scaler is not None and state.scaler is not None:
+        run.scaler.load(state.scaler)
+    return warnings
 
 
 def settle(saver: Saver, resume: Resume) -> list[str]:
     """Put the run's folder into the state of the checkpoint taken up; return warnings."""
-    state, stopping, best = saver.state, saver.state.stopping, saver.folder / "best"
+    run, checkpoints = saver.run, saver.checkpoints
+    state, stopping, best = run.state, run.state.stopping, run.folder / "best"
     warnings = []
-    if best_is_lost(resume, saver.identity(), saver.checkpoints, stopping.best_step):
+    if best_is_lost(resume, saver.identity(), checkpoints, stopping.best_step):
         warnings.append(
             f"{best} is not that of step {stopping.best_step}: it is deleted, and the next "
             "evaluation is the best"
@@ -83,12 +66,12 @@ def settle(saver: Saver, resume: Resume) -> list[str]:
         stopping.best_step = stopping.best_loss = None
     elif stopping.best_step is not None:
         _mend_best(saver, resume, stopping.best_step)
-    saver.checkpoints.set_newer_aside(state.step)
+    checkpoints.set_newer_aside(state.step)
     # A kill may have come between a checkpoint and the deletion of those beyond the limit.
-    saver.checkpoints.rotate(stopping.best_step)
-    final = saver.folder / "final"
-    if state.step < saver.plan.total_steps and final.is_dir():
-        aside = saver.folder / "aside-final"
+    checkpoints.rotate(stopping.best_step)
+    final = run.folder / "final"
+    if state.step < run.plan.total_steps and final.is_dir():
+        aside = run.folder / "aside-final"
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     return warnings
@@ -97,12 +80,12 @@ def settle(saver: Saver, resume: Resume) -> list[str]:
 def _mend_best(saver: Saver, resume: Resume, best_step: int) -> None:
     """Make `best/` from the checkpoint of `best_step` where it is not that step's already."""
     checkpoint = saver.checkpoints.path(best_step)
-    if whole_best(saver.folder / "best", best_step) or damage(checkpoint) is not None:
+    if whole_best(saver.run.folder / "best", best_step) or damage(checkpoint) is not None:
         return
     assert resume.checkpoint is not None
-    saver.load_trained(checkpoint)
+    load_trained(saver.run, checkpoint)
     saver.replace("best", saver.export, best_step)
-    saver.load_trained(resume.checkpoint)
+    load_trained(saver.run, resume.checkpoint)
 
 
 def best_is_lost(

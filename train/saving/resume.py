@@ -42,9 +42,6 @@ class Resume:
         Each holds for the steps up to `until`, from the one before it on. A run whose length was
         changed has another schedule from the next step on: beside each stands the learning rate of
         that step, as it was drawn before and as it is now.
-
-        Args:
-            plan: The plan of what is left.
         """
         if self.state is None:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,14 @@ from torch import Tensor
 from files.atomic import write_json
 from files.faults import faultpoint
 from files.folders import replace_folder
-from files.hub import ModelSource
 from files.tensors import TensorFile, write_tensors
 from lora import fill_adapter
-from models.layers import CausalLM
 from models.weights import fill
-from train.config.schema import RunConfig
-from train.inputs.dataset import Data
-from train.log.samples import Sample
-from train.optim.buffers import Optimizer
 from train.plan.decide import available_memory
-from train.plan.steps import RunPlan
-from train.precision import LossScaler
-from train.process.memory import MemoryUse
 from train.saving.background import BackgroundWriter
 from train.saving.checkpoints import Checkpoints, room_on_disk
 from train.saving.folder import export, status_document, trained_tensors, write_trained
-from train.state import TrainState
+from train.state import Run
 
 
 @dataclass
@@ -39,22 +30,14 @@ class Saver:
     """Writes the state of a run: what is to be saved is copied, and written in the background.
 
     Attributes:
+        run: The run, live.
+        checkpoints: Those of its folder.
         identity: Returns what a resumed run must agree with (`train.saving.identity`), once made.
         sync: Brings the rows of metrics.jsonl to the disk, which a checkpoint relies on.
         writer: What writes in the background.
     """
 
-    config: RunConfig
-    plan: RunPlan
-    data: Data
-    source: ModelSource
-    model: CausalLM
-    optimizer: Optimizer
-    scaler: LossScaler | None
-    state: TrainState
-    samples: list[Sample]
-    memory: MemoryUse
-    folder: Path
+    run: Run
     checkpoints: Checkpoints
     identity: Callable[[], dict[str, Any]]
     sync: Callable[[], None]
@@ -65,29 +48,26 @@ class Saver:
 
     def is_due(self) -> bool:
         """Whether `checkpoint.minutes` have passed since the last checkpoint."""
-        minutes = self.config.checkpoint.minutes
+        minutes = self.run.config.checkpoint.minutes
         return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
     def save(self, *, best: bool, checkpoint: bool) -> None:
-        """Copy the state, and write `best/` and the step's checkpoint from the copy.
+        """Copy the state, and write `best/` or the step's checkpoint, or both, from the copy.
 
         The writing is done in the background: training waits for the copy alone, and for a save
         before this one that is not done yet. Where the host has no room for a copy, it waits for
         the writing. A checkpoint is written after the `best/` that it speaks of.
 
-        Args:
-            best: Whether to replace `best/`.
-            checkpoint: Whether to write a checkpoint.
-
         Raises:
             UserError: The save before this one could not be written.
         """
         self.writer.wait()
-        state = self.state
-        state.peak_memory_bytes = max(state.peak_memory_bytes, self.memory.peak)
-        state.scaler = self.scaler.state() if self.scaler is not None else None
-        tensors = trained_tensors(self.model, self.config)
-        moments = self.optimizer.state_tensors() if checkpoint else {}
+        run = self.run
+        # First: it notes the highest use of memory, which the state holds too.
+        status = self.status("running", "training")
+        run.state.scaler = run.scaler.state() if run.scaler is not None else None
+        tensors = trained_tensors(run.model, run.config)
+        moments = run.optimizer.state_tensors() if checkpoint else {}
         room = available_memory("cpu")
         in_background = room is None or 2 * (_num_bytes(tensors) + _num_bytes(moments)) < room
         if in_background:
@@ -95,8 +75,8 @@ class Saver:
         faultpoint("save.copied")
         write = partial(
             self._write,
-            state.to_dict(),
-            self.status("running", "training"),
+            run.state.to_dict(),
+            status,
             tensors,
             moments if checkpoint else None,
             best,
@@ -122,83 +102,59 @@ class Saver:
         """
         faultpoint("save.begun")
         if best:
-            self.replace("best", partial(self._export, tensors), state["step"])
+            self.replace("best", partial(export, self.run, tensors), state["step"])
         if moments is not None:
             self.sync()
             self.checkpoints.save(
                 state,
                 self.identity(),
                 lambda folder: {
-                    **write_trained(
-                        self.model, tensors, self.config, self.source, folder, torch.float32
-                    ),
+                    **write_trained(self.run, tensors, folder, torch.float32),
                     "optimizer.safetensors": write_tensors(
                         folder / "optimizer.safetensors", moments
                     ),
                 },
                 expected_bytes=_num_bytes(tensors) + _num_bytes(moments),
             )
-            write_json(self.folder / "status.json", status)
+            write_json(self.run.folder / "status.json", status)
         faultpoint("save.done")
 
     def replace(self, name: str, fill: Callable[[Path], Mapping[str, str]], step: int) -> None:
         """Make `best/` or `final/` anew: the state of `step`, which `fill` writes.
 
-        Args:
-            name: `best` or `final`.
-            fill: As in `files.folders.replace_folder`.
-            step: The step whose state it is.
-
         Raises:
             UserError: The disk is full.
         """
-        room = _num_bytes(trained_tensors(self.model, self.config))
+        folder = self.run.folder
+        room = _num_bytes(trained_tensors(self.run.model, self.run.config))
         remedy = "make room and continue with --resume"
-        with room_on_disk(f"{name}/ of step {step}", self.folder, room, remedy):
-            replace_folder(self.folder / name, fill, step=step)
+        with room_on_disk(f"{name}/ of step {step}", folder, room, remedy):
+            replace_folder(folder / name, fill, step=step)
 
     def export(self, folder: Path) -> dict[str, str]:
         """Fill `folder` with what a user takes away of the present weights; return hashes."""
-        return self._export(trained_tensors(self.model, self.config), folder)
-
-    def _export(self, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
-        return export(self.model, tensors, self.config, self.source, self.data, folder)
-
-    def load_trained(self, folder: Path) -> None:
-        """Put the trained tensors of a checkpoint, `best/` or `final/` into the model, in place."""
-        load_trained(self.model, self.config, folder)
+        return export(self.run, trained_tensors(self.run.model, self.run.config), folder)
 
     def status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Return the content of status.json."""
-        state, memory = self.state, self.memory
-        state.peak_memory_bytes = max(state.peak_memory_bytes, memory.peak)
-        return status_document(
-            state,
-            self.plan,
-            condition=condition,
-            reason=reason,
-            memory_before_bytes=memory.peak_before,
-            training_memory_bytes=memory.training,
-            trainable_parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            total_parameters=sum(p.numel() for p in self.model.parameters()),
-            samples=[asdict(sample) for sample in self.samples],
-            **more,
-        )
+        state = self.run.state
+        state.peak_memory_bytes = max(state.peak_memory_bytes, self.run.memory.peak)
+        return status_document(self.run, condition, reason, **more)
 
     def write_status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Write status.json and return it."""
         status = self.status(condition, reason, **more)
-        write_json(self.folder / "status.json", status)
+        write_json(self.run.folder / "status.json", status)
         return status
 
 
-def load_trained(model: CausalLM, config: RunConfig, folder: Path) -> None:
+def load_trained(run: Run, folder: Path) -> None:
     """Put the trained tensors of a checkpoint, `best/` or `final/` into the model, in place."""
-    if config.train.method == "lora":
+    if run.config.train.method == "lora":
         with TensorFile(folder / "adapter_model.safetensors") as file:
-            fill_adapter(model, {name: file.read(name) for name in file.names})
+            fill_adapter(run.model, {name: file.read(name) for name in file.names})
     else:
-        fill(model, folder, torch.float32, next(model.parameters()).device)
+        fill(run.model, folder, torch.float32, run.precision.device)
 
 
 def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
