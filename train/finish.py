@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from train.plan.text import head_rows
 from train.precision import COMPUTE_DTYPES
 from train.process.signals import Signals
 from train.report.page import write_report
+from train.saving.folder import export
 from train.saving.restore import whole_best
 from train.saving.saver import Saver, load_trained
 from train.state import Run
@@ -136,7 +138,7 @@ def finish(run: Run, records: Records, saver: Saver, reason: str, signals: Signa
         load_trained(run, best)
         saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
     else:
-        saver.replace("final", saver.export, run.state.step)
+        saver.replace("final", partial(export, run), run.state.step)
     faultpoint("run.final")
     if run.data.test is not None:
         _evaluate(run, records, "test", run.data.test)

@@ -172,21 +172,14 @@ def find_stop_ids(config: DecoderConfig, tokenizer: Tokenizer, folder: Path) -> 
 
 @dataclass(frozen=True)
 class Generator:
-    """A model with all that turns a prompt into its completion.
+    """A model with all that turns a prompt into its completion."""
 
-    Attributes:
-        model: The decoder.
-        tokenizer: Its tokenizer.
-        prompt_format: The format of the rows that it was trained on, None where it is not known.
-        stop_ids: Ids that end a text.
-        name: What was loaded, for people.
-    """
-
-    model: CausalLM
-    tokenizer: Tokenizer
+    model: CausalLM  # the decoder
+    tokenizer: Tokenizer  # its tokenizer
+    # The format of the rows that it was trained on, None where it is not known.
     prompt_format: PromptFormat | None
-    stop_ids: frozenset[int]
-    name: str
+    stop_ids: frozenset[int]  # ids that end a text
+    name: str  # what was loaded, for people
 
     def prompt_ids(self, values: str | Mapping[str, Any], *, raw: bool = False) -> list[int]:
         """Return the ids of a prompt or of its columns, in the training rows' format unless `raw`.

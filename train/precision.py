@@ -22,15 +22,10 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run computes in.
+    """What a run computes in."""
 
-    Attributes:
-        name: `bf16`, `fp16` or `fp32` (resolved; `auto` is not a precision).
-        device: Where it computes.
-    """
-
-    name: str
-    device: torch.device
+    name: str  # `bf16`, `fp16` or `fp32` (resolved; `auto` is not a precision)
+    device: torch.device  # where it computes
 
     def __post_init__(self) -> None:
         if self.name not in COMPUTE_DTYPES:

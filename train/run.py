@@ -112,11 +112,10 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
             if resume is None:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device)
-            parts = assemble(config, plan, data, device, folder, resume)
+            run, records, saver = assemble(config, plan, data, device, folder, resume)
             if resume is not None:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device)
-        run, records, saver = parts
         with closing(records, saver):
             opening_panel(run, records)
             before_training(run, records, saver)

@@ -44,39 +44,22 @@ _COLOUR, _PLAIN = ("\x1b[32m", "\x1b[0m"), ("⟦", "⟧")
 
 @dataclass(frozen=True)
 class Shown:
-    """One example, or a row that leaves none.
+    """One example, or a row that leaves none."""
 
-    Attributes:
-        row: Number of the row in its split, from 0, as `rows` in metrics.jsonl.
-        source: `FILE:LINE`.
-        fate: `whole`, `cut`, `split` or `dropped`, with the reason in words.
-        text: The row as text, before anything is cut.
-        input_ids: Ids of the example; of the whole row where it is dropped.
-        labels: As `data.examples.Example.labels`; none is trained where the row is dropped.
-        trained: The trained strings: runs of tokens with a label.
-        tokens: Tokens of the example.
-        targets: Tokens that are trained: those with a label, but for the first of an example.
-        merged_prompts: 1 where the completion begins inside a token of the prompt.
-        assistant_turns: Turns of the assistant in the row.
-        untrained_turns: Those of them that the chat template leaves nothing of.
-        left_out_turns: Those of them that the row keeps out of the loss.
-        thoughtless_turns: Those of them whose thinking the chat template leaves out.
-    """
-
-    row: int
-    source: str
-    fate: str
-    text: str
-    input_ids: list[int]
-    labels: list[int]
-    trained: list[str]
-    tokens: int
-    targets: int
-    merged_prompts: int
-    assistant_turns: int
-    untrained_turns: int
-    left_out_turns: int
-    thoughtless_turns: int
+    row: int  # number of the row in its split, from 0, as `rows` in metrics.jsonl
+    source: str  # `FILE:LINE`
+    fate: str  # `whole`, `cut`, `split` or `dropped`, with the reason in words
+    text: str  # the row as text, before anything is cut
+    input_ids: list[int]  # ids of the example; of the whole row where it is dropped
+    labels: list[int]  # as `data.examples.Example.labels`; none is trained where the row is dropped
+    trained: list[str]  # the trained strings: runs of tokens with a label
+    tokens: int  # tokens of the example
+    targets: int  # tokens that are trained: those with a label, but for the first of an example
+    merged_prompts: int  # 1 where the completion begins inside a token of the prompt
+    assistant_turns: int  # turns of the assistant in the row
+    untrained_turns: int  # those of them that the chat template leaves nothing of
+    left_out_turns: int  # those of them that the row keeps out of the loss
+    thoughtless_turns: int  # those of them whose thinking the chat template leaves out
 
 
 def show_rows(

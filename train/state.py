@@ -42,80 +42,48 @@ class Run:
     """Everything that a run works with.
 
     It has no methods: what is done with it stands where it is done, in `train.loop`.
-
-    Attributes:
-        config: What was asked, every `auto` decided.
-        plan: When what happens.
-        data: The rows.
-        evaluation_batching: How evaluations are cut.
-        source: Where the base model's files are.
-        model: The decoder, its trainable parameters marked.
-        optimizer: Their update rule.
-        precision: What is computed in, and where.
-        scaler: The loss scaler under fp16, else None.
-        state: What a resume continues from; mutable, as the model and the optimizer are.
-        samples: Completions shown in the report.
-        memory: What the training takes.
-        folder: Where all of it is kept.
     """
 
-    config: RunConfig
-    plan: RunPlan
+    config: RunConfig  # what was asked, every `auto` decided
+    plan: RunPlan  # when what happens
     data: Data
-    evaluation_batching: Batching
-    source: ModelSource
-    model: CausalLM
-    optimizer: Optimizer
-    precision: Precision
-    scaler: LossScaler | None
-    state: TrainState
-    samples: list[Sample]
-    memory: MemoryUse
-    folder: Path
+    evaluation_batching: Batching  # how evaluations are cut
+    source: ModelSource  # where the base model's files are
+    model: CausalLM  # the decoder, its trainable parameters marked
+    optimizer: Optimizer  # their update rule
+    precision: Precision  # what is computed in, and where
+    scaler: LossScaler | None  # the loss scaler under fp16, else None
+    state: TrainState  # what a resume continues from; mutable, as the model and the optimizer are
+    samples: list[Sample]  # completions shown in the report
+    memory: MemoryUse  # what the training takes
+    folder: Path  # where all of it is kept
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """What one step did."""
 
-    Attributes:
-        loss: Token mean over the step's targets (nats): the number that was differentiated.
-        learning_rate: The rate of the update.
-        grad_norm: Global L2 norm of the gradient before clipping.
-        targets: Tokens with a label.
-        tokens: Real tokens, padding left out.
-        seconds: Wall time of the step.
-        skipped: Why no weight was touched (`no targets`, `non-finite`, `out of memory`), or None
-            after an update.
-        examples: Index of each of the step's examples; where some micro-batches had a loss that is
-            not finite, those of these alone.
-    """
-
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    targets: int
-    tokens: int
-    seconds: float
+    loss: float  # token mean over the step's targets (nats): the number that was differentiated
+    learning_rate: float  # the rate of the update
+    grad_norm: float  # global L2 norm of the gradient before clipping
+    targets: int  # tokens with a label
+    tokens: int  # real tokens, padding left out
+    seconds: float  # wall time of the step
+    # Why no weight was touched (`no targets`, `non-finite`, `out of memory`); None after an update.
     skipped: str | None = None
+    # Index of each of the step's examples; where some micro-batches had a loss that is not finite,
+    # those of these alone.
     examples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The loss over a set.
+    """The loss over a set."""
 
-    Attributes:
-        loss: Token mean (nats per target).
-        targets: Tokens with a label.
-        seconds: Wall time.
-        reduced_batch_size: Examples in a forward pass, where memory did not suffice for as many as
-            were asked for; else None.
-    """
-
-    loss: float
-    targets: int
-    seconds: float
+    loss: float  # token mean (nats per target)
+    targets: int  # tokens with a label
+    seconds: float  # wall time
+    # Examples in a forward pass, where memory did not suffice for as many as were asked for.
     reduced_batch_size: int | None = None
 
 
@@ -127,21 +95,14 @@ class EarlyStopping:
     is reset only by an improvement of more than `threshold`. A loss that is not finite is a
     failure.
 
-    Attributes:
-        patience: Failures in a row after which to stop; None never stops.
-        threshold: Improvement in loss (nats per target) that a reset needs to exceed.
-        best_step: Step of the best evaluation, None before the first.
-        best_loss: Its loss.
-        failures: Evaluations in a row without a sufficient improvement.
-
     Source: transformers 5.23 `EarlyStoppingCallback`.
     """
 
-    patience: int | None
-    threshold: float = 0.0
-    best_step: int | None = None
-    best_loss: float | None = None
-    failures: int = 0
+    patience: int | None  # failures in a row after which to stop; None never stops
+    threshold: float = 0.0  # improvement in loss (nats per target) that a reset needs to exceed
+    best_step: int | None = None  # step of the best evaluation, None before the first
+    best_loss: float | None = None  # its loss
+    failures: int = 0  # evaluations in a row without a sufficient improvement
 
     def observe(self, step: int, loss: float) -> bool:
         """Take in the evaluation at `step` and return whether it is the best so far."""
@@ -161,40 +122,25 @@ class EarlyStopping:
 
 @dataclass
 class TrainState:
-    """All that a run is, beside its weights and its optimizer: what a resume continues from.
+    """All that a run is, beside its weights and its optimizer: what a resume continues from."""
 
-    Attributes:
-        step: Optimizer steps done.
-        tokens: Real tokens trained on, padding left out.
-        targets: Tokens with a label trained on.
-        seconds: Wall time in steps, evaluation and saving left out.
-        stopping: Best evaluation and patience.
-        loss_since_eval: Sum of token losses since the last evaluation (nats).
-        targets_since_eval: Targets that sum belongs to.
-        scaler: State of the fp16 loss scaler, None without one.
-        skipped: Steps without an update, over the whole run.
-        non_finite_in_a_row: Latest steps in a row whose loss or gradient was not finite.
-        resumed_from: Steps at which the run was taken up again.
-        peak_memory_bytes: Highest memory use seen, over all of the run's processes.
-        micro_batch_divisor: What the configured size of micro-batches is divided by, a power of
-            two: more than 1 since memory once did not suffice.
-        recent_losses: Losses of the latest updates, what a spike is measured against
-            (`observe_loss`).
-    """
-
-    stopping: EarlyStopping
-    step: int = 0
-    tokens: int = 0
-    targets: int = 0
-    seconds: float = 0.0
-    loss_since_eval: float = 0.0
-    targets_since_eval: int = 0
-    scaler: dict[str, Any] | None = None
-    skipped: int = 0
-    non_finite_in_a_row: int = 0
+    stopping: EarlyStopping  # best evaluation and patience
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # real tokens trained on, padding left out
+    targets: int = 0  # tokens with a label trained on
+    seconds: float = 0.0  # wall time in steps, evaluation and saving left out
+    loss_since_eval: float = 0.0  # sum of token losses since the last evaluation (nats)
+    targets_since_eval: int = 0  # targets that sum belongs to
+    scaler: dict[str, Any] | None = None  # state of the fp16 loss scaler, None without one
+    skipped: int = 0  # steps without an update, over the whole run
+    non_finite_in_a_row: int = 0  # latest steps in a row whose loss or gradient was not finite
+    # Steps at which the run was taken up again.
     resumed_from: list[int] = field(default_factory=list)
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int = 0  # highest memory use seen, over all of the run's processes
+    # What the configured size of micro-batches is divided by, a power of two: more than 1 since
+    # memory once did not suffice.
     micro_batch_divisor: int = 1
+    # Losses of the latest updates, what a spike is measured against (`observe_loss`).
     recent_losses: list[float] = field(default_factory=list)
 
     def take_loss_since_eval(self) -> float | None:

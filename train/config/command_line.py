@@ -25,16 +25,8 @@ from train.process.command import CommandParser, command
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
 OPTIONS = (
-    "--preset",
-    "--config",
-    "--plan",
-    "--json",
-    "--ranks",
-    "--resume",
-    "--prove-resume",
-    "--list-presets",
-    "--show",
-    "--help",
+    *("--preset", "--config", "--plan", "--json", "--ranks", "--resume", "--prove-resume"),
+    *("--list-presets", "--show", "--help"),
 )
 
 DESCRIPTION = """\
@@ -77,30 +69,19 @@ OTHER_COMMANDS = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for.
+    """What the command line asks for."""
 
-    Attributes:
-        preset: Name of the preset to start from.
-        config_file: TOML file over the preset.
-        plan: Print the plan and train nothing.
-        json: The plan as one JSON object.
-        ranks: Ranks to plan for; None is one.
-        resume: Folder of a run or of one checkpoint to go on from.
-        prove_resume: Steps before the kill of a proof that resume is exact; None proves nothing.
-        list_presets: Print the presets.
-        show: Name of the preset to print in full.
-        overrides: `key=value` settings as written, in order.
-    """
-
-    preset: str | None = None
-    config_file: str | None = None
-    plan: bool = False
-    json: bool = False
-    ranks: int | None = None
-    resume: str | None = None
+    preset: str | None = None  # name of the preset to start from
+    config_file: str | None = None  # TOML file over the preset
+    plan: bool = False  # print the plan and train nothing
+    json: bool = False  # the plan as one JSON object
+    ranks: int | None = None  # ranks to plan for; None is one
+    resume: str | None = None  # folder of a run or of one checkpoint to go on from
+    # Steps before the kill of a proof that resume is exact; None proves nothing.
     prove_resume: int | None = None
-    list_presets: bool = False
-    show: str | None = None
+    list_presets: bool = False  # print the presets
+    show: str | None = None  # name of the preset to print in full
+    # `key=value` settings as written, in order.
     overrides: dict[str, str] = field(default_factory=dict)
 
 

@@ -26,20 +26,13 @@ NO_DATA = Unknown("pass a file or folder as data.train")
 
 @dataclass(frozen=True)
 class KnownData:
-    """Data that was read.
+    """Data that was read."""
 
-    Attributes:
-        num_examples: Training examples; rows, where they could not be tokenised.
-        num_valid: Valid examples; 0 plans no evaluation.
-        num_test: Test examples.
-        lengths: Tokens of each training example.
-        counts: What the data held (rows, truncated, dropped, …), passed on as it is.
-    """
-
-    num_examples: int
-    num_valid: int
-    num_test: int
-    lengths: Sequence[int] | Unknown
+    num_examples: int  # training examples; rows, where they could not be tokenised
+    num_valid: int  # valid examples; 0 plans no evaluation
+    num_test: int  # test examples
+    lengths: Sequence[int] | Unknown  # tokens of each training example
+    # What the data held (rows, truncated, dropped, …), passed on as it is.
     counts: Mapping[str, Any]
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -43,17 +44,9 @@ class Records:
     def step(self, result: StepResult, spike: float | None) -> None:
         """Enter the step just done; a `spike` is how many standard deviations its loss is above."""
         run, step = self.run, self.run.state.step
-        row: dict[str, Any] = {
-            "kind": "train",
-            "step": step,
-            "epoch": run.plan.epoch_of(step),
-            "loss": result.loss,
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.grad_norm,
-            "targets": result.targets,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-        }
+        numbers = asdict(result)
+        del numbers["skipped"], numbers["examples"]
+        row: dict[str, Any] = {"step": step, "epoch": run.plan.epoch_of(step), **numbers}
         if result.skipped is not None:
             row["skipped"] = result.skipped
         if spike is not None:
@@ -80,7 +73,6 @@ class Records:
     ) -> None:
         """Enter an evaluation, and the mean loss of the steps since the last one."""
         row = {
-            "kind": "eval",
             "step": self.run.state.step,
             "split": split,
             "loss": result.loss,

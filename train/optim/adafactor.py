@@ -119,21 +119,14 @@ def clipped_rate(norm: Tensor, elements: int, learning_rate: float, reduce: Redu
 
 @dataclass(frozen=True)
 class _Stack:
-    """Parameters of one shape, stacked: n of them, or a lone one.
-
-    Attributes:
-        names: Their names.
-        weight: (n, *shape), a view of the parameters; at least one dimension beside n.
-        gradient: The same of the buffer's gradients; None for a lone parameter.
-        state: (n, ...) `exp_avg_sq_row` and `exp_avg_sq_col` of matrices, `exp_avg_sq` of vectors.
-        decayed: Whether weight decay applies.
-    """
+    """Parameters of one shape, stacked: n of them, or a lone one."""
 
     names: tuple[str, ...]
-    weight: Tensor
-    gradient: Tensor | None
+    weight: Tensor  # (n, *shape), a view of the parameters; at least one dimension beside n
+    gradient: Tensor | None  # the same of the buffer's gradients; None for a lone parameter
+    # (n, ...) `exp_avg_sq_row` and `exp_avg_sq_col` of matrices, `exp_avg_sq` of vectors.
     state: dict[str, Tensor]
-    decayed: bool
+    decayed: bool  # whether weight decay applies
 
 
 class Adafactor(Optimizer):

@@ -60,21 +60,13 @@ def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one shape that lie side by side in the buffer.
+    """Parameters of one shape that lie side by side in the buffer."""
 
-    Attributes:
-        names: The parameters' names, n of them.
-        shape: The shape of each.
-        decayed: Whether they are among those that lie first.
-        first: Where the first begins.
-        stride: From the beginning of one to that of the next.
-    """
-
-    names: tuple[str, ...]
-    shape: torch.Size
-    decayed: bool
-    first: int
-    stride: int
+    names: tuple[str, ...]  # the parameters' names, n of them
+    shape: torch.Size  # the shape of each
+    decayed: bool  # whether they are among those that lie first
+    first: int  # where the first begins
+    stride: int  # from the beginning of one to that of the next
 
     @property
     def end(self) -> int:

@@ -29,42 +29,26 @@ MAX_STEPS = 10_000_000
 
 @dataclass(frozen=True)
 class RunPlan:
-    """When a run does what. Steps count from 1; a step is one optimizer update.
+    """When a run does what. Steps count from 1; a step is one optimizer update."""
 
-    Attributes:
-        num_examples: Training examples in an epoch.
-        world_size: Ranks that share each step's examples.
-        effective_batch_size: Examples in a step, over all ranks.
-        micro_batch_size: Examples in a micro-batch of one rank; None where tokens cut it.
-        micro_batch_tokens: Tokens in a micro-batch; None where examples cut it.
-        micro_batches_per_step: Micro-batches that the busiest rank runs in a full step; None where
-            tokens cut it, since that differs from step to step.
-        steps_per_epoch: Steps an epoch, the last one possibly smaller.
-        total_steps: Steps planned in all.
-        warmup_steps: Steps until the peak learning rate.
-        log_steps: Steps at which to log, the last included.
-        eval_steps: Steps at which to evaluate, the last included; empty without a valid set.
-        save_steps: Steps at which to save, the last included.
-        schedule: `cosine`, `linear` or `constant`.
-        peak_learning_rate: The rate at the end of the warm-up.
-        min_lr_ratio: Share of the peak at which the schedule ends.
-    """
-
-    num_examples: int
-    world_size: int
-    effective_batch_size: int
-    micro_batch_size: int | None
-    micro_batch_tokens: int | None
+    num_examples: int  # training examples in an epoch
+    world_size: int  # ranks that share each step's examples
+    effective_batch_size: int  # examples in a step, over all ranks
+    micro_batch_size: int | None  # examples in a micro-batch of one rank; None where tokens cut it
+    micro_batch_tokens: int | None  # tokens in a micro-batch; None where examples cut it
+    # Micro-batches that the busiest rank runs in a full step; None where tokens cut it, since that
+    # differs from step to step.
     micro_batches_per_step: int | None
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    log_steps: tuple[int, ...]
+    steps_per_epoch: int  # steps an epoch, the last one possibly smaller
+    total_steps: int  # steps planned in all
+    warmup_steps: int  # steps until the peak learning rate
+    log_steps: tuple[int, ...]  # steps at which to log, the last included
+    # Steps at which to evaluate, the last included; empty without a valid set.
     eval_steps: tuple[int, ...]
-    save_steps: tuple[int, ...]
-    schedule: str
-    peak_learning_rate: float
-    min_lr_ratio: float
+    save_steps: tuple[int, ...]  # steps at which to save, the last included
+    schedule: str  # `cosine`, `linear` or `constant`
+    peak_learning_rate: float  # the rate at the end of the warm-up
+    min_lr_ratio: float  # share of the peak at which the schedule ends
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate that the update of `step` uses (0 at the first of a warm-up)."""

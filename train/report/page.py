@@ -87,7 +87,7 @@ def _results(record: Record) -> str:
     )
     if trainable and total:
         rows.append(("trained parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"))
-    return "## Result\n\n" + markdown_table(("", ""), rows) if rows else ""
+    return _table("Result", rows)
 
 
 def _test_result(record: Record) -> str:
@@ -180,7 +180,7 @@ def _speed(record: Record) -> str:
             whole = f"{size_text(peak)}: {size_text(before)} before the model was loaded (Python, "
             whole += "torch, libraries, rows), then model and training, and freed memory that is "
             rows[-1] = ("peak memory of the process", f"{whole}kept for the next step")
-    return "## Speed and memory\n\n" + markdown_table(("", ""), rows)
+    return _table("Speed and memory", rows)
 
 
 def _samples(record: Record) -> str:
@@ -199,7 +199,7 @@ def _samples(record: Record) -> str:
 
 def _environment(record: Record) -> str:
     rows = [(name, f"`{value}`") for name, value in _flat(record.environment) if value is not None]
-    return "## Environment\n\n" + markdown_table(("", ""), rows) if rows else ""
+    return _table("Environment", rows)
 
 
 def _configuration(record: Record) -> str:
@@ -220,6 +220,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _table(heading: str, rows: Sequence[tuple[str, str]]) -> str:
+    return f"## {heading}\n\n" + markdown_table(("", ""), rows) if rows else ""
 
 
 def _bullets(heading: str, lines: Sequence[str]) -> str:

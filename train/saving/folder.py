@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -188,42 +187,6 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def status_document(run: Run, condition: str, reason: str, **more: Any) -> dict[str, Any]:
-    """Return the content of status.json.
-
-    Args:
-        run: The run.
-        condition: `running`, `finished`, `preempted` or `failed`.
-        reason: Why: `started`, `completed`, `early_stopping`, `sigint`, `sigterm`, `non_finite`,
-            `error`.
-        more: Further fields.
-    """
-    state, plan, parameters = run.state, run.plan, list(run.model.parameters())
-    best_step, best_loss = state.stopping.best_step, state.stopping.best_loss
-    return {
-        "state": condition,
-        "reason": reason,
-        "step": state.step,
-        "total_steps": plan.total_steps,
-        "epoch": plan.epoch_of(state.step) if state.step else 0.0,
-        "best": None if best_step is None else {"step": best_step, "loss": best_loss},
-        "seconds": state.seconds,
-        "tokens": state.tokens,
-        "targets": state.targets,
-        "skipped": state.skipped,
-        "peak_memory_bytes": state.peak_memory_bytes,
-        "resumed_from": list(state.resumed_from),
-        "process": os.getpid(),
-        "updated": utc_now(),
-        "memory_before_bytes": run.memory.peak_before,
-        "training_memory_bytes": run.memory.training,
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
-        "samples": [asdict(sample) for sample in run.samples],
-        **more,
-    }
-
-
 def trained_tensors(model: CausalLM, config: RunConfig) -> dict[str, Tensor]:
     """Return what is trained under the names of its files: live, without gradient history."""
     if config.train.method == "lora":
@@ -252,8 +215,10 @@ def write_trained(
     )
 
 
-def export(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
+def export(run: Run, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format.
+
+    `tensors` is a copy of what `trained_tensors` gave; without one the present weights are written.
 
     The base's generation_config.json goes with them, byte for byte: it says where a text ends.
 
@@ -262,6 +227,7 @@ def export(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, s
     """
     stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = stored.get(run.model.config.torch_dtype or "", torch.float32)
+    tensors = trained_tensors(run.model, run.config) if tensors is None else tensors
     hashes = write_trained(run, tensors, folder, dtype)
     run.data.tokenizer.save(folder)
     generation = run.source.folder / "generation_config.json"

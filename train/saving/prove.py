@@ -41,6 +41,7 @@ from train.inputs.adapters import with_starting_adapter
 from train.log.metrics import METRICS_FILE, read_metrics
 from train.plan.ledger import find_decoder_config
 from train.saving.checkpoints import read_state
+from train.text import aligned
 
 # What a resumed run need not share with an uninterrupted one.
 _STATE_OF_THE_PROCESS = ("seconds", "resumed_from", "peak_memory_bytes")
@@ -112,16 +113,12 @@ def results(run: Path) -> dict[str, str]:
 
 def print_comparison(whole: Mapping[str, str], resumed: Mapping[str, str]) -> list[str]:
     """Print a line for each result of two runs, and return the names of those that differ."""
-    names = sorted({*whole, *resumed})
-    width = max(len(name) for name in names)
-    print(f"\n{'sha256, without times':<{width}}  {'uninterrupted':<16}  resumed")
-    differing = []
-    for name in names:
+    lines, differing = [("sha256, without times", "uninterrupted", "resumed", "")], []
+    for name in sorted({*whole, *resumed}):
         left, right = whole.get(name, "missing"), resumed.get(name, "missing")
-        if left != right:
-            differing.append(name)
-        verdict = "equal" if left == right else "DIFFERS"
-        print(f"{name:<{width}}  {left[:16]:<16}  {right[:16]:<16}  {verdict}")
+        differing += [name] if left != right else []
+        lines.append((name, left[:16], right[:16], "DIFFERS" if left != right else "equal"))
+    print("\n" + "\n".join(line.rstrip() for line in aligned(lines)))
     return differing
 
 

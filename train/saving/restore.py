@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from files.errors import UserError
 from files.folders import damage, step_of
 from files.tensors import TensorFile
 from train.saving.checkpoints import Checkpoints
+from train.saving.folder import export
 from train.saving.identity import check_identity
 from train.saving.resume import Resume
 from train.saving.saver import Saver, load_trained
@@ -84,7 +86,7 @@ def _mend_best(saver: Saver, resume: Resume, best_step: int) -> None:
         return
     assert resume.checkpoint is not None
     load_trained(saver.run, checkpoint)
-    saver.replace("best", saver.export, best_step)
+    saver.replace("best", partial(export, saver.run), best_step)
     load_trained(saver.run, resume.checkpoint)
 
 

@@ -22,19 +22,12 @@ from train.state import TrainState
 
 @dataclass(frozen=True)
 class Resume:
-    """A run to continue.
+    """A run to continue."""
 
-    Attributes:
-        folder: The run's folder.
-        checkpoint: The verified checkpoint to go on from; None starts at the first step.
-        state: Its state, None without one.
-        identity: What it was trained from, None without one.
-    """
-
-    folder: Path
-    checkpoint: Path | None
-    state: TrainState | None
-    identity: dict[str, Any] | None
+    folder: Path  # the run's folder
+    checkpoint: Path | None  # the verified checkpoint to go on from; None starts at the first step
+    state: TrainState | None  # its state, None without one
+    identity: dict[str, Any] | None  # what it was trained from, None without one
 
     def earlier_schedules(self, plan: RunPlan) -> list[dict[str, Any]]:
         """Return the schedules that steps so far followed, where `plan` has drawn another since.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,21 @@ from models.weights import fill
 from train.plan.decide import available_memory
 from train.saving.background import BackgroundWriter
 from train.saving.checkpoints import Checkpoints, room_on_disk
-from train.saving.folder import export, status_document, trained_tensors, write_trained
+from train.saving.folder import export, trained_tensors, utc_now, write_trained
 from train.state import Run
 
 
 @dataclass
 class Saver:
-    """Writes the state of a run: what is to be saved is copied, and written in the background.
+    """Writes the state of a run: what is to be saved is copied, and written in the background."""
 
-    Attributes:
-        run: The run, live.
-        checkpoints: Those of its folder.
-        identity: Returns what a resumed run must agree with (`train.saving.identity`), once made.
-        sync: Brings the rows of metrics.jsonl to the disk, which a checkpoint relies on.
-        writer: What writes in the background.
-    """
-
-    run: Run
-    checkpoints: Checkpoints
+    run: Run  # the run, live
+    checkpoints: Checkpoints  # those of its folder
+    # Returns what a resumed run must agree with (`train.saving.identity`), once made.
     identity: Callable[[], dict[str, Any]]
+    # Brings the rows of metrics.jsonl to the disk, which a checkpoint relies on.
     sync: Callable[[], None]
-    writer: BackgroundWriter
+    writer: BackgroundWriter  # what writes in the background
 
     def __post_init__(self) -> None:
         self._saved_at = time.monotonic()
@@ -102,7 +97,7 @@ class Saver:
         """
         faultpoint("save.begun")
         if best:
-            self.replace("best", partial(export, self.run, tensors), state["step"])
+            self.replace("best", partial(export, self.run, tensors=tensors), state["step"])
         if moments is not None:
             self.sync()
             self.checkpoints.save(
@@ -131,15 +126,41 @@ class Saver:
         with room_on_disk(f"{name}/ of step {step}", folder, room, remedy):
             replace_folder(folder / name, fill, step=step)
 
-    def export(self, folder: Path) -> dict[str, str]:
-        """Fill `folder` with what a user takes away of the present weights; return hashes."""
-        return export(self.run, trained_tensors(self.run.model, self.run.config), folder)
-
     def status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
-        """Return the content of status.json."""
-        state = self.run.state
-        state.peak_memory_bytes = max(state.peak_memory_bytes, self.run.memory.peak)
-        return status_document(self.run, condition, reason, **more)
+        """Return the content of status.json.
+
+        Args:
+            condition: `running`, `finished`, `preempted` or `failed`.
+            reason: Why: `started`, `completed`, `early_stopping`, `sigint`, `sigterm`,
+                `non_finite`, `error`.
+            more: Further fields.
+        """
+        run, state = self.run, self.run.state
+        state.peak_memory_bytes = max(state.peak_memory_bytes, run.memory.peak)
+        best_step, best_loss = state.stopping.best_step, state.stopping.best_loss
+        parameters = list(run.model.parameters())
+        return {
+            "state": condition,
+            "reason": reason,
+            "step": state.step,
+            "total_steps": run.plan.total_steps,
+            "epoch": run.plan.epoch_of(state.step) if state.step else 0.0,
+            "best": None if best_step is None else {"step": best_step, "loss": best_loss},
+            "seconds": state.seconds,
+            "tokens": state.tokens,
+            "targets": state.targets,
+            "skipped": state.skipped,
+            "peak_memory_bytes": state.peak_memory_bytes,
+            "resumed_from": list(state.resumed_from),
+            "process": os.getpid(),
+            "updated": utc_now(),
+            "memory_before_bytes": run.memory.peak_before,
+            "training_memory_bytes": run.memory.training,
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "total_parameters": sum(p.numel() for p in parameters),
+            "samples": [asdict(sample) for sample in run.samples],
+            **more,
+        }
 
     def write_status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Write status.json and return it."""
