@@ -2439,13 +2439,13 @@ MUTATIONS = [
         "tests/train/test_resume.py",
         (
             "final/ is made of a best/ that is damaged or another step's",
-            "        if not whole_best(best, best_step):\n",
-            "        if not best.exists():\n",
+            "    if not whole_best(best, best_step):\n",
+            "    if not best.exists():\n",
             "test_a_best_that_is_not_that_of_its_step_is_not_handed_out",
         ),
         (
             "the test set is evaluated with the last weights where final/ holds the best",
-            "        load_trained(run, best)\n",
+            "    load_trained(run, best)\n",
             "",
             "test_the_test_set_is_evaluated_with_the_weights_of_final",
         ),

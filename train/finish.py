@@ -121,33 +121,35 @@ def finish(run: Run, records: Records, saver: Saver, reason: str, signals: Signa
     faultpoint("run.ends")
     if signals.stop is not None:
         reason = signals.stop.name.lower()
-    if reason not in ("completed", "early_stopping"):
-        condition = "failed" if reason == "non_finite" else "preempted"
-        status = saver.write_status(condition, reason)
-        write_report(run.folder)
-        records.console.summary(*closing_summary(status, run.folder))
-        return reason
-    best, best_step = run.folder / "best", run.state.stopping.best_step
-    if run.config.checkpoint.load_best_at_end and best_step is not None:
-        if not whole_best(best, best_step):
-            raise UserError(
-                f"{best}: missing, damaged or not that of step {best_step}, but "
-                "checkpoint.load_best_at_end=true promises it as final/; resume the run from a "
-                "checkpoint at or before its best step"
-            )
-        load_trained(run, best)
-        saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
-    else:
-        saver.replace("final", partial(export, run), run.state.step)
-    faultpoint("run.final")
-    if run.data.test is not None:
-        _evaluate(run, records, "test", run.data.test)
-    complete_samples(run, "after")
-    records.metrics.sync()
-    status = saver.write_status("finished", reason)
+    ends = {"completed": "finished", "early_stopping": "finished", "non_finite": "failed"}
+    condition = ends.get(reason, "preempted")
+    if condition == "finished":
+        _write_final(run, saver)
+        faultpoint("run.final")
+        if run.data.test is not None:
+            _evaluate(run, records, "test", run.data.test)
+        complete_samples(run, "after")
+        records.metrics.sync()
+    status = saver.write_status(condition, reason)
     write_report(run.folder)
     records.console.summary(*closing_summary(status, run.folder))
     return reason
+
+
+def _write_final(run: Run, saver: Saver) -> None:
+    """Make `final/`, of the present weights or of the best ones, which are then the model's."""
+    best, best_step = run.folder / "best", run.state.stopping.best_step
+    if not run.config.checkpoint.load_best_at_end or best_step is None:
+        saver.replace("final", partial(export, run), run.state.step)
+        return
+    if not whole_best(best, best_step):
+        raise UserError(
+            f"{best}: missing, damaged or not that of step {best_step}, but "
+            "checkpoint.load_best_at_end=true promises it as final/; resume the run from a "
+            "checkpoint at or before its best step"
+        )
+    load_trained(run, best)
+    saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
 
 
 def _copy_files(source: Path, target: Path) -> dict[str, str]:

@@ -18,24 +18,19 @@ from models.layers import CausalLM
 
 
 def loss_sum(
-    model: CausalLM,
-    micro_batch: MicroBatch,
-    device: torch.device,
+    model: CausalLM,  # the decoder; its head is applied to the supervised rows only
+    micro_batch: MicroBatch,  # M token rows with shifted targets
+    device: torch.device,  # where the model is
+    # (seed, step) of the dropout draws; None in evaluation, which draws none.
     draw: tuple[int, int] | None,
+    # What the sum is multiplied by before its backward pass, where fp16 needs to know
+    # (`kernels.loss`).
     gradient_scale: float = 1.0,
 ) -> Tensor:
     """Return the sum over a micro-batch's targets of their cross-entropy, in nats.
 
     It is a sum, not a mean, so that the micro-batches of a step add up to the step's loss whatever
     the cut.
-
-    Args:
-        model: The decoder; its head is applied to the supervised rows only.
-        micro_batch: M token rows with shifted targets.
-        device: Where the model is.
-        draw: (seed, step) of the dropout draws; None in evaluation, which draws none.
-        gradient_scale: What the sum is multiplied by before its backward pass, where fp16 needs to
-            know (`kernels.loss`).
     """
     rows = len(micro_batch.input_ids)
     segments = Segments.build(

@@ -24,16 +24,19 @@ from train.state import StepResult
 
 
 def train_step(
-    model: CausalLM,
-    optimizer: Optimizer,
-    batch: Sequence[MicroBatch],
+    model: CausalLM,  # the decoder, in the state of step s - 1
+    optimizer: Optimizer,  # owner of the trainable parameters
+    batch: Sequence[MicroBatch],  # the step's micro-batches, in order
     *,
-    learning_rate: float,
-    max_grad_norm: float,
-    precision: Precision,
-    scaler: LossScaler | None,
-    draw: tuple[int, int],
+    learning_rate: float,  # the rate of this step
+    max_grad_norm: float,  # bound of the global gradient norm; 0 clips nothing
+    precision: Precision,  # what to compute in, and where
+    scaler: LossScaler | None,  # the loss scaler under fp16, else None
+    draw: tuple[int, int],  # (seed, step) of the dropout draws
+    # What the host does once the device has the gradient to compute: the one moment of a step at
+    # which it would wait is the norm of the gradient.
     meanwhile: Callable[[], object] | None = None,
+    # Called where a micro-batch holds the most memory: its activations are all there.
     at_most: Callable[[], object] | None = None,
 ) -> StepResult:
     """Update the model's trainable parameters once, with the gradient of the whole batch.
@@ -42,19 +45,6 @@ def train_step(
     were, bit for bit, and is reported as skipped. So does a micro-batch that memory does not
     suffice for: the same step can then be done with smaller ones. Running out of memory in the
     update itself is not caught, for it cannot be undone.
-
-    Args:
-        model: The decoder, in the state of step s - 1.
-        optimizer: Owner of the trainable parameters.
-        batch: The step's micro-batches, in order.
-        learning_rate: The rate of this step.
-        max_grad_norm: Bound of the global gradient norm; 0 clips nothing.
-        precision: What to compute in, and where.
-        scaler: The loss scaler under fp16, else None.
-        draw: (seed, step) of the dropout draws.
-        meanwhile: What the host does once the device has the gradient to compute: the one moment of
-            a step at which it would wait is the norm of the gradient.
-        at_most: Called where a micro-batch holds the most memory: its activations are all there.
     """
     started = time.perf_counter()
     targets = sum(micro_batch.num_targets for micro_batch in batch)

@@ -67,12 +67,16 @@ def read_preset(name: str) -> Preset:
             raise UserError(f"{path}: {key} must be of type {kind.__name__}")
     config = load_config(preset=name)
     parent = read_preset(head["extends"]) if "extends" in head else None
+
+    def own(key: str, otherwise: Any = None) -> Any:
+        return head.get(key, getattr(parent, key) if parent else otherwise)
+
     return Preset(
         name=name,
-        description=head.get("description", parent.description if parent else ""),
-        seed=head.get("seed", parent.seed if parent else None),
-        num_examples=head.get("num_examples", parent.num_examples if parent else None),
-        num_valid=head.get("num_valid", parent.num_valid if parent else None),
+        description=own("description", ""),
+        seed=own("seed"),
+        num_examples=own("num_examples"),
+        num_valid=own("num_valid"),
         claims=tuple(_claim(path, claim) for claim in head.get("claims", [])),
         departures=(*(parent.departures if parent else ()), *head.get("departures", [])),
         config=config,

@@ -39,19 +39,14 @@ def thread_times() -> Times:
 
 
 class BusyCores:
-    """Tells once, between two steps, that threads of this process wait much for a core.
-
-    Args:
-        spinning: Whether there is anything to tell: threads that wait for each other by spinning.
-        times: The times of the threads so far.
-        clock: Seconds that only go forward.
-    """
+    """Tells once, between two steps, that threads of this process wait much for a core."""
 
     def __init__(
         self,
+        # Whether there is anything to tell: threads that wait for each other by spinning.
         spinning: bool,
-        times: Callable[[], Times] = thread_times,
-        clock: Callable[[], float] = time.monotonic,
+        times: Callable[[], Times] = thread_times,  # the times of the threads so far
+        clock: Callable[[], float] = time.monotonic,  # seconds that only go forward
     ) -> None:
         self._to_tell = spinning
         self._times, self._clock = times, clock

@@ -116,27 +116,20 @@ def redrawn_text(earlier: Mapping[str, Any], total_steps: int) -> str:
 
 
 class Console:
-    """The voice of one run.
-
-    Args:
-        progress: `auto` renews one line in place on a terminal and prints plain lines elsewhere;
-            True and False choose one of the two.
-        total_steps: Steps of the whole run.
-        first_step: Steps done before this process (a resume).
-        memory: Returns the bytes of memory in use now; None leaves memory out of the progress line.
-        stream: Where to speak; standard output if None.
-        clock: Seconds that only go forward.
-    """
+    """The voice of one run."""
 
     def __init__(
         self,
+        # `auto` renews one line in place on a terminal and prints plain lines elsewhere; True and
+        # False choose one of the two.
         progress: str | bool,
-        total_steps: int,
+        total_steps: int,  # steps of the whole run
         *,
-        first_step: int = 0,
+        first_step: int = 0,  # steps done before this process (a resume)
+        # Returns the bytes of memory in use now; None leaves memory out of the progress line.
         memory: Callable[[], float] | None = None,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        stream: TextIO | None = None,  # where to speak; standard output if None
+        clock: Callable[[], float] = time.monotonic,  # seconds that only go forward
     ) -> None:
         self._stream = stream if stream is not None else sys.stdout
         self._in_place = self._stream.isatty() if progress == "auto" else bool(progress)

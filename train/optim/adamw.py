@@ -52,25 +52,19 @@ class AdamW(Optimizer):
 
     def __init__(
         self,
-        named_parameters: Mapping[str, Parameter],
+        named_parameters: Mapping[str, Parameter],  # what is trained, fp32 or fp64
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        betas: tuple[float, float] = (0.9, 0.999),  # decay rates of the two moments
+        eps: float = 1e-8,  # added to the root of the second moment
+        # Share of a weight that a learning rate of 1 would remove in a step.
         weight_decay: float = 0.0,
+        # Names that weight decay applies to; None takes those for which `decays` holds.
         decayed: Collection[str] | None = None,
-        reduce: Reduce = alone,
+        reduce: Reduce = alone,  # as of `Buffer`
+        # A backend's `adamw_`, in the place of `adamw_update` for fp32 parameters.
         kernel: Callable[..., None] | None = None,
     ) -> None:
         """Allocate the moments, as zeros beside the parameters.
-
-        Args:
-            named_parameters: What is trained, fp32 or fp64.
-            betas: Decay rates of the two moments.
-            eps: Added to the root of the second moment.
-            weight_decay: Share of a weight that a learning rate of 1 would remove in a step.
-            decayed: Names that weight decay applies to; None takes those for which `decays` holds.
-            reduce: As of `Buffer`.
-            kernel: A backend's `adamw_`, in the place of `adamw_update` for fp32 parameters.
 
         Raises:
             ValueError: As `Buffer`.

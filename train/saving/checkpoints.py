@@ -69,20 +69,16 @@ class Checkpoints:
 
     def save(
         self,
-        state: Mapping[str, Any],
+        state: Mapping[str, Any],  # `TrainState.to_dict()` of the step
+        # What a resume is checked against: configuration, data, versions.
         identity: Mapping[str, Any],
+        # Writes the trained tensors and the optimizer's into a folder, and returns the sha256 of
+        # each file.
         write_tensors_into: Callable[[Path], Mapping[str, str]],
+        # Size of the checkpoint, compared with the free space before anything is written.
         expected_bytes: int,
     ) -> Path:
         """Write the checkpoint of a state, then delete those beyond the limit.
-
-        Args:
-            state: `TrainState.to_dict()` of the step.
-            identity: What a resume is checked against: configuration, data, versions.
-            write_tensors_into: Writes the trained tensors and the optimizer's into a folder, and
-                returns the sha256 of each file.
-            expected_bytes: Size of the checkpoint, compared with the free space before anything is
-                written.
 
         Raises:
             UserError: The disk is full; the checkpoints there are untouched.
