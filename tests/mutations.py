@@ -2329,7 +2329,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/saving/background.py",
+        "train/saving/saver.py",
         "tests/train/test_background.py",
         (
             "an error of the writer is told to nobody",

@@ -23,12 +23,11 @@ from train.plan.decide import Machine
 from train.plan.steps import RunPlan
 from train.precision import LossScaler, Precision
 from train.process.memory import MemoryUse
-from train.saving.background import BackgroundWriter
 from train.saving.checkpoints import Checkpoints
 from train.saving.identity import identity_document
 from train.saving.restore import restore, settle
 from train.saving.resume import Resume
-from train.saving.saver import Saver
+from train.saving.saver import BackgroundWriter, Saver
 from train.state import EarlyStopping, Run, TrainState
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -61,20 +62,8 @@ def train_step(
     if targets == 0:
         return result(0.0, 0.0, "no targets")
     scaler_before = scaler.state() if scaler else {}
-    computed = within_memory(
-        lambda: _gradient(
-            model,
-            optimizer,
-            batch,
-            targets,
-            precision=precision,
-            scaler=scaler,
-            draw=draw,
-            meanwhile=meanwhile,
-            at_most=at_most,
-        ),
-        precision.device,
-    )
+    handed_on = model, optimizer, batch, targets, precision, scaler, draw, meanwhile, at_most
+    computed = within_memory(partial(_gradient, *handed_on), precision.device)
     losses, norm, scale = computed or ([], math.nan, 1.0)
     mean = exact_sum(losses) / targets if losses else math.nan
     if not (math.isfinite(norm) and math.isfinite(mean)):
@@ -95,7 +84,6 @@ def _gradient(
     optimizer: Optimizer,
     batch: Sequence[MicroBatch],
     targets: int,
-    *,
     precision: Precision,
     scaler: LossScaler | None,
     draw: tuple[int, int],

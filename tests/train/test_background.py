@@ -11,7 +11,7 @@ from runs import checkpoints_of, train
 
 from files.errors import UserError
 from train.saving import saver
-from train.saving.background import BackgroundWriter
+from train.saving.saver import BackgroundWriter
 
 
 @pytest.fixture(autouse=True)
