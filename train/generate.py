@@ -32,6 +32,7 @@ from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, KeyValueCache
 from models.weights import fill
 from train.config.load import load_config
+from train.config.schema import DataSettings
 from train.inputs.base_model import find_model, load_base
 from train.inputs.dataset import prompt_format
 from train.plan.decide import decide_device, decide_precision
@@ -224,8 +225,7 @@ def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
         source = find_model(config, weights=False).folder
         model = build(read_config(source), attention=config.model.attention)
         fill(model, trained, dtype, device)
-    form = _stored_format(trained) or prompt_format(config.data)
-    return _generator(model, source, trained, form, str(trained), config.data.chat_template)
+    return _generator(model, source, trained, str(trained), config.data)
 
 
 def load_from_adapter(
@@ -248,7 +248,7 @@ def load_from_adapter(
     model = load_model(source, dtype=dtype, device=device)
     load_adapter(model, adapter)
     name = f"{adapter} over {base or found.repository or source}"
-    return _generator(model, source, adapter, _stored_format(adapter), name)
+    return _generator(model, source, adapter, name)
 
 
 def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Generator:
@@ -259,34 +259,29 @@ def load_from_model(path: str, device: torch.device, dtype: torch.dtype) -> Gene
     """
     source = resolve_model(path).folder
     model = load_model(source, dtype=dtype, device=device)
-    return _generator(model, source, source, _stored_format(source), path)
+    return _generator(model, source, source, path)
 
 
 def _generator(
-    model: CausalLM,
-    source: Path,
-    trained: Path,
-    form: PromptFormat | None,
-    name: str,
-    chat_template: str | None = None,
+    model: CausalLM, source: Path, trained: Path, name: str, data: DataSettings | None = None
 ) -> Generator:
     """Join a model with what lies beside the trained weights, else beside their base.
 
-    The tokenizer beside what was trained holds `chat_template` already.
+    `data` are the settings of the run that trained it. The tokenizer beside what was trained holds
+    their chat template already.
     """
 
     def holder(name: str) -> Path:
         return trained if (trained / name).is_file() else source
 
-    place = holder("tokenizer.json")
-    tokenizer = Tokenizer.load(place, None if place == trained else chat_template)
+    place, stored = holder("tokenizer.json"), trained / "prompt_format.json"
+    template = data.chat_template if data is not None and place != trained else None
+    form = None if data is None else prompt_format(data)
+    if stored.is_file():
+        form = PromptFormat.from_dict(read_json_object(stored))
+    tokenizer = Tokenizer.load(place, template)
     stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     return Generator(model, tokenizer, form, stop_ids, name)
-
-
-def _stored_format(folder: Path) -> PromptFormat | None:
-    path = folder / "prompt_format.json"
-    return PromptFormat.from_dict(read_json_object(path)) if path.is_file() else None
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:

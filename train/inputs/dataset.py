@@ -45,14 +45,8 @@ class Data:
     @property
     def fingerprints(self) -> dict[str, str | None]:
         """The hash of each set's ids and labels: equal where training sees the same data."""
-        return {
-            name: examples.fingerprint if examples is not None else None
-            for name, examples in (
-                ("train", self.train),
-                ("valid", self.valid),
-                ("test", self.test),
-            )
-        }
+        sets = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: None if rows is None else rows.fingerprint for name, rows in sets.items()}
 
 
 def with_rows(

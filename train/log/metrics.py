@@ -57,9 +57,11 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int = 0) -> None:
-        folder = Path(folder)
         self._path = folder / METRICS_FILE
-        self._keys = _truncate(self._path, resume_step)
+        # A torn last line goes, and what will be written again: from step 0 that is everything, the
+        # evaluation before training included.
+        rows = _keep(self._path, lambda row: resume_step > 0 and row["step"] <= resume_step)
+        self._keys = {_key(row) for row in rows}
         self._writer = _open_tensorboard(folder, resume_step) if tensorboard else None
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
         # Speed needs a span of time: tokens and seconds since the last logged step.
@@ -84,10 +86,8 @@ class Metrics:
         if not log:
             return
         if self._writer is not None:
-            values = {
-                f"train/{name}": row[name]
-                for name in ("loss", "learning_rate", "grad_norm", "epoch")
-            }
+            shown = ("loss", "learning_rate", "grad_norm", "epoch")
+            values = {f"train/{name}": row[name] for name in shown}
             if self._seconds > 0:
                 values["train/tokens_per_second"] = self._tokens / self._seconds
             values["time/step_seconds"] = row["seconds"]
@@ -174,15 +174,6 @@ def _keep(path: Path, wanted: Callable[[Row], bool]) -> list[Row]:
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
         write_text(path, text)
     return [json.loads(line) for line in kept]
-
-
-def _truncate(path: Path, resume_step: int) -> set[tuple[str, str, int]]:
-    """Drop a torn last line and the rows that will be written again; return the other rows' keys.
-
-    From step 0 everything is done again, the evaluation before training included.
-    """
-    rows = _keep(path, lambda row: resume_step > 0 and row["step"] <= resume_step)
-    return {_key(row) for row in rows}
 
 
 def require_tensorboard() -> type[SummaryWriter]:

@@ -35,14 +35,12 @@ def measure(quantity: str, preset: Preset) -> float | None:
     None where the seed does not state what it depends on.
     """
     name, _, at = quantity.partition("@")
-    config = preset.config
+    config, batch = preset.config, effective_batch_size(preset.config)
     if name == "effective_batch_size":
-        return effective_batch_size(config)
-    if name == "largest_rank_share":
-        return max(rank_shares(effective_batch_size(config), int(at)))
-    if name == "rank_share_spread":
-        shares = rank_shares(effective_batch_size(config), int(at))
-        return max(shares) - min(shares)
+        return batch
+    if name in ("largest_rank_share", "rank_share_spread"):
+        shares = rank_shares(batch, int(at))
+        return max(shares) - (min(shares) if name == "rank_share_spread" else 0)
     if name in _SIZE_QUANTITIES:
         return _measure_size(name, config)
     if preset.num_examples is None:
@@ -71,11 +69,8 @@ def measure(quantity: str, preset: Preset) -> float | None:
 
 
 _SIZE_QUANTITIES = (
-    "base_parameters",
-    "trainable_parameters",
-    "trainable_percent",
-    "optimizer_gigabytes",
-    "weights_gigabytes",
+    *("base_parameters", "trainable_parameters", "trainable_percent"),
+    *("optimizer_gigabytes", "weights_gigabytes"),
 )
 
 
@@ -88,11 +83,7 @@ def _measure_size(name: str, config: RunConfig) -> float | None:
         precision = "bf16" if config.train.precision == "auto" else config.train.precision
         ledger = memory_ledger(config, decoder, sizes, precision=precision)
         return ledger[name.removesuffix("_gigabytes")] / 1e9
-    return {
-        "base_parameters": sizes.base,
-        "trainable_parameters": sizes.trainable,
-        "trainable_percent": sizes.trainable_percent,
-    }[name]
+    return getattr(sizes, name.removesuffix("_parameters"))
 
 
 def claim_row(claim: Claim, value: float | None) -> dict[str, Any]:

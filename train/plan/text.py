@@ -46,9 +46,8 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     batch = f"{counted(document['effective_batch_size'], 'example')} a step"
     if document["world_size"] > 1:
-        batch += (
-            f", on {document['world_size']} ranks {'/'.join(map(str, document['rank_shares']))}"
-        )
+        shares = "/".join(map(str, document["rank_shares"]))
+        batch += f", on {document['world_size']} ranks {shares}"
     if document["micro_batches_per_step"]:
         micro_batches = counted(document["micro_batches_per_step"], "micro-batch", "micro-batches")
         batch += f", in {micro_batches} of {document['micro_batch_size']}"
@@ -73,12 +72,9 @@ def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         total = document["total_steps"]
         return [("steps", f"{total:,}" if total else "unknown without data")]
     rates = document["learning_rates"]
+    steps = f"{document['total_steps']:,} ({document['steps_per_epoch']:,} an epoch)"
     rows = [
-        (
-            "steps",
-            f"{document['total_steps']:,} ({document['steps_per_epoch']:,} an epoch), "
-            f"{document['warmup_steps']:,} of warm-up",
-        ),
+        ("steps", f"{steps}, {document['warmup_steps']:,} of warm-up"),
         ("evaluations", _listed(document["eval_steps"])),
         ("checkpoints", _listed(document["save_steps"])),
     ]
@@ -98,44 +94,33 @@ def _parameter_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    memory = document["memory"]
+    rows: dict[str, str] = {}
+    memory, disk, compute = document["memory"], document["disk"], document["compute"]
     if memory["total"]:
         rank = " a rank" if document["world_size"] > 1 else ""
-        parts = ", ".join(
-            f"{name} {size_text(memory[name])}" for name in MEMORY_CATEGORIES if memory[name]
-        )
-        recomputing = {None: "not decided", True: "on", False: "off"}
+        held = {name: size_text(memory[name]) for name in MEMORY_CATEGORIES if memory[name]}
+        parts = ", ".join(f"{name} {size}" for name, size in held.items())
         without = ""
         if other := document["memory_recomputing"]:
             without = f" without recomputing, {size_text(other['total'])} with it"
-        rows.append((f"memory{rank}", f"about {size_text(memory['total'])}{without}: {parts}"))
-        rows.append(
-            (
-                "recomputing",
-                f"{recomputing[document['gradient_checkpointing']]} "
-                f"({document['gradient_checkpointing_because']})",
-            )
-        )
-    disk = document["disk"]
+        rows[f"memory{rank}"] = f"about {size_text(memory['total'])}{without}: {parts}"
+        words = {None: "not decided", True: "on", False: "off"}
+        recomputing = words[document["gradient_checkpointing"]]
+        rows["recomputing"] = f"{recomputing} ({document['gradient_checkpointing_because']})"
     if disk["total"]:
         minutes = disk["one_more_each_minutes"]
         more = f" (and one each {minutes:g} minutes)" if minutes else ""
-        rows.append(
-            (
-                "disk",
-                f"{size_text(disk['total'])}: {counted(disk['checkpoints_kept'], 'checkpoint')} of "
-                f"{size_text(disk['checkpoint'])}{more}, best and final "
-                f"{size_text(disk['best_and_final'])}",
-            )
+        kept = (
+            f"{counted(disk['checkpoints_kept'], 'checkpoint')} of {size_text(disk['checkpoint'])}"
         )
-    compute = document["compute"]
+        ends = f"best and final {size_text(disk['best_and_final'])}"
+        rows["disk"] = f"{size_text(disk['total'])}: {kept}{more}, {ends}"
     if compute["flops"]:
-        tokens = f"{compute['tokens_are']} {compute['tokens']:,} tokens"
         hours = compute["a100_hours"]
         estimate = f"; one A100 at {SHARE_OF_PEAK:.0%} of its bf16 peak: about {hours:.1f} h"
-        rows.append(("work", tokens + (estimate if hours >= 0.05 else "")))
-    return rows
+        tokens = f"{compute['tokens_are']} {compute['tokens']:,} tokens"
+        rows["work"] = tokens + (estimate if hours >= 0.05 else "")
+    return [*rows.items()]
 
 
 def _claim_line(claim: Mapping[str, Any]) -> str:

@@ -30,12 +30,8 @@ def plan_against_actual(record: Record) -> str:
     compare("steps", record.total_steps, record.step)
     epochs = record.train[-1]["epoch"] if record.train else 0.0
     if plan.get("steps_per_epoch") and record.total_steps:
-        compare(
-            "epochs",
-            record.total_steps / plan["steps_per_epoch"],
-            epochs,
-            lambda value: f"{value:.2f}",
-        )
+        planned_epochs = record.total_steps / plan["steps_per_epoch"]
+        compare("epochs", planned_epochs, epochs, lambda value: f"{value:.2f}")
     planned_evals = plan.get("eval_steps")
     if planned_evals is not None:
         done = {row["step"] for row in record.valid}

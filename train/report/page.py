@@ -119,20 +119,11 @@ def _curves(record: Record, plots: Sequence[Path] | None) -> str:
 def _evaluations(record: Record) -> str:
     rows, before = [], None
     for row in record.valid:
-        loss, beside = row["loss"], record.train_loss_beside(row)
+        step, loss, beside = row["step"], row["loss"], record.train_loss_beside(row)
+        train = "—" if beside is None else format_loss(beside) + ("" if step else " (step 1)")
         change = "" if before is None or loss is None else f"{loss / before - 1:+.1%}"
-        rows.append(
-            (
-                f"{row['step']:,}",
-                _epoch(record, row["step"]),
-                "—"
-                if beside is None
-                else format_loss(beside) + ("" if row["step"] else " (step 1)"),
-                format_loss(loss),
-                change,
-                "best" if row is record.best else "",
-            )
-        )
+        best = "best" if row is record.best else ""
+        rows.append((f"{step:,}", _epoch(record, step), train, format_loss(loss), change, best))
         before = loss if loss is not None else before
     text = "## Evaluations\n\n"
     if rows:
@@ -162,12 +153,10 @@ def _speed(record: Record) -> str:
     tokens, targets = (sum(row[name] for row in record.train) for name in ("tokens", "targets"))
     evaluating = sum(row.get("seconds") or 0.0 for row in record.valid + record.test)
     median = format_seconds(statistics.median(seconds))
+    throughput, trained = tokens / sum(seconds), targets / sum(seconds)
     rows = [
         ("tokens trained on", f"{tokens:,} ({counted(targets, 'target')})"),
-        (
-            "throughput",
-            f"{tokens / sum(seconds):,.0f} tokens/s, {targets / sum(seconds):,.0f} targets/s",
-        ),
+        ("throughput", f"{throughput:,.0f} tokens/s, {trained:,.0f} targets/s"),
         ("step", f"median {median}, slowest {format_seconds(max(seconds))}"),
         ("time in steps", format_duration(sum(seconds))),
     ]

@@ -122,9 +122,7 @@ class Checkpoints:
         """Rename the checkpoints after `step`, from which the run goes on another time."""
         for newer in self.steps():
             if newer > step:
-                aside = self.folder / f"aside-{self.path(newer).name}"
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path(newer).rename(aside)
+                set_aside(self.path(newer), "aside")
 
     def newest_verified(self, say: Callable[[str], None]) -> Path | None:
         """Return the newest checkpoint whose every hash matches; others are set aside and named."""
@@ -132,11 +130,16 @@ class Checkpoints:
             problem = damage(self.path(step))
             if problem is None:
                 return self.path(step)
-            aside = self.folder / f"corrupt-{self.path(step).name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            self.path(step).rename(aside)
+            aside = set_aside(self.path(step), "corrupt")
             say(f"{problem}; set aside as {aside.name}, looking for an older checkpoint")
         return None
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a folder to `WHY-NAME`, in the place of an earlier one of that name; return it."""
+    aside = folder.with_name(f"{why}-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
 
 
 def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:

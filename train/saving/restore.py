@@ -11,7 +11,7 @@ from typing import Any
 from files.errors import UserError
 from files.folders import damage, step_of
 from files.tensors import TensorFile
-from train.saving.checkpoints import Checkpoints
+from train.saving.checkpoints import Checkpoints, set_aside
 from train.saving.folder import export
 from train.saving.identity import check_identity
 from train.saving.resume import Resume
@@ -73,9 +73,7 @@ def settle(saver: Saver, resume: Resume) -> list[str]:
     checkpoints.rotate(stopping.best_step)
     final = run.folder / "final"
     if state.step < run.plan.total_steps and final.is_dir():
-        aside = run.folder / "aside-final"
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
+        set_aside(final, "aside")
     return warnings
 
 
