@@ -79,9 +79,13 @@ def assemble(
     for name in ("best", "final"):
         recover_folder(folder / name)
     sweep(folder)
-    stop = config.eval
-    state = TrainState(EarlyStopping(stop.early_stopping_patience, stop.early_stopping_threshold))
-    taken_up = resume is not None and resume.state is not None
+    state = resume.state if resume is not None else None
+    taken_up = state is not None
+    if state is None:
+        stop = config.eval
+        state = TrainState(
+            EarlyStopping(stop.early_stopping_patience, stop.early_stopping_threshold)
+        )
     run = Run(
         config=config,
         plan=plan,
@@ -92,7 +96,7 @@ def assemble(
         optimizer=optimizer,
         precision=precision,
         scaler=LossScaler() if precision.needs_loss_scaler else None,
-        state=resume.state if resume is not None and resume.state is not None else state,
+        state=state,
         samples=samples_so_far(folder) if taken_up else [],
         memory=memory,
         folder=folder,

@@ -14,7 +14,8 @@ from lora import LoraConfig, inject, save_adapter
 from models import load_model
 from train.generate import find_stop_ids, load_from_adapter, load_from_model, load_run
 from train.merge import merge_adapter
-from train.saving.folder import GENERATION_CONFIG
+
+GENERATION_CONFIG = "generation_config.json"
 
 # Odd spacing and a key of another version: a file that is read and written again loses them.
 TEXT = '{\n "eos_token_id" : [0, 98],"a_key_of_tomorrow": null}\n'
