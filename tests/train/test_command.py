@@ -10,8 +10,8 @@ from children import ROOT, python
 from runs import Refused
 
 from files.errors import counted, note
-from train import command as command_module
 from train import evaluate, generate, merge, run, show_data
+from train.process import command as command_module
 from train.process.command import command
 from train.report import __main__ as report
 
