@@ -6,7 +6,8 @@ inputs/      what it takes in: rows, base model, the adapter that it goes on fro
 plan/        what it will take before it starts; where every `auto` is decided
 assemble.py  all that a run works with
 loop.py batches.py step.py loss.py evaluate.py   training
-state.py precision.py   what a resume continues from; what is computed in
+state.py     what a run works with, and what a resume continues from
+precision.py what is computed in
 optim/       the update rules and their buffers
 saving/      checkpoints, best/, final/, resume, the proof that it is exact
 log/         metrics.jsonl, TensorBoard, the console
