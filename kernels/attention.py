@@ -4,10 +4,10 @@ Legend: M token rows (queries) · D documents · T rows of one document · S key
         d head size · heads query heads · kv key/value heads
         g = heads / kv queries that share a key head
 
-Three ways compute the same: torch's fused kernel over documents of one length (`_fused`) and over
-all others (`kernels.varlen`), and products over whole documents (`_written_out`), which draws
-dropout element by element. Which one runs is a static rule of device, type, dropout and length. On
-a CPU `kernels.cpu.attention` stands before them.
+Three ways compute the same: torch's fused kernels over documents of one length (`_fused`), flash
+attention over all others (`kernels.varlen`), and products over whole documents (`_written_out`),
+which draws dropout element by element. Which one runs is a static rule of device, type, dropout,
+window and lengths: `way`. On a CPU `kernels.cpu.attention` stands before them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def attention(
     """Attend causally inside each document.
 
     Documents of equal row counts, padded ones above all, go through one batched call; pads lie
-    behind the real tokens, so causality alone hides them. Others go through one call too where
-    `kernels.varlen` serves, else one by one.
+    behind the real tokens, so causality alone hides them. Others, and all that have a window or
+    drop weights, go through one call of `kernels.varlen` where that serves, else one by one.
 
     `eager` writes attention out and draws its dropout element by element, so that no draw depends
-    on how a step is cut. `sdpa` calls the fused kernel, whose dropout has a generator of its own:
-    it is seeded from (segments.dropout_seed, module) and put back afterwards. Only CUDA has that
-    fused dropout; elsewhere attention with dropout is written out under `sdpa` too.
+    on how a step is cut. `sdpa` calls a fused kernel, whose dropout has a generator of its own: it
+    is seeded from (segments.dropout_seed, module) and put back afterwards. Only CUDA has that fused
+    dropout; elsewhere attention with dropout is written out under `sdpa` too.
 
     Args:
         q: (M, heads, d) rotated queries.
@@ -73,24 +73,52 @@ def attention(
         dropout = 0.0
     if cache_length and window is not None:  # keys that not even the first query can see
         k, v = (x[max(0, cache_length - window + 1) :] for x in (k, v))
-    fused = implementation == "sdpa" and (dropout == 0 or q.device.type == "cuda")
-    dtype = compute_dtype(q)
-    if segments.tail:
-        q, k, v = (x[: -segments.tail] for x in (q, k, v))
-    unequal = len(set(segments.rows)) > 1
+    which = way(
+        q,
+        segments,
+        window=window,
+        dropout=dropout,
+        implementation=implementation,
+        cache_length=cache_length,
+    )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
-        if fused:
+        if which == "sdpa":
             return _fused(q, k, v, scale, window, dropout)
         return _written_out(q, k, v, scale, window, dropout, rows, module)
 
-    if fused and dropout == 0 and unequal and varlen.serves(q, segments, dtype):
-        out = varlen.attend(q.to(dtype), k.to(dtype), v.to(dtype), segments, scale, window)
-    else:
-        draws = fused and dropout > 0
-        with _seeded(q.device, fold(segments.dropout_seed, module)) if draws else nullcontext():
-            out = _by_document(q, k, v, segments, attend)
+    draws = dropout > 0 and which != "eager"
+    with _seeded(q.device, fold(segments.dropout_seed, module)) if draws else nullcontext():
+        if which == "varlen":
+            dtype = compute_dtype(q)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            return varlen.attend(q, k, v, segments, scale=scale, window=window, dropout=dropout)
+        if segments.tail:
+            q, k, v = (x[: -segments.tail] for x in (q, k, v))
+        out = _by_document(q, k, v, segments, attend)
     return F.pad(out, (0, 0, 0, segments.tail)) if segments.tail else out
+
+
+def way(
+    q: Tensor,
+    segments: Segments,
+    *,
+    window: int | None = None,
+    dropout: float = 0.0,
+    implementation: str = "sdpa",
+    cache_length: int = 0,
+) -> str:
+    """Return how `attention` computes: `varlen`, `sdpa` or `eager`; arguments as there."""
+    drops = dropout > 0 and segments.dropout_rows is not None
+    if implementation == "eager" or (drops and q.device.type != "cuda"):
+        return "eager"
+    longest = max(segments.rows)
+    # No fused kernel of sdpa's takes a mask of a window and forgoes what it hides.
+    windowed = window is not None and window < longest
+    one_call = drops or windowed or min(segments.rows) < longest
+    if one_call and not cache_length and varlen.serves(q, segments, compute_dtype(q)):
+        return "varlen"
+    return "sdpa"
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: _Attend) -> Tensor:

@@ -45,7 +45,8 @@ def linears(
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
     if all(layer.lora_a is None for layer in operands):
-        return [_plain(x, layer) for layer in operands]
+        lowered = _lowered(x, len(operands))
+        return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
     return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -79,6 +80,35 @@ def _plain(x: Tensor, layer: Operands) -> Tensor:
     if bias is not None and not torch.is_autocast_enabled(x.device.type):
         bias = bias.to(x.dtype)
     return F.linear(x, layer.weight, bias)
+
+
+def _lowered(x: Tensor, times: int) -> Sequence[Tensor]:
+    """Return `x` that often, in the type that is computed in: autocast would copy it each time."""
+    dtype = compute_dtype(x)
+    if times == 1 or x.dtype == dtype:
+        return [x] * times
+    return _Lowered.apply(x, dtype, times)  # pyright: ignore[reportReturnType]  # apply is untyped
+
+
+class _Lowered(torch.autograd.Function):
+    """Makes one copy for all that read it; their gradients are added in the type of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, times: int) -> tuple[Tensor, ...]:
+        ctx.dtype = x.dtype
+        lowered = x.to(dtype)
+        return tuple(lowered.view_as(lowered) for _ in range(times))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None]:
+        # The last first, as autograd adds the gradients of copies.
+        total = grads[-1].to(ctx.dtype)
+        for grad in grads[-2::-1]:
+            total = total.add_(grad)
+        return total, None, None
 
 
 class _Linears(torch.autograd.Function):

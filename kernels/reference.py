@@ -23,11 +23,6 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _cast_to(x: Tensor, parameter: Tensor) -> Tensor:
-    """Return `parameter` in the type of `x`, unless autocast is there to choose the type."""
-    return parameter if torch.is_autocast_enabled(x.device.type) else parameter.to(x.dtype)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / √(mean(x²) + eps) · weight over the last axis: (M, H) → (M, H).
 
@@ -75,9 +70,15 @@ def _mean_of_product(x: Tensor, y: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return (x - mean) / √(variance + eps) · weight + bias over the last axis: (M, H) → (M, H)."""
-    weight, bias = _cast_to(x, weight), _cast_to(x, bias)
-    # Autocast on a CPU wants one type of both: a bias that is trained (lora.bias) is in fp32.
-    return F.layer_norm(x, (x.shape[-1],), weight.to(bias.dtype), bias, eps)
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # A CPU takes fp32 parameters beside bf16 input, but both in one type: a bias that is
+        # trained (lora.bias) is in fp32.
+        weight = weight.to(bias.dtype)
+    else:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    # CUDA's autocast would cast the input to fp32; the sums of the kernel are in fp32 as it is.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

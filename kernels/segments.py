@@ -34,7 +34,8 @@ class Segments:
     lengths: tuple[int, ...]  # real tokens of each document
     padded_length: int | None  # None: end to end; else the rows that each document takes
     positions: Tensor  # (M,) int64
-    boundaries: Tensor  # (D + 1,) int32: the row each document begins at, and where the last ends
+    # (D + 1,) int32: the row each document begins at, and where the last ends; one more for a tail
+    boundaries: Tensor
     dropout_rows: Tensor | None  # (M,) int32
     dropout_seed: int
     tail: int = 0  # rows behind the last document
@@ -92,6 +93,7 @@ class Segments:
         tail = -sum(rows) % multiple
         all_rows = (*rows[:-1], rows[-1] + tail)  # the tail counts on from the last document
         positions = _positions(all_rows)
+        boundaries = [0, *accumulate((*rows, tail) if tail else rows)]
         dropout_rows, dropout_seed = None, 0
         if draw is not None:
             if examples is None or len(examples) != len(lengths):
@@ -101,7 +103,7 @@ class Segments:
             lengths=lengths,
             padded_length=padded_length,
             positions=uploaded(positions + offset, device),
-            boundaries=uploaded(torch.tensor([0, *accumulate(rows)], dtype=torch.int32), device),
+            boundaries=uploaded(torch.tensor(boundaries, dtype=torch.int32), device),
             dropout_rows=None if dropout_rows is None else uploaded(dropout_rows, device),
             dropout_seed=dropout_seed,
             tail=tail,

@@ -452,19 +452,80 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "kernels/attention.py",
+        "tests/kernels/test_varlen.py",
+        (
+            "documents of one length with a window want a mask of T × T",
+            "one_call = drops or windowed or",
+            "one_call = drops or",
+            "test_which_way_is_a_rule_of_the_device_and_the_sizes",
+        ),
+        (
+            "with dropout every document is a call of its own",
+            "one_call = drops or windowed or",
+            "one_call = not drops and windowed or not drops and",
+            "test_which_way_is_a_rule_of_the_device_and_the_sizes",
+        ),
+        (
+            "the layers' fused dropout draws one mask",
+            "fold(segments.dropout_seed, module)",
+            "segments.dropout_seed",
+            "test_dropout_is_drawn_anew_by_seed_step_micro_batch_and_layer_alone",
+        ),
+    ),
+    *_of(
         "kernels/varlen.py",
-        "tests/kernels/test_attention.py",
+        "tests/kernels/test_varlen.py",
         (
             "torch's kernel is told a window that is one key too wide",
             "behind = -1 if window is None else window - 1",
             "behind = -1 if window is None else window",
-            "test_varlen_attention_is_told_documents_and_window",
+            "test_one_call_is_told_documents_window_heads_and_dropout",
         ),
         (
-            "key heads are repeated in the wrong order",
-            "x.repeat_interleave(q.shape[1] // k.shape[1], 1)",
-            "x.repeat(1, q.shape[1] // k.shape[1], 1)",
-            "test_varlen_attention_is_told_documents_and_window",
+            "torch's kernel is told of no dropout",
+            "        dropout,\n        window is None,\n",
+            "        0.0,\n        window is None,\n",
+            "test_one_call_is_told_documents_window_heads_and_dropout",
+        ),
+        (
+            "queries see the future in a window",
+            "window_size_right=0",
+            "window_size_right=1",
+            "test_one_call_is_told_documents_window_heads_and_dropout",
+        ),
+        (
+            "key heads are repeated for torch's kernel",
+            "    out, *_ = torch.ops",
+            "    k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1) for x in (k, v))\n"
+            "    out, *_ = torch.ops",
+            "test_one_call_is_told_documents_window_heads_and_dropout",
+        ),
+    ),
+    *_of(
+        "kernels/segments.py",
+        "tests/kernels/test_varlen.py",
+        (
+            "the rows behind the last document are in none of attention's",
+            "(*rows, tail) if tail else rows",
+            "rows",
+            "test_one_call_is_told_documents_window_heads_and_dropout",
+        ),
+    ),
+    *_of(
+        "kernels/linears.py",
+        "tests/kernels/test_linears.py",
+        (
+            "layers of one input make and keep a copy of it each",
+            "    if times == 1 or x.dtype == dtype:\n",
+            "    if True:\n",
+            "test_under_autocast_an_input_is_lowered_and_kept_once",
+        ),
+        (
+            "gradients of one copy are added in half precision",
+            "total = grads[-1].to(ctx.dtype)",
+            "total = grads[-1].clone()",
+            "test_under_autocast_an_input_is_lowered_and_kept_once",
         ),
     ),
     *_of(

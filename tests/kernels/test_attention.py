@@ -3,14 +3,12 @@
 fp64 tolerances: 1e-12, some thousand roundings of 1.1e-16, on values of order one.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import varlen
 from kernels.cpu import attention as attention_module
 from kernels.cpu.attention import attention
 from kernels.dropout import attention_keep_mask, module_id
@@ -144,92 +142,6 @@ def test_attention_in_bf16_keeps_its_type(implementation):
     assert out.dtype == torch.bfloat16
     # Scores, weights and output are each rounded to 8 bits: a few 2^-8 of the largest value.
     assert (out - exact).abs().max() <= 4 * 2**-8 * v.abs().max()
-
-
-@pytest.mark.parametrize("shares_keys", [True, False])
-@pytest.mark.parametrize("kv", [1, 2, 4])
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_varlen_attention_is_told_documents_and_window(
-    window: int | None, kv: int, shares_keys: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A literal stand-in for torch's function, whose kernel is CUDA's: as its documentation says.
-
-    Without `enable_gqa`, as torch 2.11 has it, queries and keys must have as many heads.
-    """
-
-    def stand_in(q, k, v, begin_q, begin_k, most_q, most_k, *, scale, window_size, enable_gqa=None):
-        assert begin_q.dtype == begin_k.dtype == torch.int32
-        assert most_q == most_k == 8
-        assert shares_keys or (enable_gqa is None and k.shape == v.shape == q.shape)
-        assert k.shape == q.shape or enable_gqa
-        behind, ahead = window_size
-        assert ahead == 0
-        bounds = begin_q.tolist()
-        pieces = [
-            literal_attention(q[a:b], k[a:b], v[a:b], scale, None if behind < 0 else behind + 1)
-            for a, b in pairwise(bounds)
-        ]
-        return torch.cat(pieces).view(q.shape)
-
-    offered = {"scale", "window_size"} | ({"enable_gqa"} if shares_keys else set())
-    monkeypatch.setattr(varlen, "serves", lambda q, segments, dtype: True)
-    monkeypatch.setattr(varlen, "_parameters", lambda: offered)
-    monkeypatch.setattr(varlen, "_function", lambda: stand_in)
-    monkeypatch.setattr(attention_module, "BLOCKS_MAX_LENGTH", 0)
-    segments = Segments.build([5, 1, 8, 3], device="cpu", multiple=4)
-    assert segments.tail == 3
-    q, k, v = random(20, 4, 6), random(20, kv, 6, seed=1), random(20, kv, 6, seed=2)
-    out = attention(q, k, v, segments, scale=0.3, window=window)
-    exact = attention(q, k, v, segments, scale=0.3, window=window, implementation="eager")
-    torch.testing.assert_close(out, exact, **EXACT)
-
-
-def test_varlen_attention_serves_half_precision_on_cuda_alone() -> None:
-    segments = Segments.build([5, 3], device="cpu")
-    assert not varlen.serves(random(8, 4, 8).bfloat16(), segments, torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize("kv", [1, 4])
-def test_varlen_attention_on_a_gpu_against_fp64(
-    kv: int, window: int | None, dtype: torch.dtype
-) -> None:
-    lengths = [130, 1, 64, 257]
-    segments = Segments.build(lengths, device="cuda")
-    rows = sum(lengths)
-    sides = []
-    for kind in (dtype, torch.float64):
-        inputs = [
-            random(rows, h, 64, seed=h + i).to(dtype).to(kind).cuda().requires_grad_()
-            for i, h in enumerate((4, kv, kv))
-        ]
-        assert varlen.serves(inputs[0], segments, kind) == (kind == dtype)
-        out = attention(*inputs, segments, scale=0.125, window=window)
-        upstream = random(*out.shape, seed=9).to(dtype).to(kind).cuda()
-        sides.append([out, *torch.autograd.grad(out, inputs, upstream)])
-    # Weights are rounded once, the output and each gradient once; sums are in fp32: a few units of
-    # the type, and a gradient by keys sums them over all queries and shared heads.
-    for ours, exact in zip(*sides, strict=True):
-        difference = (ours.double() - exact).abs().max()
-        assert difference <= 8 * torch.finfo(dtype).eps * exact.abs().max()
-
-
-@pytest.mark.gpu
-def test_fused_dropout_on_a_gpu_repeats_itself_and_leaves_the_generator_alone():
-    q, k, v = (random(64, h, 32, seed=h).bfloat16().cuda() for h in (4, 2, 2))
-
-    def attend(step):
-        segments = Segments.build([40, 24], device="cuda", examples=[1, 2], draw=(42, step))
-        options = {"scale": 0.3, "dropout": 0.5, "module": MODULE}
-        return attention(q, k, v, segments, **options)
-
-    before = torch.cuda.get_rng_state()
-    first = attend(1)
-    assert torch.equal(torch.cuda.get_rng_state(), before)
-    assert torch.equal(attend(1), first)
-    assert not torch.equal(attend(2), first)
 
 
 def test_fused_and_written_out_attention_agree_on_a_long_document():

@@ -71,6 +71,35 @@ def test_linears_under_autocast_compute_in_bf16():
     assert (y - exact).abs().max() <= 5 * 2**-8 * exact.abs().max()
 
 
+def test_under_autocast_an_input_is_lowered_and_kept_once() -> None:
+    """The same bits as three layers of torch's, whose autocast lowers and keeps it three times."""
+    layers = [Operands(random(n, 64).float().requires_grad_()) for n in (8, 5, 7)]
+    grads, kept = [], []
+    for together in (True, False):
+        leaf = random(6, 64, seed=1).float().requires_grad_()
+        x = leaf * 1  # autocast keeps copies of leaves
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            if tensor.shape == (6, 64):
+                saved[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            if together:
+                out = linears(x, layers)
+            else:
+                out = [torch.nn.functional.linear(x, layer.weight) for layer in layers]
+        kept.append(sum(saved.values()))
+        upstream = [random(*y.shape, seed=i).bfloat16() for i, y in enumerate(out)]
+        grads.append(torch.autograd.grad(out, [leaf, *(layer.weight for layer in layers)], upstream))
+    assert all(map(torch.equal, *grads))
+    assert kept == [6 * 64 * 2, 3 * 6 * 64 * 2]
+
+
 def plain_formula(x: torch.Tensor, layer: Operands, segments: Segments | None) -> torch.Tensor:
     """Return what one layer computes, in operations that autograd differentiates."""
     y = x @ layer.weight.T
