@@ -489,6 +489,12 @@ MUTATIONS = [
             "test_one_call_is_told_documents_window_heads_and_dropout",
         ),
         (
+            "the longest document is asked of the device",
+            "max(*segments.rows, segments.tail)",
+            "int(segments.boundaries.diff().max())",
+            "tests/train/test_no_waits.py::test_a_step_asks_the_device_for_nothing_up_to_its_norm",
+        ),
+        (
             "queries see the future in a window",
             "window_size_right=0",
             "window_size_right=1",
@@ -526,6 +532,16 @@ MUTATIONS = [
             "total = grads[-1].to(ctx.dtype)",
             "total = grads[-1].clone()",
             "test_under_autocast_an_input_is_lowered_and_kept_once",
+        ),
+    ),
+    *_of(
+        "kernels/reference.py",
+        "tests/models/test_autocast.py",
+        (
+            "CUDA's autocast makes a LayerNorm in fp32",
+            "    with torch.autocast(x.device.type, enabled=False):\n        return F.layer_norm",
+            "    with torch.autocast(x.device.type):\n        return F.layer_norm",
+            "test_layer_norm_stays_in_the_type_of_its_input",
         ),
     ),
     *_of(
@@ -1700,6 +1716,26 @@ MUTATIONS = [
             "        norm = optimizer.gradient_norm() / scale\n        if meanwhile is not None:\n"
             "            meanwhile()\n",
             "test_a_step_waits_for_the_device_when_its_gradient_is_there_and_for_nothing_else",
+        ),
+    ),
+    *_of(
+        "train/assemble.py",
+        "tests/train/test_precision.py",
+        (
+            "cuBLAS adds the parts of a product in bf16",
+            "matmul.allow_bf16_reduced_precision_reduction = False",
+            "matmul.allow_bf16_reduced_precision_reduction = True",
+            "test_a_run_adds_the_parts_of_a_product_in_fp32",
+        ),
+    ),
+    *_of(
+        "train/loss.py",
+        "tests/train/test_no_waits.py",
+        (
+            "the device is asked which rows have a target",
+            "        rows=uploaded(micro_batch.target_rows, device),\n",
+            "",
+            "test_a_step_asks_the_device_for_nothing_up_to_its_norm",
         ),
     ),
     *_of(

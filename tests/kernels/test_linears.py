@@ -95,7 +95,9 @@ def test_under_autocast_an_input_is_lowered_and_kept_once() -> None:
                 out = [torch.nn.functional.linear(x, layer.weight) for layer in layers]
         kept.append(sum(saved.values()))
         upstream = [random(*y.shape, seed=i).bfloat16() for i, y in enumerate(out)]
-        grads.append(torch.autograd.grad(out, [leaf, *(layer.weight for layer in layers)], upstream))
+        grads.append(
+            torch.autograd.grad(out, [leaf, *(layer.weight for layer in layers)], upstream)
+        )
     assert all(map(torch.equal, *grads))
     assert kept == [6 * 64 * 2, 3 * 6 * 64 * 2]
 

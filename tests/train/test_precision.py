@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from files.errors import UserError
+from train.assemble import set_up
+from train.config.load import load_config
+from train.plan.decide import Machine
 from train.precision import LossScaler, Precision
 
 CPU = torch.device("cpu")
@@ -34,6 +37,16 @@ def test_matrix_products_are_made_in_the_compute_dtype(
 def test_auto_is_no_precision_by_itself() -> None:
     with pytest.raises(ValueError, match="'auto' is not one of"):
         Precision("auto", CPU)
+
+
+def test_a_run_adds_the_parts_of_a_product_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS splits long products and may otherwise add their parts in half precision."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    for name in names:
+        monkeypatch.setattr(matmul, name, True)
+    set_up(load_config(overrides={"model.path": "any"}), Machine("cuda", None))
+    assert [getattr(matmul, name) for name in names] == [False, False]
 
 
 def scales(scaler: LossScaler, overflows: list[bool]) -> list[float]:
