@@ -115,7 +115,7 @@ def way(
     longest = max(segments.rows)
     # No fused kernel of sdpa's takes a mask of a window and forgoes what it hides.
     windowed = window is not None and window < longest
-    one_call = drops or windowed or min(segments.rows) < longest
+    one_call = drops or windowed or segments.tail > 0 or min(segments.rows) < longest
     if one_call and not cache_length and varlen.serves(q, segments, compute_dtype(q)):
         return "varlen"
     return "sdpa"

@@ -23,12 +23,7 @@ from kernels.segments import Segments
 # Flash attention indexes its padded gradients by 32 bits: 128 rows more a document at most.
 _MOST_ELEMENTS = 2**31
 _PADDING = 128
-# What `attend` says by position, and what by name, to the derivative too.
-_POSITIONS = (
-    *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
-    *("dropout_p", "is_causal", "return_debug_mask"),
-)
-_KEYWORDS = {"scale", "window_size_left", "window_size_right"}
+_ASKED = {"dropout_p", "scale", "window_size_left", "window_size_right"}
 
 
 def serves(q: Tensor, segments: Segments, dtype: torch.dtype) -> bool:
@@ -65,16 +60,10 @@ def attend(
     # A window counts the keys before the query, ours the query too.
     behind = -1 if window is None else window - 1
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        begin,
-        begin,
-        longest,
-        longest,
-        dropout,
-        window is None,
-        False,
+        *(q, k, v, begin, begin, longest, longest),
+        dropout_p=dropout,
+        is_causal=window is None,
+        return_debug_mask=False,
         scale=scale,
         window_size_left=behind,
         window_size_right=0,
@@ -85,7 +74,5 @@ def attend(
 @functools.cache
 def offered() -> bool:
     """Return whether the installed torch's operation can be asked for all of it."""
-    forward = torch.ops.aten._flash_attention_forward.default._schema
-    backward = torch.ops.aten._flash_attention_backward.default._schema
-    names, derived = (tuple(part.name for part in side.arguments) for side in (forward, backward))
-    return names[: len(_POSITIONS)] == _POSITIONS and _KEYWORDS.issubset({*names} & {*derived})
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    return _ASKED.issubset(argument.name for argument in schema.arguments)

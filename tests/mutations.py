@@ -484,8 +484,8 @@ MUTATIONS = [
         ),
         (
             "torch's kernel is told of no dropout",
-            "        dropout,\n        window is None,\n",
-            "        0.0,\n        window is None,\n",
+            "dropout_p=dropout",
+            "dropout_p=0.0",
             "test_one_call_is_told_documents_window_heads_and_dropout",
         ),
         (

@@ -36,8 +36,7 @@ def set_up(config: RunConfig, machine: Machine) -> torch.device:
     assert machine.device is not None
     if machine.device == "cpu":
         prepare_process()
-    # Partial sums of one product stay in fp32.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums in fp32
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if config.train.deterministic:
         # cuBLAS reads this once, when its first handle is made.

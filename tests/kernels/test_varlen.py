@@ -268,6 +268,9 @@ def test_which_way_is_a_rule_of_the_device_and_the_sizes(
     assert way(on_cuda, segments, **settings, implementation="eager") == "eager"
     assert way(on_cuda, segments, window=window, cache_length=5) == "sdpa"
     assert way(on_cpu, segments, **settings) == ("eager" if p else "sdpa")
+    if expected == "sdpa" and dtype == HALF and capability >= (8, 0):
+        behind = Segments.build(lengths, device="cpu", multiple=100)
+        assert way(on_cuda, behind) == "varlen"  # no row is cut off, nor put back
     undrawn = Segments.build(lengths, device="cpu")
     assert way(on_cpu, undrawn, **settings) == "sdpa"
 

@@ -39,14 +39,19 @@ def test_auto_is_no_precision_by_itself() -> None:
         Precision("auto", CPU)
 
 
-def test_a_run_adds_the_parts_of_a_product_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS splits long products and may otherwise add their parts in half precision."""
+def test_a_run_adds_the_parts_of_a_product_in_fp32() -> None:
+    """A long product is split, and its parts could be added in half precision."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    for name in names:
-        monkeypatch.setattr(matmul, name, True)
-    set_up(load_config(overrides={"model.path": "any"}), Machine("cuda", None))
-    assert [getattr(matmul, name) for name in names] == [False, False]
+    before = {name: getattr(matmul, name) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        set_up(load_config(overrides={"model.path": "any"}), Machine("cuda", None))
+        assert not any(getattr(matmul, name) for name in names)
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 def scales(scaler: LossScaler, overflows: list[bool]) -> list[float]:
