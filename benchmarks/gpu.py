@@ -34,6 +34,7 @@ from models import build
 from models.config import DecoderConfig, parse_config
 from models.configs import shipped_config
 from models.layers import CausalLM
+from train.plan.decide import attention_kernels
 
 WARM_UP, TIMED = 5, 15
 EXAMPLES, LENGTH = 24, 1024
@@ -276,7 +277,9 @@ def run_ours(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[str,
         of_step = (result.loss, result.grad_norm, time.perf_counter() - started, result.tokens)
         for name, value in zip(found, of_step, strict=True):
             found[name].append(value)
-    return {**found, "micro_batch_tokens": tokens}
+    named = (str(ours.device), ours.precision.name, LENGTH, 0.0, "sdpa")
+    attention = attention_kernels(ours.model.config, *named)
+    return {**found, "micro_batch_tokens": tokens, "attention": attention}
 
 
 def run_theirs(row: Row, ids: list[list[int]], steps: int, dry: bool) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from torch import Tensor
 from benchmarks.case import COMPILED, LATHE, TRITON, Case, Problem, Results, Room, Run, Side
 from benchmarks.fixtures import ragged_rows
 from benchmarks.linear_cases import from_liger, linears, loss
-from kernels import varlen
-from kernels.attention import attention
+from kernels.attention import attention, kernel
 from kernels.dispatch import Operations
 from kernels.operands import Operands
 from kernels.segments import Segments
@@ -204,7 +203,7 @@ def attend(rows: int, heads: int, kv: int, d: int, room: Room) -> Case:
     def ours(**chosen: Any) -> Run:
         return lambda **qkv: attention(**qkv, segments=segments, scale=scale, **chosen)
 
-    which = "varlen" if varlen.serves(leaves["q"], segments, room.dtype) else "one by one"
+    which = kernel(leaves["q"], leaves["k"], segments, None)
     pairs = sum(length * (length + 1) / 2 for length in lengths)
     moved = room.dtype.itemsize * m * d * (2 * heads + 2 * kv) / 1e9
     sides = {

@@ -218,7 +218,7 @@ def figures_of(
         "first_step_seconds": figures["seconds"][0],
         "start_up_seconds": figures["start_up"],
         "loss_difference": largest_difference(*losses),
-        "micro_batch_tokens": figures.get("micro_batch_tokens"),  # where memory halved it
+        **{name: figures.get(name) for name in ("micro_batch_tokens", "attention")},
         "steps": len(seconds),
         "warm_up": WARM_UP,
     }

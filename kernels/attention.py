@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from kernels import varlen
 from kernels.dropout import attention_keep_mask, drop, fold
@@ -119,6 +121,24 @@ def way(
     if one_call and not cache_length and varlen.serves(q, segments, compute_dtype(q)):
         return "varlen"
     return "sdpa"
+
+
+def kernel(q: Tensor, k: Tensor, segments: Segments, window: int | None, **settings: Any) -> str:
+    """Return what `way` comes to, for records: of sdpa's kernels the one that torch picks here.
+
+    q is (M, heads, d), k (M, kv, d); `settings` are further arguments of `way`.
+    """
+    which = way(q, segments, window=window, **settings)
+    if which != "sdpa":
+        return {"varlen": "flash attention end to end", "eager": "written out"}[which]
+    longest = max(segments.rows)
+    hides = window is not None and window < longest
+    mask = visible_keys(longest, longest, window, q.device) if hides else None
+    q, k = (x[:longest].transpose(0, 1).unsqueeze(0) for x in (q, k))
+    picked = torch._fused_sdp_choice(  # pyright: ignore[reportPrivateImportUsage]
+        q, k, k, mask, is_causal=not hides, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return f"sdpa, {SDPBackend(picked).name.lower()}"
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: _Attend) -> Tensor:

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.attention import kernel
 from kernels.cpu import attention as attention_module
 from kernels.cpu.attention import attention
 from kernels.dropout import attention_keep_mask, module_id
@@ -210,3 +213,33 @@ def test_under_autocast_scores_stay_in_fp32() -> None:
     assert torch.equal(plain, under)
     exact = attention(q.double(), k.double(), v.double(), segments, scale=20.0)
     assert (plain - exact).abs().max() <= 4 * 2**-8 * v.abs().max()
+
+
+class Ran(TorchDispatchMode):
+    """Notes the names of the operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+@pytest.mark.parametrize("window", [None, 3])
+def test_records_name_the_kernel_that_runs(
+    window: int | None, backend: SDPBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "BLOCKS_MAX_LENGTH", 0)
+    segments = Segments.build([8, 8], device="cpu", examples=[0, 1], draw=(1, 1))
+    q, k, v = (random(16, h, 8, seed=h).requires_grad_() for h in (4, 2, 2))
+    with sdpa_kernel(backend), Ran() as ran:
+        attention(q, k, v, segments, scale=0.3, window=window)
+        named = kernel(q, k, segments, window)
+    assert named == f"sdpa, {backend.name.lower()}"
+    fused = "_scaled_dot_product_flash_attention_for_cpu" in ran.names
+    assert fused == (backend == SDPBackend.FLASH_ATTENTION)
+    assert kernel(q, k, segments, None, dropout=0.1) == "written out"
+    assert kernel(q, k, segments, None, implementation="eager") == "written out"

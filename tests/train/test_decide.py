@@ -22,6 +22,7 @@ from train.inputs.dataset import load_data
 from train.plan.decide import (
     UNKNOWN,
     Machine,
+    attention_kernels,
     available_memory,
     decide,
     decide_attention,
@@ -176,6 +177,14 @@ def test_attention(
     config = load_config(overrides={"attention": asked})
     raw = {**SMALL, **FAMILIES["starcoder2"], "attention_dropout": dropout}
     assert decide_attention(config, parse_config(raw, "test"), device, longest) == expected
+
+
+def test_records_name_the_kernels_of_attention() -> None:
+    """Here a CPU's, beside the blocks that are ours; a GPU's are those of its own rule."""
+    config = parse_config({**SMALL, **FAMILIES["mistral"]}, "test")
+    assert attention_kernels(config, "cpu", "fp32", 9, 0.0, "auto") == "sdpa, flash_attention"
+    assert attention_kernels(config, "cpu", "fp32", 9, 0.0, "eager") == "written out"
+    assert attention_kernels(config, "cpu", "fp32", 9, 0.1, "sdpa") == "written out"
 
 
 # --- the plan and the run ---

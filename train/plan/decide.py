@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
@@ -191,6 +191,35 @@ def decide_attention(
     if config.model.attention == "eager" or (dropout > 0 and device not in (None, "cuda")):
         return "written out"
     return "blocks" if device == "cpu" and longest <= BLOCKS_MAX_LENGTH else "fused"
+
+
+def attention_kernels(
+    decoder: DecoderConfig, device: str, precision: str, longest: int, dropout: float, name: str
+) -> str:
+    """Return the kernels that torch has for attention on a device that is here, for records.
+
+    `longest` is the rows of the longest document, `dropout` attention's, `name` `model.attention`.
+    """
+    import torch
+
+    from kernels.attention import kernel
+    from kernels.segments import Segments
+    from train.precision import COMPUTE_DTYPES
+
+    windows = {decoder.window(layer) for layer in range(decoder.num_hidden_layers)}
+    window = 1 if any(size is not None and size < longest for size in windows) else None
+    made: dict[str, Any] = {"dtype": COMPUTE_DTYPES[precision], "requires_grad": True}
+    heads = (decoder.num_attention_heads, decoder.num_key_value_heads)
+    q, k = (torch.empty(64, n, decoder.head_dim, device=device, **made) for n in heads)
+    rest: dict[str, Any] = {"implementation": "eager" if name == "eager" else "sdpa"}
+    ragged, equal = (
+        kernel(q, k, segments, window, dropout=dropout, **rest)
+        for segments in (
+            Segments.build(lengths, device=device, examples=(0, 1), draw=(0, 0))
+            for lengths in ((33, 31), (32, 32))
+        )
+    )
+    return ragged if ragged == equal else f"{ragged}; documents of one length: {equal}"
 
 
 def decide_recomputing(

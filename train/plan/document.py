@@ -19,8 +19,10 @@ from train.plan.claims import check_claims, claim_row
 from train.plan.decide import (
     UNKNOWN,
     Machine,
+    attention_kernels,
     decide,
     decide_attention,
+    decide_device,
     decide_kernels,
     decide_recomputing,
 )
@@ -117,6 +119,12 @@ def plan_document(
     if known is not None and machine.device is not None:
         longest = micro_batch_tokens(config, lengths, world_size)[1]
         document["attention"] = decide_attention(config, known, machine.device, longest)
+        if machine.device == "cuda" and decide_device("auto") == "cuda":
+            p, precision = config.model.dropout, config.train.precision
+            p = known.attention_dropout if p is None else p
+            document["attention"] = attention_kernels(
+                known, "cuda", precision, longest, p, config.model.attention
+            )
     document |= _memory_of(config, known, machine, lengths, world_size)
     recomputes = bool(document["gradient_checkpointing"])
     document |= {
