@@ -8,7 +8,7 @@ end to end, or come one at a time; only speed and memory differ.
     operands.py    what a linear layer, adapted or not, hands to `linears`
     dropout.py     masks as a pure function of (seed, step, example, position, module, column)
     linears.py attention.py loss.py reference.py      every operation in plain PyTorch: the truth
-    varlen.py      torch's own attention over ragged documents, where a GPU has it
+    varlen.py      flash attention over documents end to end, where a GPU has it
     cpu/           what makes a CPU fast
     triton/        the same operations as Triton kernels, for CUDA
     dispatch.py    which backend a model gets, decided once when it is built
