@@ -39,10 +39,11 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
     """Yield the parameters that are tried for a kernel, the defaults first."""
     default = triton_launch.DEFAULTS[kernel]
     rows_of_logits = kernel == "cross_entropy"
+    wide = kernel in ("adafactor", "through_b")
     values = {
         "BLOCK": [1024, 2048, 4096, 8192, 16384] if rows_of_logits else [512, 1024, 2048],
         "BLOCK_ROWS": [8, 16, 32] if kernel == "adafactor" else [32, 64, 128],
-        "BLOCK_COLUMNS": [128, 256, 512] if kernel == "adafactor" else [32, 64, 128],
+        "BLOCK_COLUMNS": [128, 256, 512] if wide else [32, 64, 128],
         "num_warps": [2, 4, 8, 16] if rows_of_logits else [4, 8],
         "num_stages": [2, 3, 4],
         "warp_elements": [128, 256, 512, 1024],
@@ -59,9 +60,10 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
 
 def workloads(kernel: str, room: Room) -> list[Workload]:
     """Return what a kernel is compared and timed at."""
-    if kernel in ("low_rank", "input_gradient", "adapter_gradient"):
+    if kernel in ("low_rank", "input_gradient", "adapter_gradient", "through_b"):
         sizes = ((3072, 1, 16), (12_288, 1, 16), (1536, 2, 32), (3072, 3, 16))
-        calls = [_linears(room, kernel, *size, p) for size in sizes for p in (0.0, 0.1)]
+        drops = (0.0,) if kernel == "through_b" else (0.0, 0.1)  # no mask is read there
+        calls = [_linears(room, kernel, *size, p) for size in sizes for p in drops]
     elif kernel == "cross_entropy":
         calls = [_cross_entropy(room, v) for v in (49_152, 151_936, 32_000)]
     elif kernel in ("adamw", "adafactor"):
@@ -78,23 +80,22 @@ def workloads(kernel: str, room: Room) -> list[Workload]:
 def _linears(
     room: Room, kernel: str, width: int, count: int, rank: int, p: float
 ) -> Callable[[], Results]:
-    of_linears = triton("linears")
+    adapters = triton("adapters")
     m, k = room.rows(8192), room.size(width)
     x = room.draw(m, k)
-    a = of_linears.stacked_factors([room.draw(rank, k) for _ in range(count)], room.dtype)
-    d_low = room.draw(m, count, a.shape[1])
+    factors = [(room.draw(rank, k), room.draw(k, rank)) for _ in range(count)]
+    a, b = triton("linears").stacked_factors(factors, room.dtype)
+    low, d_low = (room.draw(m, count, a.shape[1]) for _ in range(2))
+    dys = [room.draw(m, k) for _ in range(count)]
     rows = Segments.build([m], device=room.device, examples=[0], draw=(42, 1)).dropout_rows
-    draws = of_linears.Draws([(p, module) for module in range(count)], rows)
-
-    def input_gradient() -> Results:
-        dx = x.clone()
-        of_linears.add_input_gradient(dx, d_low, a, draws)
-        return {"dx": dx}
-
+    draws = adapters.Draws([(p, module) for module in range(count)], rows)
     return {
-        "low_rank": lambda: {"low": of_linears.low_rank_product(x, a, draws)},
-        "input_gradient": input_gradient,
-        "adapter_gradient": lambda: {"dA": of_linears.adapter_gradient(x, d_low, draws)},
+        "low_rank": lambda: {"low": adapters.low_rank_product(x, a, draws)},
+        "input_gradient": lambda: {"dx": adapters.input_gradient(d_low, a, draws)},
+        "adapter_gradient": lambda: {"dA": adapters.adapter_gradient(x, d_low, draws)},
+        "through_b": lambda: dict(
+            zip(("ds", "dB"), adapters.through_b(dys, b, low, [1.0] * count), strict=True)
+        ),
     }[kernel]
 
 

@@ -162,7 +162,7 @@ class _Linears(torch.autograd.Function):
                 found += [None] * 4
                 continue
             needs_weight, needs_bias, needs_a, needs_b = needs
-            found.append(torch.mm(dy.t(), x) if needs_weight else None)
+            found.append(gradient_product(dy.t(), x) if needs_weight else None)
             found.append(dy.sum(0) if needs_bias else None)
             if needs_x:
                 dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
@@ -173,10 +173,10 @@ class _Linears(torch.autograd.Function):
             if mask is None:
                 mask = _mask(x, rows, module, p)
             kept = x if mask is None else keep(x, mask)
-            found.append(torch.mm(d_low_rank.t(), kept) if needs_a else None)
+            found.append(gradient_product(d_low_rank.t(), kept) if needs_a else None)
             # As (r, N) and turned: on a CPU faster than as (N, r).
-            d_b = torch.mm(low_rank.t(), dy).mul_(scale / (1 - p)).t() if needs_b else None
-            found.append(d_b)
+            d_b = gradient_product(low_rank.t(), dy).mul_(scale / (1 - p)) if needs_b else None
+            found.append(None if d_b is None else d_b.t())
             if dx is not None:
                 if mask is None:
                     dx.addmm_(d_low_rank, a)
@@ -187,6 +187,17 @@ class _Linears(torch.autograd.Function):
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
         ]
         return (None if dx is None else dx.to(ctx.input_dtype), None, None, *cast)
+
+
+def gradient_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product that a parameter's gradient is.
+
+    On CUDA the fp32 sums of a product in half precision are returned as they are, since parameters
+    that are trained are fp32; other devices have no such product and round them.
+    """
+    if left.device.type in ("cuda", "meta") and left.dtype.itemsize == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)
 
 
 def _in_groups(values: Sequence[Any], size: int) -> zip[Any]:

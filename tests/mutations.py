@@ -640,6 +640,18 @@ MUTATIONS = [
             "test_linears_share_an_input",
         ),
         (
+            "gradients of adapters on CUDA are rounded to half precision",
+            "return torch.mm(left, right, out_dtype=torch.float32)",
+            "return torch.mm(left, right)",
+            "test_a_gradient_on_cuda_is_the_product_s_fp32_sum",
+        ),
+        (
+            "B's gradient alone is rounded to half precision",
+            "d_b = gradient_product(low_rank.t(), dy)",
+            "d_b = torch.mm(low_rank.t(), dy)",
+            "test_no_gradient_of_a_parameter_is_rounded_to_half_precision",
+        ),
+        (
             "the base sees the dropped input too",
             "low_rank = torch.mm(x if mask is None else keep(x, mask), a.t())",
             "x = x if mask is None else keep(x, mask)\n"
@@ -824,7 +836,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "kernels/triton/linears.py",
+        "kernels/triton/adapters.py",
         "tests/kernels/test_triton_linears.py",
         (
             "all adapters draw the mask of the first",
@@ -843,6 +855,52 @@ MUTATIONS = [
             "there = row < tl.minimum(first + rows_each, rows)",
             "there = row < rows",
             "test_rows_that_several_programs_share",
+        ),
+        (
+            "the input's gradient passes where the adapter dropped it",
+            "product = tl.where(_kept(row_keys, column, key, limit), product, 0.0)",
+            "product = product + 0.0 * limit",
+            "test_linears",
+        ),
+        (
+            "the first columns of k count as the last of q",
+            "second = block >= _blocks_before(1,",
+            "second = block > _blocks_before(1,",
+            "test_the_backward_pass_through_b",
+        ),
+        (
+            "all adapters are scaled as the first",
+            "scale = _select(j, scale_0, scale_1, scale_2)",
+            "scale = _select(j, scale_0, scale_0, scale_0)",
+            "test_the_backward_pass_through_b",
+        ),
+        (
+            "the second range of rows adds nothing to dB",
+            "tl.where(of_b, parts, stop)",
+            "tl.where(of_b, 1, stop)",
+            "test_the_backward_pass_through_b",
+        ),
+        (
+            "the second block of columns adds nothing to ds",
+            "tl.where(of_b, parts, stop)",
+            "tl.where(of_b, parts, first + 1)",
+            "test_the_backward_pass_through_b",
+        ),
+    ),
+    *_of(
+        "kernels/triton/linears.py",
+        "tests/kernels/test_triton_linears.py",
+        (
+            "the large product is written over the small one",
+            "dx.addmm_(dy, weights[i])",
+            "dx.addmm_(dy, weights[i], beta=0)",
+            "test_linears",
+        ),
+        (
+            "dB keeps the columns that fill a tile",
+            "d_a_j[:rank], d_b_j[:, :rank]",
+            "d_a_j[:rank], d_b_j[:, -rank:]",
+            "test_linears",
         ),
     ),
     *_of(

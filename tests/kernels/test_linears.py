@@ -3,13 +3,17 @@
 fp64 tolerances: 1e-12, some hundred roundings of 1.1e-16, on values of order one.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import linears as module
 from kernels.dropout import keep_mask, module_id
-from kernels.linears import linears
+from kernels.linears import gradient_product, linears
 from kernels.operands import Operands
 from kernels.segments import Segments
 
@@ -166,6 +170,53 @@ def test_every_gradient_is_that_of_the_formula(
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_gradient_on_cuda_is_the_product_s_fp32_sum(half: torch.dtype) -> None:
+    """FakeTensor says what a card's product returns, without the card."""
+    with FakeTensorMode():
+        left, right = (torch.empty(8, 8, dtype=half, device="cuda") for _ in range(2))
+        assert gradient_product(left, right).dtype == torch.float32
+        assert gradient_product(left.float(), right.float()).dtype == torch.float32
+        assert gradient_product(left.double(), right.double()).dtype == torch.float64
+    assert gradient_product(*(torch.ones(8, 8, dtype=half) for _ in range(2))).dtype == half
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_gradient_on_cuda_is_exact_to_fp32(half: torch.dtype) -> None:
+    left, right = (random(3, 4096, dtype=half, seed=i).cuda() for i in range(2))
+    exact = left.double() @ right.double().t()
+    difference = (gradient_product(left, right.t()) - exact).abs().max()
+    assert difference <= 4096 * 2**-24 * exact.abs().max()
+
+
+def test_no_gradient_of_a_parameter_is_rounded_to_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On meta, which goes where CUDA goes: every product of a parameter's shape comes in fp32."""
+    monkeypatch.setattr(module, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    seen: dict[tuple[int, ...], torch.dtype] = {}
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket is torch.ops.aten.mm:
+                seen[tuple(out.shape)] = out.dtype
+            return out
+
+    def trained(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta", requires_grad=True)
+
+    x = torch.empty(6, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    (y,) = linears(x, [Operands(trained(5, 8), None, trained(3, 8), trained(5, 3))])
+    with Products():
+        y.backward(torch.empty_like(y))
+    half, single = torch.bfloat16, torch.float32
+    # dx, ds; dW, dA, dB turned.
+    assert seen == {(6, 8): half, (6, 3): half, (5, 8): single, (3, 8): single, (3, 5): single}
 
 
 def test_the_input_is_kept_once() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from against_fp64 import DTYPES, compare, layers_of, poisoned, slow  # noqa: F401
+from against_fp64 import DTYPES, bound, compare, draw, layers_of, poisoned, slow  # noqa: F401
 from interpreted import DEVICE
 
 from kernels import linears as plain
@@ -15,7 +15,7 @@ from kernels.segments import Segments
 
 pytest.importorskip("triton")
 
-from kernels.triton import linears
+from kernels.triton import adapters, linears
 
 # (features, rank, bias) of each layer that reads x.
 LAYERS = {
@@ -24,9 +24,13 @@ LAYERS = {
     "gate and up": [(40, 16, False), (40, 16, False)],
     "ranks apart, q plain": [(24, 0, True), (8, 3, True), (8, 5, False)],
     "k plain": [(24, 4, False), (8, 0, False), (8, 17, False)],
+    "a rank that is read twice": [(24, 33, True), (8, 4, False)],
 }
 # Rows and width are two tiles each, the second cut short.
-QUICK = [("one", 0.0), ("q, k and v", 0.1), ("ranks apart, q plain", 0.1)]
+QUICK = [
+    *(("one", 0.0), ("q, k and v", 0.1), ("ranks apart, q plain", 0.1)),
+    ("a rank that is read twice", 0.1),
+]
 CASES = [pytest.param(70, 96, p, LAYERS[name], id=f"{name}, {p}") for name, p in QUICK] + [
     slow(rows, width, p, layers, id=f"{rows} x {width}, {name}, {p}")
     for rows, width in ((9, 20), (130, 96))
@@ -50,6 +54,30 @@ def test_linears(
         [x, *tensors],
         rows + width + (0 if dtype == torch.float32 else round(2**24 * torch.finfo(dtype).eps)),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [16, slow(32), 64])
+def test_the_backward_pass_through_b(rank: int, dtype: torch.dtype) -> None:
+    """dB is as good as fp32 sums are; ds is rounded once. Two ranges of rows, blocks of 256."""
+    rows, widths, scales = 1100, [300, 256, 20], [2.0, 0.5, 3.0]
+    whole = draw(rows, sum(widths), dtype=dtype)
+    grads = [dy if j else dy.contiguous() for j, dy in enumerate(whole.split(widths, dim=1))]
+    b = draw(sum(widths), rank, dtype=dtype, seed=1, scale=rank**-0.5)
+    low_rank = draw(rows, 3, rank, dtype=dtype, seed=2)
+    d_low, d_b = adapters.through_b(grads, b, low_rank, scales)
+    assert (d_low.dtype, d_b.dtype) == (dtype, torch.float32)
+    # What reads dy twice multiplies in half precision, which returns fp32 on CUDA alone.
+    rounded = dtype if rank > 32 and DEVICE == "cpu" else torch.float32
+    pieces = zip(grads, b.split(widths), d_b.split(widths), scales, strict=True)
+    for j, (dy, b_j, d_b_j, scale) in enumerate(pieces):
+        dy = dy.double()
+        for ours, exact, terms, kind in (
+            (d_low[:, j], scale * dy @ b_j.double(), widths[j], dtype),
+            (d_b_j, scale * dy.t() @ low_rank[:, j].double(), rows, rounded),
+        ):
+            difference = (ours.double() - exact).abs().max()
+            assert difference <= bound(kind, terms) * exact.abs().max(), (j, kind)
 
 
 def test_an_adapter_without_dropout_keeps_every_word_beside_one_with() -> None:
