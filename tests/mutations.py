@@ -667,8 +667,8 @@ MUTATIONS = [
         ),
         (
             "B's gradient is not scaled",
-            "torch.mm(low_rank.t(), dy).mul_(scale / (1 - p)).t()",
-            "torch.mm(low_rank.t(), dy).t()",
+            "gradient_product(low_rank.t(), dy).mul_(scale / (1 - p))",
+            "gradient_product(low_rank.t(), dy)",
             "test_every_gradient_is_that_of_the_formula",
         ),
         (
