@@ -897,6 +897,12 @@ MUTATIONS = [
             "test_linears",
         ),
         (
+            "dx gets nothing of q where k and v are narrow",
+            "for pair in pairs if len(pair[1]) > _NARROW]",
+            "for pair in pairs if len(pair[1]) < 0]",
+            "test_linears",
+        ),
+        (
             "dB keeps the columns that fill a tile",
             "d_a_j[:rank], d_b_j[:, :rank]",
             "d_a_j[:rank], d_b_j[:, -rank:]",

@@ -34,8 +34,8 @@ MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a ten
 SMALLEST_DOT = 16
 # A tile of fp32 factors of a larger rank does not fit the shared memory of every card.
 LARGEST_RANK = 128
-# `through_b` writes and reads 8 · R bytes of parts of ds for a row of 256 elements of dy, which has
-# 512: from rank 64 on, reading dy twice is no more.
+# `through_b` writes and reads 8 · R bytes of parts of ds for BLOCK_COLUMNS elements of dy, and has
+# room for R · BLOCK_COLUMNS sums: from rank 64 on, reading dy twice is less.
 _LARGEST_RANK_IN_ONE_PASS = 32
 
 
@@ -326,11 +326,16 @@ class Draws:
         self.arguments = (rows if self.drops else None, *keys, *limits)
 
     def options(self, kernel: str, device: torch.device, count: int, rank: int) -> dict[str, int]:
-        """Return a launch's options: above rank 64 half the tile, to fit the registers."""
-        tiles = launch(kernel, device)
-        if rank > 64:
-            tiles["BLOCK_COLUMNS"] = max(SMALLEST_DOT, tiles["BLOCK_COLUMNS"] // 2)
-        return {"COUNT": count, "RANK": rank, "DROPS": self.drops, **tiles}
+        """Return the options of a launch."""
+        return {"COUNT": count, "DROPS": self.drops, **_tiles(kernel, device, rank, full=64)}
+
+
+def _tiles(kernel: str, device: torch.device, rank: int, full: int) -> dict[str, int]:
+    """Return rank, tile, warps: above rank `full` half the tile, to fit the registers."""
+    tiles = launch(kernel, device)
+    if rank > full:
+        tiles["BLOCK_COLUMNS"] = max(SMALLEST_DOT, tiles["BLOCK_COLUMNS"] // 2)
+    return {"RANK": rank, **tiles}
 
 
 def low_rank_product(x: Tensor, a: Tensor, draws: Draws) -> Tensor:
@@ -389,22 +394,22 @@ def through_b(
             d_low[:, j].addmm_(dy, b_j, beta=0, alpha=scale)
             torch.mul(gradient_product(dy.t(), low_rank[:, j]), scale, out=d_b_j)
         return d_low, d_b
-    tiles = launch("through_b", b.device)
+    tiles = _tiles("through_b", b.device, rank, full=SMALLEST_DOT)
     spare = MOST_ADAPTERS - count
     columns = [*widths, *[0] * spare]
     pointers = [*grads, *[grads[0]] * spare]
     strides = [dy.stride(0) for dy in pointers]
     factors = [float(scale) for scale in (*scales, *[0] * spare)]
     blocks = sum(triton.cdiv(width, tiles["BLOCK_COLUMNS"]) for width in widths)
-    parts = max(1, min(32, rows // 512))
+    parts = max(1, min(16, rows // 512))
     d_low_parts = b.new_empty(blocks, rows, rank, dtype=torch.float32)
     d_b_parts = b.new_empty(parts, *b.shape, dtype=torch.float32)
     inputs = (*pointers, *strides, *columns, *factors, b, low_rank)
     rows_each = triton.cdiv(rows, parts)
-    sizes = {"COUNT": count, "RANK": rank}
-    _through_b[blocks, parts](*inputs, d_low_parts, d_b_parts, rows, rows_each, **sizes, **tiles)
-    block, outputs = 1024, (d_low_parts, d_b_parts, d_low, d_b)
-    grid = triton.cdiv(rank * max(rows, len(b)), block), count + 1
-    sizes |= {"BLOCK_COLUMNS": tiles["BLOCK_COLUMNS"], "BLOCK": block}
-    _add_parts[grid](*outputs, *columns, rows, parts, **sizes)
+    _through_b[blocks, parts](
+        *inputs, d_low_parts, d_b_parts, rows, rows_each, COUNT=count, **tiles
+    )
+    sizes = {"COUNT": count, "RANK": rank, "BLOCK_COLUMNS": tiles["BLOCK_COLUMNS"], "BLOCK": 1024}
+    grid = triton.cdiv(rank * max(rows, len(b)), sizes["BLOCK"]), count + 1
+    _add_parts[grid](d_low_parts, d_b_parts, d_low, d_b, *columns, rows, parts, **sizes)
     return d_low, d_b
