@@ -39,11 +39,10 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
     """Yield the parameters that are tried for a kernel, the defaults first."""
     default = triton_launch.DEFAULTS[kernel]
     rows_of_logits = kernel == "cross_entropy"
-    wide = kernel in ("adafactor", "through_b")
     values = {
         "BLOCK": [1024, 2048, 4096, 8192, 16384] if rows_of_logits else [512, 1024, 2048],
         "BLOCK_ROWS": [8, 16, 32] if kernel == "adafactor" else [32, 64, 128],
-        "BLOCK_COLUMNS": [128, 256, 512] if wide else [32, 64, 128],
+        "BLOCK_COLUMNS": [128, 256, 512] if kernel in ("adafactor", "through_b") else [32, 64, 128],
         "num_warps": [2, 4, 8, 16] if rows_of_logits else [4, 8],
         "num_stages": [2, 3, 4],
         "warp_elements": [128, 256, 512, 1024],
