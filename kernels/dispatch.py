@@ -31,6 +31,7 @@ class Operations:
     linears: Callable[..., list[Tensor]]
     rms_norm: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
+    add: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     rotary: Callable[..., tuple[Tensor, Tensor]]
@@ -48,6 +49,7 @@ _REFERENCE = Operations(
     linears=linears.linears,
     rms_norm=reference.rms_norm,
     layer_norm=reference.layer_norm,
+    add=reference.add,
     add_rms_norm=reference.add_rms_norm,
     add_layer_norm=reference.add_layer_norm,
     rotary=reference.rotary,
@@ -111,7 +113,7 @@ def _triton(device: torch.device) -> Operations:
             f"train.kernels is 'triton', but its kernels run on CUDA, not on {device.type}; {other}"
         )
     try:
-        from kernels.triton import elementwise, norms, updates
+        from kernels.triton import dropout, elementwise, norms, updates
         from kernels.triton import linears as triton_linears
         from kernels.triton import loss as triton_loss
     except ImportError as error:
@@ -125,6 +127,7 @@ def _triton(device: torch.device) -> Operations:
         linears=triton_linears.linears,
         rms_norm=norms.rms_norm,
         layer_norm=norms.layer_norm,
+        add=dropout.add,
         add_rms_norm=norms.add_rms_norm,
         add_layer_norm=norms.add_layer_norm,
         rotary=elementwise.rotary,

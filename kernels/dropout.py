@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+
+
+class Draw(NamedTuple):
+    """Which elements of one activation are dropped."""
+
+    rows: Tensor  # (M,) int32 row keys, `Segments.dropout_rows`
+    module: int  # `module_id` of the module that drops
+    p: float  # probability of dropping, 0 < p < 1
 
 
 def module_id(name: str) -> int:

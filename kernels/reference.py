@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.dropout import Draw, dropout
+
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
@@ -81,17 +83,37 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (x + change, its RMSNorm), (M, H) each."""
-    total = x + change
+def add(x: Tensor | None, change: Tensor, draw: Draw | None = None) -> Tensor:
+    """Return x + dropout(change), (M, H) each.
+
+    Args:
+        x: None stands for 0.
+        change: what is added to it.
+        draw: which elements of `change` are dropped first; None drops nothing.
+    """
+    if draw is not None:
+        change = dropout(change, *draw)
+    return change if x is None else x + change
+
+
+def add_rms_norm(
+    x: Tensor, change: Tensor, weight: Tensor, eps: float, draw: Draw | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (x + dropout(change), its RMSNorm), (M, H) each; `draw` as in `add`."""
+    total = add(x, change, draw)
     return total, rms_norm(total, weight, eps)
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    change: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x + change, its LayerNorm), (M, H) each."""
-    total = x + change
+    """Return (x + dropout(change), its LayerNorm), (M, H) each; `draw` as in `add`."""
+    total = add(x, change, draw)
     return total, layer_norm(total, weight, bias, eps)
 
 

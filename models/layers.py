@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from files.errors import UserError, did_you_mean
 from kernels.dispatch import Operations
 from kernels.dispatch import operations as choose_operations
-from kernels.dropout import dropout, module_id
+from kernels.dropout import Draw, module_id
 from kernels.operands import Operands
 from kernels.segments import Segments
 from models.keys import DecoderConfig, Reader
@@ -54,9 +54,9 @@ class RMSNorm(nn.Module):
         """Normalise each row."""
         return self.operations.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + change, and it normalised."""
-        return self.operations.add_rms_norm(x, change, self.weight, self.eps)
+    def add(self, x: Tensor, change: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """Return x + dropout(change), and it normalised."""
+        return self.operations.add_rms_norm(x, change, self.weight, self.eps, draw)
 
 
 class LayerNorm(nn.Module):
@@ -73,9 +73,9 @@ class LayerNorm(nn.Module):
         """Normalise each row."""
         return self.operations.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + change, and it normalised."""
-        return self.operations.add_layer_norm(x, change, self.weight, self.bias, self.eps)
+    def add(self, x: Tensor, change: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        """Return x + dropout(change), and it normalised."""
+        return self.operations.add_layer_norm(x, change, self.weight, self.bias, self.eps, draw)
 
 
 class Dropout(nn.Module):
@@ -86,9 +86,10 @@ class Dropout(nn.Module):
         self.id = module_id(name)
         self.p = p
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        """Drop elements of (M, width), where this pass drops at all."""
-        return dropout(x, segments.dropout_rows, self.id, self.p)
+    def draw(self, segments: Segments) -> Draw | None:
+        """Return which elements are dropped, or None where this pass drops nothing."""
+        rows = segments.dropout_rows
+        return None if rows is None or self.p == 0 else Draw(rows, self.id, self.p)
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
@@ -217,6 +218,23 @@ class GatedMLP(nn.Module):
         return run.linears(run.swiglu(gate, up), [self.down_proj.operands()], segments)[0]
 
 
+class Stream(NamedTuple):
+    """The residual stream between two norms, x + dropout(change).
+
+    The sum is made in the norm that reads it, so that it costs no pass over memory of its own.
+    """
+
+    x: Tensor  # (M, H)
+    change: Tensor | None = None  # (M, H); None behind the embeddings
+    draw: Draw | None = None
+
+    def normed(self, norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor]:
+        """Return the sum, and it normalised, (M, H) each."""
+        if self.change is None:
+            return self.x, norm(self.x)
+        return norm.add(self.x, self.change, self.draw)
+
+
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); some families drop elements of either sum."""
 
@@ -237,26 +255,29 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         tables: tuple[Tensor, Tensor],
         segments: Segments,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """Return the residual stream after this layer, (M, H) → (M, H)."""
-        change = self.self_attn(self.input_layernorm(x), tables, segments, cache)
-        if self.attention_residual is not None:
-            change = self.attention_residual(change, segments)
-        x, normed = self.post_attention_layernorm.add(x, change)
-        change = self.mlp(normed, segments)
-        if self.mlp_residual is not None:
-            change = self.mlp_residual(change, segments)
-        return x + change
+    ) -> Stream:
+        """Return the residual stream after this layer."""
+        x, normed = stream.normed(self.input_layernorm)
+        change = self.self_attn(normed, tables, segments, cache)
+        stream = _changed(x, change, self.attention_residual, segments)
+        x, normed = stream.normed(self.post_attention_layernorm)
+        return _changed(x, self.mlp(normed, segments), self.mlp_residual, segments)
+
+
+def _changed(x: Tensor, change: Tensor, dropout: Dropout | None, segments: Segments) -> Stream:
+    return Stream(x, change, None if dropout is None else dropout.draw(segments))
 
 
 class Decoder(nn.Module):
     """Holds what the checkpoint calls `model`: embeddings, layers and the final norm."""
 
-    def __init__(self, embed_tokens: nn.Embedding, layers: nn.ModuleList, norm: nn.Module):
+    def __init__(
+        self, embed_tokens: nn.Embedding, layers: nn.ModuleList, norm: RMSNorm | LayerNorm
+    ):
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers = layers
@@ -341,16 +362,20 @@ class CausalLM(nn.Module, ABC):
         offset = 0 if cache is None else cache.length
         tables = rotary_tables(self.config, segments, offset, x.dtype)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        stream = Stream(x)
+
+        def summed(layer: nn.Module, x: Tensor) -> Tensor:
+            return self.operations.add(*layer(Stream(x), tables, segments))
+
         for layer in self.model.layers:
-            if recompute:
-                x = checkpoint(
-                    layer, x, tables, segments, use_reentrant=False, preserve_rng_state=False
-                )
+            if recompute:  # one tensor between layers is kept, not two
+                x = checkpoint(summed, layer, x, use_reentrant=False, preserve_rng_state=False)
+                stream = Stream(x)
             else:
-                x = layer(x, tables, segments, cache)
+                stream = layer(stream, tables, segments, cache)
         if cache is not None:
             cache.length += len(input_ids)
-        return self.model.norm(x)
+        return stream.normed(self.model.norm)[1]
 
     def head_weight(self) -> Tensor:
         """Return the head's weight, (V, H): the embeddings where they are tied."""

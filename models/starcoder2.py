@@ -76,7 +76,8 @@ class Starcoder2(CausalLM):
 
     def embed(self, input_ids: Tensor, segments: Segments) -> Tensor:
         """Return the embeddings of the tokens with elements dropped, (M,) → (M, H)."""
-        return self.embedding_dropout(super().embed(input_ids, segments), segments)
+        embedded, draw = super().embed(input_ids, segments), self.embedding_dropout.draw(segments)
+        return self.operations.add(None, embedded, draw)
 
 
 def _special_fields(read: Reader, layers: int) -> dict[str, Any]:

@@ -785,6 +785,18 @@ MUTATIONS = [
             "test_norms_with_an_addition",
         ),
         (
+            "what the residual stream drops is not dropped from its gradient",
+            "            d_change = dropped(d_change, tl.load(rows_ptr + row), keys,",
+            "            d_change, _ = d_change, (tl.load(rows_ptr + row), keys,",
+            "test_norms_with_a_dropped_addition",
+        ),
+        (
+            "the mask of a change that nothing normalises is forgotten backward",
+            "                d_change = add_dropped(None, d_change.to(ctx.change_dtype), draw)\n",
+            "                pass\n",
+            "test_a_change_of_a_stream_that_nothing_normalises_is_dropped_backward_too",
+        ),
+        (
             "the mean's part of LayerNorm's gradient is left out",
             "            d_x -= tl.sum(gradient, axis=0) / width\n",
             "            d_x -= 0.0\n",
@@ -795,6 +807,34 @@ MUTATIONS = [
             "            d_weight += d_out * normed\n",
             "            d_weight = d_out * normed\n",
             "test_rms_norm",
+        ),
+    ),
+    *_of(
+        "kernels/triton/dropout.py",
+        "tests/kernels/test_triton.py",
+        (
+            "an adapter without dropout drops a word in four thousand million",
+            "(word < limit) | (limit == 0x7FFFFFFF)",
+            "word < limit",
+            "tests/kernels/test_triton_linears.py::test_an_adapter_without_dropout_keeps_every_word_beside_one_with",
+        ),
+        (
+            "what is kept of a change is not scaled",
+            "scaled = (values.to(tl.float32) * factor).to(values.dtype)",
+            "scaled = values",
+            "test_norms_with_a_dropped_addition",
+        ),
+        (
+            "what is dropped and infinite makes the sum infinite",
+            "return tl.where(kept(row_key.to(tl.uint32, bitcast=True), keys, limit), scaled, 0.0)",
+            "return scaled * kept(row_key.to(tl.uint32, bitcast=True), keys, limit)",
+            "test_addition_of_what_is_dropped",
+        ),
+        (
+            "the gradient of what is added and dropped is not dropped",
+            "add_dropped(None, grads[0].to(ctx.dtype), ctx.draw) if needs_change",
+            "grads[0].to(ctx.dtype) if needs_change",
+            "test_addition_of_what_is_dropped",
         ),
     ),
     *_of(
@@ -843,12 +883,6 @@ MUTATIONS = [
             "return tl.where(j == 0, first, tl.where(j == 1, second, third))",
             "return tl.where(j == 0, first, tl.where(j == 1, first, third))",
             "test_linears",
-        ),
-        (
-            "an adapter without dropout drops a word in four thousand million",
-            "(word < limit) | (limit == 0x7FFFFFFF)",
-            "word < limit",
-            "test_an_adapter_without_dropout_keeps_every_word_beside_one_with",
         ),
         (
             "rows at the seam of two programs count twice",
@@ -1113,15 +1147,15 @@ MUTATIONS = [
         ),
         (
             "the second norm sees the stream without attention's change",
-            "        x, normed = self.post_attention_layernorm.add(x, change)\n",
-            "        normed = self.post_attention_layernorm.add(x, change * 0)[1]\n"
-            "        x = x + change\n",
+            "        x, normed = stream.normed(self.post_attention_layernorm)\n",
+            "        x, normed = stream.normed(self.post_attention_layernorm)\n"
+            "        normed = self.post_attention_layernorm(x - change)\n",
             "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
         ),
         (
             "the final norm is left out",
-            "        return self.model.norm(x)\n",
-            "        return x\n",
+            "        return stream.normed(self.model.norm)[1]\n",
+            "        return self.operations.add(*stream)\n",
             "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
         ),
         (
@@ -1150,9 +1184,15 @@ MUTATIONS = [
         ),
         (
             "the sums of StarCoder2's MLP are not dropped",
-            "            change = self.mlp_residual(change, segments)\n",
-            "            pass\n",
+            "segments), self.mlp_residual, segments)",
+            "segments), None, segments)",
             "test_dropouts_stand_where_the_architecture_has_them",
+        ),
+        (
+            "a layer that is computed again hands on the stream without its last change",
+            "return self.operations.add(*layer(Stream(x), tables, segments))",
+            "return layer(Stream(x), tables, segments).x",
+            "test_gradient_checkpointing_changes_no_bit",
         ),
         (
             "attention's dropout shares its masks among layers",
@@ -1225,8 +1265,8 @@ MUTATIONS = [
         "tests/models/test_layers.py",
         (
             "the embedding is not dropped",
-            "return self.embedding_dropout(super().embed(input_ids, segments), segments)",
-            "return super().embed(input_ids, segments)",
+            "return self.operations.add(None, embedded, draw)",
+            "return embedded",
             "test_the_three_dropouts_act_exactly_where_there_is_a_draw",
         ),
         (

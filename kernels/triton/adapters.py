@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels.dropout import keep_limit, mix, signed
 from kernels.linears import gradient_product
+from kernels.triton.dropout import column_keys, kept
 from kernels.triton.launch import launch
 
 MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a tensor to be copied
@@ -40,25 +41,9 @@ _LARGEST_RANK_IN_ONE_PASS = 32
 
 
 @triton.jit
-def _mixed(word):
-    word = word ^ (word >> 16)
-    word = word * 0x7FEB352D
-    word = word ^ (word >> 15)
-    return word * 0x846CA68B
-
-
-@triton.jit
 def _kept(rows, columns, module_key, limit):
-    """Draw a tile: (BM,) uint32 row keys and (BK,) column numbers to (BM, BK) bool.
-
-    Module key and limit are int32; `mix` of a column and mix' of both keys are `_mixed` and, for
-    the first, one more shift.
-    """
-    column_keys = _mixed(columns.to(tl.uint32) ^ module_key.to(tl.uint32, bitcast=True))
-    column_keys = column_keys ^ (column_keys >> 16)
-    word = _mixed(rows[:, None] ^ column_keys[None, :])
-    word = word.to(tl.int32, bitcast=True)
-    return (word < limit) | (limit == 0x7FFFFFFF)  # p = 0 keeps every word
+    """Draw a tile: (BM,) uint32 row keys and (BK,) column numbers to (BM, BK) bool."""
+    return kept(rows[:, None], column_keys(columns, module_key)[None, :], limit)
 
 
 @triton.jit

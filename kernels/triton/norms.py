@@ -2,17 +2,19 @@
 
 Legend: M token rows · H hidden size · P programs of the backward pass
 
-    forward    t = x + change                      n = (t - mean) · r          y = n · w + b
+    forward    t = x + drop(change)                n = (t - mean) · r          y = n · w + b
     backward   g = dy · w                          dt = r · (g - mean(g) - n · mean(g · n)) + dt'
                dw = Σ over the rows of dy · n      db = Σ over the rows of dy
 
 with r = 1/√(variance + ε); RMSNorm has neither mean nor b, and its variance is the mean of t². dt'
-is the gradient that arrives by way of the residual stream.
+is the gradient that arrives by way of the residual stream: every addition of the stream, and of its
+gradients, happens in here. Where elements of the change are dropped, their mask is drawn again
+in the backward pass, dchange = drop(dt); else dchange is dt itself.
 
 A program holds whole rows in registers, so that each tensor is read once: forward x, change → t, y;
-backward t, dy, dt' → dt. Mean and r, two fp32 numbers a row, are kept. The gradients of w and b are
-sums over rows: each program of the backward pass adds up a contiguous range of rows in order and
-writes one (H,) partial sum; torch adds the P of them. No atomics: the same bits every time.
+backward t, dy, dt' → dt, dchange. Mean and r, two fp32 numbers a row, are kept. The gradients of w
+and b are sums over rows: each program of the backward pass adds up a contiguous range of rows in
+order and writes one (H,) partial sum; torch adds the P of them. No atomics: the same bits always.
 """
 
 # Triton types a launch as a call of the kernel itself, which it is not.
@@ -28,10 +30,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.dropout import Draw
+from kernels.triton.dropout import add_dropped, column_keys, draw_arguments, dropped
 from kernels.triton.launch import block_of, norm_programs, norm_warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["module_key", "limit"])
 def _forward(
     x_ptr,
     change_ptr,
@@ -41,9 +45,14 @@ def _forward(
     out_ptr,
     mean_ptr,
     inverse_ptr,
+    rows_ptr,
+    module_key,
+    limit,
+    factor,
     width,
     eps,
     HAS_CHANGE: tl.constexpr,
+    DROPS: tl.constexpr,
     CENTRED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -54,6 +63,9 @@ def _forward(
     total = tl.load(x_ptr + at, mask=inside, other=0.0)
     if HAS_CHANGE:
         change = tl.load(change_ptr + at, mask=inside, other=0.0)
+        if DROPS:
+            keys = column_keys(columns, module_key)
+            change = dropped(change, tl.load(rows_ptr + row), keys, limit, factor)
         total = (total.to(tl.float32) + change.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + at, total, mask=inside)
     exact = total.to(tl.float32)
@@ -74,7 +86,7 @@ def _forward(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["module_key", "limit", "rows", "rows_each"])
 def _backward(
     total_ptr,
     weight_ptr,
@@ -83,12 +95,18 @@ def _backward(
     d_out_ptr,
     d_total_ptr,
     d_x_ptr,
+    d_change_ptr,
     d_weight_ptr,
     d_bias_ptr,
+    rows_ptr,
+    module_key,
+    limit,
+    factor,
     rows,
     width,
     rows_each,
     HAS_D_TOTAL: tl.constexpr,
+    DROPS: tl.constexpr,
     CENTRED: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,6 +117,7 @@ def _backward(
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros((BLOCK,), dtype=tl.float32)
     d_bias = tl.zeros((BLOCK,), dtype=tl.float32)
+    keys = column_keys(columns, module_key)  # once for all rows; not at all where nothing drops
     first = program * rows_each
     for row in range(first, tl.minimum(first + rows_each, rows)):
         at = row * width + columns
@@ -118,7 +137,12 @@ def _backward(
         d_x *= inverse
         if HAS_D_TOTAL:
             d_x += tl.load(d_total_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+        d_x = d_x.to(d_x_ptr.dtype.element_ty)
+        tl.store(d_x_ptr + at, d_x, mask=inside)
+        if DROPS:
+            d_change = d_x.to(d_change_ptr.dtype.element_ty)
+            d_change = dropped(d_change, tl.load(rows_ptr + row), keys, limit, factor)
+            tl.store(d_change_ptr + at, d_change, mask=inside)
     if NEEDS_WEIGHT:
         tl.store(d_weight_ptr + program * width + columns, d_weight, mask=inside)
         if CENTRED:
@@ -130,7 +154,13 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, change: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        change: Tensor | None,
+        draw: Draw | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
         rows, width = x.shape
         x = x.contiguous()
@@ -148,15 +178,18 @@ class _Norm(torch.autograd.Function):
             out,
             mean,
             inverse,
+            *draw_arguments(draw),
             width,
             eps,
             HAS_CHANGE=change is not None,
+            DROPS=draw is not None,
             CENTRED=bias is not None,
             BLOCK=block,
             num_warps=norm_warps(block, x.device),
         )
         ctx.save_for_backward(total, weight, mean, inverse)
-        ctx.has_change = change is not None
+        ctx.draw = draw
+        ctx.change_dtype = None if change is None else change.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return out if change is None else (out, total)
@@ -167,14 +200,21 @@ class _Norm(torch.autograd.Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         total, weight, mean, inverse = ctx.saved_tensors
-        d_out, d_total = grads if ctx.has_change else (grads[0], None)
+        has_change, draw = ctx.change_dtype is not None, ctx.draw
+        d_out, d_total = grads if has_change else (grads[0], None)
         if d_out is None:  # only the residual stream was used
-            return d_total, d_total if ctx.has_change else None, None, None, None
+            d_change = d_total if has_change else None
+            if d_change is not None and draw is not None:
+                d_change = add_dropped(None, d_change.to(ctx.change_dtype), draw)
+            return d_total, d_change, None, None, None, None
         rows, width = total.shape
         centred = mean is not None
-        needs_weight = ctx.needs_input_grad[2] or (centred and ctx.needs_input_grad[3])
+        needs_weight = ctx.needs_input_grad[3] or (centred and ctx.needs_input_grad[4])
         programs = norm_programs(rows, total.device)
         d_x = torch.empty_like(total)
+        d_change = d_x if has_change else None
+        if draw is not None:
+            d_change = torch.empty_like(total, dtype=ctx.change_dtype)
         partial = (programs, width)
         d_weight = total.new_empty(partial, dtype=torch.float32) if needs_weight else None
         d_bias = torch.empty_like(d_weight) if needs_weight and centred else None
@@ -187,12 +227,15 @@ class _Norm(torch.autograd.Function):
             d_out.contiguous(),
             None if d_total is None else d_total.contiguous(),
             d_x,
+            d_change,
             d_weight,
             d_bias,
+            *draw_arguments(draw),
             rows,
             width,
             triton.cdiv(rows, programs),
             HAS_D_TOTAL=d_total is not None,
+            DROPS=draw is not None,
             CENTRED=centred,
             NEEDS_WEIGHT=needs_weight,
             BLOCK=block,
@@ -200,7 +243,8 @@ class _Norm(torch.autograd.Function):
         )
         return (
             d_x,
-            d_x if ctx.has_change else None,
+            d_change,
+            None,
             None if d_weight is None else d_weight.sum(0).to(weight.dtype),
             None if d_bias is None else d_bias.sum(0).to(ctx.bias_dtype),
             None,
@@ -209,23 +253,30 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / √(mean(x²) + eps) · weight over the last axis: (M, H) → (M, H)."""
-    return _Norm.apply(x, None, weight, None, eps)  # pyright: ignore
+    return _Norm.apply(x, None, None, weight, None, eps)  # pyright: ignore
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return (x - mean) / √(variance + eps) · weight + bias over the last axis: (M, H) → (M, H)."""
-    return _Norm.apply(x, None, weight, bias, eps)  # pyright: ignore
+    return _Norm.apply(x, None, None, weight, bias, eps)  # pyright: ignore
 
 
-def add_rms_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (x + change, its RMSNorm), (M, H) each."""
-    out, total = _Norm.apply(x, change, weight, None, eps)  # pyright: ignore
+def add_rms_norm(
+    x: Tensor, change: Tensor, weight: Tensor, eps: float, draw: Draw | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (x + dropout(change), its RMSNorm), (M, H) each; see `kernels.reference.add`."""
+    out, total = _Norm.apply(x, change, draw, weight, None, eps)  # pyright: ignore
     return total, out
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    change: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x + change, its LayerNorm), (M, H) each."""
-    out, total = _Norm.apply(x, change, weight, bias, eps)  # pyright: ignore
+    """Return (x + dropout(change), its LayerNorm), (M, H) each; see `kernels.reference.add`."""
+    out, total = _Norm.apply(x, change, draw, weight, bias, eps)  # pyright: ignore
     return total, out

@@ -11,17 +11,25 @@ from torch import Tensor
 
 from kernels import linears as plain
 from kernels import reference
+from kernels.dropout import Draw, keep_mask, module_id
 from kernels.loss import IGNORE, linear_cross_entropy
+from kernels.segments import Segments
 
 pytest.importorskip("triton")
 
-from kernels.triton import elementwise, launch, loss, norms
+from kernels.triton import dropout, elementwise, launch, loss, norms
 
 SHAPES = [(37, 130), *map(slow, [(3, 7), (16, 64), (5, 1025)])]
 WIDE = [(5, 1025), *map(slow, [(1, 2), (3, 7), (16, 64), (37, 130), (3, 2000)])]
 
 
 # --- norms ---------------------------------------------------------------------------------------
+
+
+def some_draw(rows: int) -> Draw:
+    segments = Segments.build([rows], device=DEVICE, examples=[4], draw=(42, 3))
+    assert segments.dropout_rows is not None
+    return Draw(segments.dropout_rows, module_id("model.layers.0.mlp.residual_dropout"), 0.3)
 
 
 def exact_rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -74,6 +82,71 @@ def test_norms_with_an_addition(shape: tuple[int, int], dtype: torch.dtype, cent
 
     ours = norms.add_layer_norm if centred else norms.add_rms_norm
     compare(lambda *tensors: ours(*tensors, 1e-5), exact, inputs, 4 * sum(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("centred", [False, True])
+def test_norms_with_a_dropped_addition(
+    shape: tuple[int, int], dtype: torch.dtype, centred: bool
+) -> None:
+    inputs = [draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)]
+    inputs += [draw(shape[1], dtype=dtype, seed=i) for i in ((2, 3) if centred else (2,))]
+    which = some_draw(shape[0])
+    mask = keep_mask(*which[:2], shape[1], which.p)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x + (x.to(dtype).double() - x).detach()
+
+    def exact(x: Tensor, change: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+        # What is dropped, and the sum, are tensors of the plain form: rounded to their type.
+        total = rounded(x + rounded(change * mask / (1 - which.p)))
+        if centred:
+            return total, F.layer_norm(total, (shape[1],), weight, *bias, 1e-5)
+        return total, exact_rms(total, weight)
+
+    ours = norms.add_layer_norm if centred else norms.add_rms_norm
+    compare(lambda *tensors: ours(*tensors, 1e-5, which), exact, inputs, 4 * sum(shape))
+    plain_form = reference.add_layer_norm if centred else reference.add_rms_norm
+    total = plain_form(*inputs, 1e-5, which)[0]  # pyright: ignore
+    assert torch.equal(ours(*inputs, 1e-5, which)[0], total)  # pyright: ignore
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_change_of_a_stream_that_nothing_normalises_is_dropped_backward_too(
+    centred: bool,
+) -> None:
+    x, change = (draw(5, 7, dtype=torch.float32, seed=i).requires_grad_() for i in (0, 1))
+    weight = draw(7, dtype=torch.float32, seed=2)
+    which = some_draw(5)
+    total, _ = (
+        norms.add_layer_norm(x, change, weight, weight, 1e-5, which)
+        if centred
+        else norms.add_rms_norm(x, change, weight, 1e-5, which)
+    )
+    total.backward(torch.ones_like(total))
+    assert change.grad is not None
+    assert torch.equal(change.grad, reference.add(None, torch.ones_like(x), which))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WIDE)
+def test_addition_of_what_is_dropped(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The bits of the plain form, forward and backward."""
+    inputs = [draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)]
+    inputs[1][0, 0], inputs[1][-1, -1] = float("inf"), float("nan")
+    which = some_draw(shape[0])
+    sides = []
+    for add in (dropout.add, reference.add):
+        x, change = (tensor.clone().requires_grad_() for tensor in inputs)
+        total, alone = add(x, change, which), add(None, change, which)
+        upstream = draw(*shape, dtype=dtype, seed=2)
+        sides.append([total, alone, *torch.autograd.grad(total, (x, change), upstream)])
+    for ours, plain_one in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, plain_one, rtol=0, atol=0, equal_nan=True)
+    assert dropout.add(None, inputs[0]) is inputs[0]
 
 
 def test_a_frozen_weight_s_gradient_is_not_made() -> None:

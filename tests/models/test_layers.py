@@ -224,19 +224,24 @@ def test_dropouts_stand_where_the_architecture_has_them():
     model = model_of("starcoder2", attention_dropout=0.0)
     layer: Any = model.model.layers[1]
     seen: dict[str, torch.Tensor] = {}
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.update(embedded=args[0]))
-    layer.register_forward_pre_hook(lambda _, args: seen.update(before=args[0]))
+    layers: Any = model.model.layers
+    layers[0].register_forward_pre_hook(lambda _, args: seen.update(embedded=args[0].x))
+
+    def watch(norm: Any, name: str) -> None:
+        add = norm.add
+
+        def watched(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            total, normed = add(*args)
+            seen[name] = total
+            return total, normed
+
+        norm.add = watched
+
+    watch(layer.input_layernorm, "before")
     layer.self_attn.register_forward_hook(lambda _, args, out: seen.update(attended=out))
-    add = layer.post_attention_layernorm.add
-
-    def watched(x: torch.Tensor, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total, normed = add(x, change)
-        seen.update(between=total)
-        return total, normed
-
-    layer.post_attention_layernorm.add = watched
+    watch(layer.post_attention_layernorm, "between")
     layer.mlp.register_forward_hook(lambda _, args, out: seen.update(transformed=out))
-    layer.register_forward_hook(lambda _, args, out: seen.update(after=out))
+    watch(layers[2].input_layernorm, "after")
     ids, layout = flat()
     segments = Segments.build(device="cpu", draw=(42, 7), **layout)
     model.hidden_states(ids, segments)

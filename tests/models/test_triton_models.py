@@ -18,9 +18,10 @@ pytestmark = [
 
 def model_of(family: str, backend: str, method: str) -> CausalLM:
     chosen = operations(backend, DEVICE)
+    own = {"residual_dropout": 0.1, "embedding_dropout": 0.1} if family == "starcoder2" else {}
     if method == "full":
-        return small_model(family, operations=chosen).to(DEVICE)
-    return adapted(0.1, family, torch.float32, operations=chosen).to(DEVICE)
+        return small_model(family, operations=chosen, **own).to(DEVICE)
+    return adapted(0.1, family, torch.float32, operations=chosen, **own).to(DEVICE)
 
 
 @pytest.mark.parametrize(
