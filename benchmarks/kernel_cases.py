@@ -20,7 +20,7 @@ from benchmarks.fixtures import ragged_rows
 from benchmarks.linear_cases import from_liger, linears, loss
 from kernels.attention import attention, kernel
 from kernels.dispatch import Operations
-from kernels.operands import Operands
+from kernels.operands import Operands, value_of
 from kernels.segments import Segments
 
 # The fields of `Operations` that stand or fall with a part. Of the rest nothing is decided: the
@@ -83,7 +83,7 @@ def norm(rows: int, hidden: int, centred: bool, room: Room) -> Case:
 
     def ours(run: Operations) -> Run:
         function = run.add_layer_norm if centred else run.add_rms_norm
-        return lambda **tensors: function(**tensors, eps=1e-5)
+        return lambda **tensors: [value_of(x) for x in function(**tensors, eps=1e-5)]
 
     def liger(*tensors: Tensor) -> list[Tensor]:
         return list(from_liger("liger_fused_add_rms_norm")(*tensors, 1e-5, in_place=False))[::-1]
@@ -133,7 +133,7 @@ def swiglu(rows: int, intermediate: int, room: Room) -> Case:
     def liger(gate: Tensor, up: Tensor) -> Tensor:
         return from_liger("liger_swiglu")(gate, up)
 
-    ours, moved = (lambda run: run.swiglu), (3 * m * i, 8 * m * i)
+    ours, moved = (lambda run: lambda gate, up: run.swiglu(gate, up).value), (3 * m * i, 8 * m * i)
     return _pointwise(room, "swiglu", f"{m:,} × {i:,}", problem, literal, ours, moved, liger)
 
 
@@ -147,7 +147,7 @@ def linear_gelu(rows: int, hidden: int, intermediate: int, room: Room) -> Case:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
     def ours(run: Operations) -> Run:
-        return lambda x, weight, bias: run.linear_gelu(x, Operands(weight, bias))
+        return lambda x, weight, bias: run.linear_gelu(x, Operands(weight, bias)).value
 
     text = f"{m:,} rows, {h:,} → {i:,}"
     moved = (m * h + i * h + 2 * m * i, 2 * (m * h + i * h) + 5 * m * i)

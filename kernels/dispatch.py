@@ -18,6 +18,7 @@ from torch import Tensor
 from files.errors import UserError, did_you_mean
 from kernels import attention, linears, loss, reference
 from kernels.cpu import attention as cpu_attention
+from kernels.operands import Made
 from kernels.triton import launch
 
 BACKENDS = ("auto", "reference", "triton")
@@ -29,14 +30,14 @@ class Operations:
 
     name: str
     linears: Callable[..., list[Tensor]]
-    rms_norm: Callable[..., Tensor]
-    layer_norm: Callable[..., Tensor]
+    rms_norm: Callable[..., Made]
+    layer_norm: Callable[..., Made]
     add: Callable[..., Tensor]
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_rms_norm: Callable[..., tuple[Tensor, Made]]
+    add_layer_norm: Callable[..., tuple[Tensor, Made]]
     rotary: Callable[..., tuple[Tensor, Tensor]]
-    swiglu: Callable[..., Tensor]
-    linear_gelu: Callable[..., Tensor]
+    swiglu: Callable[..., Made]
+    linear_gelu: Callable[..., Made]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
     # Updates of fp32 masters in place; None where the optimizers' own PyTorch does it.

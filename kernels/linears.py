@@ -7,10 +7,11 @@ Legend: M token rows · K, N features in and out · r adapter rank · D the drop
                dx = Σ over the layers of dy W + (ds A) ⊙ D
 
 A frozen weight costs a product in either direction and no third one for its gradient: 4·M·K·N
-operations, not 6. The input is kept once for all layers that read it, beside M·r numbers for each
-adapter. The mask is drawn again in the backward pass, but on a CPU, where drawing takes longer than
-reading, it is kept at one byte an element. Adapters are cast to the type of the base's product,
-never activations to theirs.
+operations, not 6. The input is kept once for all layers that read it, or made again in the backward
+pass from what is kept anyway (`Made`), beside M·r numbers for each adapter. The mask is drawn again
+there too. On a CPU, where making and drawing take longer than reading, both are kept, the mask at
+one byte an element. Adapters are cast to the type of the base's product, never activations to
+theirs.
 
 Source: Hu et al. 2021 (LoRA).
 """
@@ -26,43 +27,61 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import keep, keep_mask
-from kernels.operands import Operands, compute_dtype
+from kernels.operands import Made, Operands, compute_dtype, value_of
 from kernels.reference import gelu_tanh
 from kernels.segments import Segments
 
+# A function and what it makes the input of; see `Made`.
+Again = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
+
 
 def linears(
-    x: Tensor, operands: Sequence[Operands], segments: Segments | None = None
+    x: Tensor | Made, operands: Sequence[Operands], segments: Segments | None = None
 ) -> list[Tensor]:
     """Apply several linear layers, adapted or not, to one input.
 
     Args:
-        x: (M, K) input.
+        x: (M, K) input. What says how to make it again is made again in the backward pass instead
+            of being kept, but on a CPU, where that takes longer than reading it.
         operands: what each layer's `operands()` returns.
         segments: the documents of the rows; without them adapters drop nothing.
 
     Returns:
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
+    value = value_of(x)
     if all(layer.lora_a is None for layer in operands):
-        lowered = _lowered(x, len(operands))
+        lowered = _lowered(value, len(operands))
         return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
-    return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
+    again = None if keeps_inputs(value.device) else made_again(x, operands)
+    return list(_Linears.apply(value, again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def linear_gelu(
-    x: Tensor,
+    x: Tensor | Made,
     layer: Operands,
     segments: Segments | None = None,
     *,
     linears: Callable[..., list[Tensor]] = linears,
-) -> Tensor:
+) -> Made:
     """Return GELU, in its tanh form, of one layer's output: (M, K) → (M, N).
 
     `linears` is the operation that the layer goes through.
     """
     (widened,) = linears(x, [layer], segments)
-    return gelu_tanh(widened)
+    return Made.by(gelu_tanh, widened)
+
+
+def keeps_inputs(device: torch.device) -> bool:
+    """Return whether an input is kept that could be made again."""
+    return device.type == "cpu"
+
+
+def made_again(x: Tensor | Made, operands: Sequence[Operands]) -> Again | None:
+    """Return how to make the input again, unless weights need the whole of it for gradients."""
+    if not isinstance(x, Made) or any(layer.weight.requires_grad for layer in operands):
+        return None
+    return x.again, x.sources
 
 
 def flattened(operands: Sequence[Operands], segments: Segments | None) -> tuple[Any, ...]:
@@ -116,6 +135,7 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        again: Again | None,
         rows: Tensor | None,
         settings: list[tuple[float, float, int]],
         *tensors: Tensor | None,
@@ -140,7 +160,9 @@ class _Linears(torch.autograd.Function):
                     y.addmm_(low_rank, b.t(), alpha=scale / (1 - p))
                 outputs.append(y)
                 saved += (weight, a, b, low_rank, mask if x.device.type == "cpu" else None)
-        ctx.save_for_backward(x, rows, *saved)
+        ctx.again, sources = again or (None, (x,))
+        ctx.save_for_backward(rows, *saved, *sources)
+        ctx.dtype = dtype
         ctx.settings = settings
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
@@ -151,8 +173,11 @@ class _Linears(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Any, ...]:
-        x, rows, *saved = ctx.saved_tensors
-        needs_x, _, _, *needed = ctx.needs_input_grad
+        rows, *saved = ctx.saved_tensors
+        needs_x, _, _, _, *needed = ctx.needs_input_grad
+        count = 5 * len(grads)
+        saved, sources = saved[:count], saved[count:]
+        x = sources[0] if ctx.again is None else ctx.again(*sources).to(ctx.dtype)
         found: list[Tensor | None] = []
         dx: Tensor | None = None
         for dy, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(
@@ -186,7 +211,7 @@ class _Linears(torch.autograd.Function):
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
         ]
-        return (None if dx is None else dx.to(ctx.input_dtype), None, None, *cast)
+        return (None if dx is None else dx.to(ctx.input_dtype), None, None, None, *cast)
 
 
 def gradient_product(left: Tensor, right: Tensor) -> Tensor:

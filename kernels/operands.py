@@ -8,6 +8,7 @@ all the linears that read one input to one kernel without knowing which of them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,27 @@ class Operands(NamedTuple):
     scale: float = 1.0  # alpha / r, or alpha / √r
     dropout: float = 0.0  # probability of dropping an element of the adapter's input
     module: int = 0  # `dropout.module_id` of the layer's name: which masks it draws
+
+
+class Made(NamedTuple):
+    """An activation that is made from tensors which are kept for its own backward pass anyway.
+
+    Linears that read it may keep the sources in its place and make it again in their backward pass.
+    """
+
+    value: Tensor  # (M, K)
+    again: Callable[..., Tensor]  # of the sources: what `value` was, outside autograd
+    sources: tuple[Tensor | None, ...]
+
+    @classmethod
+    def by(cls, function: Callable[..., Tensor], *sources: Tensor) -> Made:
+        """Return what `function` makes of the sources."""
+        return cls(function(*sources), function, sources)
+
+
+def value_of(x: Tensor | Made) -> Tensor:
+    """Return the activation itself."""
+    return x.value if isinstance(x, Made) else x
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ under autocast; without it, biases that are kept in fp32 are cast to their input
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,17 +20,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Draw, dropout
+from kernels.operands import Made
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Made:
     """Return x / √(mean(x²) + eps) · weight over the last axis: (M, H) → (M, H).
 
     The quotient is made in fp32 and cast back before the weight comes in (SEMANTICS §6).
     """
+    return Made.by(functools.partial(_rms_norm, eps=eps), x, weight)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]  # apply is untyped
 
 
@@ -70,8 +76,12 @@ def _mean_of_product(x: Tensor, y: Tensor) -> Tensor:
         return torch.linalg.vecdot(x, y).div_(x.shape[-1])[:, None]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Made:
     """Return (x - mean) / √(variance + eps) · weight + bias over the last axis: (M, H) → (M, H)."""
+    return Made.by(functools.partial(_layer_norm, eps=eps), x, weight, bias)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # A CPU takes fp32 parameters beside bf16 input, but both in one type: a bias that is
         # trained (lora.bias) is in fp32.
@@ -98,7 +108,7 @@ def add(x: Tensor | None, change: Tensor, draw: Draw | None = None) -> Tensor:
 
 def add_rms_norm(
     x: Tensor, change: Tensor, weight: Tensor, eps: float, draw: Draw | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Made]:
     """Return (x + dropout(change), its RMSNorm), (M, H) each; `draw` as in `add`."""
     total = add(x, change, draw)
     return total, rms_norm(total, weight, eps)
@@ -111,14 +121,18 @@ def add_layer_norm(
     bias: Tensor,
     eps: float,
     draw: Draw | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Made]:
     """Return (x + dropout(change), its LayerNorm), (M, H) each; `draw` as in `add`."""
     total = add(x, change, draw)
     return total, layer_norm(total, weight, bias, eps)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Made:
     """Return silu(gate) · up, element by element."""
+    return Made.by(_swiglu, gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]  # apply is untyped
 
 

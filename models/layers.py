@@ -24,7 +24,7 @@ from files.errors import UserError, did_you_mean
 from kernels.dispatch import Operations
 from kernels.dispatch import operations as choose_operations
 from kernels.dropout import Draw, module_id
-from kernels.operands import Operands
+from kernels.operands import Made, Operands
 from kernels.segments import Segments
 from models.keys import DecoderConfig, Reader
 from models.rotary import rotary_tables
@@ -50,11 +50,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.operations = operations
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Made:
         """Normalise each row."""
         return self.operations.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, change: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, change: Tensor, draw: Draw | None) -> tuple[Tensor, Made]:
         """Return x + dropout(change), and it normalised."""
         return self.operations.add_rms_norm(x, change, self.weight, self.eps, draw)
 
@@ -69,11 +69,11 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.operations = operations
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Made:
         """Normalise each row."""
         return self.operations.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Tensor, change: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, change: Tensor, draw: Draw | None) -> tuple[Tensor, Made]:
         """Return x + dropout(change), and it normalised."""
         return self.operations.add_layer_norm(x, change, self.weight, self.bias, self.eps, draw)
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         self.operations = operations
         self.implementation = implementation
 
-    def project(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Made, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values before rotation: (M, H) → (M, heads or kv, d) each."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         outputs = self.operations.linears(x, [p.operands() for p in projections], segments)
@@ -173,7 +173,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Made,
         tables: tuple[Tensor, Tensor],
         segments: Segments,
         cache: KeyValueCache | None = None,
@@ -210,7 +210,7 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden, bias=bias)
         self.operations = operations
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Made, segments: Segments) -> Tensor:
         """Transform each row."""
         run = self.operations
         pair = [self.gate_proj.operands(), self.up_proj.operands()]
@@ -228,7 +228,7 @@ class Stream(NamedTuple):
     change: Tensor | None = None  # (M, H); None behind the embeddings
     draw: Draw | None = None
 
-    def normed(self, norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor]:
+    def normed(self, norm: RMSNorm | LayerNorm) -> tuple[Tensor, Made]:
         """Return the sum, and it normalised, (M, H) each."""
         if self.change is None:
             return self.x, norm(self.x)
@@ -364,18 +364,18 @@ class CausalLM(nn.Module, ABC):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         stream = Stream(x)
 
-        def summed(layer: nn.Module, x: Tensor) -> Tensor:
-            return self.operations.add(*layer(Stream(x), tables, segments))
+        def summed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda x: self.operations.add(*layer(Stream(x), tables, segments))
 
         for layer in self.model.layers:
             if recompute:  # one tensor between layers is kept, not two
-                x = checkpoint(summed, layer, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(summed(layer), x, use_reentrant=False, preserve_rng_state=False)
                 stream = Stream(x)
             else:
                 stream = layer(stream, tables, segments, cache)
         if cache is not None:
             cache.length += len(input_ids)
-        return stream.normed(self.model.norm)[1]
+        return stream.normed(self.model.norm)[1].value
 
     def head_weight(self) -> Tensor:
         """Return the head's weight, (V, H): the embeddings where they are tied."""

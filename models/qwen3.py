@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels.dispatch import Operations
+from kernels.operands import Made
 from kernels.segments import Segments
 from models.keys import TOKEN_IDS, DecoderConfig, Reader, window_of_later_layers
 from models.layers import Attention, CausalLM, DecoderLayer, Family, GatedMLP, RMSNorm
@@ -27,12 +28,12 @@ class NormedAttention(Attention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, operations)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, operations)
 
-    def project(self, x: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Made, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised queries and keys, and values: (M, H) → (M, heads or kv, d) each."""
         q, k, v = super().project(x, segments)
         # A norm takes rows: each head of each token is one.
         q, k = (
-            norm(heads.flatten(0, 1)).view_as(heads)
+            norm(heads.flatten(0, 1)).value.view_as(heads)
             for norm, heads in ((self.q_norm, q), (self.k_norm, k))
         )
         return q, k, v

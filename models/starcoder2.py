@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels.dispatch import Operations
+from kernels.operands import Made
 from kernels.segments import Segments
 from models.keys import TOKEN_IDS, DecoderConfig, Reader, window_of_all_layers
 from models.layers import Attention, CausalLM, DecoderLayer, Dropout, Family, LayerNorm, Linear
@@ -27,7 +28,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(intermediate, hidden, bias=config.use_bias)
         self.operations = operations
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Made, segments: Segments) -> Tensor:
         """Transform each row."""
         run = self.operations
         widened = run.linear_gelu(x, self.c_fc.operands(), segments)

@@ -646,6 +646,18 @@ MUTATIONS = [
             "test_a_gradient_on_cuda_is_the_product_s_fp32_sum",
         ),
         (
+            "what could be made again is kept on every device",
+            "again = None if keeps_inputs(value.device) else made_again(x, operands)",
+            "again = None",
+            "tests/models/test_layers.py::test_making_the_inputs_of_linears_again_changes_no_bit",
+        ),
+        (
+            "a weight that is trained reads the source of its input",
+            "any(layer.weight.requires_grad for layer in operands)",
+            "False",
+            "tests/kernels/test_triton_inputs.py::test_an_input_is_kept_where_weights_are_trained",
+        ),
+        (
             "B's gradient alone is rounded to half precision",
             "d_b = gradient_product(low_rank.t(), dy)",
             "d_b = torch.mm(low_rank.t(), dy)",
@@ -835,6 +847,34 @@ MUTATIONS = [
             "add_dropped(None, grads[0].to(ctx.dtype), ctx.draw) if needs_change",
             "grads[0].to(ctx.dtype) if needs_change",
             "test_addition_of_what_is_dropped",
+        ),
+    ),
+    *_of(
+        "kernels/triton/inputs.py",
+        "tests/kernels/test_triton_inputs.py",
+        (
+            "GELU is made again without the bias of the layer before",
+            "            if bias_ptr is not None:\n                exact += tl",
+            "            if bias_ptr is not None:\n                exact += 0.0 * tl",
+            "test_an_input_is_made_again_and_not_kept",
+        ),
+        (
+            "SwiGLU is made again without its gate's sigmoid",
+            "            exact = exact * tl.sigmoid(exact)\n",
+            "",
+            "test_an_input_is_made_again_and_not_kept",
+        ),
+        (
+            "a norm's output is made again with the mean left in",
+            "exact = (exact - mean) * inverse * weight + bias",
+            "exact = exact * inverse * weight + bias",
+            "test_an_input_is_made_again_and_not_kept",
+        ),
+        (
+            "what the kernels cannot make is taken for what is kept",
+            "_KINDS.get(again, (0, ()))",
+            "_KINDS.get(again, (0, (0,)))",
+            "test_what_the_kernels_cannot_make_is_kept",
         ),
     ),
     *_of(
@@ -1154,7 +1194,7 @@ MUTATIONS = [
         ),
         (
             "the final norm is left out",
-            "        return stream.normed(self.model.norm)[1]\n",
+            "        return stream.normed(self.model.norm)[1].value\n",
             "        return self.operations.add(*stream)\n",
             "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
         ),
@@ -1190,8 +1230,8 @@ MUTATIONS = [
         ),
         (
             "a layer that is computed again hands on the stream without its last change",
-            "return self.operations.add(*layer(Stream(x), tables, segments))",
-            "return layer(Stream(x), tables, segments).x",
+            "return lambda x: self.operations.add(*layer(Stream(x), tables, segments))",
+            "return lambda x: layer(Stream(x), tables, segments).x",
             "test_gradient_checkpointing_changes_no_bit",
         ),
         (
@@ -1350,8 +1390,8 @@ MUTATIONS = [
         ),
         (
             "the norms get all heads of a token at once",
-            "norm(heads.flatten(0, 1)).view_as(heads)",
-            "norm(heads)",
+            "norm(heads.flatten(0, 1)).value.view_as(heads)",
+            "norm(heads).value",
             "tests/models/test_triton_models.py::test_loss_and_gradients_are_those_of_the_reference",
         ),
         (

@@ -19,7 +19,7 @@ in one order, without atomics: the same input gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -29,6 +29,7 @@ from torch import Tensor
 from kernels.dropout import keep_limit, mix, signed
 from kernels.linears import gradient_product
 from kernels.triton.dropout import column_keys, kept
+from kernels.triton.inputs import input_tile, tile_arguments
 from kernels.triton.launch import launch
 
 MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a tensor to be copied
@@ -142,6 +143,11 @@ def _input_gradient(
 @triton.jit(do_not_specialize=["key_0", "key_1", "key_2", "limit_0", "limit_1", "limit_2"])
 def _adapter_gradient(
     x_ptr,
+    other_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    inverse_ptr,
     d_low_ptr,
     out_ptr,
     rows_ptr,
@@ -157,6 +163,7 @@ def _adapter_gradient(
     COUNT: tl.constexpr,
     RANK: tl.constexpr,
     DROPS: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -172,8 +179,21 @@ def _adapter_gradient(
     for start in range(first, tl.minimum(first + rows_each, rows), BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         there = row < tl.minimum(first + rows_each, rows)
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
-        x = tl.load(x_ptr + at, mask=there[:, None] & inside[None, :], other=0.0)
+        x = input_tile(
+            x_ptr,
+            other_ptr,
+            weight_ptr,
+            bias_ptr,
+            mean_ptr,
+            inverse_ptr,
+            row,
+            column,
+            there,
+            inside,
+            width,
+            KIND,
+        )
+        x = x.to(d_low_ptr.dtype.element_ty)
         if DROPS:
             row_keys = tl.load(rows_ptr + row, mask=there, other=0).to(tl.uint32, bitcast=True)
             x = tl.where(_kept(row_keys, column, key, limit), x, 0.0).to(x.dtype)
@@ -343,15 +363,31 @@ def input_gradient(d_low_rank: Tensor, a: Tensor, draws: Draws) -> Tensor:
     return dx
 
 
-def adapter_gradient(x: Tensor, d_low_rank: Tensor, draws: Draws) -> Tensor:
-    """Return ds_jᵀ (x ⊙ D_j) for each adapter: (J, R, K) fp32."""
-    (rows, width), (_, count, rank) = x.shape, d_low_rank.shape
-    options = draws.options("adapter_gradient", x.device, count, rank)
+def adapter_gradient(
+    again: Callable[..., Tensor] | None,
+    sources: Sequence[Tensor | None],
+    d_low_rank: Tensor,
+    draws: Draws,
+) -> Tensor:
+    """Return ds_jᵀ (x ⊙ D_j) for each adapter: (J, R, K) fp32.
+
+    Args:
+        again: how x is made, a function of `kernels/triton/inputs.py`, or None where it is kept.
+        sources: what it is made of, or x itself.
+        d_low_rank: (M, J, R), the ds_j.
+        draws: the masks D_j.
+    """
+    first, found = sources[0], tile_arguments(again, tuple(sources))
+    assert first is not None
+    assert found is not None
+    pointers, kind = found
+    (rows, width), (_, count, rank) = first.shape, d_low_rank.shape
+    options = draws.options("adapter_gradient", first.device, count, rank)
     parts = max(1, min(16, rows // 512))
-    out = x.new_empty(parts, count, rank, width, dtype=torch.float32)
+    out = first.new_empty(parts, count, rank, width, dtype=torch.float32)
     grid = count, triton.cdiv(width, options["BLOCK_COLUMNS"]), parts
-    rows_each = triton.cdiv(rows, parts)
-    _adapter_gradient[grid](x, d_low_rank, out, *draws.arguments, rows, width, rows_each, **options)
+    inputs = (*pointers, d_low_rank, out, *draws.arguments)
+    _adapter_gradient[grid](*inputs, rows, width, triton.cdiv(rows, parts), KIND=kind, **options)
     return out.sum(0)
 
 

@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.operands import Operands
+from kernels.operands import Made, Operands
 from kernels.segments import Segments
+from kernels.triton.inputs import gelu, gelu_again, swiglu_again
 from kernels.triton.launch import launch
 from kernels.triton.linears import linears
 
@@ -154,9 +155,9 @@ class _SwiGLU(torch.autograd.Function):
         return d_gate, d_up
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Made:
     """Return silu(gate) · up, element by element: two (M, I) → (M, I)."""
-    return _SwiGLU.apply(gate, up)  # pyright: ignore[reportReturnType]  # apply is untyped
+    return Made(_SwiGLU.apply(gate, up), swiglu_again, (gate, up))  # pyright: ignore
 
 
 @triton.jit
@@ -173,8 +174,7 @@ def _gelu_forward(x_ptr, bias_ptr, out_ptr, width, HAS_BIAS: tl.constexpr, BLOCK
     inside = column < width
     at = tl.program_id(0).to(tl.int64) * width + column
     x = _biased(x_ptr, bias_ptr, at, column, inside, HAS_BIAS)
-    out = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, gelu(x).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -230,16 +230,16 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(
-    x: Tensor,
+    x: Tensor | Made,
     layer: Operands,
     segments: Segments | None = None,
     *,
     linears: Callable[..., list[Tensor]] = linears,
-) -> Tensor:
+) -> Made:
     """Return GELU of one layer's output, as `kernels.linears.linear_gelu`: (M, K) → (M, I).
 
     The bias comes in with the activation, which reads the output anyway. `linears` is the operation
     that the layer itself goes through.
     """
     (widened,) = linears(x, [layer._replace(bias=None)], segments)
-    return gelu_tanh(widened, layer.bias)
+    return Made(gelu_tanh(widened, layer.bias), gelu_again, (widened, layer.bias))

@@ -7,7 +7,8 @@ The arithmetic is that of `kernels/linears.py`. cuBLAS multiplies by the frozen 
 products are those of `kernels/triton/adapters.py`. Of each sum the small product is written first
 and the large one added to it in cuBLAS's own epilogue: y = c·s Bᵀ, then y += x Wᵀ, and in the
 backward pass dx = (ds A) ⊙ D, then dx += dy W, so that y and dx are not read and written once more.
-Kept for the backward pass are x, once for all layers, and s.
+Kept for the backward pass are s and, once for all layers, x or what it is made of: then the kernel
+that reads x makes the tile that it needs (`kernels/triton/inputs.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linears import flattened, gradient_product
+from kernels.linears import Again, flattened, gradient_product, made_again
 from kernels.linears import linears as plain_linears
-from kernels.operands import Operands, compute_dtype
+from kernels.operands import Made, Operands, compute_dtype, value_of
 from kernels.segments import Segments
 from kernels.triton.adapters import (
     LARGEST_RANK,
@@ -35,18 +36,22 @@ from kernels.triton.adapters import (
     low_rank_product,
     through_b,
 )
+from kernels.triton.inputs import tile_arguments
 
 _NARROW = 512  # features
 
 
 def linears(
-    x: Tensor, operands: Sequence[Operands], segments: Segments | None = None
+    x: Tensor | Made, operands: Sequence[Operands], segments: Segments | None = None
 ) -> list[Tensor]:
     """Apply several linear layers, adapted or not, to one input; see `kernels.linears.linears`."""
     ranks = [len(layer.lora_a) for layer in operands if layer.lora_a is not None]
     if not 1 <= len(ranks) <= MOST_ADAPTERS or max(ranks) > LARGEST_RANK:
         return plain_linears(x, operands, segments)
-    return list(_Linears.apply(x, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
+    again = made_again(x, operands)
+    if again is not None and tile_arguments(*again) is None:
+        again = None
+    return list(_Linears.apply(value_of(x), again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _Linears(torch.autograd.Function):
@@ -54,6 +59,7 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        again: Again | None,
         rows: Tensor | None,
         settings: list[tuple[float, float, int]],
         *tensors: Tensor | None,
@@ -86,7 +92,8 @@ class _Linears(torch.autograd.Function):
                 else:
                     y = torch.addmm(bias, s, b_j.t(), alpha=scale)
                 outputs.append(y.addmm_(x, weight.t()))
-        ctx.save_for_backward(x, rows, a, b, low_rank, *weights)
+        ctx.again, sources = again or (None, (x,))
+        ctx.save_for_backward(rows, a, b, low_rank, *weights, *sources)
         ctx.settings, ctx.adapted, ctx.scales = settings, adapted, scales
         ctx.ranks = [len(a_j) for a_j, _ in factors]
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
@@ -97,20 +104,21 @@ class _Linears(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
         ctx: Any, *grads: Tensor
     ) -> tuple[Any, ...]:
-        x, rows, a, b, low_rank, *weights = ctx.saved_tensors
-        needs_x, _, _, *needed = ctx.needs_input_grad
+        rows, a, b, low_rank, *weights = ctx.saved_tensors
+        weights, sources = weights[: len(grads)], tuple(weights[len(grads) :])
+        needs_x, _, _, _, *needed = ctx.needs_input_grad
         grads = tuple(dy if dy.stride(1) == 1 else dy.contiguous() for dy in grads)
         draws = Draws([ctx.settings[i][1:] for i in ctx.adapted], rows)
         of_adapted = [grads[i] for i in ctx.adapted]
         d_low_rank, d_b = through_b(of_adapted, b, low_rank, ctx.scales)
-        d_a = adapter_gradient(x, d_low_rank, draws)
+        d_a = adapter_gradient(ctx.again, sources, d_low_rank, draws)
         d_bs = d_b.split([dy.shape[1] for dy in of_adapted])
         found: list[Tensor | None] = [None] * len(needed)
         for i, rank, d_a_j, d_b_j in zip(ctx.adapted, ctx.ranks, d_a, d_bs, strict=True):
             found[4 * i + 2 : 4 * i + 4] = d_a_j[:rank], d_b_j[:, :rank]
         for i, dy in enumerate(grads):
             if needed[4 * i]:
-                found[4 * i] = gradient_product(dy.t(), x)
+                found[4 * i] = gradient_product(dy.t(), sources[0])
             if needed[4 * i + 1]:
                 found[4 * i + 1] = dy.sum(0, dtype=ctx.dtypes[4 * i + 1])
         dx = None
@@ -122,7 +130,7 @@ class _Linears(torch.autograd.Function):
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
         ]
-        return (None if dx is None else dx.to(ctx.input_dtype), None, None, *cast)
+        return (None if dx is None else dx.to(ctx.input_dtype), None, None, None, *cast)
 
 
 def _narrow_ones_joined(

@@ -31,7 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Draw
+from kernels.operands import Made
 from kernels.triton.dropout import add_dropped, column_keys, draw_arguments, dropped
+from kernels.triton.inputs import layer_norm_again, rms_norm_again
 from kernels.triton.launch import block_of, norm_programs, norm_warps
 
 
@@ -150,7 +152,7 @@ def _backward(
 
 
 class _Norm(torch.autograd.Function):
-    """Both norms: x → y, or (x, change) → (y, t)."""
+    """Both norms: x → (y, mean, r), or (x, change) → (y, mean, r, t); no mean of RMSNorm."""
 
     @staticmethod
     def forward(
@@ -161,7 +163,7 @@ class _Norm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         rows, width = x.shape
         x = x.contiguous()
         total = x if change is None else torch.empty_like(x)
@@ -192,7 +194,8 @@ class _Norm(torch.autograd.Function):
         ctx.change_dtype = None if change is None else change.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return out if change is None else (out, total)
+        ctx.mark_non_differentiable(*(inverse,) if mean is None else (mean, inverse))
+        return (out, mean, inverse) if change is None else (out, mean, inverse, total)
 
     @staticmethod
     @once_differentiable
@@ -201,7 +204,7 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         total, weight, mean, inverse = ctx.saved_tensors
         has_change, draw = ctx.change_dtype is not None, ctx.draw
-        d_out, d_total = grads if has_change else (grads[0], None)
+        d_out, d_total = grads[0], grads[3] if has_change else None
         if d_out is None:  # only the residual stream was used
             d_change = d_total if has_change else None
             if d_change is not None and draw is not None:
@@ -251,22 +254,24 @@ class _Norm(torch.autograd.Function):
         )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Made:
     """Return x / √(mean(x²) + eps) · weight over the last axis: (M, H) → (M, H)."""
-    return _Norm.apply(x, None, None, weight, None, eps)  # pyright: ignore
+    out, _, inverse = _Norm.apply(x, None, None, weight, None, eps)  # pyright: ignore
+    return Made(out, rms_norm_again, (x, weight, inverse))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Made:
     """Return (x - mean) / √(variance + eps) · weight + bias over the last axis: (M, H) → (M, H)."""
-    return _Norm.apply(x, None, None, weight, bias, eps)  # pyright: ignore
+    out, mean, inverse = _Norm.apply(x, None, None, weight, bias, eps)  # pyright: ignore
+    return Made(out, layer_norm_again, (x, weight, bias, mean, inverse))
 
 
 def add_rms_norm(
     x: Tensor, change: Tensor, weight: Tensor, eps: float, draw: Draw | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Made]:
     """Return (x + dropout(change), its RMSNorm), (M, H) each; see `kernels.reference.add`."""
-    out, total = _Norm.apply(x, change, draw, weight, None, eps)  # pyright: ignore
-    return total, out
+    out, _, inverse, total = _Norm.apply(x, change, draw, weight, None, eps)  # pyright: ignore
+    return total, Made(out, rms_norm_again, (total, weight, inverse))
 
 
 def add_layer_norm(
@@ -276,7 +281,7 @@ def add_layer_norm(
     bias: Tensor,
     eps: float,
     draw: Draw | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Made]:
     """Return (x + dropout(change), its LayerNorm), (M, H) each; see `kernels.reference.add`."""
-    out, total = _Norm.apply(x, change, draw, weight, bias, eps)  # pyright: ignore
-    return total, out
+    out, mean, inverse, total = _Norm.apply(x, change, draw, weight, bias, eps)  # pyright: ignore
+    return total, Made(out, layer_norm_again, (total, weight, bias, mean, inverse))

@@ -13,6 +13,7 @@ from kernels import linears as plain
 from kernels import reference
 from kernels.dropout import Draw, keep_mask, module_id
 from kernels.loss import IGNORE, linear_cross_entropy
+from kernels.operands import Made
 from kernels.segments import Segments
 
 pytest.importorskip("triton")
@@ -32,6 +33,10 @@ def some_draw(rows: int) -> Draw:
     return Draw(segments.dropout_rows, module_id("model.layers.0.mlp.residual_dropout"), 0.3)
 
 
+def values(pair: tuple[Tensor, Made]) -> tuple[Tensor, Tensor]:
+    return pair[0], pair[1].value
+
+
 def exact_rms(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
@@ -40,15 +45,15 @@ def exact_rms(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [*SHAPES, slow((1, 2))])
 def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
     inputs = [draw(*shape, dtype=dtype), draw(shape[1], dtype=dtype, seed=1)]
-    compare(lambda x, w: norms.rms_norm(x, w, 1e-5), exact_rms, inputs, sum(shape))
+    compare(lambda x, w: norms.rms_norm(x, w, 1e-5).value, exact_rms, inputs, sum(shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_rms_norm_rounds_before_the_weight_comes_in(dtype: torch.dtype) -> None:
     """As the reference does: but for a quotient that fp32 puts on the other side of a tie."""
     x, weight = draw(64, 130, dtype=dtype) * 3, draw(130, dtype=dtype, seed=1)
-    ours = norms.rms_norm(x, weight, 1e-6)
-    assert (ours == reference.rms_norm(x, weight, 1e-6)).double().mean() > 0.99
+    ours = norms.rms_norm(x, weight, 1e-6).value
+    assert (ours == reference.rms_norm(x, weight, 1e-6).value).double().mean() > 0.99
     late = x.float() * x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt() * weight.float()
     assert (ours == late.to(dtype)).double().mean() < 0.9  # the measure does see what it should
 
@@ -59,7 +64,7 @@ def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = draw(*shape, dtype=dtype) + 3  # a mean away from 0
     inputs = [x, *(draw(shape[1], dtype=dtype, seed=i) for i in (1, 2))]
     compare(
-        lambda x, w, b: norms.layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: norms.layer_norm(x, w, b, 1e-5).value,
         lambda x, w, b: F.layer_norm(x, (shape[1],), w, b, 1e-5),
         inputs,
         4 * sum(shape),  # the mean, of size 3, is taken out in fp32
@@ -81,7 +86,7 @@ def test_norms_with_an_addition(shape: tuple[int, int], dtype: torch.dtype, cent
         return total, exact_rms(total, weight)
 
     ours = norms.add_layer_norm if centred else norms.add_rms_norm
-    compare(lambda *tensors: ours(*tensors, 1e-5), exact, inputs, 4 * sum(shape))
+    compare(lambda *tensors: values(ours(*tensors, 1e-5)), exact, inputs, 4 * sum(shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +111,7 @@ def test_norms_with_a_dropped_addition(
         return total, exact_rms(total, weight)
 
     ours = norms.add_layer_norm if centred else norms.add_rms_norm
-    compare(lambda *tensors: ours(*tensors, 1e-5, which), exact, inputs, 4 * sum(shape))
+    compare(lambda *tensors: values(ours(*tensors, 1e-5, which)), exact, inputs, 4 * sum(shape))
     plain_form = reference.add_layer_norm if centred else reference.add_rms_norm
     total = plain_form(*inputs, 1e-5, which)[0]  # pyright: ignore
     assert torch.equal(ours(*inputs, 1e-5, which)[0], total)  # pyright: ignore
@@ -152,7 +157,7 @@ def test_addition_of_what_is_dropped(shape: tuple[int, int], dtype: torch.dtype)
 def test_a_frozen_weight_s_gradient_is_not_made() -> None:
     x = draw(5, 8, dtype=torch.float32).requires_grad_()
     weight = draw(8, dtype=torch.float32, seed=1)
-    norms.rms_norm(x, weight, 1e-5).sum().backward()
+    norms.rms_norm(x, weight, 1e-5).value.sum().backward()
     assert x.grad is not None
     assert weight.grad is None
 
@@ -193,7 +198,7 @@ def test_rotary_takes_slices_of_wider_rows() -> None:
 def test_activations(shape: tuple[int, int], dtype: torch.dtype) -> None:
     gate, up = draw(*shape, dtype=dtype, scale=3.0), draw(*shape, dtype=dtype, seed=1)
     # In the derivatives terms of the size of the input, up to 12 here, cancel.
-    compare(elementwise.swiglu, lambda g, u: F.silu(g) * u, [gate, up], 48)
+    compare(lambda g, u: elementwise.swiglu(g, u).value, lambda g, u: F.silu(g) * u, [gate, up], 48)
     compare(elementwise.gelu_tanh, lambda x: F.gelu(x, approximate="tanh"), [gate], 48)
 
 
@@ -216,10 +221,10 @@ def test_gelu_takes_the_bias_of_the_layer_before_it() -> None:
     leaves = [x, *tensors]
 
     def plain_one(x: Tensor, *rest: Tensor) -> Tensor:
-        return plain.linear_gelu(x, operands(rest)[0])
+        return plain.linear_gelu(x, operands(rest)[0]).value
 
     def fused(x: Tensor, *rest: Tensor) -> Tensor:
-        return elementwise.linear_gelu(x, operands(rest)[0])
+        return elementwise.linear_gelu(x, operands(rest)[0]).value
 
     compare(fused, plain_one, leaves, 400)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from files.errors import UserError
+from kernels import linears
 from kernels.dropout import keep_mask
 from kernels.segments import Segments
 from lora import LoraConfig, inject, lora_layers
@@ -197,6 +198,36 @@ def test_gradient_checkpointing_changes_no_bit(family, draw):
     actual = gradients()
     assert len(calls) == 2  # once forward, once again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_making_the_inputs_of_linears_again_changes_no_bit(family, monkeypatch):
+    """Off a CPU they are not kept: neither the norms' outputs nor the activation's."""
+    model = model_of(family, attention_dropout=0.0)
+    inject(model, LoraConfig(r=4, lora_dropout=0.2), seed=1)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    ids, layout = flat()
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = run(model, ids, (42, 7), **layout)
+        adapters = [p for p in model.parameters() if p.requires_grad]
+        return list(torch.autograd.grad(hidden.square().sum(), adapters)), sum(kept.values())
+
+    expected, all_kept = step()
+    monkeypatch.setattr(linears, "keeps_inputs", lambda device: False)
+    actual, kept = step()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    # The first norm of all has no backward pass: its input is kept in the place of its output.
+    assert all_kept - kept == sum(LENGTHS) * (5 * 24 + 3 * 40) * 8
 
 
 # --- dropout ---

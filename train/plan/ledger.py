@@ -288,9 +288,10 @@ def _saved_per_token(
       fp32 and in c, and under dropout a mask and the dropped copy;
     - what the family's own layers keep (`Family.saved_values`), such as an activation's inputs;
     - inputs of linear layers that need them for a gradient of their own: with adapters one for each
-      of the four distinct inputs; else each its own copy where a cast makes one;
-    - one byte an element for the masks of residual dropout and, on a CPU, of the adapters' inputs;
-      and the adapters' low-rank outputs.
+      of the four distinct inputs, on a GPU of attention's output alone: the others are made again;
+      else each its own copy where a cast makes one;
+    - one byte an element for the masks of residual dropout, where Triton does not draw them again,
+      and, on a CPU, of the adapters' inputs; and the adapters' low-rank outputs.
     """
     from models.families import FAMILIES
 
@@ -321,7 +322,10 @@ def _saved_per_token(
         inputs = sizes.saved_linears / layers * compute
     else:
         inputs = (2 * hidden + query + intermediate) * compute
-    masks = family.residual_dropouts * hidden if residual else 0
+        if config.train.method == "lora" and device not in (None, "cpu"):
+            inputs = query * compute  # the others are made again (`kernels.operands.Made`)
+    drawn_again = device == "cuda" and config.train.kernels != "reference"
+    masks = family.residual_dropouts * hidden if residual and not drawn_again else 0
     if device == "cpu" and config.train.method == "lora" and config.lora.lora_dropout:
         masks += sizes.saved_linears / layers
     ranks = sizes.adapter_ranks / layers * compute
