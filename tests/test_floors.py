@@ -33,7 +33,7 @@ FLOORS_OF_TRAIN = (
 )
 # A package of others that one place alone may import: prefix of the import → paths that may.
 KEEPERS = {
-    "triton": ("kernels/triton/",),
+    "triton": ("kernels/triton/", "benchmarks/absent_card.py"),
     "tensorboard": ("train/log/metrics.py",),
     "torch.utils.tensorboard": ("train/log/metrics.py",),
     "torch.distributed": ("train/process/world.py",),

@@ -4,5 +4,6 @@ linears.py      adapted layers; their large products are cuBLAS's
 adapters.py     the small products, whose dropout is drawn inside
 norms.py elementwise.py loss.py
 updates.py      AdamW and Adafactor
+jit.py          how they are compiled
 launch.py       launch parameters, and what was measured; needs no triton
 """

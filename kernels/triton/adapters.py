@@ -30,10 +30,12 @@ from kernels.dropout import keep_limit, mix, signed
 from kernels.linears import gradient_product
 from kernels.triton.dropout import column_keys, kept
 from kernels.triton.inputs import input_tile, tile_arguments
+from kernels.triton.jit import kernel
 from kernels.triton.launch import launch
 
 MOST_ADAPTERS = 3  # q, k and v; their keys are arguments of a kernel, not a tensor to be copied
 SMALLEST_DOT = 16
+_DRAWN = ("key_0", "key_1", "key_2", "limit_0", "limit_1", "limit_2")  # another in every layer
 # A tile of fp32 factors of a larger rank does not fit the shared memory of every card.
 LARGEST_RANK = 128
 # `through_b` writes and reads 8 · R bytes of parts of ds for BLOCK_COLUMNS elements of dy, and has
@@ -52,7 +54,7 @@ def _select(j, first, second, third):
     return tl.where(j == 0, first, tl.where(j == 1, second, third))
 
 
-@triton.jit(do_not_specialize=["key_0", "key_1", "key_2", "limit_0", "limit_1", "limit_2"])
+@kernel(*_DRAWN, "rows")
 def _low_rank(
     x_ptr,
     a_ptr,
@@ -96,7 +98,7 @@ def _low_rank(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["key_0", "key_1", "key_2", "limit_0", "limit_1", "limit_2"])
+@kernel(*_DRAWN, "rows")
 def _input_gradient(
     d_x_ptr,
     d_low_ptr,
@@ -140,7 +142,7 @@ def _input_gradient(
     tl.store(d_x_ptr + at, total.to(d_x_ptr.dtype.element_ty), mask=both)
 
 
-@triton.jit(do_not_specialize=["key_0", "key_1", "key_2", "limit_0", "limit_1", "limit_2"])
+@kernel(*_DRAWN, "rows", "rows_each")
 def _adapter_gradient(
     x_ptr,
     other_ptr,
@@ -214,7 +216,7 @@ def _blocks_before(j, width_0, width_1, width_2, BLOCK_COLUMNS: tl.constexpr):
     return tl.where(j == 0, 0, _select(j - 1, first, second, third))
 
 
-@triton.jit(do_not_specialize=["rows", "rows_each"])
+@kernel("rows", "rows_each")
 def _through_b(
     dy_0,
     dy_1,
@@ -279,7 +281,7 @@ def _through_b(
     tl.store(d_b_parts + out, scale * tl.trans(total), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@kernel("rows", "parts")
 def _add_parts(
     d_low_parts,
     d_b_parts,
@@ -330,14 +332,16 @@ class Draws:
         limits = [keep_limit(p) for p, _ in settings] + [0] * spare
         self.arguments = (rows if self.drops else None, *keys, *limits)
 
-    def options(self, kernel: str, device: torch.device, count: int, rank: int) -> dict[str, int]:
+    def options(self, name: str, device: torch.device, count: int, rank: int) -> dict[str, int]:
         """Return the options of a launch."""
-        return {"COUNT": count, "DROPS": self.drops, **_tiles(kernel, device, rank, full=64)}
+        return {"COUNT": count, "DROPS": self.drops, **_tiles(name, device, rank, full=64)}
 
 
-def _tiles(kernel: str, device: torch.device, rank: int, full: int) -> dict[str, int]:
-    """Return rank, tile, warps: above rank `full` half the tile, to fit the registers."""
-    tiles = launch(kernel, device)
+def _tiles(name: str, device: torch.device, rank: int, full: int) -> dict[str, int]:
+    """Return rank, tile, warps: for large ranks half the tile, or twice the warps."""
+    tiles = launch(name, device)
+    if name == "adapter_gradient" and rank > 32:  # with fewer its sums spill
+        tiles["num_warps"] *= 2
     if rank > full:
         tiles["BLOCK_COLUMNS"] = max(SMALLEST_DOT, tiles["BLOCK_COLUMNS"] // 2)
     return {"RANK": rank, **tiles}

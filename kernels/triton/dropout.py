@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import Draw, keep_limit, mix, signed
+from kernels.triton.jit import kernel
 from kernels.triton.launch import launch
 
 
@@ -58,7 +59,7 @@ def draw_arguments(draw: Draw | None) -> tuple[Tensor | None, int, int, float]:
     return draw.rows, signed(mix(draw.module)), keep_limit(draw.p), 1 / (1 - draw.p)
 
 
-@triton.jit(do_not_specialize=["module_key", "limit"])
+@kernel("module_key", "limit")
 def _add_dropped(
     x_ptr,
     change_ptr,

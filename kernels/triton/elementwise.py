@@ -31,11 +31,12 @@ from torch.autograd.function import once_differentiable
 from kernels.operands import Made, Operands
 from kernels.segments import Segments
 from kernels.triton.inputs import gelu, gelu_again, swiglu_again
+from kernels.triton.jit import kernel
 from kernels.triton.launch import launch
 from kernels.triton.linears import linears
 
 
-@triton.jit
+@kernel()
 def _rotary(
     x_ptr,
     cos_ptr,
@@ -106,20 +107,22 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)  # pyright: ignore
 
 
-@triton.jit
-def _swiglu_forward(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+@kernel("rows")
+def _swiglu_forward(gate_ptr, up_ptr, out_ptr, rows, width, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+    inside = at < rows.to(tl.int64) * width
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _swiglu_backward(gate_ptr, up_ptr, d_out_ptr, d_gate_ptr, d_up_ptr, count, BLOCK: tl.constexpr):
+@kernel("rows")
+def _swiglu_backward(
+    gate_ptr, up_ptr, d_out_ptr, d_gate_ptr, d_up_ptr, rows, width, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+    inside = at < rows.to(tl.int64) * width
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -138,7 +141,7 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty_like(gate)
         settings = launch("elementwise", gate.device)
         grid = (triton.cdiv(gate.numel(), settings["BLOCK"]),)
-        _swiglu_forward[grid](gate, up, out, gate.numel(), **settings)
+        _swiglu_forward[grid](gate, up, out, *gate.shape, **settings)
         return out
 
     @staticmethod
@@ -151,7 +154,7 @@ class _SwiGLU(torch.autograd.Function):
         settings = launch("elementwise", gate.device)
         grid = (triton.cdiv(gate.numel(), settings["BLOCK"]),)
         d_out = grads[0].contiguous()
-        _swiglu_backward[grid](gate, up, d_out, d_gate, d_up, gate.numel(), **settings)
+        _swiglu_backward[grid](gate, up, d_out, d_gate, d_up, *gate.shape, **settings)
         return d_gate, d_up
 
 
@@ -168,7 +171,7 @@ def _biased(x_ptr, bias_ptr, at, column, inside, HAS_BIAS: tl.constexpr):
     return x
 
 
-@triton.jit
+@kernel()
 def _gelu_forward(x_ptr, bias_ptr, out_ptr, width, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -177,7 +180,7 @@ def _gelu_forward(x_ptr, bias_ptr, out_ptr, width, HAS_BIAS: tl.constexpr, BLOCK
     tl.store(out_ptr + at, gelu(x).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _gelu_backward(
     x_ptr, bias_ptr, d_out_ptr, d_x_ptr, width, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -114,7 +114,11 @@ def norm_warps(block: int, device: torch.device) -> int:
 
 def norm_programs(rows: int, device: torch.device) -> int:
     """Return how many programs share the rows of a norm's backward pass."""
-    programs = launch("norms", device)["programs"]
-    if device.type == "cuda":
-        programs *= torch.cuda.get_device_properties(device).multi_processor_count
-    return min(rows, programs)
+    return min(rows, launch("norms", device)["programs"] * multiprocessors(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA card has; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -44,9 +44,15 @@ _NARROW = 512  # features
 def linears(
     x: Tensor | Made, operands: Sequence[Operands], segments: Segments | None = None
 ) -> list[Tensor]:
-    """Apply several linear layers, adapted or not, to one input; see `kernels.linears.linears`."""
+    """Apply several linear layers, adapted or not, to one input; see `kernels.linears.linears`.
+
+    In fp32 a card has no tensor cores that are exact: the kernels' products would be unrolled into
+    thousands of scalar ones, where cuBLAS has tiles for them. That is left to the plain form.
+    """
     ranks = [len(layer.lora_a) for layer in operands if layer.lora_a is not None]
-    if not 1 <= len(ranks) <= MOST_ADAPTERS or max(ranks) > LARGEST_RANK:
+    # On a CPU it is interpreted.
+    scalar = compute_dtype(value_of(x)).itemsize > 2 and value_of(x).device.type != "cpu"
+    if scalar or not 1 <= len(ranks) <= MOST_ADAPTERS or max(ranks) > LARGEST_RANK:
         return plain_linears(x, operands, segments)
     again = made_again(x, operands)
     if again is not None and tile_arguments(*again) is None:

@@ -13,14 +13,14 @@ logits. Arithmetic is in fp32, logits stay in the type of the product. Rows behi
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.jit import kernel
 from kernels.triton.launch import block_of, launch
 
 
-@triton.jit
+@kernel("wanted")
 def _cross_entropy(
     logits_ptr, targets_ptr, losses_ptr, wanted, vocabulary, scale, BLOCK: tl.constexpr
 ):

@@ -34,10 +34,11 @@ from kernels.dropout import Draw
 from kernels.operands import Made
 from kernels.triton.dropout import add_dropped, column_keys, draw_arguments, dropped
 from kernels.triton.inputs import layer_norm_again, rms_norm_again
+from kernels.triton.jit import kernel
 from kernels.triton.launch import block_of, norm_programs, norm_warps
 
 
-@triton.jit(do_not_specialize=["module_key", "limit"])
+@kernel("module_key", "limit")
 def _forward(
     x_ptr,
     change_ptr,
@@ -88,7 +89,7 @@ def _forward(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["module_key", "limit", "rows", "rows_each"])
+@kernel("module_key", "limit", "rows", "rows_each")
 def _backward(
     total_ptr,
     weight_ptr,

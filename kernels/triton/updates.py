@@ -27,10 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.jit import kernel
 from kernels.triton.launch import launch
 
 
-@triton.jit
+@kernel()
 def _adamw(
     weight_ptr,
     gradient_ptr,
@@ -97,7 +98,7 @@ def adamw_(
     )
 
 
-@triton.jit
+@kernel()
 def _squares(
     gradient_ptr,
     gradient_stride,
@@ -136,7 +137,7 @@ def _update_of(gradient, gradient_factor, row_factor, column_factor):
     return gradient * gradient_factor * row_factor[:, None] * column_factor[None, :]
 
 
-@triton.jit
+@kernel()
 def _norm(
     gradient_ptr,
     gradient_stride,
@@ -169,7 +170,7 @@ def _norm(
     tl.store(out_ptr + matrix * tl.num_programs(0) + part, tl.sum(total, axis=0))
 
 
-@triton.jit
+@kernel()
 def _apply(
     weight_ptr,
     weight_stride,

@@ -1,0 +1,196 @@
+"""Compile the Triton kernels of whole steps for cards that are not here, and say what they take.
+
+    python -m tests.kernels.compiled [--all] [--json]
+
+A step is that of a model of one layer on the meta device: forward, loss, backward and update, by
+the code that a run goes through. Without `--all` two models of odd sizes have every kernel in most
+of its variants, for `test_compiled.py`. With it they have the sizes of all presets, adapted with
+dropout and without and trained in full, in both half precisions: some minutes.
+
+It exits with 1 where a kernel breaks a limit of `benchmarks.absent_card`. For another version of
+Triton, in a folder of its own: pip install --no-deps --target FOLDER triton==3.6.0, then
+PYTHONPATH=FOLDER:. python -m tests.kernels.compiled --all
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pkgutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before anything imports triton
+
+import torch
+import triton
+
+import kernels.triton
+from benchmarks.absent_card import CARDS, Card, Launch, absent_card, look_into
+from kernels.dispatch import operations
+from kernels.segments import Segments
+from kernels.triton.jit import Kernel
+from lora import LoraConfig, inject
+from models import build
+from models.config import parse_config
+from train.optim import build_optimizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step whose kernels are compiled.
+
+    Attributes:
+        model: Keys of config.json.
+        dtype: What is computed in.
+        rank: The adapters', 0: every weight is trained, in fp32 under autocast to `dtype`.
+        dropout: The adapters'.
+        lengths: Tokens of the documents.
+        optimizer: Its name.
+    """
+
+    model: dict[str, Any]
+    dtype: str
+    rank: int
+    dropout: float
+    lengths: tuple[int, ...]
+    optimizer: str = "adamw"
+
+
+def launches(step: Step, card: Card) -> list[Launch]:
+    """Return what one step on `card` launches, in order."""
+    found: list[Launch] = []
+    dtype = DTYPES[step.dtype]
+    trained = torch.float32 if step.rank == 0 else dtype
+    with absent_card(card, found.append, autocast=dtype if step.rank == 0 else None):
+        backend = operations("triton", "cuda")
+        config = parse_config({**step.model, "num_hidden_layers": 1}, "compiled")
+        model = build(config, device="meta", operations=backend).to(trained)
+        if step.rank:
+            inject(model, LoraConfig(r=step.rank, lora_alpha=16, lora_dropout=step.dropout))
+        segments = Segments.build(
+            step.lengths, device="meta", examples=range(len(step.lengths)), draw=(42, 1)
+        )
+        rows = sum(step.lengths)
+        hidden = model.hidden_states(torch.empty(rows, dtype=torch.int64, device="meta"), segments)
+        wanted = torch.empty(rows - len(step.lengths), dtype=torch.int64, device="meta")
+        targets = torch.empty(rows, dtype=torch.int64, device="meta")
+        loss = backend.linear_cross_entropy(hidden, model.head_weight(), targets, rows=wanted)
+        loss.backward()
+        build_optimizer(step.optimizer, model, weight_decay=0.1, operations=backend).step(1e-3)
+    return found
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """Return every kernel of `kernels/triton/`, by its module and name."""
+    found = {}
+    for module in pkgutil.iter_modules(kernels.triton.__path__, "kernels.triton."):
+        for name, value in vars(import_module(module.name)).items():
+            if isinstance(value, Kernel):
+                found[f"{module.name.rsplit('.', 1)[-1]}.{name}"] = value
+    return found
+
+
+_ODD = {
+    "hidden_size": 1040,  # 13 heads of 80: nothing is a power of two
+    "intermediate_size": 2096,
+    "num_attention_heads": 13,
+    "num_key_value_heads": 1,
+    "vocab_size": 5003,
+    "max_position_embeddings": 1024,
+}
+_STARCODER2 = {"model_type": "starcoder2", "use_bias": True, "tie_word_embeddings": True, **_ODD}
+_QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": False, **_ODD}
+_RAGGED = (611, 402, 90)
+
+
+def odd_steps() -> Iterator[tuple[str, Step]]:
+    """Yield (card, step): both half precisions on every card, each way of an update on one."""
+    for card in CARDS:
+        yield card, Step(_STARCODER2, "bf16", 12, 0.1, _RAGGED)
+        yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
+    yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
+
+
+def steps_of_presets() -> Iterator[tuple[str, Step]]:
+    """Yield (card, step) for the architectures of all presets."""
+    for path in sorted(Path("models/configs").glob("*.json")):
+        model = json.loads(path.read_text(encoding="utf-8"))
+        lengths = (1024,) * 7 + (1000,)
+        for card in CARDS:
+            for dtype in ("bf16", "fp16"):
+                for rank in (8, 16, 32, 64):
+                    for dropout in (0.0, 0.05):
+                        yield card, Step(model, dtype, rank, dropout, lengths)
+                yield card, Step(model, dtype, 0, 0.0, lengths, "adafactor")
+
+
+def compiled(steps: Iterator[tuple[str, Step]]) -> Iterator[dict[str, Any]]:
+    """Yield what each binary takes, once, and the limits that it breaks."""
+    seen = set()
+    for name, step in steps:
+        card = CARDS[name]
+        for launch in launches(step, card):
+            if (name, launch.key()) in seen:
+                continue
+            seen.add((name, launch.key()))
+            binary = look_into(launch.compile())
+            yield {
+                "card": name,
+                "precision": step.dtype,
+                "kernel": launch.name,
+                **dataclasses.asdict(binary),
+                "contracted": launch.options.get("enable_fp_fusion"),
+                "faults": binary.faults(card, half=step.dtype != "fp32"),
+            }
+
+
+def keys_by_rows() -> dict[str, list[str]]:
+    """Return the binaries of a step for several numbers of rows, full and ragged, down to two."""
+    found = {}
+    for lengths in ((1024,) * 24, (1024,) * 23 + (1019,), (1021,) * 23 + (1013,), (2,)):
+        keys: set[str] = set()
+        for step in (
+            Step(_STARCODER2, "bf16", 12, 0.1, lengths),
+            Step(_QWEN2, "bf16", 12, 0.1, lengths),
+            Step(_QWEN2, "bf16", 0, 0.0, lengths),
+        ):
+            keys |= {launch.key() for launch in launches(step, CARDS["sm_80"])}
+        found[str(sum(lengths))] = sorted(keys)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Print a table, or one JSON object."""
+    steps = steps_of_presets() if "--all" in arguments else odd_steps()
+    binaries = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for binary in compiled(steps):
+            binaries.append(binary)
+            if "--json" not in arguments:
+                print(*binary.values(), flush=True)
+    faults = sum(bool(binary["faults"]) for binary in binaries)
+    if "--json" in arguments:
+        fp32 = launches(Step(_QWEN2, "fp32", 12, 0.1, _RAGGED), CARDS["sm_80"])
+        found = {
+            "binaries": binaries,
+            "kernels": sorted(all_kernels()),
+            "by_rows": keys_by_rows(),
+            "in_fp32": sorted({launch.name for launch in fp32}),
+        }
+        print(json.dumps(found))
+    else:
+        print(f"Triton {triton.__version__}: {len(binaries)} binaries, {faults} beyond a limit")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
