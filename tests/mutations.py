@@ -960,6 +960,18 @@ MUTATIONS = [
             "tl.where(of_b, parts, first + 1)",
             "test_the_backward_pass_through_b",
         ),
+        (
+            "the product with A is made in fp32, past the tensor cores",
+            "total = tl.dot(x, tl.trans(a), total,",
+            "total = tl.dot(x.to(tl.float32), tl.trans(a).to(tl.float32), total,",
+            "tests/kernels/test_compiled.py::test_every_kernel_is_within_the_limits_of_a_card",
+        ),
+        (
+            "an even share of the rows compiles A's gradient anew",
+            '@kernel(*_DRAWN, "rows", "rows_each")',
+            '@kernel(*_DRAWN, "rows")',
+            "tests/kernels/test_compiled.py::test_rows_never_compile_a_kernel_anew",
+        ),
     ),
     *_of(
         "kernels/triton/linears.py",
@@ -981,6 +993,28 @@ MUTATIONS = [
             "d_a_j[:rank], d_b_j[:, :rank]",
             "d_a_j[:rank], d_b_j[:, -rank:]",
             "test_linears",
+        ),
+        (
+            "adapters in fp32 are unrolled on a card that has no tensor cores for them",
+            "scalar = compute_dtype(value_of(x)).itemsize > 2 and",
+            "scalar = compute_dtype(value_of(x)).itemsize > 4 and",
+            "tests/kernels/test_compiled.py::test_adapters_in_fp32_are_left_to_the_plain_form",
+        ),
+    ),
+    *_of(
+        "kernels/triton/jit.py",
+        "tests/kernels/test_compiled.py",
+        (
+            "kernels are compiled anew for rows that are multiples of 16",
+            "do_not_specialize=list(varying)",
+            "do_not_specialize=[]",
+            "test_rows_never_compile_a_kernel_anew",
+        ),
+        (
+            "another version of Triton rounds products and sums apart",
+            "functools.partial(self._function[grid], enable_fp_fusion=True)",
+            "functools.partial(self._function[grid])",
+            "test_contraction_is_not_left_to_the_version_of_triton",
         ),
     ),
     *_of(

@@ -1,11 +1,12 @@
 """Compile the Triton kernels of whole steps for cards that are not here, and say what they take.
 
-    python -m tests.kernels.compiled [--all] [--json]
+    python -m tests.kernels.compiled [--all | --launches] [--json]
 
 A step is that of a model of one layer on the meta device: forward, loss, backward and update, by
 the code that a run goes through. Without `--all` two models of odd sizes have every kernel in most
 of its variants, for `test_compiled.py`. With it they have the sizes of all presets, adapted with
-dropout and without and trained in full, in both half precisions: some minutes.
+dropout and without and trained in full, in both half precisions: some minutes. With `--launches`
+nothing is compiled: one JSON object says what is launched.
 
 It exits with 1 where a kernel breaks a limit of `benchmarks.absent_card`. For another version of
 Triton, in a folder of its own: pip install --no-deps --target FOLDER triton==3.6.0, then
@@ -147,7 +148,6 @@ def compiled(steps: Iterator[tuple[str, Step]]) -> Iterator[dict[str, Any]]:
                 "precision": step.dtype,
                 "kernel": launch.name,
                 **dataclasses.asdict(binary),
-                "contracted": launch.options.get("enable_fp_fusion"),
                 "faults": binary.faults(card, half=step.dtype != "fp32"),
             }
 
@@ -167,8 +167,24 @@ def keys_by_rows() -> dict[str, list[str]]:
     return found
 
 
+def launched() -> dict[str, Any]:
+    """Return what is known of launches without compiling them."""
+    fp32 = launches(Step(_QWEN2, "fp32", 12, 0.1, _RAGGED), CARDS["sm_80"])
+    half = [launch for name, step in odd_steps() for launch in launches(step, CARDS[name])]
+    return {
+        "kernels": sorted(all_kernels()),
+        "launched": sorted({launch.name for launch in half}),
+        "contracted": [launch.options.get("enable_fp_fusion") for launch in half],
+        "by_rows": keys_by_rows(),
+        "in_fp32": sorted({launch.name for launch in fp32}),
+    }
+
+
 def main(arguments: list[str]) -> int:
     """Print a table, or one JSON object."""
+    if "--launches" in arguments:
+        print(json.dumps(launched()))
+        return 0
     steps = steps_of_presets() if "--all" in arguments else odd_steps()
     binaries = []
     with tempfile.TemporaryDirectory() as cache:
@@ -179,14 +195,7 @@ def main(arguments: list[str]) -> int:
                 print(*binary.values(), flush=True)
     faults = sum(bool(binary["faults"]) for binary in binaries)
     if "--json" in arguments:
-        fp32 = launches(Step(_QWEN2, "fp32", 12, 0.1, _RAGGED), CARDS["sm_80"])
-        found = {
-            "binaries": binaries,
-            "kernels": sorted(all_kernels()),
-            "by_rows": keys_by_rows(),
-            "in_fp32": sorted({launch.name for launch in fp32}),
-        }
-        print(json.dumps(found))
+        print(json.dumps(binaries))
     else:
         print(f"Triton {triton.__version__}: {len(binaries)} binaries, {faults} beyond a limit")
     return 1 if faults else 0
