@@ -65,8 +65,10 @@ _REFERENCE_ON_CPU = replace(_REFERENCE, attention=cpu_attention.attention)
 def operations(backend: str = "auto", device: torch.device | str = "cpu") -> Operations:
     """Return the operations of `backend` for `device`.
 
-    `auto` is `reference`, but for the operations that a committed record shows Triton to gain on
-    that class of device (`kernels.triton.launch`).
+    `auto` is, on CUDA from Ampere on, what a committed record shows Triton to gain on that class of
+    device (`kernels.triton.launch`) and, where no record says so, all that Triton has: interpreter
+    and compile tests vouch for it, and a run checks it first (`train.kernel_check`). Elsewhere, and
+    where triton is not installed, it is `reference`.
 
     Raises:
         UserError: the backend is unknown, or is `triton`, which cannot run here.
@@ -87,6 +89,9 @@ def _reference(device: torch.device) -> Operations:
 
 
 def _automatic(device: torch.device) -> Operations:
+    installed = importlib.util.find_spec("triton") is not None
+    if installed and not launch.decided(device) and _compiles_for(device):
+        return _triton(device)
     gains = launch.measured(device).get("gains", [])
     known = {field.name for field in fields(Operations)} - {"name"}
     if unknown := set(gains) - known:
@@ -94,7 +99,7 @@ def _automatic(device: torch.device) -> Operations:
             f"{launch.TUNED}: gains name {', '.join(sorted(unknown))}, which is no "
             "operation; write the file anew with python -m benchmarks.kernels --decide"
         )
-    if not gains or importlib.util.find_spec("triton") is None:
+    if not gains or not installed:
         return _reference(device)
     kernels = _triton(device)
     taken = {name: getattr(kernels, name) for name in gains}
@@ -103,6 +108,13 @@ def _automatic(device: torch.device) -> Operations:
         mixed = functools.partial(chosen.linear_gelu, linears=chosen.linears)
         chosen = replace(chosen, linear_gelu=mixed)
     return chosen
+
+
+def _compiles_for(device: torch.device) -> bool:
+    """Return whether the compile test vouches for a device; an unseen CUDA card is a new one."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type == "cuda"
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _triton(device: torch.device) -> Operations:

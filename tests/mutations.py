@@ -757,6 +757,12 @@ MUTATIONS = [
             'return library(device, dtype) in ("oneDNN", "MKL")',
             "test_nothing_else_is_rounded",
         ),
+        (
+            "a step on CUDA has sizes that no step had",
+            "        return _ROWS_OF_A_TILE\n",
+            "        return 1\n",
+            "test_rows_on_cuda_fill_their_last_tile",
+        ),
     ),
     *_of(
         "kernels/dispatch.py",
@@ -776,9 +782,21 @@ MUTATIONS = [
         ),
         (
             "auto takes Triton without a record of its gain",
-            "    if not gains or importlib",
-            "    if importlib",
+            "    if not gains or not installed:",
+            "    if not installed:",
             "tests/kernels/test_triton_launch.py::test_auto_takes_what_gains_on_a_class_of_device",
+        ),
+        (
+            "auto takes Triton against what a card's records say",
+            "    if installed and not launch.decided(device) and _compiles_for(device):",
+            "    if installed and _compiles_for(device):",
+            "test_records_of_a_card_decide_what_auto_takes",
+        ),
+        (
+            "auto takes kernels that no compile test has tried",
+            "return torch.cuda.get_device_capability(device) >= (8, 0)",
+            "return torch.cuda.get_device_capability(device) >= (7, 0)",
+            "test_auto_takes_triton_on_a_card_that_no_record_tells_of",
         ),
     ),
     *_of(
@@ -2137,8 +2155,68 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/kernel_check.py",
+        "tests/train/test_kernel_check.py",
+        (
+            "a kernel that makes no number passes",
+            "            if not away <= bound:",
+            "            if away > bound:",
+            "test_a_kernel_that_is_wrong_differs",
+        ),
+        (
+            "gradients of kernels are not compared",
+            "    return [*outputs, *(gradient for gradient in gradients if gradient is not None)]",
+            "    return outputs",
+            "test_a_kernel_that_is_wrong_differs",
+        ),
+        (
+            "a wrong kernel is passed over",
+            "        if fault := disagreement(ours, name, device, COMPUTE_DTYPES[precision]):",
+            "        if fault := None:",
+            "test_a_wrong_kernel_ends_the_run_in_one_sentence",
+        ),
+        (
+            "what another card was checked for holds here",
+            '        "device": card,\n',
+            "",
+            "test_the_outcome_is_recorded_and_a_resume_reuses_it",
+        ),
+        (
+            "a resume checks its kernels again",
+            "    if folder is not None and _told_by(folder) == found:\n        return found\n",
+            "",
+            "test_the_outcome_is_recorded_and_a_resume_reuses_it",
+        ),
+    ),
+    *_of(
+        "train/assemble.py",
+        "tests/train/test_device.py",
+        (
+            "a deterministic run fills each tensor before it is written",
+            "        filling.fill_uninitialized_memory = False",
+            "        filling.fill_uninitialized_memory = True",
+            "test_a_deterministic_run_does_not_fill_what_it_is_about_to_write",
+        ),
+    ),
+    *_of(
+        "train/process/memory.py",
+        "tests/train/test_device.py",
+        (
+            "the user's configuration of the allocator is overwritten",
+            "    if not any(name in os.environ for name in _ALLOCATOR):",
+            "    if True:",
+            "test_blocks_of_memory_grow_unless_the_user_says_otherwise",
+        ),
+    ),
+    *_of(
         "train/plan/decide.py",
         "tests/train/test_decide.py",
+        (
+            "layers are compiled around Triton's kernels",
+            'if config.train.compile and kernels is not None and "triton" in kernels:',
+            "if False:",
+            "test_compiled_layers_do_not_go_through_triton_s_kernels",
+        ),
         (
             "auto takes bf16 where it is emulated",
             "is_bf16_supported(including_emulation=False)",

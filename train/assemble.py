@@ -42,6 +42,9 @@ def set_up(config: RunConfig, machine: Machine) -> torch.device:
         # cuBLAS reads this once, when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Every tensor that is about to be written would be filled with NaN before: for tests.
+        filling = torch.utils.deterministic
+        filling.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     return torch.device(machine.device)
 
 

@@ -77,18 +77,22 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from train.inputs.adapters import with_starting_adapter
     from train.inputs.base_model import find_model
     from train.inputs.dataset import load_data
+    from train.kernel_check import vouch
     from train.loop import train
     from train.plan.decide import decide, this_machine
     from train.plan.document import complete
     from train.plan.steps import plan_run
+    from train.process.memory import prepare_allocator
     from train.process.signals import Signals
     from train.saving.folder import beginning, new_run_folder, write_documents
     from train.survey import print_plan, refuse_early, refuse_model
 
+    prepare_allocator()
     machine = this_machine(config)
     refuse_early(config, machine, new=resume is None)
     asked, config = config, with_whole_paths(decide(config, machine))
     device = set_up(config, machine)
+    checked = vouch(config, device, resume.folder if resume else None)
 
     try:
         source = find_model(config, weights=False)
@@ -111,11 +115,11 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
             config, document = complete(config, data, decoder, machine, earlier)
             if resume is None:
                 # At once: a kill while weights load leaves what --resume needs.
-                write_documents(folder, config, document, device)
+                write_documents(folder, config, document, device, checked)
             run, records, saver = assemble(config, plan, data, device, folder, resume)
             if resume is not None:
                 # Not before: a resume that is refused changes nothing.
-                write_documents(folder, config, document, device)
+                write_documents(folder, config, document, device, checked)
         with closing(records, saver):
             opening_panel(run, records)
             before_training(run, records, saver)

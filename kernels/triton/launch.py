@@ -3,8 +3,9 @@
 `triton_launch.json` has an entry for each class of device. Its `launch` holds what
 `python -m benchmarks.tune` found fastest; where it has nothing, `DEFAULTS` serve. Its `gains` are
 the operations that `python -m benchmarks.kernels --decide` found faster than the reference in the
-records. Nothing is tried out at a user's step, and since parameters decide in which order sums are
-made they are a matter of record, like the code: a resumed run computes the same bits.
+records; without it `auto` takes all on CUDA (`kernels.dispatch`). Nothing is tried out at a user's
+step, and since parameters decide in which order sums are made they are a matter of record, like the
+code: a resumed run computes the same bits.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ def measured(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and not torch.cuda.is_available():
         return {}
     return entries().get(capability(device), {})
+
+
+def decided(device: torch.device) -> bool:
+    """Return whether records say which operations to take on a device's class."""
+    return "gains" in measured(device)
 
 
 @functools.cache

@@ -41,6 +41,7 @@ def slow(*values: Any, id: str | None = None) -> Any:
 def poisoned() -> Iterator[None]:
     """Let torch.empty fill what it returns with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # a run in this process ends it
     yield
     torch.use_deterministic_algorithms(False)
 

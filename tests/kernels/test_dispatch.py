@@ -1,9 +1,11 @@
 """The choice of a backend."""
 
 import dataclasses
+import importlib.util
 import sys
 
 import pytest
+import torch
 from interpreted import TRITON
 
 import kernels.triton
@@ -13,6 +15,7 @@ from kernels import linears, loss
 from kernels import reference as plain
 from kernels.cpu import attention
 from kernels.dispatch import operations
+from kernels.triton import launch
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -59,6 +62,37 @@ def test_triton_has_every_operation():
     names = [field.name for field in dataclasses.fields(chosen)]
     same = {name for name in names if getattr(chosen, name) is getattr(reference, name)}
     assert same == {"attention"}
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_auto_takes_triton_on_a_card_that_no_record_tells_of(monkeypatch):
+    # Nothing is known of a card that is not there: a plan for one counts with a new one.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert operations("auto", "cuda").name == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "reference")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, is_=capability: is_)
+        assert operations("auto", "cuda").name == expected
+        assert operations("reference", "cuda").name == "reference"
+    assert operations("auto", "mps").name == "reference"
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_records_of_a_card_decide_what_auto_takes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    for entry, expected in (
+        ({"launch": {}}, "triton"),  # tuned, and not compared yet
+        ({"gains": []}, "reference"),
+        ({"gains": ["swiglu"]}, "reference, triton's swiglu"),
+    ):
+        monkeypatch.setattr(launch, "entries", lambda entry=entry: {"sm_80": entry})
+        assert operations("auto", "cuda").name == expected
+
+
+def test_auto_is_the_reference_where_triton_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert operations("auto", "cuda").name == "reference"
 
 
 def test_an_unknown_backend_names_the_nearest():

@@ -25,11 +25,17 @@ def test_at_most_an_eighth_is_wasted_and_few_sizes_are_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype"), [("cpu", torch.float32), ("cpu", torch.float16), ("cuda", BF16)]
+    ("device", "dtype"), [("cpu", torch.float32), ("cpu", torch.float16), ("mps", BF16)]
 )
 def test_nothing_else_is_rounded(device: str, dtype: torch.dtype) -> None:
     assert row_multiple(1000, device, dtype) == 1
     assert document_multiple(device, dtype) == 1
+
+
+def test_rows_on_cuda_fill_their_last_tile() -> None:
+    for dtype in (BF16, torch.float16, torch.float32):
+        assert {row_multiple(rows, "cuda", dtype) for rows in (1, 1000, 24_571)} == {128}
+        assert document_multiple("cuda", dtype) == 1
 
 
 def test_a_tail_is_no_document() -> None:

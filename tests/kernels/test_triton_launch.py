@@ -117,5 +117,5 @@ def test_auto_takes_what_gains_on_a_class_of_device(monkeypatch: pytest.MonkeyPa
     assert chosen.swiglu is elementwise.swiglu
     assert chosen.adamw_ is not None
     assert chosen.rotary is reference.rotary
-    monkeypatch.setattr(launch, "entries", dict)
+    monkeypatch.setattr(launch, "entries", lambda: {launch.capability(device): {"gains": []}})
     assert operations("auto", device).name == "reference"

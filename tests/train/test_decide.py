@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interpreted import TRITON
 from small import FAMILIES, SMALL
 
 import train.loop as loop_module
@@ -157,6 +158,24 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide_kernels("reference", None) == "reference"
     with pytest.raises(UserError, match="run on CUDA"):
         decide_kernels("triton", "cpu")
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_compiled_layers_do_not_go_through_triton_s_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda = Machine("cuda", None)
+    asked = {"train.compile": True, "train.precision": "bf16"}
+    for kernels in ("auto", "triton"):
+        config = load_config(overrides={**asked, "train.kernels": kernels})
+        with pytest.raises(
+            UserError, match=r"use train\.compile=false or train\.kernels=reference"
+        ):
+            decide(config, cuda)
+    decide(load_config(overrides={**asked, "train.kernels": "reference"}), cuda)
+    decide(load_config(overrides=asked), Machine("cpu", None))
+    decide(load_config(overrides={"train.precision": "bf16"}), cuda)
 
 
 @pytest.mark.parametrize(

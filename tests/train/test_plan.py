@@ -576,6 +576,33 @@ def test_attention_dropout_is_noted_for_no_model_without_it() -> None:
     assert "attention dropout" not in text
 
 
+def test_on_cuda_bits_repeat_where_that_is_asked_for() -> None:
+    said = "train.deterministic=true repeats every bit"
+    config = load_config()
+    assert said in warnings_of(config, decoder=decoder(LLAMA), machine=Machine("cuda", None))
+    assert said not in warnings_of(config, decoder=decoder(LLAMA), machine=Machine("cpu", None))
+    assert said not in warnings_of(config, decoder=decoder(LLAMA))
+    config = load_config(overrides={"train.deterministic": True})
+    assert said not in warnings_of(config, decoder=decoder(LLAMA), machine=Machine("cuda", None))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "words"),
+    [
+        ("auto", None, "kernels Triton's on a CUDA card from Ampere on, else the reference"),
+        ("auto", "cpu", "kernels reference"),
+        ("reference", "cuda", "kernels reference"),
+        ("triton", None, "kernels Triton's, checked against the reference at the start where no"),
+    ],
+)
+def test_the_plan_says_which_kernels_are_taken(
+    kernels: str, device: str | None, words: str
+) -> None:
+    config = load_config(overrides={"train.kernels": kernels})
+    text = render_plan(document_of(config, machine=Machine(device, None)))
+    assert words in " ".join(text.split())
+
+
 def test_rendered_plan_checks_the_claims() -> None:
     config = load_config("qwen2.5-coder-1.5b")
     text = render_plan(document_of(config, decoder=find_decoder_config(config)))

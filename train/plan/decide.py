@@ -76,7 +76,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
 
     Raises:
         UserError: The base would be stored in a half precision other than the one that is computed
-            in, or the kernels cannot run there.
+            in, or the kernels cannot run there, or not with `train.compile`.
     """
     precision = decide_precision(config.train.precision, machine.device)
     stored, agreeing = config.model.dtype, (None, "fp32", precision)
@@ -87,7 +87,13 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             f"in {stored}; use model.dtype=none (stored in {precision}), model.dtype=fp32, or "
             f"train.precision={stored}"
         )
-    decide_kernels(config.train.kernels, machine.device)
+    kernels = decide_kernels(config.train.kernels, machine.device)
+    if config.train.compile and kernels is not None and "triton" in kernels:
+        raise UserError(
+            f"train.compile=true with train.kernels={config.train.kernels}, which takes Triton's "
+            "kernels here: that has never been tried together; use train.compile=false or "
+            "train.kernels=reference"
+        )
     settings = dataclasses.replace(
         config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
     )

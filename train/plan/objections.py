@@ -37,6 +37,7 @@ def objections(
         *_of_the_data(config, document, data),
         *(_of_the_steps(config, document, plan) if plan else []),
         *_of_the_room(config, document),
+        *_of_the_bits(config, machine),
     ]
 
 
@@ -60,6 +61,16 @@ def _of_the_model(
             "nothing"
         )
     return found
+
+
+def _of_the_bits(config: RunConfig, machine: Machine) -> list[str]:
+    if machine.device != "cuda" or config.train.deterministic:
+        return []
+    return [
+        "on CUDA the backward pass of flash attention adds up by atomics, in no fixed order: a "
+        "resumed run goes on exactly, but not bit for bit; train.deterministic=true repeats every "
+        "bit"
+    ]
 
 
 def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:

@@ -93,6 +93,14 @@ def _parameter_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("parameters", f"{trained:,} trained of {total:,} {share}")]
 
 
+# Of `document["kernels"]`, where it says more.
+_KERNELS = {
+    None: "Triton's on a CUDA card from Ampere on, else the reference",
+    "triton": "Triton's, checked against the reference at the start where no record tells of the "
+    "card",
+}
+
+
 def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: dict[str, str] = {}
     memory, disk, compute = document["memory"], document["disk"], document["compute"]
@@ -107,6 +115,7 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         words = {None: "not decided", True: "on", False: "off"}
         recomputing = words[document["gradient_checkpointing"]]
         rows["recomputing"] = f"{recomputing} ({document['gradient_checkpointing_because']})"
+    rows["kernels"] = _KERNELS.get(document["kernels"], document["kernels"])
     if disk["total"]:
         minutes = disk["one_more_each_minutes"]
         more = f" (and one each {minutes:g} minutes)" if minutes else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -19,6 +20,20 @@ Result = TypeVar("Result")
 # Beside `torch.OutOfMemoryError`, allocations fail with a plain RuntimeError: on the CPU, in CUDA
 # calls outside torch's allocator, and on MPS.
 _MESSAGES = ("DefaultCPUAllocator", "out of memory")
+
+
+# The older name of the variable is still read.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def prepare_allocator() -> None:
+    """Let blocks of CUDA memory grow, unless the user has configured the allocator.
+
+    Every step brings sizes that no step had; in blocks of fixed sizes the gaps between them add up
+    to gigabytes. torch reads this when CUDA starts: call it before anything asks for the device.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

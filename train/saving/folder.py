@@ -118,13 +118,13 @@ def environment(device: torch.device, **decided: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": package_versions(),
-        "commit": _commit(),
+        "commit": code_commit(),
         "started": utc_now(),
         **decided,
     }
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """Return the commit of this code; None outside a checkout, or where there is no git."""
     # An installed copy may lie in the checkout of something else, whose commit is not ours.
     if not (REPOSITORY / ".git").exists():
@@ -159,15 +159,20 @@ def beginning(folder: Path, *, new: bool) -> Iterator[None]:
 
 
 def write_documents(
-    folder: Path, config: RunConfig, plan: dict[str, Any], device: torch.device
+    folder: Path,
+    config: RunConfig,
+    plan: dict[str, Any],
+    device: torch.device,
+    checked: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.toml, plan.json and environment.json."""
+    """Write config.toml, plan.json and environment.json; `checked` is what `vouch` found."""
     write_text(folder / "config.toml", to_toml(config, comments=False))
     write_json(folder / "plan.json", plan)
     decided = {
         "precision": config.train.precision,
         "gradient_checkpointing": config.model.gradient_checkpointing,
         "kernels": plan["kernels"],
+        "kernels_checked": checked,
         "attention": plan["attention"],
         "products": library(device, COMPUTE_DTYPES[config.train.precision]),
     }
