@@ -113,10 +113,11 @@ _RAGGED = (611, 402, 90)
 
 
 def odd_steps() -> Iterator[tuple[str, Step]]:
-    """Yield (card, step): both half precisions on every card, each way of an update on one."""
+    """Yield (card, step): both half precisions on every card; on one, large ranks and Adafactor."""
     for card in CARDS:
         yield card, Step(_STARCODER2, "bf16", 12, 0.1, _RAGGED)
         yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
+    yield "sm_89", Step(_QWEN2, "bf16", 64, 0.1, _RAGGED)
     yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
 
 
@@ -127,7 +128,7 @@ def steps_of_presets() -> Iterator[tuple[str, Step]]:
         lengths = (1024,) * 7 + (1000,)
         for card in CARDS:
             for dtype in ("bf16", "fp16"):
-                for rank in (8, 16, 32, 64):
+                for rank in (8, 32, 64, 128):
                     for dropout in (0.0, 0.05):
                         yield card, Step(model, dtype, rank, dropout, lengths)
                 yield card, Step(model, dtype, 0, 0.0, lengths, "adafactor")
