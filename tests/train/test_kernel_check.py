@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import DEVICE, TRITON
-from test_resume import settings, stop_after
+from runs import arguments, settings, signalled, train
 from torch import Tensor
 
 from files.errors import UserError
@@ -129,7 +129,7 @@ def test_a_wrong_kernel_ends_the_run_in_one_sentence(
 ) -> None:
     as_on_a_new_card(monkeypatch, planted(swiglu=with_half_a_gradient))
     values = settings(model_folder, rows_file, tmp_path / "run")
-    assert main([f"{key}={value}" for key, value in values.items()]) == 2
+    assert main(arguments(values)) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "train.kernels=auto: Triton's swiglu differs from the reference by" in told
     assert told.endswith("use train.kernels=reference")
@@ -147,9 +147,8 @@ def test_the_outcome_is_recorded_and_a_resume_reuses_it(
 
     as_on_a_new_card(monkeypatch, planted(swiglu=swiglu))
     folder = tmp_path / "run"
-    with monkeypatch.context() as stopping:
-        stop_after(2, stopping, signal.SIGTERM)
-        execute(load_config(overrides=settings(model_folder, rows_file, folder)))
+    values = settings(model_folder, rows_file, folder, **{"train.max_steps": 3})
+    train(values, signalled(2, signal.SIGTERM))
     recorded = json.loads((folder / "environment.json").read_text())["kernels_checked"]
     assert recorded["operations"] == ["swiglu"]
     assert recorded["precision"] == "fp32"

@@ -115,7 +115,8 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         words = {None: "not decided", True: "on", False: "off"}
         recomputing = words[document["gradient_checkpointing"]]
         rows["recomputing"] = f"{recomputing} ({document['gradient_checkpointing_because']})"
-    rows["kernels"] = _KERNELS.get(document["kernels"], document["kernels"])
+    kernels = document["kernels"]
+    rows["kernels"] = _KERNELS.get(kernels) or str(kernels)
     if disk["total"]:
         minutes = disk["one_more_each_minutes"]
         more = f" (and one each {minutes:g} minutes)" if minutes else ""
