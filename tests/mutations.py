@@ -2164,6 +2164,12 @@ MUTATIONS = [
         "train/kernel_check.py",
         "tests/train/test_kernel_check.py",
         (
+            "the check of the residual stream's addition drops nothing",
+            "[ours.add(*t, _draw(s))]",
+            "[ours.add(*t)]",
+            "test_a_kernel_that_is_wrong_differs",
+        ),
+        (
             "a kernel that makes no number passes",
             "            if not away <= bound:",
             "            if away > bound:",

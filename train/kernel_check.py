@@ -22,8 +22,9 @@ from torch import Tensor
 from files.errors import UserError
 from files.strict_json import read_json_object
 from kernels.dispatch import Operations, operations
+from kernels.dropout import Draw
 from kernels.loss import IGNORE
-from kernels.operands import Operands
+from kernels.operands import Made, Operands, value_of
 from kernels.segments import Segments
 from kernels.triton import launch
 from train.config.schema import RunConfig
@@ -44,7 +45,7 @@ class _Case:
     """One operation: the shapes of its inputs, and what it makes of them."""
 
     shapes: tuple[tuple[int, ...], ...]
-    run: Callable[[Operations, Segments, list[Tensor]], Sequence[Tensor]]
+    run: Callable[[Operations, Segments, list[Tensor]], Sequence[Tensor | Made]]
 
 
 def _linears(ours: Operations, segments: Segments, t: list[Tensor]) -> Sequence[Tensor]:
@@ -57,7 +58,24 @@ def _linears(ours: Operations, segments: Segments, t: list[Tensor]) -> Sequence[
 
 def _linear_gelu(ours: Operations, segments: Segments, t: list[Tensor]) -> Sequence[Tensor]:
     layer = Operands(t[1], t[2], t[3], t[4], 2.0, 0.1, module=7)
-    return [ours.linear_gelu(t[0], layer, segments)]
+    return _read(ours, segments, ours.linear_gelu(t[0], layer, segments), t[5:])
+
+
+def _read(ours: Operations, segments: Segments, x: Made, t: list[Tensor]) -> Sequence[Tensor]:
+    """Return an activation and what a layer makes of it that keeps what it is made of."""
+    layer = Operands(t[0].detach(), None, t[1], t[2], 2.0, 0.1, module=9)
+    return [x.value, *ours.linears(x, [layer], segments)]
+
+
+def _added(
+    norm: Callable[..., tuple[Tensor, Made]], segments: Segments, t: list[Tensor]
+) -> Sequence[Tensor | Made]:
+    return [*norm(*t, 1e-5), *norm(*t, 1e-5, _draw(segments))]
+
+
+def _draw(segments: Segments) -> Draw:
+    assert segments.dropout_rows is not None
+    return Draw(segments.dropout_rows, 5, 0.1)
 
 
 def _rotary(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tensor]:
@@ -90,17 +108,28 @@ def _adafactor(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tenso
 
 
 _X, _COLUMN, _ADAPTED = (_M, _H), (_H,), ((_N, _H), (_N,), (_R, _H), (_N, _R))
+_READER = ((_N, _H), (_R, _H), (_N, _R))
 _CASES = {
     "linears": _Case((_X, *_ADAPTED, (_I, _H), (_R, _H), (_I, _R)), _linears),
-    "linear_gelu": _Case((_X, *_ADAPTED), _linear_gelu),
-    "rms_norm": _Case((_X, _COLUMN), lambda ours, _, t: [ours.rms_norm(*t, 1e-5)]),
-    "layer_norm": _Case((_X, _COLUMN, _COLUMN), lambda ours, _, t: [ours.layer_norm(*t, 1e-5)]),
-    "add_rms_norm": _Case((_X, _X, _COLUMN), lambda ours, _, t: ours.add_rms_norm(*t, 1e-5)),
+    "linear_gelu": _Case((_X, *_ADAPTED, (_H, _N), (_R, _N), (_H, _R)), _linear_gelu),
+    "rms_norm": _Case(
+        (_X, _COLUMN, *_READER),
+        lambda ours, s, t: _read(ours, s, ours.rms_norm(*t[:2], 1e-5), t[2:]),
+    ),
+    "layer_norm": _Case(
+        (_X, _COLUMN, _COLUMN, *_READER),
+        lambda ours, s, t: _read(ours, s, ours.layer_norm(*t[:3], 1e-5), t[3:]),
+    ),
+    "add": _Case((_X, _X), lambda ours, s, t: [ours.add(*t, _draw(s))]),
+    "add_rms_norm": _Case((_X, _X, _COLUMN), lambda ours, s, t: _added(ours.add_rms_norm, s, t)),
     "add_layer_norm": _Case(
-        (_X, _X, _COLUMN, _COLUMN), lambda ours, _, t: ours.add_layer_norm(*t, 1e-5)
+        (_X, _X, _COLUMN, _COLUMN), lambda ours, s, t: _added(ours.add_layer_norm, s, t)
     ),
     "rotary": _Case(((_M, 3, _D), (_M, 1, _D), (_M, _D // 2), (_M, _D // 2)), _rotary),
-    "swiglu": _Case(((_M, _I), (_M, _I)), lambda ours, _, t: [ours.swiglu(*t)]),
+    "swiglu": _Case(
+        ((_M, _I), (_M, _I), (_N, _I), (_R, _I), (_N, _R)),
+        lambda ours, s, t: _read(ours, s, ours.swiglu(*t[:2]), t[2:]),
+    ),
     "linear_cross_entropy": _Case((_X, (_V, _H)), _loss),
     "adamw_": _Case(((3, _M, _H),) * 4, _adamw),
     "adafactor_": _Case(((3, _M, _H),) * 3, _adafactor),
@@ -155,7 +184,7 @@ def _results(
         size = 1.0 if shape[0] in (_M, 3) else shape[-1] ** -0.5  # products stay of size 1
         drawn = torch.randn(shape, generator=generator) * size
         leaves.append(drawn.to(dtype).to(device, kind).requires_grad_())
-    outputs = list(_CASES[name].run(ours, segments, leaves))
+    outputs = [value_of(y) for y in _CASES[name].run(ours, segments, leaves)]
     if not outputs[0].requires_grad:
         return outputs
     upstream = []

@@ -107,6 +107,7 @@ _ODD = {
     "vocab_size": 5003,
     "max_position_embeddings": 1024,
 }
+_DROPS = {"residual_dropout": 0.1, "embedding_dropout": 0.1}
 _STARCODER2 = {"model_type": "starcoder2", "use_bias": True, "tie_word_embeddings": True, **_ODD}
 _QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": False, **_ODD}
 _RAGGED = (611, 402, 90)
@@ -115,7 +116,7 @@ _RAGGED = (611, 402, 90)
 def odd_steps() -> Iterator[tuple[str, Step]]:
     """Yield (card, step): both half precisions on every card; on one, large ranks and Adafactor."""
     for card in CARDS:
-        yield card, Step(_STARCODER2, "bf16", 12, 0.1, _RAGGED)
+        yield card, Step(_STARCODER2 | _DROPS, "bf16", 12, 0.1, _RAGGED)
         yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
     yield "sm_89", Step(_QWEN2, "bf16", 64, 0.1, _RAGGED)
     yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
@@ -159,7 +160,7 @@ def keys_by_rows() -> dict[str, list[str]]:
     for lengths in ((1024,) * 24, (1024,) * 23 + (1019,), (1021,) * 23 + (1013,), (2,)):
         keys: set[str] = set()
         for step in (
-            Step(_STARCODER2, "bf16", 12, 0.1, lengths),
+            Step(_STARCODER2 | _DROPS, "bf16", 12, 0.1, lengths),
             Step(_QWEN2, "bf16", 12, 0.1, lengths),
             Step(_QWEN2, "bf16", 0, 0.0, lengths),
         ):

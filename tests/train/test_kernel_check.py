@@ -17,6 +17,8 @@ from torch import Tensor
 from files.errors import UserError
 from kernels import reference
 from kernels.dispatch import Operations, operations
+from kernels.dropout import Draw
+from kernels.operands import Made
 from kernels.triton import launch
 from train import kernel_check
 from train.config.load import load_config
@@ -48,11 +50,11 @@ def test_triton_s_kernels_agree(name: str) -> None:
     assert kernel_check.disagreement(ours, name, CPU, torch.float16) is None
 
 
-def without_the_bias(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def without_the_bias(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Made:
     return reference.layer_norm(x, weight, torch.zeros_like(bias) * bias, eps)
 
 
-def with_half_a_gradient(gate: Tensor, up: Tensor) -> Tensor:
+def with_half_a_gradient(gate: Tensor, up: Tensor) -> Made:
     return reference.swiglu(gate, up.detach() / 2 + up / 2)
 
 
@@ -66,8 +68,17 @@ def without_decay(*tensors: Tensor, weight_decay: float, **options: Any) -> None
     adamw_update(*tensors, weight_decay=0.0, **options)
 
 
-def of_no_number(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return reference.rms_norm(x, weight, eps) * float("nan")
+def of_no_number(x: Tensor, weight: Tensor, eps: float) -> Made:
+    made = reference.rms_norm(x, weight, eps)
+    return made._replace(value=made.value * float("nan"))
+
+
+def without_drawing(x: Tensor, change: Tensor, draw: Draw | None = None) -> Tensor:
+    return reference.add(x, change)
+
+
+def dropping_the_norm_alone(x: Tensor, change: Tensor, *norm: Any) -> tuple[Tensor, Made]:
+    return reference.add(x, change), reference.add_rms_norm(x, change, *norm)[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,6 +90,8 @@ def of_no_number(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         {"linears": without_dropout},
         {"adamw_": without_decay},
         {"rms_norm": of_no_number},
+        {"add": without_drawing},
+        {"add_rms_norm": dropping_the_norm_alone},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
@@ -141,7 +154,7 @@ def test_the_outcome_is_recorded_and_a_resume_reuses_it(
 ) -> None:
     calls = []
 
-    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    def swiglu(gate: Tensor, up: Tensor) -> Made:
         calls.append(1)
         return reference.swiglu(gate, up)
 
