@@ -188,7 +188,8 @@ def memory_ledger(
     - adapters, gradients: 4 bytes a parameter (fp32 masters, fp32 gradients).
     - optimizer: AdamW 8 bytes a trained parameter; Adafactor 4 × (rows + columns) of a matrix.
     - activations: M × the bytes that one token leaves behind in each layer (`_saved_per_token`);
-      with checkpointing M × the input of each layer and one layer in full; and the final norm.
+      with checkpointing M × the input of each layer and one layer in full; the final norm (with
+      adapters in the place of the first one); and c for each parameter of an adapter, lowered.
     - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
       and where the head is trained its gradient in fp32.
     - overhead, on CUDA and where no device is known: gradients that a layer's backward pass holds
@@ -224,11 +225,14 @@ def memory_ledger(
     state = sizes.factored_state if config.optimizer.name == "adafactor" else sizes.trained_state
     layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
     layers = decoder.num_hidden_layers
+    lowered = 0 if compute == 4 else compute * (sizes.total - sizes.base)
     if gradient_checkpointing:
         saved = layers * decoder.hidden_size * max(stored, compute) + layer
+        lowered /= layers
     else:
         saved = layers * layer
-    saved += _saved_by_norm(decoder, stored)
+    # The final norm is one more; over frozen embeddings the first one keeps nothing.
+    saved += _saved_by_norm(decoder, stored) if full or gradient_checkpointing else 0
     head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
     # A plan without a device may be one for a GPU.
     chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
@@ -238,7 +242,7 @@ def memory_ledger(
         "adapters": adapters,
         "gradients": 4 * sizes.trainable,
         "optimizer": 4 * state,
-        "activations": round(tokens * saved),
+        "activations": round(tokens * saved + lowered),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
         "overhead": 0,
     }
@@ -283,9 +287,9 @@ def _saved_per_token(
     """Return the bytes that one token leaves in one layer for the backward pass.
 
     - two norms (`_saved_by_norm`);
-    - attention: rotated q, k, v; from the fused kernel the output too; in blocks the weights of the
-      keys that a query's block can see; written out, those of all keys of the longest document, in
-      fp32 and in c, and under dropout a mask and the dropped copy;
+    - attention: rotated q, k, v (what it gives is the input of a linear layer); in blocks the
+      weights of the keys that a query's block can see; written out, those of all keys of the
+      longest document, in fp32 and in c, and under dropout a mask and the dropped copy;
     - what the family's own layers keep (`Family.saved_values`), such as an activation's inputs;
     - inputs of linear layers that need them for a gradient of their own: with adapters one for each
       of the four distinct inputs, on a GPU of attention's output alone: the others are made again;
@@ -308,13 +312,11 @@ def _saved_per_token(
     attend = (query + 2 * key) * compute
     heads = decoder.num_attention_heads
     attention = decide_attention(config, decoder, device, longest)
-    if attention == "fused":
-        attend += query * compute
-    elif attention == "blocks":
+    if attention == "blocks":
         from kernels.cpu.attention import BLOCK
 
         attend += heads * min(longest, (longest + BLOCK) / 2) * compute
-    else:
+    elif attention == "written out":
         weight = 4 + (compute if compute != 4 else 0) + (1 + compute if dropped else 0)
         attend += heads * longest * weight
     own = family.saved_values(decoder) * compute
