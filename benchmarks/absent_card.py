@@ -31,33 +31,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import cards
+from benchmarks.cards import Card
 from kernels.triton import launch as parameters
 
-
-@dataclass(frozen=True)
-class Card:
-    """A class of cards: its compute capability, times ten, and what a multiprocessor offers.
-
-    Attributes:
-        capability: 80 for 8.0.
-        multiprocessors: Of the largest card of the class that is sold.
-        shared_bytes: Shared memory that one program may have.
-
-    Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the
-        whitepapers of A100, Ada (RTX 4090) and H100.
-    """
-
-    capability: int
-    multiprocessors: int
-    shared_bytes: int
-
-
-CARDS = {
-    "sm_80": Card(80, 108, 163 * 1024),
-    "sm_89": Card(89, 128, 99 * 1024),
-    "sm_90": Card(90, 132, 227 * 1024),
-}
-REGISTERS = 65_536  # of a multiprocessor, on all three
+# One of each architecture; what a program may take is the same for all cards of it.
+CARDS = {card.architecture: card for card in cards.CARDS.values()}
+REGISTERS = 65_536  # of a multiprocessor, on all of them
 
 
 @dataclass(frozen=True)
@@ -107,10 +87,11 @@ class Launch:
         return self._warm_up()
 
     def _warm_up(self) -> Any:
+        capability = int(self.card.architecture.removeprefix("sm_"))
         stub = SimpleNamespace(
-            get_current_device=lambda: self.card.capability,  # binaries are kept by device
+            get_current_device=lambda: capability,  # binaries are kept by device
             get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", self.card.capability, 32),
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
         )
         with mock.patch.object(driver, "_active", stub):
             return _RUN(self.kernel, *self.arguments, grid=self.grid, warmup=True, **self.options)
@@ -163,11 +144,10 @@ def absent_card(
                 arguments = [x if x is None else x.to(types[-1]) for x in arguments]
             return function(*arguments, **(options or {}))
 
-    name = f"sm_{card.capability}"
     with (
         Casting(),
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(parameters, "capability", lambda device: name),
+        mock.patch.object(parameters, "capability", lambda device: card.architecture),
         mock.patch.object(parameters, "multiprocessors", lambda device: card.multiprocessors),
         mock.patch.object(torch, "autocast", entered),
         mock.patch.object(torch, "is_autocast_enabled", is_enabled),

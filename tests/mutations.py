@@ -2276,6 +2276,30 @@ MUTATIONS = [
             "tokens = max(budget, longest)",
             "test_largest_micro_batch",
         ),
+        (
+            "the plan counts what attention gives twice",
+            "attend = (query + 2 * key) * compute",
+            "attend = 2 * (query + key) * compute",
+            "tests/benchmarks/test_traffic.py::test_the_plan_s_activations_are_what_a_step_keeps",
+        ),
+        (
+            "the plan of a GPU counts inputs that are made again",
+            "        inputs = query * compute",
+            "        inputs += query * compute",
+            "tests/benchmarks/test_traffic.py::test_the_plan_s_activations_are_what_a_step_keeps",
+        ),
+        (
+            "the plan of a GPU thinks that nothing keeps the embeddings",
+            'config.train.method == "lora" and device not in (None, "cpu")',
+            'config.train.method == "lora" and device not in (None, "cpu", "cuda")',
+            "tests/benchmarks/test_traffic.py::test_the_plan_s_activations_are_what_a_step_keeps",
+        ),
+        (
+            "the plan thinks that the first norm over frozen embeddings keeps its input",
+            "if full or gradient_checkpointing or",
+            "if full or not gradient_checkpointing or",
+            "test_activations_are_what_autograd_saves",
+        ),
     ),
     *_of(
         "train/survey.py",

@@ -32,7 +32,8 @@ import torch
 import triton
 
 import kernels.triton
-from benchmarks.absent_card import CARDS, Card, Launch, absent_card, look_into
+from benchmarks.absent_card import CARDS, Launch, absent_card, look_into
+from benchmarks.cards import Card
 from kernels.dispatch import operations
 from kernels.segments import Segments
 from kernels.triton.jit import Kernel

@@ -231,8 +231,10 @@ def memory_ledger(
         lowered /= layers
     else:
         saved = layers * layer
-    # The final norm is one more; over frozen embeddings the first one keeps nothing.
-    saved += _saved_by_norm(decoder, stored) if full or gradient_checkpointing else 0
+    # The final norm is one more; over frozen embeddings the first one keeps nothing, unless the
+    # linear layers behind it do, in the place of what it gives.
+    if full or gradient_checkpointing or _makes_inputs_again(config, device):
+        saved += _saved_by_norm(decoder, stored)
     head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
     # A plan without a device may be one for a GPU.
     chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
@@ -291,9 +293,8 @@ def _saved_per_token(
       weights of the keys that a query's block can see; written out, those of all keys of the
       longest document, in fp32 and in c, and under dropout a mask and the dropped copy;
     - what the family's own layers keep (`Family.saved_values`), such as an activation's inputs;
-    - inputs of linear layers that need them for a gradient of their own: with adapters one for each
-      of the four distinct inputs, on a GPU of attention's output alone: the others are made again;
-      else each its own copy where a cast makes one;
+    - inputs of linear layers that need them for a gradient of their own, each of the four once;
+      with adapters on a GPU attention's output alone: the others are made again;
     - one byte an element for the masks of residual dropout, where Triton does not draw them again,
       and, on a CPU, of the adapters' inputs; and the adapters' low-rank outputs.
     """
@@ -320,18 +321,20 @@ def _saved_per_token(
         weight = 4 + (compute if compute != 4 else 0) + (1 + compute if dropped else 0)
         attend += heads * longest * weight
     own = family.saved_values(decoder) * compute
-    if config.train.method == "full" and stored != compute:
-        inputs = sizes.saved_linears / layers * compute
-    else:
-        inputs = (2 * hidden + query + intermediate) * compute
-        if config.train.method == "lora" and device not in (None, "cpu"):
-            inputs = query * compute  # the others are made again (`kernels.operands.Made`)
+    inputs = (2 * hidden + query + intermediate) * compute
+    if _makes_inputs_again(config, device):
+        inputs = query * compute
     drawn_again = device == "cuda" and config.train.kernels != "reference"
     masks = family.residual_dropouts * hidden if residual and not drawn_again else 0
     if device == "cpu" and config.train.method == "lora" and config.lora.lora_dropout:
         masks += sizes.saved_linears / layers
     ranks = sizes.adapter_ranks / layers * compute
     return norms + attend + own + inputs + masks + ranks
+
+
+def _makes_inputs_again(config: RunConfig, device: str | None) -> bool:
+    """Return whether linear layers keep what their input is made of (`kernels.operands.Made`)."""
+    return config.train.method == "lora" and device not in (None, "cpu")
 
 
 def _saved_by_norm(decoder: DecoderConfig, stored: int) -> int:
