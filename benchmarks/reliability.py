@@ -157,7 +157,7 @@ def stall() -> dict[str, float]:
 
     def watched(saver: product.Saver, **what: bool) -> None:
         saver.writer.wait()
-        trained = product.trained_tensors(saver.run.model, saver.run.config)
+        trained = product.trained_tensors(saver.run)
         live = [*trained.values(), *saver.run.optimizer.state_tensors().values()]
         copying.append(timed(lambda: [tensor.clone() for tensor in live])[0])
         saving.append(timed(lambda: plain(saver, **what))[0])

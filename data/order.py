@@ -60,3 +60,27 @@ def epoch_order(
     longest = heads[np.argmax(lengths[grouped[heads]])]
     grouped[[0, longest]] = grouped[[longest, 0]]
     return grouped
+
+
+def balanced_shares(lengths: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Return which of a step's examples each rank takes: as many as the others, of like length.
+
+    Of 25 examples over 6 ranks one takes 5 and the others 4. The longest is given first, each to
+    the rank with the fewest tokens that has room for one more. The order of the step is kept
+    within a rank.
+
+    Args:
+        lengths: (n,) tokens of each example of the step.
+        ranks: Among how many they are shared.
+
+    Returns:
+        For each rank the positions of its examples in the step, ascending.
+    """
+    share, rest = divmod(len(lengths), ranks)
+    room = [share + (rank < rest) for rank in range(ranks)]
+    tokens, mine = [0] * ranks, [[] for _ in range(ranks)]
+    for position in np.argsort(-lengths, kind="stable").tolist():
+        rank = min((r for r in range(ranks) if len(mine[r]) < room[r]), key=lambda r: tokens[r])
+        tokens[rank] += int(lengths[position])
+        mine[rank].append(position)
+    return [np.array(sorted(positions), dtype=np.int64) for positions in mine]

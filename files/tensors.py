@@ -17,7 +17,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files.atomic import replacing
+from files.atomic import replacing, sha256_file
 from files.errors import UserError, counted, shown
 from files.faults import faultpoint
 from files.strict_json import parse_json_object
@@ -150,8 +150,7 @@ def write_tensors(
         UserError: `path` is there and is no regular file.
         OSError: the disk is full, or the folder is missing.
     """
-    # Widest elements first keeps every tensor aligned to its element size without padding.
-    order = sorted(tensors, key=lambda name: (-_stored_dtype(tensors[name], dtype).itemsize, name))
+    order = _order(tensors, dtype)
     header = _header_bytes({name: tensors[name] for name in order}, metadata, dtype)
     start = len(header).to_bytes(8, "little") + header
     digest = hashlib.sha256(start)
@@ -167,12 +166,104 @@ def write_tensors(
     return digest.hexdigest()
 
 
-def _stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor that several processes hold: these are `tensor`, from row `first` on."""
+
+    tensor: Tensor
+    first: int
+    shape: tuple[int, ...]  # of the whole
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+        return self.tensor.dtype
+
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        """Whether the elements are numbers with a point."""
+        return self.tensor.is_floating_point()
+
+
+def write_shares(
+    path: str | Path,
+    tensors: Mapping[str, Tensor | Rows],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    leads: bool,
+    meet: Callable[[], None],
+) -> str:
+    """Write a file that several processes share: each its rows, where they belong.
+
+    All call it with the same names, shapes and types, on a folder that all reach. No process ever
+    holds, or is sent, a row that is another's.
+
+    Args:
+        path: the file; nothing is there yet, and nobody reads it before all have returned.
+        tensors: name → this process's rows, or a tensor that all have, which the leader writes.
+        metadata: as of `write_tensors`.
+        dtype: as of `write_tensors`.
+        leads: whether this process is the one that begins the file and hashes it.
+        meet: returns when every process has called it.
+
+    Returns:
+        The sha256 (hex) of the file's bytes on the leader, an empty text elsewhere.
+
+    Raises:
+        OSError: the disk is full, or the folder is missing.
+    """
+    order = _order(tensors, dtype)
+    header = _header_bytes({name: tensors[name] for name in order}, metadata, dtype)
+    start = len(header).to_bytes(8, "little") + header
+    sizes = {name: _num_bytes(tensors[name], dtype) for name in order}
+    if leads:
+        with open(path, "wb") as file:
+            file.write(start)
+            file.truncate(len(start) + sum(sizes.values()))
+    meet()
+    place = len(start)
+    with open(path, "r+b") as file:
+        for name in order:
+            tensor, offset = tensors[name], place
+            place += sizes[name]
+            if isinstance(tensor, Rows):
+                assert tensor.first + len(tensor.tensor) <= tensor.shape[0], name
+                if not tensor.tensor.numel():
+                    continue
+                offset += tensor.first * (sizes[name] // tensor.shape[0])
+                tensor = tensor.tensor
+            elif not leads:
+                continue
+            file.seek(offset)
+            file.write(_bytes_of(tensor, dtype))
+            faultpoint("tensors.part")
+        file.flush()
+        os.fsync(file.fileno())
+    meet()
+    return sha256_file(Path(path)) if leads else ""
+
+
+def _order(tensors: Mapping[str, Tensor | Rows], dtype: torch.dtype | None) -> list[str]:
+    """Widest elements first: every tensor is aligned to its element size without padding."""
+    return sorted(tensors, key=lambda name: (-_stored_dtype(tensors[name], dtype).itemsize, name))
+
+
+def _num_bytes(tensor: Tensor | Rows, dtype: torch.dtype | None) -> int:
+    return tensor.numel() * _stored_dtype(tensor, dtype).itemsize
+
+
+def _stored_dtype(tensor: Tensor | Rows, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _header_bytes(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, dtype: torch.dtype | None
+    tensors: Mapping[str, Tensor | Rows],
+    metadata: Mapping[str, str] | None,
+    dtype: torch.dtype | None,
 ) -> bytes:
     """Return the JSON header, padded with spaces to a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
@@ -181,7 +272,7 @@ def _header_bytes(
         stored = _stored_dtype(tensor, dtype)
         if stored not in _NAMES:
             raise ValueError(f"{name}: {stored} cannot be stored in safetensors")
-        end = offset + tensor.numel() * stored.itemsize
+        end = offset + _num_bytes(tensor, dtype)
         header[name] = {
             "dtype": _NAMES[stored],
             "shape": list(tensor.shape),

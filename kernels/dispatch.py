@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Operations:
     linear_cross_entropy: Callable[..., Tensor]
     # Updates of fp32 masters in place; None where the optimizers' own PyTorch does it.
     adamw_: Callable[..., None] | None = None
-    adafactor_: Callable[..., None] | None = None
+    adafactor_: Callable[..., Any] | None = None
 
 
 _REFERENCE = Operations(

@@ -167,13 +167,26 @@ def inject(
             scale=config.scale(name),
             dropout=config.lora_dropout,
         )
-        _draw(layer.lora_A, seed, name)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+    draw_adapters(model, seed)
     if freeze:
         _unfreeze_biases(model, names, config.bias)
     model.lora_config = config  # pyright: ignore[reportArgumentType]  # typed for tensors alone
     return names
+
+
+def adapter_factors(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that adapters add to a model."""
+    return [f"{name}.{factor}" for name in lora_layers(model) for factor in ("lora_A", "lora_B")]
+
+
+def draw_adapters(model: nn.Module, seed: int) -> None:
+    """Give the adapters of a model their starting values: A is drawn, B is zero."""
+    for name, layer in lora_layers(model).items():
+        _draw(layer.lora_A, seed, name)
+        with torch.no_grad():
+            layer.lora_B.zero_()
 
 
 def target_names(model: nn.Module, config: LoraConfig, *, remedy: str = LEAVE_IT_OUT) -> list[str]:

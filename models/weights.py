@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from files.atomic import write_json
-from files.errors import UserError
+from files.errors import UserError, listed
 from files.hub import INDEX_FILE, SINGLE_FILE, choose_weights, read_index, resolve_model
-from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
+from files.tensors import Rows, TensorFile, TensorInfo, read_header, write_tensors
 from kernels.dispatch import Operations
 from models.config import DecoderConfig, parse_config, read_config
 from models.families import FAMILIES, build
 from models.layers import CausalLM
+
+# (parameter, a file's whole tensor) → the parameter is filled.
+Place = Callable[[nn.Parameter, Tensor], object]
+# `write_tensors`, or what shares the writing of a file: (path, tensors, dtype=…) → sha256.
+Write = Callable[..., str]
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -65,7 +70,6 @@ _STRANGERS: dict[str, tuple[str, str]] = {
     ),
 }
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
-_MOST_LISTED = 20
 
 
 def load_model(
@@ -104,11 +108,15 @@ def fill(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    place: Place = torch.Tensor.copy_,
+    beside: Collection[str] = (),
 ) -> None:
     """Fill every parameter of `model` from the safetensors files in `folder`.
 
     A parameter on the meta device is made on `device` in `dtype`; one that has memory already
-    keeps it, with its type, so that an optimizer that refers to it stays right.
+    keeps it, with its type, so that an optimizer that refers to it stays right: `place` puts the
+    file's tensor into it, all or some of which is read from the disk then. Parameters named
+    `beside` are no part of the folder's model.
 
     Raises:
         UserError: names (missing and unexpected ones, the latter with a remedy), shapes or types
@@ -116,21 +124,22 @@ def fill(
             is damaged or missing; there are pickle files alone.
     """
     folder = Path(folder)
-    places = check_weights(folder, model)
-    parameters = dict(model.named_parameters())
+    parameters = {n: p for n, p in model.named_parameters() if n not in beside}
+    places = _find_tensors(folder)
+    _check_tensors(folder, model.config, parameters, places)
     by_file: dict[Path, list[str]] = {}
     for name in parameters:
         by_file.setdefault(places[name][0], []).append(name)
     for path, names in by_file.items():
         with TensorFile(path) as file:
             for name in sorted(names, key=lambda name: file.info(name).begin):
-                _set_parameter(model, name, file.read(name), dtype, device)
+                _set_parameter(model, name, file.read(name), dtype, device, place)
 
 
 def check_weights(folder: Path, model: CausalLM) -> dict[str, tuple[Path, TensorInfo]]:
     """Return where each tensor of `folder` lies, or raise as `fill`: headers alone are read."""
     places = _find_tensors(folder)
-    _check_tensors(folder, model, places)
+    _check_tensors(folder, model.config, dict(model.named_parameters()), places)
     return places
 
 
@@ -141,6 +150,7 @@ def initialise(
     device: str | torch.device = "cpu",
     *,
     initializer_range: float,
+    place: Place = torch.Tensor.copy_,
 ) -> None:
     """Give every parameter its starting value: matrices N(0, initializer_range), norms 1, biases 0.
 
@@ -156,16 +166,18 @@ def initialise(
             )
         else:
             value = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
-        _set_parameter(model, name, value, dtype, device)
+        _set_parameter(model, name, value, dtype, device, place)
 
 
 def save_model(
-    model_or_state: nn.Module | Mapping[str, Tensor],
+    model_or_state: nn.Module | Mapping[str, Tensor | Rows],
     folder: str | Path,
     *,
     config: DecoderConfig,
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
+    write: Write = write_tensors,
+    leads: bool = True,
 ) -> dict[str, str]:
     """Write a Hugging Face model folder: config.json and model.safetensors, or shards and index.
 
@@ -178,6 +190,8 @@ def save_model(
         config: the architecture; decides which names must be there.
         max_shard_bytes: beyond it a new file is begun; one tensor may exceed it alone.
         dtype: what floating-point tensors are stored as; None keeps their own.
+        write: what writes a file of tensors.
+        leads: whether this process writes all else; of several that share the writing, one does.
 
     Returns:
         File name → sha256 (hex) of each weights file.
@@ -189,19 +203,20 @@ def save_model(
     """
     folder = Path(folder)
     if isinstance(model_or_state, nn.Module):
-        state: Mapping[str, Tensor] = dict(model_or_state.named_parameters())
+        state: Mapping[str, Tensor | Rows] = dict(model_or_state.named_parameters())
     else:
         state = model_or_state
     _check_complete(state, config)
     shards = _split(state, max_shard_bytes, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    _refuse_other_weights(folder, {*shards, *((INDEX_FILE,) if len(shards) > 1 else ())})
+    if leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_other_weights(folder, {*shards, *((INDEX_FILE,) if len(shards) > 1 else ())})
     hashes = {
-        file_name: write_tensors(
-            folder / file_name, {name: state[name] for name in names}, dtype=dtype
-        )
+        file_name: write(folder / file_name, {name: state[name] for name in names}, dtype=dtype)
         for file_name, names in shards.items()
     }
+    if not leads:
+        return hashes
     if len(shards) > 1:
         total = sum(_stored_bytes(tensor, dtype) for tensor in state.values())
         weight_map = {name: file for file, names in shards.items() for name in names}
@@ -273,18 +288,21 @@ def _weights_file(folder: Path, file_name: str) -> Path:
 
 
 def _check_tensors(
-    folder: Path, model: CausalLM, places: dict[str, tuple[Path, TensorInfo]]
+    folder: Path,
+    config: DecoderConfig,
+    parameters: Mapping[str, Tensor],
+    places: dict[str, tuple[Path, TensorInfo]],
 ) -> None:
     """Compare names as sets, then shapes and types; refuse with everything that differs at once."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     unexpected = places.keys() - expected.keys()
-    if HEAD in unexpected and model.config.tie_word_embeddings and EMBEDDING in places:
+    if HEAD in unexpected and config.tie_word_embeddings and EMBEDDING in places:
         _check_stray_head(folder, places)
         unexpected -= {HEAD}
     missing = expected.keys() - places.keys()
-    faults = _strangers(unexpected, model.config.num_hidden_layers)
+    faults = _strangers(unexpected, config.num_hidden_layers)
     if missing:
-        faults.append(f"missing are {_listed(missing)}")
+        faults.append(f"missing are {listed(sorted(missing))}")
     for name in sorted(expected.keys() & places.keys()):
         info = places[name][1]
         if info.shape != expected[name]:
@@ -322,7 +340,7 @@ def _strangers(names: Iterable[str], num_hidden_layers: int) -> list[str]:
             )
         kinds.setdefault(kind, []).append(name)
     return [
-        f"unexpected are {_listed(found)} ({what}: {remedy})"
+        f"unexpected are {listed(sorted(found))} ({what}: {remedy})"
         for (what, remedy), found in kinds.items()
     ]
 
@@ -345,14 +363,13 @@ def _check_stray_head(folder: Path, places: dict[str, tuple[Path, TensorInfo]]) 
         )
 
 
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = len(ordered) - _MOST_LISTED
-    return ", ".join(ordered[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _set_parameter(
-    model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: str | torch.device
+    model: nn.Module,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    place: Place,
 ) -> None:
     """Put `value` into parameter `name`, making it on `device` in `dtype` if it is on meta."""
     module_name, _, leaf = name.rpartition(".")
@@ -360,24 +377,26 @@ def _set_parameter(
     parameter = getattr(module, leaf)
     with torch.no_grad():
         if not parameter.is_meta:
-            parameter.copy_(value)
+            place(parameter, value)
             return
         # copy_ converts on the way, so that no second copy of the tensor ever exists.
         placed = torch.empty(value.shape, dtype=dtype, device=device).copy_(value)
     setattr(module, leaf, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
-def _check_complete(state: Mapping[str, Tensor], config: DecoderConfig) -> None:
+def _check_complete(state: Mapping[str, Tensor | Rows], config: DecoderConfig) -> None:
     expected = dict(build(config, device="meta").named_parameters())
     if expected.keys() != state.keys():
-        raise ValueError(f"names are not the model's: {_listed(expected.keys() ^ state.keys())}")
+        raise ValueError(
+            f"names are not the model's: {listed(sorted(expected.keys() ^ state.keys()))}"
+        )
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
+        if tuple(tensor.shape) != tuple(expected[name].shape):
             raise ValueError(f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}")
 
 
 def _split(
-    state: Mapping[str, Tensor], max_shard_bytes: int, dtype: torch.dtype | None
+    state: Mapping[str, Tensor | Rows], max_shard_bytes: int, dtype: torch.dtype | None
 ) -> dict[str, list[str]]:
     """Return file name → tensor names, filling one file after the other in the model's order."""
     shards: list[list[str]] = [[]]
@@ -398,7 +417,7 @@ def _split(
     }
 
 
-def _stored_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+def _stored_bytes(tensor: Tensor | Rows, dtype: torch.dtype | None) -> int:
     return tensor.numel() * (dtype or tensor.dtype).itemsize
 
 
@@ -407,7 +426,8 @@ def _refuse_other_weights(folder: Path, written: set[str]) -> None:
     others = {path.name for path in folder.glob("model*.safetensors*") if path.name not in written}
     if others:
         raise UserError(
-            f"{folder}: already holds other weights ({_listed(others)}); choose an empty folder"
+            f"{folder}: already holds other weights ({listed(sorted(others))}); choose an empty "
+            "folder"
         )
 
 

@@ -36,7 +36,7 @@ KEEPERS = {
     "triton": ("kernels/triton/", "benchmarks/absent_card.py"),
     "tensorboard": ("train/log/metrics.py",),
     "torch.utils.tensorboard": ("train/log/metrics.py",),
-    "torch.distributed": ("train/process/world.py",),
+    "torch.distributed": ("train/process/world.py", "train/inputs/sharding.py"),
 }
 NEVER_IN_PRODUCT = (
     "pickle",
@@ -221,4 +221,4 @@ def test_the_house_does_not_grow_unasked() -> None:
     files = product_files()
     benchmarks = [path for path in files if path.is_relative_to(ROOT / "benchmarks")]
     assert lines_of(*benchmarks) <= 4500
-    assert lines_of(*files) - lines_of(*benchmarks) <= 24670
+    assert lines_of(*files) - lines_of(*benchmarks) <= 26000

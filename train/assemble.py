@@ -14,24 +14,26 @@ from files.folders import recover_folder, sweep
 from kernels.cpu.process import prepare_process
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
-from train.inputs.base_model import base_dtype, find_model, load_base, make_trainable
+from train.inputs.base_model import base_dtype, find_model, load_base, load_shared, make_trainable
 from train.inputs.dataset import Data
+from train.inputs.sharding import sharing_of
 from train.log.records import Records
 from train.log.samples import samples_so_far
 from train.optim import build_optimizer
 from train.plan.decide import Machine
 from train.plan.steps import RunPlan
 from train.precision import LossScaler, Precision
-from train.process.memory import MemoryUse
+from train.process.memory import OF_A_RANK, MemoryUse
+from train.process.world import ALONE, World
 from train.saving.checkpoints import Checkpoints
 from train.saving.identity import identity_document
 from train.saving.restore import restore, settle
-from train.saving.resume import Resume
+from train.saving.resume import Resume, ran_out_of_memory
 from train.saving.saver import BackgroundWriter, Saver
 from train.state import EarlyStopping, Run, TrainState
 
 
-def set_up(config: RunConfig, machine: Machine) -> torch.device:
+def set_up(config: RunConfig, machine: Machine, world: World = ALONE) -> torch.device:
     """Set this process up for a run whose configuration is decided, and return its device."""
     assert machine.device is not None
     if machine.device == "cpu":
@@ -45,6 +47,8 @@ def set_up(config: RunConfig, machine: Machine) -> torch.device:
         # Every tensor that is about to be written would be filled with NaN before: for tests.
         filling = torch.utils.deterministic
         filling.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    if machine.device == "cuda" and world.size > 1:
+        torch.cuda.set_device(world.local_rank)
     return torch.device(machine.device)
 
 
@@ -55,6 +59,7 @@ def assemble(
     device: torch.device,
     folder: Path,
     resume: Resume | None,
+    world: World = ALONE,
 ) -> tuple[Run, Records, Saver]:
     """Load the model, build what trains it, and take up the checkpoint of `resume`.
 
@@ -68,11 +73,14 @@ def assemble(
         UserError: The weights cannot be had, or the checkpoint does not fit the configuration, the
             data or the base model.
     """
-    source = find_model(config, weights=True)
+    source = world.first_on_node("weights", lambda: find_model(config, weights=True))
     memory = MemoryUse(device)
-    model = load_base(config, source, base_dtype(config), device)
-    make_trainable(model, config)
     precision = Precision(config.train.precision, device)
+    if world.shards:
+        model = load_shared(config, source, precision, world)
+    else:
+        model = load_base(config, source, base_dtype(config), device)
+        make_trainable(model, config)
     optimizer = build_optimizer(
         config.optimizer.name,
         model,
@@ -80,10 +88,12 @@ def assemble(
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
         operations=model.operations,
+        sharing=sharing_of(model, world) if world.shards else None,
     )
-    for name in ("best", "final"):
-        recover_folder(folder / name)
-    sweep(folder)
+    if world.first:
+        for name in ("best", "final"):
+            recover_folder(folder / name)
+        sweep(folder)
     state = resume.state if resume is not None else None
     taken_up = state is not None
     if state is None:
@@ -91,6 +101,9 @@ def assemble(
         state = TrainState(
             EarlyStopping(stop.early_stopping_patience, stop.early_stopping_threshold)
         )
+    halves = resume and world.told("memory", lambda: str(ran_out_of_memory(folder))) == "True"
+    if halves:
+        state.micro_batch_divisor *= 2
     run = Run(
         config=config,
         plan=plan,
@@ -105,21 +118,27 @@ def assemble(
         samples=samples_so_far(folder) if taken_up else [],
         memory=memory,
         folder=folder,
+        world=world,
     )
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.total_limit)
     # The base model's files are hashed once, as they are when training begins.
     identity = functools.cache(functools.partial(identity_document, run))
-    warnings = restore(run, resume, identity(), checkpoints) if resume and taken_up else []
+    warnings = restore(run, resume, identity, checkpoints) if resume and taken_up else []
     writer = BackgroundWriter()
     records = Records(run, busy=lambda: writer.busy)
-    saver = Saver(run, checkpoints, identity, records.metrics.sync, writer)
+    saver = Saver(run, checkpoints, identity, records.sync, writer)
     if resume and taken_up:
         # Not before: a resume that is refused changes nothing.
         warnings += settle(saver, resume)
+    if halves:
+        warnings.append(
+            "a rank ran out of memory before: micro-batches are "
+            f"1/{state.micro_batch_divisor} of their configured size; the gradient is the same"
+        )
     for warning in warnings:
         records.say(warning)
-    # While the first steps are done.
-    writer.submit(identity)
+    if world.first:  # while the first steps are done
+        writer.submit(identity)
     return run, records, saver
 
 
@@ -127,16 +146,16 @@ def assemble(
 def closing(records: Records, saver: Saver) -> Iterator[None]:
     """Close the records in the end; what breaks off with an error leaves a status that says so."""
     try:
-        yield
+        with saver.run.world.together(of_others=True):
+            yield
     except BaseException as error:
         saver.writer.close()
-        records.console.close()
         # On a full disk neither can be written, which must not stand before the error itself.
         with contextlib.suppress(OSError):
-            records.metrics.close()
+            records.close()
         with contextlib.suppress(OSError):
-            saver.write_status("failed", "error", error=f"{type(error).__name__}: {error}")
+            reason = "out_of_memory" if OF_A_RANK in str(error) else "error"
+            saver.write_status("failed", reason, error=f"{type(error).__name__}: {error}")
         raise
     saver.writer.close()
-    records.console.close()
-    records.metrics.close()
+    records.close()

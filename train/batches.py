@@ -9,10 +9,11 @@ import numpy as np
 
 from data.batch import Batching, MicroBatch, micro_batches
 from data.examples import Examples
-from data.order import epoch_order
+from data.order import balanced_shares, epoch_order
 from train.config.schema import RunConfig
 from train.inputs.dataset import Data
 from train.plan.steps import RunPlan
+from train.process.world import ALONE, World
 
 
 def train_batching(config: RunConfig, pad_id: int) -> Batching:
@@ -45,11 +46,12 @@ class StepBatches:
     group_by_length: bool
     effective_batch_size: int
     batching: Batching
+    world: World = ALONE
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
     _ahead: tuple[tuple[int, ...], list[MicroBatch]] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, config: RunConfig, plan: RunPlan, data: Data) -> StepBatches:
+    def of(cls, config: RunConfig, plan: RunPlan, data: Data, world: World = ALONE) -> StepBatches:
         """Return the batches of a configured run, whose `train.micro_batch_tokens` is decided."""
         return cls(
             examples=data.train,
@@ -58,6 +60,7 @@ class StepBatches:
             group_by_length=config.data.group_by_length,
             effective_batch_size=plan.effective_batch_size,
             batching=train_batching(config, data.tokenizer.pad_id),
+            world=world,
         )
 
     def order(self, epoch: int) -> np.ndarray:
@@ -75,7 +78,7 @@ class StepBatches:
         return self._order[1]
 
     def cut(self, epoch: int, start: int, stop: int, divisor: int = 1) -> list[MicroBatch]:
-        """Return the examples at positions `start` to `stop` of an epoch's order, cut.
+        """Return this rank's of the examples at positions `start` to `stop` of an epoch, cut.
 
         The configured size of a micro-batch is divided by `divisor`.
         """
@@ -84,6 +87,9 @@ class StepBatches:
         if ahead is not None and ahead[0] == asked:
             return ahead[1]
         indices = self.order(epoch)[start:stop]
+        if self.world.size > 1:
+            shares = balanced_shares(self.examples.lengths[indices], self.world.size)
+            indices = indices[shares[self.world.rank]]
         return micro_batches(self.examples, indices, self.batching.divided_by(divisor))
 
     def cut_ahead(self, epoch: int, start: int, stop: int, divisor: int = 1) -> None:

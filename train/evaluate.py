@@ -16,16 +16,22 @@ from data.batch import Batching, micro_batches
 from data.examples import Examples
 from files.errors import UserError
 from models.layers import CausalLM
+from train.inputs.sharding import NOTHING, missing
 from train.loss import exact_sum, loss_sum
 from train.precision import Precision
 from train.process.command import command, run_command
 from train.process.memory import does_not_fit, within_memory
+from train.process.world import ALONE, World
 from train.state import EvalResult
 
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM, examples: Examples, batching: Batching, precision: Precision
+    model: CausalLM,
+    examples: Examples,
+    batching: Batching,
+    precision: Precision,
+    world: World = ALONE,  # the ranks that share the set
 ) -> EvalResult:
     """Return the token mean of the loss over `examples`, without dropout.
 
@@ -37,15 +43,18 @@ def evaluate(
     """
     started = time.perf_counter()
     device = precision.device
-    order = np.argsort(-examples.lengths, kind="stable")
+    order = np.argsort(-examples.lengths, kind="stable")[world.rank :: world.size]
     losses: list[Tensor] = []
     targets, done, size = 0, 0, batching.micro_batch_size
+    spare = missing(-(-len(order) // size), world)
     while done < len(order):
         (micro_batch,) = micro_batches(
             examples, order[done : done + size], replace(batching, micro_batch_size=size)
         )
         with precision.autocast():
-            loss = within_memory(partial(loss_sum, model, micro_batch, device, draw=None), device)
+            compute = partial(loss_sum, model, micro_batch, device, draw=None)
+            # A shared model's passes are collectives: where one rank fails, none can do them again.
+            loss = compute() if world.shards else within_memory(compute, device)
         if loss is None:
             if len(micro_batch.examples) == 1:
                 raise does_not_fit("evaluation", micro_batch.num_tokens)
@@ -54,9 +63,14 @@ def evaluate(
         losses.append(loss)
         targets += micro_batch.num_targets
         done += size
+    with precision.autocast():
+        for _ in range(spare):
+            loss_sum(model, NOTHING, device, draw=None)
+    loss, targets = world.sums(exact_sum(losses), targets)
+    size = min(world.gathered((size,)))
     return EvalResult(
-        loss=exact_sum(losses) / max(1, targets),
-        targets=targets,
+        loss=loss / max(1, targets),
+        targets=int(targets),
         seconds=time.perf_counter() - started,
         reduced_batch_size=size if size < batching.micro_batch_size else None,
     )

@@ -20,6 +20,7 @@ from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, redrawn_text
 from train.log.records import Records
 from train.log.samples import MOST_NEW_TOKENS, choose_samples
+from train.loop import agreed
 from train.plan.text import head_rows
 from train.precision import COMPUTE_DTYPES
 from train.process.signals import Signals
@@ -88,7 +89,7 @@ def before_training(run: Run, records: Records, saver: Saver) -> None:
 
 
 def _evaluate(run: Run, records: Records, split: str, examples: Examples) -> None:
-    result = evaluate(run.model, examples, run.evaluation_batching, run.precision)
+    result = evaluate(run.model, examples, run.evaluation_batching, run.precision, run.world)
     records.evaluation(split, result)
 
 
@@ -119,8 +120,7 @@ def finish(run: Run, records: Records, saver: Saver, reason: str, signals: Signa
     """
     saver.writer.wait()
     faultpoint("run.ends")
-    if signals.stop is not None:
-        reason = signals.stop.name.lower()
+    reason = agreed(run.world, signals, overdue=False)[0] or reason
     ends = {"completed": "finished", "early_stopping": "finished", "non_finite": "failed"}
     condition = ends.get(reason, "preempted")
     if condition == "finished":
@@ -129,10 +129,11 @@ def finish(run: Run, records: Records, saver: Saver, reason: str, signals: Signa
         if run.data.test is not None:
             _evaluate(run, records, "test", run.data.test)
         complete_samples(run, "after")
-        records.metrics.sync()
+        records.sync()
     status = saver.write_status(condition, reason)
-    write_report(run.folder)
-    records.console.summary(*closing_summary(status, run.folder))
+    if run.world.first:
+        write_report(run.folder)
+        records.console.summary(*closing_summary(status, run.folder))
     return reason
 
 
@@ -142,14 +143,15 @@ def _write_final(run: Run, saver: Saver) -> None:
     if not run.config.checkpoint.load_best_at_end or best_step is None:
         saver.replace("final", partial(export, run), run.state.step)
         return
-    if not whole_best(best, best_step):
+    if run.world.first and not whole_best(best, best_step):
         raise UserError(
             f"{best}: missing, damaged or not that of step {best_step}, but "
             "checkpoint.load_best_at_end=true promises it as final/; resume the run from a "
             "checkpoint at or before its best step"
         )
     load_trained(run, best)
-    saver.replace("final", lambda folder: _copy_files(best, folder), best_step)
+    copy = partial(_copy_files, best) if run.world.first else lambda _: {}
+    saver.replace("final", copy, best_step)
 
 
 def _copy_files(source: Path, target: Path) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from signal import SIGINT, SIGTERM
 
 from data.batch import MicroBatch
 from files.errors import UserError
@@ -10,8 +12,9 @@ from files.faults import faultpoint
 from train.batches import StepBatches
 from train.evaluate import evaluate
 from train.log.records import Records
-from train.process.memory import does_not_fit, is_out_of_memory
+from train.process.memory import OF_A_RANK, does_not_fit, is_out_of_memory
 from train.process.signals import Signals
+from train.process.world import World
 from train.saving.saver import Saver
 from train.state import Run, StepResult, TrainState, observe_loss
 from train.step import train_step
@@ -30,36 +33,50 @@ def train(run: Run, records: Records, saver: Saver, signals: Signals) -> str:
     Raises:
         UserError: Memory does not suffice, however small the micro-batches.
     """
-    plan, state = run.plan, run.state
-    batches = StepBatches.of(run.config, plan, run.data)
+    plan, state, world = run.plan, run.state, run.world
+    batches = StepBatches.of(run.config, plan, run.data, world)
     while state.step < plan.total_steps and not state.stopping.should_stop:
         saver.writer.check()
         step = state.step + 1
         result = step_that_fits(run, records, saver, batches, step)
         spike = advance(state, result)
+        if result.skipped is not None or spike is not None:
+            result = replace(result, examples=world.gathered(result.examples))
         records.step(result, spike)
         faultpoint("step.recorded")
 
         new_best = False
         if plan.evaluates_at(step) and run.data.valid is not None:
-            evaluation = evaluate(run.model, run.data.valid, run.evaluation_batching, run.precision)
+            evaluation = evaluate(
+                run.model, run.data.valid, run.evaluation_batching, run.precision, world
+            )
             faultpoint("evaluation.done")
             new_best = state.stopping.observe(step, evaluation.loss)
             since = state.take_loss_since_eval()
             records.evaluation("valid", evaluation, best=new_best, train_loss=since)
 
         not_finite = state.non_finite_in_a_row >= NON_FINITE_LIMIT
-        ends_here = signals.stop is not None or not_finite or state.stopping.should_stop
-        due = ends_here or plan.saves_at(step) or signals.save or saver.is_due()
+        stop, asked = agreed(world, signals, overdue=saver.is_due())
+        ends_here = stop is not None or not_finite or state.stopping.should_stop
+        due = ends_here or plan.saves_at(step) or asked
         if due or new_best:
             saver.save(best=new_best, checkpoint=due)
         if due:
             signals.save = False
-        if signals.stop is not None:
-            return signals.stop.name.lower()
+        if stop is not None:
+            return stop
         if not_finite:
             return "non_finite"
     return "early_stopping" if state.stopping.should_stop else "completed"
+
+
+def agreed(world: World, signals: Signals, *, overdue: bool) -> tuple[str | None, bool]:
+    """Return the signal that stops every rank, if any of them had one, and whether all save now."""
+    stop = signals.stop
+    interrupted, terminated, save = world.any(
+        stop is SIGINT, stop is SIGTERM, signals.save or overdue
+    )
+    return "sigint" if interrupted else "sigterm" if terminated else None, save
 
 
 def step_that_fits(
@@ -92,14 +109,21 @@ def step_that_fits(
                 meanwhile=ahead,
                 # Recomputing needs the most in the middle of a backward pass, where nobody looks.
                 at_most=None if run.model.gradient_checkpointing else run.memory.observe,
+                world=run.world,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if run.world.shards:
+                raise UserError(
+                    f"step {step}: {OF_A_RANK} {run.world.rank} of {run.world.size}, and "
+                    "ranks that share a model cannot do a step again; --resume goes on from the "
+                    "newest checkpoint with micro-batches half as large"
+                ) from None
             raise _cannot_be_undone(saver, step) from None
         if result.skipped != "out of memory":
             return result
-        if all(len(micro_batch.examples) == 1 for micro_batch in batch):
+        if not run.world.any(any(len(micro_batch.examples) > 1 for micro_batch in batch))[0]:
             raise _does_not_fit(saver, step, batch)
         state.micro_batch_divisor *= 2
         records.say(
@@ -132,7 +156,8 @@ def _does_not_fit(saver: Saver, step: int, batch: list[MicroBatch]) -> UserError
         saver.save(best=False, checkpoint=True)
         saver.writer.wait()
         saved = f" (the state after step {done} is saved)"
-    longest = max(micro_batch.num_tokens for micro_batch in batch)
+    saver.run.world.wait()  # the first rank to end may end all
+    longest = max((micro_batch.num_tokens for micro_batch in batch), default=0)
     return does_not_fit(f"step {step}", longest, saved)
 
 

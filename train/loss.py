@@ -55,4 +55,4 @@ def loss_sum(
 
 def exact_sum(losses: list[Tensor]) -> float:
     """Return the sum of scalars, made in fp64 on the host (not every device has fp64)."""
-    return torch.stack(losses).cpu().double().sum().item()
+    return torch.stack(losses).cpu().double().sum().item() if losses else 0.0

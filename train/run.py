@@ -6,10 +6,11 @@ row or key is known before weights load. Nothing here imports torch until a run 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.plan.text import list_presets_text
 from train.process.command import run_command
+from train.process.world import ALONE, World
 
 if TYPE_CHECKING:
     from train.saving.resume import Resume
@@ -64,11 +66,12 @@ def run(
         from train.inputs.dataset import with_rows
 
         config = with_rows(config, rows)
-    return execute(config).folder
+    with World.from_environment().joined() as world:
+        return execute(config, world=world).folder
 
 
-def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
-    """Do a run, or with `resume` what is left of one, and return how it ended."""
+def execute(config: RunConfig, resume: Resume | None = None, world: World = ALONE) -> Outcome:
+    """Do this rank's part of a run, or with `resume` of what is left, and return how it ended."""
     from files.atomic import RunLock
     from models.config import read_config
     from train.assemble import assemble, closing, set_up
@@ -87,11 +90,12 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
     from train.saving.folder import beginning, new_run_folder, write_documents
     from train.survey import print_plan, refuse_early, refuse_model
 
+    new = resume is None
     prepare_allocator()
-    machine = this_machine(config)
-    refuse_early(config, machine, new=resume is None)
+    machine = this_machine(config, world)
+    refuse_early(config, machine, new=new and world.first)
     asked, config = config, with_whole_paths(decide(config, machine))
-    device = set_up(config, machine)
+    device = set_up(config, machine, world)
     checked = vouch(config, device, resume.folder if resume else None)
 
     try:
@@ -99,29 +103,31 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
         decoder = read_config(source.folder)
         refuse_model(config, decoder)
         config = with_starting_adapter(config, decoder)
-        data = load_data(config, source.folder, decoder)
+        data = world.first_on_node("data", lambda: load_data(config, source.folder, decoder))
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything
         # else that is wrong stops the plan with the same error.
-        if config.preset is not None and resume is None:
-            print_plan(asked)
+        if config.preset is not None and new and world.first:
+            print_plan(asked, ranks=world.size)
         raise
-    plan = plan_run(config, len(data.train), num_valid=data.num_valid)
+    plan = plan_run(config, len(data.train), world.size, num_valid=data.num_valid)
 
-    folder = resume.folder if resume else new_run_folder(config)
-    with RunLock(folder), Signals() as signals:
-        with beginning(folder, new=resume is None):
+    folder = resume.folder if resume else world.shared_folder(lambda: new_run_folder(config))
+    with RunLock(folder) if world.first else contextlib.nullcontext(), Signals() as signals:
+        with beginning(folder, new=new and world.first):
             earlier = resume.earlier_schedules(plan) if resume else []
-            config, document = complete(config, data, decoder, machine, earlier)
-            if resume is None:
+            config, document = complete(config, data, decoder, machine, earlier, world)
+            world = replace(world, shards=document["sharding"] == "shard")
+            if new and world.first:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device, checked)
-            run, records, saver = assemble(config, plan, data, device, folder, resume)
-            if resume is not None:
+            run, records, saver = assemble(config, plan, data, device, folder, resume, world)
+            if not new and world.first:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device, checked)
         with closing(records, saver):
-            opening_panel(run, records)
+            if world.first:
+                opening_panel(run, records)
             before_training(run, records, saver)
             reason = train(run, records, saver, signals)
             reason = finish(run, records, saver, reason, signals)
@@ -130,34 +136,42 @@ def execute(config: RunConfig, resume: Resume | None = None) -> Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
-    return run_command(lambda: _answer(parse(sys.argv[1:] if argv is None else list(argv))))
+
+    def answer() -> int:
+        with World.from_environment().joined() as world:
+            return _answer(parse(sys.argv[1:] if argv is None else list(argv)), world)
+
+    return run_command(answer)
 
 
-def _answer(arguments: Arguments) -> int:
-    if arguments.list_presets:
-        print(list_presets_text())
+def _answer(arguments: Arguments, world: World) -> int:
+    if arguments.list_presets or arguments.show:
+        if world.first:
+            print(show_text(arguments.show) if arguments.show else list_presets_text())
         return 0
-    if arguments.show:
-        print(show_text(arguments.show))
-        return 0
-    if arguments.resume:
+    # Ranks that were started again go on with the run that they had begun.
+    place = arguments.resume or world.kept_folder()
+    if place:
         from train.saving.resume import find_run
 
-        config, resume = find_run(Path(arguments.resume), arguments.overrides)
+        config, resume = find_run(
+            Path(place), arguments.overrides if arguments.resume else {}, world
+        )
         if resume is None:
             return 0
-        return execute(config, resume).exit_code
+        return execute(config, resume, world).exit_code
     config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
     if arguments.plan:
         from train.survey import print_plan
 
-        print_plan(config, as_json=arguments.json, ranks=arguments.ranks)
+        if world.first:
+            print_plan(config, as_json=arguments.json, ranks=arguments.ranks or world.size)
         return 0
     if arguments.prove_resume is not None:
         from train.saving.prove import prove_resume
 
         return prove_resume(config, arguments.prove_resume)
-    return execute(config).exit_code
+    return execute(config, world=world).exit_code
 
 
 if __name__ == "__main__":

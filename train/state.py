@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from train.plan.steps import RunPlan
     from train.precision import LossScaler, Precision
     from train.process.memory import MemoryUse
+    from train.process.world import World
 
 # Of loss spikes, see `observe_loss`.
 WINDOW = 128
@@ -57,6 +58,7 @@ class Run:
     samples: list[Sample]  # completions shown in the report
     memory: MemoryUse  # what the training takes
     folder: Path  # where all of it is kept
+    world: World  # the ranks that share each step
 
 
 @dataclass(frozen=True)

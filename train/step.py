@@ -17,17 +17,19 @@ from torch import Tensor
 from data.batch import MicroBatch
 from files.faults import faultpoint
 from models.layers import CausalLM
+from train.inputs.sharding import NOTHING, missing
 from train.loss import exact_sum, loss_sum
 from train.optim.buffers import Optimizer, clip_factor
 from train.precision import LossScaler, Precision
 from train.process.memory import within_memory
+from train.process.world import ALONE, World
 from train.state import StepResult
 
 
 def train_step(
     model: CausalLM,  # the decoder, in the state of step s - 1
     optimizer: Optimizer,  # owner of the trainable parameters
-    batch: Sequence[MicroBatch],  # the step's micro-batches, in order
+    batch: Sequence[MicroBatch],  # the step's micro-batches, in order: of this rank's part
     *,
     learning_rate: float,  # the rate of this step
     max_grad_norm: float,  # bound of the global gradient norm; 0 clips nothing
@@ -39,8 +41,12 @@ def train_step(
     meanwhile: Callable[[], object] | None = None,
     # Called where a micro-batch holds the most memory: its activations are all there.
     at_most: Callable[[], object] | None = None,
+    world: World = ALONE,  # the ranks that share the step
 ) -> StepResult:
     """Update the model's trainable parameters once, with the gradient of the whole batch.
+
+    Of several ranks each brings a part of the batch, possibly none; sums over the ranks stand in
+    for its own before anything is differentiated, decided or updated, so that all do the same.
 
     A loss or gradient that is not finite leaves weights, optimizer state and loss scale as they
     were, bit for bit, and is reported as skipped. So does a micro-batch that memory does not
@@ -48,8 +54,8 @@ def train_step(
     update itself is not caught, for it cannot be undone.
     """
     started = time.perf_counter()
-    targets = sum(micro_batch.num_targets for micro_batch in batch)
-    tokens = sum(micro_batch.num_tokens for micro_batch in batch)
+    own = [(micro_batch.num_targets, micro_batch.num_tokens) for micro_batch in batch]
+    targets, tokens = map(int, world.sums(*map(sum, zip((0, 0), *own, strict=True))))
 
     def result(
         loss: float, norm: float, skipped: str | None = None, of: Sequence[MicroBatch] = batch
@@ -62,17 +68,20 @@ def train_step(
     if targets == 0:
         return result(0.0, 0.0, "no targets")
     scaler_before = scaler.state() if scaler else {}
-    handed_on = model, optimizer, batch, targets, precision, scaler, draw, meanwhile, at_most
-    computed = within_memory(partial(_gradient, *handed_on), precision.device)
+    handed_on = model, optimizer, batch, targets, precision, scaler, draw, meanwhile, at_most, world
+    gradient = partial(_gradient, *handed_on)
+    # Several ranks agree on what memory allows inside: what fails after that ends the run.
+    computed = within_memory(gradient, precision.device) if world.size == 1 else gradient()
     losses, norm, scale = computed or ([], math.nan, 1.0)
-    mean = exact_sum(losses) / targets if losses else math.nan
+    mean = world.sums(exact_sum(losses))[0] / targets if computed else math.nan
     if not (math.isfinite(norm) and math.isfinite(mean)):
         if scaler:
             scaler.load(scaler_before)
         if computed is None:
             return result(mean, norm, "out of memory")
         at_fault = [part for part, loss in zip(batch, losses, strict=True) if not loss.isfinite()]
-        return result(mean, norm, "non-finite", of=at_fault or batch)
+        known = world.any(bool(at_fault))[0]
+        return result(mean, norm, "non-finite", of=at_fault if known else batch)
     faultpoint("step.gradient")
     optimizer.step(learning_rate, clip_factor(norm, max_grad_norm) / scale)
     faultpoint("step.updated")
@@ -89,7 +98,8 @@ def _gradient(
     draw: tuple[int, int],
     meanwhile: Callable[[], object] | None,
     at_most: Callable[[], object] | None,
-) -> tuple[list[Tensor], float, float]:
+    world: World,
+) -> tuple[list[Tensor], float, float] | None:
     """Leave the gradient of the batch's token mean in the parameters, which have none.
 
     With a loss scaler (fp16), an overflow halves the scale and the same batch is done again: an
@@ -97,22 +107,38 @@ def _gradient(
     scale of 1 nothing is left to gain: the gradient itself is not finite.
 
     Returns:
-        The sum of the token losses of each micro-batch, the gradient's norm, and the loss scale
-        that the gradient itself is still multiplied by.
+        The sum of the token losses of each micro-batch of this rank, the gradient's norm, and the
+        loss scale that the gradient itself is still multiplied by; None where a rank ran out of
+        memory.
     """
-    while True:
-        scale = scaler.scale if scaler else 1.0
-        # The head's gradient is made in the forward pass: fp16 would round it before the scale.
-        gradient_scale = scale / targets if scaler else 1.0
-        losses: list[Tensor] = []
-        for micro_batch in batch:
+
+    def backward(scale: float) -> list[Tensor]:
+        losses = []
+        for micro_batch in [*batch, *[NOTHING] * missing(len(batch), world)]:
             faultpoint("step.micro_batch")
             with precision.autocast():
+                # The head's gradient is made in the forward pass: fp16 would round it before the
+                # scale.
+                gradient_scale = scale / targets if scaler else 1.0
                 loss = loss_sum(model, micro_batch, precision.device, draw, gradient_scale)
             if at_most is not None:
                 at_most()
             (loss * (scale / targets)).backward()
             losses.append(loss.detach())
+        return losses[: len(batch)]
+
+    while True:
+        scale = scaler.scale if scaler else 1.0
+        # A shared model's passes are collectives: where one rank fails, none can do them again.
+        losses = (
+            backward(scale)
+            if world.shards
+            else within_memory(partial(backward, scale), precision.device)
+        )
+        if world.any(losses is None)[0] or losses is None:
+            return None
+        if world.size > 1 and optimizer.sharing is None:
+            optimizer.add_gradients(world.sum_, none=not batch)
         if meanwhile is not None:
             meanwhile()
         norm = optimizer.gradient_norm() / scale

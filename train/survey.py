@@ -27,7 +27,6 @@ from train.plan.decide import Machine, decide, machine_to_plan_for, this_machine
 from train.plan.document import plan_document
 from train.plan.ledger import find_decoder_config, is_hub_id
 from train.plan.text import render_plan
-from train.process.world import World
 from train.saving.folder import run_folder
 from train.show_data import first_example
 
@@ -38,10 +37,9 @@ def refuse_early(config: RunConfig, machine: Machine, *, new: bool) -> None:
     A run that is not `new` is resumed, and has its folder.
 
     Raises:
-        UserError: More than one rank, settings that contradict each other there, kernels that
-            cannot run, no TensorBoard, or a folder that is in use.
+        UserError: Settings that contradict each other there, kernels that cannot run, no
+            TensorBoard, or a folder that is in use.
     """
-    World.from_environment()
     decide(config, machine)
     if config.log.tensorboard:
         require_tensorboard()

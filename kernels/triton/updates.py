@@ -21,7 +21,7 @@ no atomics, the same bits every time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator
 
 import triton
 import triton.language as tl
@@ -213,14 +213,14 @@ def adafactor_(
     weight_decay: float,
     gradient_factor: float,
     epsilon: float,
-    reduce: Callable[[Tensor], Tensor],
-    shares: int,
-) -> None:
+    whole_rows: int | None = None,
+) -> Generator[Tensor, Tensor, None]:
     """Update (n, R, C) matrices, their (n, R) row and their (n, C) column means in place.
 
-    A matrix is contiguous, and so are the means.
+    A matrix is contiguous, and so are the means. Yields what ranks sum, as `adafactor_update`.
     """
     count, rows, columns = parameter.shape
+    whole = rows if whole_rows is None else whole_rows
     if gradient.stride()[1:] != (columns, 1):
         gradient = gradient.contiguous()
     settings = launch("adafactor", parameter.device)
@@ -239,15 +239,16 @@ def adafactor_(
         epsilon,
         **settings,
     )
-    column.lerp_(reduce(sums.sum(1)).div_(rows * shares).add_(epsilon), 1.0 - beta2)
-    row_factor = (row / (reduce(row.mean(dim=-1, keepdim=True)) / shares)).rsqrt_()
+    sums = yield sums.sum(1)
+    column.lerp_(sums.div_(whole).add_(epsilon), 1.0 - beta2)
+    row_factor = (row / ((yield row.sum(dim=-1, keepdim=True)) / whole)).rsqrt_()
     column_factor = column.rsqrt()
     factors = row_factor, column_factor
     squared = gradient.new_empty(count, parts)
     _norm[(parts, count)](
         *of_gradient, *factors, squared, rows, columns, gradient_factor, **settings
     )
-    mean_square = reduce(squared.sum(1)).div_(rows * shares * columns)
+    mean_square = (yield squared.sum(1)).div_(whole * columns)
     rate = learning_rate / mean_square.sqrt_().clamp_(min=1.0)
     _apply[(parts, count, slices)](
         parameter,

@@ -20,7 +20,7 @@ from train.optim import buffers as flat
 from train.optim import build_optimizer
 from train.optim.adafactor import Adafactor
 from train.optim.adamw import AdamW
-from train.optim.buffers import Optimizer, clip_factor
+from train.optim.buffers import Optimizer, Sharing, clip_factor
 
 NAMES = ("adamw", "adafactor")
 interpreted = pytest.mark.skipif(
@@ -194,7 +194,6 @@ class Ranks:
         return total
 
 
-@pytest.mark.parametrize("lone", [1 << 20, 0])
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
@@ -203,11 +202,8 @@ class Ranks:
         pytest.param("adafactor", "triton", marks=interpreted),
     ],
 )
-def test_shards_of_the_rows_are_updated_as_the_whole(
-    name: str, backend: str, lone: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each of two ranks holds half the rows of every parameter, clipped by the norm of all."""
-    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
+def test_shards_of_the_rows_are_updated_as_the_whole(name: str, backend: str) -> None:
+    """Two ranks share the rows of every parameter, unevenly or all to one; the norm is of all."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     shapes = {"m": (6, 5), "n": (6, 5), "o": (2, 9), "bias": (8,)}
     generator = torch.Generator().manual_seed(3)
@@ -222,11 +218,13 @@ def test_shards_of_the_rows_are_updated_as_the_whole(
 
     start, gradients = drawn(), [drawn() for _ in range(3)]
 
-    def trained(part: Callable[[torch.Tensor], torch.Tensor], reduce: Any) -> dict[str, Any]:
+    def trained(
+        part: Callable[[torch.Tensor], torch.Tensor], sharing: Sharing | None
+    ) -> dict[str, Any]:
         weights = {key: Parameter(part(value).clone()) for key, value in start.items()}
         model = nn.ParameterDict(weights)
         optimizer = build_optimizer(
-            name, model, weight_decay=0.1, operations=operations(backend), reduce=reduce
+            name, model, weight_decay=0.1, operations=operations(backend), sharing=sharing
         )
         norms = []
         for of_step in gradients:
@@ -236,11 +234,12 @@ def test_shards_of_the_rows_are_updated_as_the_whole(
             optimizer.step(0.1, clip_factor(norms[-1], 1.0))
         return {"norms": torch.tensor(norms), **{k: p.detach() for k, p in weights.items()}}
 
-    whole, ranks = trained(lambda x: x, flat.alone), Ranks(2)
+    whole, ranks = trained(lambda x: x, None), Ranks(2)
+    sharing = Sharing(ranks.reduce, {key: shape[0] for key, shape in shapes.items()})
 
     def half(rank: int) -> dict[str, Any]:
         with ranks.turn:
-            return trained(lambda x: x.chunk(2)[rank], ranks.reduce)
+            return trained(lambda x: x.tensor_split([-(-2 * len(x) // 3)])[rank], sharing)
 
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(half, range(2))

@@ -20,6 +20,7 @@ from train.inputs.dataset import Data
 from train.loop import advance, train
 from train.plan.steps import RunPlan, plan_run
 from train.process.signals import Signals
+from train.process.world import ALONE
 from train.state import EarlyStopping, EvalResult, StepResult, TrainState
 
 LENGTHS = [5, 31, 12, 18, 27, 9, 40, 14, 22, 6]  # ten examples in steps of four: 4, 4, 2
@@ -130,6 +131,7 @@ def run(recorder: Recorder, signals: Signals | None = None, **settings: Any) -> 
         precision=None,
         scaler=None,
         state=recorder.state,
+        world=ALONE,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", recorder.train_step)

@@ -1,7 +1,6 @@
 """One run from the command line, its folder, and every kind of bad input."""
 
 import json
-import os
 import shutil
 import sys
 import tomllib
@@ -371,19 +370,6 @@ def test_an_equal_stray_head_is_accepted(
     model = Path(shutil.copytree(model_folder, tmp_path / "model"))
     change_tensors(model, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
     assert main(arguments(model, rows_file, tmp_path / "run", "max_steps=1")) == 0
-
-
-def test_torchrun_with_two_ranks_says_that_it_is_not_built(
-    model_folder: Path,
-    rows_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    for asked in ([], ["--plan"]):
-        assert main([*asked, *arguments(model_folder, rows_file, tmp_path / "run")]) == 2
-        assert "torchrun started 2 ranks" in capsys.readouterr().err
 
 
 def test_tensorboard_that_is_not_installed_is_missed_before_anything_is_read(

@@ -33,6 +33,7 @@ from train.optim.buffers import Optimizer
 from train.plan.steps import plan_run
 from train.precision import LossScaler
 from train.process.memory import is_out_of_memory, within_memory
+from train.process.world import ALONE
 from train.run import main
 from train.state import EarlyStopping, StepResult, TrainState
 
@@ -165,6 +166,7 @@ class OneStep:
         self.said: list[str] = []
         self.precision, self.scaler = FP32, None
         self.memory = SimpleNamespace(observe=None)
+        self.world = ALONE
         self.sizes: list[list[int]] = []
 
 

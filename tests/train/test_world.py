@@ -1,16 +1,64 @@
-"""One process trains; torchrun with more is refused until it is built."""
+"""What the environment says of a run's processes. How they work together: test_ranks.py."""
 
 import pytest
 
 from files.errors import UserError
-from train.process.world import World
+from train.process.world import ALONE, World, timeout_seconds
+
+TORCHRUN = {
+    "WORLD_SIZE": "4",
+    "RANK": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RESTART_COUNT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
 
 
 def test_one_process_without_torchrun_and_with_one_rank() -> None:
-    assert World.from_environment({}) == World(0, 1)
-    assert World.from_environment({"WORLD_SIZE": "1", "RANK": "0"}) == World(0, 1)
+    assert World.from_environment({}) == ALONE
+    assert World.from_environment({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
+    with ALONE.joined() as world:
+        assert world is ALONE
 
 
-def test_more_ranks_are_refused_in_one_sentence() -> None:
-    with pytest.raises(UserError, match="torchrun started 4 ranks"):
-        World.from_environment({"WORLD_SIZE": "4", "RANK": "2"})
+def test_torchrun_describes_the_ranks() -> None:
+    world = World.from_environment(TORCHRUN)
+    assert world == World(2, 4, local_rank=0, local_size=2, attempt=1, agents=True)
+    assert not world.first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_ADDR": None}, "WORLD_SIZE=4 without MASTER_ADDR: start the ranks with torchrun"),
+        ({"RANK": "two"}, "RANK=two: is no whole number"),
+        ({"RANK": None}, "RANK=None: is no whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=: is no whole number"),
+    ],
+)
+def test_half_a_description_is_refused(changes: dict[str, str | None], message: str) -> None:
+    described = {
+        name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None
+    }
+    with pytest.raises(UserError, match=message):
+        World.from_environment(described)
+
+
+def test_alone_everything_is_what_it_is() -> None:
+    assert ALONE.sums(1.5, 2) == [1.5, 2]
+    assert ALONE.any(False, True) == [False, True]
+    assert ALONE.gathered((3, 1)) == (3, 1)
+    assert ALONE.told("it", lambda: "said") == "said"
+    assert ALONE.first_on_node("it", lambda: 7) == 7
+    assert ALONE.kept_folder() is None
+
+
+def test_a_timeout_is_a_number_of_seconds() -> None:
+    assert timeout_seconds({}) == 600
+    assert timeout_seconds({"LATHE_RANK_TIMEOUT_SECONDS": "30"}) == 30
+    for text in ("soon", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match="is no number of seconds; unset it"):
+            timeout_seconds({"LATHE_RANK_TIMEOUT_SECONDS": text})

@@ -128,6 +128,13 @@ class TrainSettings:
     deterministic: bool = _key(
         False, "only deterministic kernels: the same bits on the same device"
     )
+    sharding: str = _key(
+        "auto",
+        "of several ranks: each has the whole model, or they share it; auto: adapters are trained "
+        "in replicas where the base fits a rank, every weight is shared",
+        words=("auto", "replicate", "shard"),
+        on_resume=True,
+    )
     output_dir: str | None = _key(
         None, "the run's folder; none: runs/<preset>-<UTC time>; never overwritten"
     )

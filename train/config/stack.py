@@ -81,10 +81,7 @@ SEVERAL: dict[str, tuple[str, ...]] = {
 }
 
 QUANTISED = "the base model is not quantised: it is stored in train.precision (model.dtype)"
-_ONE_PROCESS = (
-    "this version trains in one process (--plan --ranks N plans for more); memory is saved by "
-    "model.gradient_checkpointing and train.micro_batch_tokens"
-)
+_RANKS = "the ranks are torchrun's, and train.sharding says how they share a model"
 _NO_HUB = "nothing is uploaded: final/ holds what `hf upload` takes"
 _ATTENTION = "say model.attention=auto: unpadded rows run in torch's own fused attention"
 _ANSWERS_ALONE = "models are trained on given answers alone, with the cross-entropy of their tokens"
@@ -110,8 +107,8 @@ UNSUPPORTED = each(
         "ddp_find_unused_parameters ddp_timeout deepspeed fsdp fsdp_config "
         "fsdp_transformer_layer_cls_to_wrap local_rank log_on_each_node megatron_config "
         "megatron_core parallelism_config save_on_each_node sequence_parallel_degree "
-        "tensor_parallel_size zero_stage": _ONE_PROCESS,
-        "device_map max_memory": f"a model lies on one device, train.device; {_ONE_PROCESS}",
+        "tensor_parallel_size zero_stage": _RANKS,
+        "device_map max_memory": f"a rank computes on one device, train.device; {_RANKS}",
         # the hub
         "hub_model_id hub_private_repo hub_strategy hub_token push_to_hub "
         "push_to_hub_model_id": _NO_HUB,
@@ -232,7 +229,7 @@ UNSUPPORTED = each(
 UNSUPPORTED_FAMILIES = each(
     {
         "bnb_ loftq quantization_": QUANTISED,
-        "ddp_ deepspeed_ fsdp_": _ONE_PROCESS,
+        "ddp_ deepspeed_ fsdp_": _RANKS,
         "hub_ push_to_hub_": _NO_HUB,
         "liger_": _KERNELS,
         "mlflow_ trackio_ wandb_": _CURVES,

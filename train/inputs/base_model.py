@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from files.errors import UserError
 from files.hub import ModelSource, resolve_model
+from files.tensors import TensorFile
 from kernels.dispatch import operations
-from lora import inject, load_adapter
+from lora import adapter_factors, draw_adapters, fill_adapter, inject, load_adapter
 from models import build, load_model
 from models.config import read_config
 from models.layers import CausalLM, set_dropout
-from models.weights import initialise
+from models.weights import fill, initialise
 from train.config.schema import RunConfig
 from train.inputs.adapters import lora_config
-from train.precision import COMPUTE_DTYPES
+from train.inputs.sharding import place, share_weights
+from train.precision import COMPUTE_DTYPES, Precision
+from train.process.world import World
 
 
 def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
@@ -59,13 +65,47 @@ def load_base(
         initialise(
             model, config.train.seed, dtype, device, initializer_range=decoder.initializer_range
         )
+    _configure(model, config)
+    return model
+
+
+def load_shared(
+    config: RunConfig, source: ModelSource, precision: Precision, world: World
+) -> CausalLM:
+    """Return the model of a run whose ranks share its weights, trainable as `make_trainable` does.
+
+    No rank holds more than its rows, beside one tensor of the files while it is read.
+    """
+    decoder, seed, device = read_config(source.folder), config.train.seed, precision.device
+    backend, dtype = operations(config.train.kernels, device), base_dtype(config)
+    model = build(decoder, operations=backend, attention=config.model.attention, device="meta")
+    model.to(dtype)
+    _configure(model, config)
+    make_trainable(model, config)
+    share_weights(model, world, precision)
+    if config.model.random_init:
+        initialise(
+            model, seed, dtype, device, initializer_range=decoder.initializer_range, place=place
+        )
+    else:
+        fill(model, source.folder, dtype, device, place, beside=adapter_factors(model))
+        model.name_or_path = source.repository or os.path.abspath(source.folder)
+        model.revision = source.commit
+    if config.train.method == "lora":
+        draw_adapters(model, seed)
+    if config.lora.init_from is not None:
+        with TensorFile(Path(config.lora.init_from) / "adapter_model.safetensors") as file:
+            fill_adapter(model, {name: file.read(name) for name in file.names})
+    return model
+
+
+def _configure(model: CausalLM, config: RunConfig) -> None:
     if config.model.dropout is not None:
         set_dropout(model, config.model.dropout)
     model.gradient_checkpointing = config.model.gradient_checkpointing is True
     if config.train.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
-    return model
 
 
 def make_trainable(model: CausalLM, config: RunConfig) -> None:

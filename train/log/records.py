@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +19,10 @@ from train.state import EvalResult, Run, StepResult
 
 
 class Records:
-    """The records of one run: `step` and `evaluation` enter what happened, once, everywhere."""
+    """The records of one run: `step` and `evaluation` enter what happened, once, everywhere.
+
+    Rank 0 alone has any (`metrics`); the others are silent.
+    """
 
     def __init__(self, run: Run, busy: Callable[[], bool]) -> None:
         """Open them, to go on after the steps that the run's state has done.
@@ -28,12 +32,16 @@ class Records:
         log, done = run.config.log, run.state.step
         device = run.precision.device
         self.run, self.busy = run, busy
-        self.metrics = Metrics(run.folder, tensorboard=log.tensorboard, resume_step=done)
+        first = run.world.first
+        self.metrics = None
+        if first:
+            self.metrics = Metrics(run.folder, tensorboard=log.tensorboard, resume_step=done)
         self.console = Console(
-            log.progress,
+            log.progress if first else False,
             run.plan.total_steps,
             first_step=done,
             memory=lambda: float(peak_memory(device)),
+            stream=None if first else open(os.devnull, "w", encoding="utf-8"),  # noqa: SIM115
         )
         self.cores = BusyCores(threads_spin(device.type, torch.get_num_threads()))
 
@@ -41,8 +49,21 @@ class Records:
         """Print a line that stays."""
         self.console.say(text)
 
+    def sync(self) -> None:
+        """Bring every row to the disk itself, as a checkpoint that relies on them needs."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def close(self) -> None:
+        """Take the progress line away, and bring everything to the disk."""
+        self.console.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
     def step(self, result: StepResult, spike: float | None) -> None:
         """Enter the step just done; a `spike` is how many standard deviations its loss is above."""
+        if self.metrics is None:
+            return
         run, step = self.run, self.run.state.step
         numbers = asdict(result)
         del numbers["skipped"], numbers["examples"]
@@ -72,6 +93,8 @@ class Records:
         self, split: str, result: EvalResult, *, best: bool = False, train_loss: float | None = None
     ) -> None:
         """Enter an evaluation, and the mean loss of the steps since the last one."""
+        if self.metrics is None:
+            return
         row = {
             "step": self.run.state.step,
             "split": split,

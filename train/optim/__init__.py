@@ -15,12 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn import Parameter
 
 from files.errors import UserError, did_you_mean
 from kernels.dispatch import Operations
 from train.optim.adafactor import Adafactor
 from train.optim.adamw import AdamW
-from train.optim.buffers import Optimizer, Reduce, alone, decays
+from train.optim.buffers import Optimizer, Sharing, decays
 
 OPTIMIZERS = ("adamw", "paged_adamw", "adafactor")
 
@@ -52,14 +53,14 @@ def build_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     operations: Operations | None = None,
-    reduce: Reduce = alone,
+    sharing: Sharing | None = None,
 ) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
     `paged_adamw` is `adamw`: paging keeps the moments in host memory under pressure and changes no
     number, and the moments of an adapter (8 bytes a trained parameter) fit beside the model.
     Adafactor takes neither betas nor eps. The updates are those of `operations` where it has them;
-    `reduce` is for shards (`train.optim.buffers`).
+    with `sharing`, on this rank's rows of every parameter.
 
     Raises:
         UserError: `name` is no optimizer, or nothing in the model is trainable.
@@ -72,6 +73,9 @@ def build_optimizer(
     trainable = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    if sharing is not None and sharing.sources:
+        # Views of the same memory, which are no DTensors.
+        trainable = {name: Parameter(sharing.local(p)) for name, p in trainable.items()}
     if not trainable:
         raise UserError(
             f"{type(model).__name__} has no trainable parameter: inject an adapter or unfreeze it"
@@ -79,7 +83,7 @@ def build_optimizer(
     common: dict[str, Any] = {
         "weight_decay": weight_decay,
         "decayed": decayed_parameters(model),
-        "reduce": reduce,
+        "sharing": sharing,
     }
     if name == "adafactor":
         return Adafactor(trainable, **common, kernel=operations and operations.adafactor_)

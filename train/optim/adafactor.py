@@ -11,8 +11,9 @@ t counts from 1, so that β₂ is 0 at the first step:
 There is no first moment, and the learning rate is external. `torch.optim.Adafactor` is another
 rule: it scales by the RMS of the parameter and decays first.
 
-Of sharded parameters a process has an equal share of the rows (of the elements, of a vector), and
-`reduce` adds up over `shares` processes what step 2 and 3 average.
+Where ranks share parameters, each has some of the rows (of the elements, of a vector). What steps 2
+and 3 average over all rows is yielded as this process's sum, and the sum over all ranks comes back;
+alone it is the same tensor.
 
 Source: Shazeer & Stern 2018; transformers 5.23 `optimization.Adafactor` with
     `scale_parameter=False, relative_step=False`, which `optim="adafactor"` selects.
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from train.optim.buffers import Optimizer, Reduce, alone, block_elements
+from train.optim.buffers import Optimizer, Sharing, Update, block_elements, in_step
 
 EPSILON = 1e-30
 DECAY_RATE = -0.8
@@ -45,15 +46,15 @@ def adafactor_update(
     weight_decay: float,  # 0 where the parameters do not decay
     gradient_factor: float = 1.0,  # clipping's and the loss scale's
     epsilon: float = EPSILON,
-    reduce: Reduce = alone,
-    shares: int = 1,
-) -> None:
+    whole_rows: int | None = None,  # over all ranks; None: R
+) -> Update:
     """Update matrices, a block of rows at a time.
 
     The second moments want the whole gradient, and the update's norm wants all second moments, so
     there are three passes over the rows.
     """
     rows, numel = gradient.shape[-2], gradient.numel()
+    whole = rows if whole_rows is None else whole_rows
     at_a_time = max(1, block_elements(gradient.device) * rows // max(1, numel))
     blocks = [slice(first, first + at_a_time) for first in range(0, rows, at_a_time)]
     weights = [parameter[..., block, :] for block in blocks]
@@ -67,17 +68,19 @@ def adafactor_update(
         squared = torch.mul(part, part, out=scratch[: part.numel()].view(part.shape))
         row[..., block].lerp_(squared.mean(dim=-1).add_(epsilon), 1.0 - beta2)
         sums.add_(squared.sum(dim=-2))
-    column.lerp_(reduce(sums).div_(rows * shares).add_(epsilon), 1.0 - beta2)
-    mean = reduce(row.mean(dim=-1, keepdim=True)) / shares
-    row_factor = (row / mean).rsqrt_().unsqueeze(-1)
+    sums = yield sums
+    column.lerp_(sums.div_(whole).add_(epsilon), 1.0 - beta2)
+    total = yield row.sum(dim=-1, keepdim=True)
+    row_factor = (row / (total / whole)).rsqrt_().unsqueeze(-1)
     column_factor = column.rsqrt().unsqueeze(-2)
 
-    norms = []
+    norms = [gradient.new_zeros(len(gradient), 0)]
     for block, part in zip(blocks, gradients, strict=True):
         part.mul_(row_factor[..., block, :]).mul_(column_factor)
         norms.append(torch.linalg.vector_norm(part, dim=-1).flatten(1))
     norm = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1)
-    rate = clipped_rate(norm, gradient[0].numel() * shares, learning_rate, reduce)
+    elements = whole * math.prod(gradient.shape[1:-2]) * gradient.shape[-1]
+    rate = clipped_rate((yield norm.square()), elements, learning_rate)
     rate = rate.view(-1, *[1] * (gradient.ndim - 1))
     for weight, update in zip(weights, gradients, strict=True):
         if weight_decay:
@@ -95,9 +98,8 @@ def adafactor_update_vectors(
     weight_decay: float,  # 0 where the parameters do not decay
     gradient_factor: float = 1.0,  # clipping's and the loss scale's
     epsilon: float = EPSILON,
-    reduce: Reduce = alone,
-    shares: int = 1,
-) -> None:
+    whole_rows: int | None = None,  # elements over all ranks; None: E
+) -> Update:
     """Update vectors, whose second moments are kept in full."""
     if gradient_factor != 1.0:
         gradient.mul_(gradient_factor)
@@ -105,16 +107,19 @@ def adafactor_update_vectors(
     second.lerp_(squared, 1.0 - beta2)
     update = gradient.mul_(torch.rsqrt(second, out=squared))
     norm = torch.linalg.vector_norm(update, dim=-1)
-    rate = clipped_rate(norm, update.shape[-1] * shares, learning_rate, reduce)
+    # Three sums, as of a matrix.
+    yield norm.new_zeros(0)
+    yield norm.new_zeros(0)
+    elements = update.shape[-1] if whole_rows is None else whole_rows
+    rate = clipped_rate((yield norm.square()), elements, learning_rate)
     if weight_decay:
         parameter.mul_(1.0 - weight_decay * learning_rate)
     parameter.addcmul_(update, rate.unsqueeze(-1), value=-1.0)
 
 
-def clipped_rate(norm: Tensor, elements: int, learning_rate: float, reduce: Reduce) -> Tensor:
-    """Return lr / max(1, RMS) of updates, (n,), from the norms of this process's shares of them."""
-    norm = reduce(norm.square()).sqrt_()
-    return learning_rate / (norm / math.sqrt(elements)).clamp_(min=1.0)
+def clipped_rate(squared_norm: Tensor, elements: int, learning_rate: float) -> Tensor:
+    """Return lr / max(1, RMS) of updates, (n,), from the squares of their norms."""
+    return learning_rate / (squared_norm.sqrt() / math.sqrt(elements)).clamp_(min=1.0)
 
 
 @dataclass(frozen=True)
@@ -138,14 +143,14 @@ class Adafactor(Optimizer):
         *,
         weight_decay: float = 0.0,
         decayed: Collection[str] | None = None,
-        reduce: Reduce = alone,
-        kernel: Callable[..., None] | None = None,
+        sharing: Sharing | None = None,
+        kernel: Callable[..., Update] | None = None,
     ) -> None:
         """Allocate the second moments, as zeros beside the parameters; arguments as `AdamW`.
 
         `kernel` is a backend's `adafactor_`, in the place of `adafactor_update` for fp32 matrices.
         """
-        super().__init__(named_parameters, weight_decay, decayed, reduce)
+        super().__init__(named_parameters, weight_decay, decayed, sharing)
         self._kernel = kernel if self.weights.dtype == torch.float32 else None
         self._stacks = [*self._stacks_of_the_buffer()]
         for name, parameter in self.lone.items():
@@ -173,28 +178,39 @@ class Adafactor(Optimizer):
         self.gather_gradients()
         self.steps += 1
         beta2 = 1.0 - self.steps**DECAY_RATE
-        for stack in self._stacks:
-            gradient = stack.gradient
-            if gradient is None:
-                (name,) = stack.names
-                lone = self.parameters[name].grad
-                assert lone is not None
-                gradient = lone.unsqueeze(0)
-            update = adafactor_update if stack.weight.ndim > 2 else adafactor_update_vectors
-            if self._kernel and stack.weight.ndim == 3 and stack.weight[0].is_contiguous():
-                update = self._kernel
-            update(
-                stack.weight,
-                gradient,
-                *stack.state.values(),
-                beta2=beta2,
-                learning_rate=learning_rate,
-                weight_decay=self.weight_decay if stack.decayed else 0.0,
-                gradient_factor=gradient_factor,
-                epsilon=EPSILON,
-                reduce=self.reduce,
-                shares=self.shares,
-            )
+        in_step(
+            (self._update(stack, beta2, learning_rate, gradient_factor) for stack in self._stacks),
+            self.sharing,
+        )
+
+    def _update(
+        self, stack: _Stack, beta2: float, learning_rate: float, gradient_factor: float
+    ) -> Update:
+        gradient = stack.gradient
+        if gradient is None:
+            (name,) = stack.names
+            lone = self.parameters[name].grad
+            assert lone is not None
+            gradient = lone.unsqueeze(0)
+        update = adafactor_update if stack.weight.ndim > 2 else adafactor_update_vectors
+        if (
+            self._kernel
+            and stack.weight.ndim == 3
+            and stack.weight.numel()
+            and stack.weight[0].is_contiguous()
+        ):
+            update = self._kernel
+        return update(
+            stack.weight,
+            gradient,
+            *stack.state.values(),
+            beta2=beta2,
+            learning_rate=learning_rate,
+            weight_decay=self.weight_decay if stack.decayed else 0.0,
+            gradient_factor=gradient_factor,
+            epsilon=EPSILON,
+            whole_rows=None if self.sharing is None else self.sharing.rows[stack.names[0]],
+        )
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state, live: `<name>.exp_avg_sq_row` and `_col`, or `.exp_avg_sq`; `steps`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from train.optim.buffers import Optimizer, Reduce, alone, blocks
+from train.optim.buffers import Optimizer, Sharing, blocks
 
 
 def adamw_update(
@@ -60,7 +60,7 @@ class AdamW(Optimizer):
         weight_decay: float = 0.0,
         # Names that weight decay applies to; None takes those for which `decays` holds.
         decayed: Collection[str] | None = None,
-        reduce: Reduce = alone,  # as of `Buffer`
+        sharing: Sharing | None = None,  # as of `Buffer`
         # A backend's `adamw_`, in the place of `adamw_update` for fp32 parameters.
         kernel: Callable[..., None] | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class AdamW(Optimizer):
         Raises:
             ValueError: As `Buffer`.
         """
-        super().__init__(named_parameters, weight_decay, decayed, reduce)
+        super().__init__(named_parameters, weight_decay, decayed, sharing)
         self._kernel = kernel if self.weights.dtype == torch.float32 else None
         self.betas = betas
         self.eps = eps

@@ -5,17 +5,18 @@ small parameters are moved end to end into one buffer, of which they become view
 gradients into another: clearing them is one operation, so is their norm, and so is their sum over
 ranks.
 
-A process may hold parameters whole or, sharded, an equal share of the rows of each. What is summed
-over rows or over parameters goes through a `Reduce`.
+A process may hold parameters whole or, where ranks share them, some rows of each (`Sharing`). What
+is summed over rows or over parameters is then summed over the ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from torch.nn import Parameter
 
 from files.errors import UserError
 
-# Adds a tensor up over the ranks that share each parameter's rows; the same shape comes back.
+# Adds a tensor up over ranks; the same shape comes back.
 Reduce = Callable[[Tensor], Tensor]
+# An update that yields what is to be summed over the ranks, and is sent the sum.
+Update = Generator[Tensor, Tensor, None]
 
 # Longer parameters stay where they are. For them an operation each is nothing, and moving them
 # would take their size twice while it is done, and keep their gradient's memory between steps.
@@ -42,9 +45,52 @@ _BLOCK_ELEMENTS_CPU = 1 << 20
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def alone(x: Tensor) -> Tensor:
-    """Return `x`: the `Reduce` of a process that holds every parameter whole."""
-    return x
+@dataclass(frozen=True)
+class Sharing:
+    """How the ranks of a run share the trained parameters: each has some rows of every one.
+
+    Attributes:
+        reduce: Adds a tensor up over the ranks.
+        rows: Name → rows of the whole parameter (elements, of a vector).
+        first: Name → the first of this rank's rows.
+        sources: Name → the parameter that the model has, whose rows and gradient's rows these are,
+            where it is another object.
+        local: Returns this process's rows of a source or of its gradient, as a view.
+    """
+
+    reduce: Reduce
+    rows: Mapping[str, int]
+    first: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, Parameter] = field(default_factory=dict)
+    local: Callable[[Tensor], Tensor] = torch.Tensor.detach
+
+
+def in_step(updates: Iterable[Update], sharing: Sharing | None) -> None:
+    """Carry updates out: one by one, or on shared parameters together, a sum of each in one piece.
+
+    All updates yield equally often.
+    """
+    if sharing is None:
+        for update in updates:
+            with contextlib.suppress(StopIteration):
+                total = next(update)
+                while True:
+                    total = update.send(total)
+        return
+    running = list(updates)
+    wanted = [next(update, None) for update in running]
+    while sums := [x for x in wanted if x is not None]:
+        flat = sharing.reduce(torch.cat([x.reshape(-1) for x in sums]))
+        totals = [
+            total.view_as(x)
+            for total, x in zip(flat.split([x.numel() for x in sums]), sums, strict=True)
+        ]
+        wanted = []
+        for update, total in zip(running, totals, strict=True):
+            try:
+                wanted.append(update.send(total))
+            except StopIteration:
+                wanted.append(None)
 
 
 def block_elements(device: torch.device) -> int:
@@ -83,24 +129,25 @@ class Buffer:
     """The trained parameters, the small ones as views of one flat tensor, and their gradients.
 
     Attributes:
-        parameters: What is trained, by name; of sharded ones, this process's rows.
+        parameters: What is trained, by name; of shared ones, this process's rows.
         decayed: Names of the parameters that weight decay applies to.
         groups: The small parameters in the order of the buffer: those that decay first.
         weights: The buffer, (n,).
         gradients: Their gradients, in the same places, (n,). From the first step on these are the
             parameters' `.grad`, which backward passes add to.
         lone: The parameters that are not in the buffer, by name.
-        reduce: Sums over the ranks among which rows are shared.
-        shares: How many ranks that is.
+        sharing: How ranks share the parameters; None where each is whole.
     """
 
     def __init__(
         self,
         named_parameters: Mapping[str, Parameter],
         decayed: Collection[str],
-        reduce: Reduce = alone,
+        sharing: Sharing | None = None,
     ) -> None:
         """Move the small parameters into the buffer, in place: the objects stay the same.
+
+        Shared parameters, views of the model's, stay where they are.
 
         Raises:
             ValueError: A parameter is in half precision, which cannot hold small updates, or not
@@ -109,9 +156,13 @@ class Buffer:
         self.parameters = dict(named_parameters)
         _check_masters(self.parameters)
         self.decayed = frozenset(name for name in self.parameters if name in decayed)
-        self.reduce = reduce
-        self.shares = 1 if reduce is alone else int(reduce(torch.ones(())).item())
-        self.lone = {n: p for n, p in self.parameters.items() if p.numel() > LONE_ELEMENTS}
+        self.sharing = sharing
+        self.sources = {} if sharing is None else sharing.sources
+        self.lone = {
+            name: parameter
+            for name, parameter in self.parameters.items()
+            if sharing is not None or parameter.numel() > LONE_ELEMENTS
+        }
         small = {n: p for n, p in self.parameters.items() if n not in self.lone}
         self.groups = _groups(small, self.decayed)
         elements = self.groups[-1].end if self.groups else 0
@@ -134,6 +185,8 @@ class Buffer:
         for name, parameter in self.parameters.items():
             if parameter.grad is not self._gradient_views.get(name):
                 parameter.grad = None
+        for source in self.sources.values():
+            source.grad = None
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
@@ -145,6 +198,11 @@ class Buffer:
         Raises:
             ValueError: No gradient has ever reached a parameter, or a lone one has none now.
         """
+        for name, source in self.sources.items():
+            assert self.sharing is not None
+            self.parameters[name].grad = (
+                None if source.grad is None else self.sharing.local(source.grad)
+            )
         absent = [name for name, parameter in self.parameters.items() if parameter.grad is None]
         if absent:
             raise ValueError(
@@ -155,6 +213,27 @@ class Buffer:
             parameter = self.parameters[name]
             if parameter.grad is not None and parameter.grad is not view:
                 parameter.grad = view.copy_(parameter.grad)
+
+    @torch.no_grad()
+    def add_gradients(self, add: Reduce, *, none: bool = False) -> None:
+        """Add the gradients of replicas up, the buffer's in one piece.
+
+        Args:
+            add: Sums a tensor over the replicas, in place.
+            none: This replica has nothing to add: zeros stand for its gradients.
+
+        Raises:
+            ValueError: As `gather_gradients`.
+        """
+        if none:
+            for name, parameter in self.parameters.items():
+                view = self._gradient_views.get(name)
+                parameter.grad = torch.zeros_like(parameter) if view is None else view
+        self.gather_gradients()
+        add(self.gradients)
+        for parameter in self.lone.values():
+            assert parameter.grad is not None
+            add(parameter.grad)
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
@@ -172,7 +251,8 @@ class Buffer:
         ]
         norm = torch.linalg.vector_norm(torch.cat(pieces))
         # On the host, which has fp64 whatever the device: it holds any fp32's square exactly.
-        return math.sqrt(self.reduce(norm.cpu().double().square()).item())
+        square = norm.cpu().double().square()
+        return math.sqrt((square if self.sharing is None else self.sharing.reduce(square)).item())
 
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -201,12 +281,12 @@ class Optimizer(Buffer, ABC):
         named_parameters: Mapping[str, Parameter],
         weight_decay: float,
         decayed: Collection[str] | None,
-        reduce: Reduce,
+        sharing: Sharing | None,
     ) -> None:
         """Begin at step 0; where `decayed` is None, what `decays` holds for decays."""
         if decayed is None:
             decayed = [name for name in named_parameters if decays(name)]
-        super().__init__(named_parameters, decayed, reduce)
+        super().__init__(named_parameters, decayed, sharing)
         self.weight_decay = weight_decay
         self.steps = 0
 
@@ -224,6 +304,16 @@ class Optimizer(Buffer, ABC):
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state, live, by names that begin with the parameters'; and `steps`."""
+
+    def state_rows(self, name: str) -> tuple[int, int] | None:
+        """Return of a state tensor the first row that is this rank's, and how many the whole has.
+
+        None where the tensor is whole on every rank.
+        """
+        parameter, _, kind = name.rpartition(".")
+        if self.sharing is None or not parameter or kind == "exp_avg_sq_col":
+            return None
+        return self.sharing.first[parameter], self.sharing.rows[parameter]
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
+from train.process.world import ALONE, World
 from train.text import size_text
 
 if TYPE_CHECKING:
@@ -43,14 +44,17 @@ class Machine:
 UNKNOWN = Machine(None, None)
 
 
-def this_machine(config: RunConfig) -> Machine:
-    """Return the machine that a run would compute on, started here and now.
+def this_machine(config: RunConfig, world: World = ALONE) -> Machine:
+    """Return the machine that a run would compute on, started here and now: one rank's share of it.
 
     Raises:
         UserError: `train.device` is not to be had here.
     """
     device = decide_device(config.train.device)
-    return Machine(device, available_memory(device))
+    memory = available_memory(device)
+    if memory is not None and device != "cuda":
+        memory //= world.local_size
+    return Machine(device, memory)
 
 
 def machine_to_plan_for(config: RunConfig) -> Machine:
@@ -251,6 +255,25 @@ def decide_recomputing(
         return False, "auto: this system does not tell its memory"
     there = f"{size_text(needed)} needed without it, {size_text(machine.memory)} there"
     return needed > machine.memory, f"auto: {there}"
+
+
+def decide_sharding(
+    config: RunConfig, needed: int | None, machine: Machine, world_size: int
+) -> str | None:
+    """Return how ranks have the model, `replicate` or `shard`; None where there is one rank.
+
+    Args:
+        config: What is asked.
+        needed: Bytes of a step on a rank that has the whole model; None where that is not known.
+        machine: A rank's.
+        world_size: How many ranks there are.
+    """
+    if world_size == 1:
+        return None
+    if config.train.sharding != "auto":
+        return config.train.sharding
+    too_large = needed is not None and machine.memory is not None and needed > machine.memory
+    return "shard" if config.train.method == "full" or too_large else "replicate"
 
 
 def available_memory(device: str) -> int | None:

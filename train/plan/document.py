@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from train.plan.decide import (
     decide_device,
     decide_kernels,
     decide_recomputing,
+    decide_sharding,
 )
 from train.plan.ledger import (
     MEMORY_CATEGORIES,
@@ -36,6 +38,7 @@ from train.plan.ledger import (
 )
 from train.plan.objections import objections
 from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
+from train.process.world import ALONE, World
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
@@ -48,14 +51,18 @@ def complete(
     decoder: DecoderConfig,
     machine: Machine,
     earlier: Sequence[Mapping[str, Any]] = (),
+    world: World = ALONE,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Return the completed configuration of a run, and the plan's document.
 
     Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
-    resume) stays.
+    resume) stays. All ranks decide as rank 0 does.
     """
-    document = plan_document(config, KnownData.of(data), decoder, machine)
+    document = plan_document(config, KnownData.of(data), decoder, machine, world.size)
     document["earlier_schedules"] = list(earlier)
+    names = ("gradient_checkpointing", "sharding")
+    decided = world.told("decided", lambda: json.dumps({name: document[name] for name in names}))
+    document |= json.loads(decided)
     checkpointing = document["gradient_checkpointing"]
     config = dataclasses.replace(
         config,
@@ -103,6 +110,7 @@ def plan_document(
         "num_examples_from": origin,
         "world_size": world_size,
         "effective_batch_size": batch,
+        "sharding": decide_sharding(config, None, machine, world_size),
         "rank_shares": list(rank_shares(batch, world_size)),
         "micro_batch_size": plan.micro_batch_size if plan else None,
         "micro_batch_tokens": config.train.micro_batch_tokens,

@@ -75,11 +75,6 @@ def _of_the_bits(config: RunConfig, machine: Machine) -> list[str]:
 
 def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
     found = []
-    if document["world_size"] > 1:
-        found.append(
-            f"{document['world_size']} ranks asked: planned for them, but this version trains on "
-            "one (with train.effective_batch_size set, the steps are the same there)"
-        )
     total, available = document["memory"]["total"], document["available_memory"]
     if available is not None and total is not None and total > available:
         remedy = "train.per_device_train_batch_size (results are the same) or data.max_length"

@@ -60,6 +60,11 @@ def within_memory(compute: Callable[[], Result], device: torch.device) -> Result
     return None
 
 
+# What ranks that share a model say where one has too little memory: they end together, and a resume
+# halves their micro-batches.
+OF_A_RANK = "out of memory on rank"
+
+
 def does_not_fit(what: str, tokens: int, saved: str = "") -> UserError:
     """Return the error of a single example, of so many tokens, that memory does not suffice for."""
     return UserError(

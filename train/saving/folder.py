@@ -12,25 +12,25 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from files.atomic import HOLDER_NAME, LOCK_NAME, TEMPORARY_PREFIX, write_json, write_text
 from files.errors import UserError
 from files.folders import make_free_folder
+from files.tensors import Rows
 from kernels.cpu.rounding import library
 from lora import adapter_tensors, save_adapter
-from models.layers import CausalLM
 from models.weights import save_model
 from train.config.schema import RunConfig
 from train.config.toml import to_toml
 from train.log.metrics import METRICS_FILE
 from train.precision import COMPUTE_DTYPES
+from train.saving.shares import Tensors, shared_parameters, writer_of
 from train.state import Run
 
 PACKAGES = ("lathe", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton")
@@ -192,16 +192,14 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def trained_tensors(model: CausalLM, config: RunConfig) -> dict[str, Tensor]:
+def trained_tensors(run: Run) -> Tensors:
     """Return what is trained under the names of its files: live, without gradient history."""
-    if config.train.method == "lora":
-        return adapter_tensors(model)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if run.config.train.method == "lora":
+        return adapter_tensors(run.model)
+    return shared_parameters(run)
 
 
-def write_trained(
-    run: Run, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
-) -> dict[str, str]:
+def write_trained(run: Run, tensors: Tensors, folder: Path, dtype: torch.dtype) -> dict[str, str]:
     """Write what was trained as others read it: a PEFT adapter, or a whole model in `dtype`.
 
     `tensors` is what `trained_tensors` gave, or a copy of it; an adapter keeps its fp32.
@@ -210,17 +208,24 @@ def write_trained(
         File name → sha256 (hex) of each weights file.
     """
     if run.config.train.method == "full":
-        return save_model(tensors, folder, config=run.model.config, dtype=dtype)
+        return save_model(
+            tensors,
+            folder,
+            config=run.model.config,
+            dtype=dtype,
+            write=writer_of(run),
+            leads=run.world.first,
+        )
     return save_adapter(
         run.model,
         folder,
         base_model=run.source.repository or str(run.source.folder),
         revision=run.source.commit,
-        tensors=tensors,
+        tensors={name: x for name, x in tensors.items() if not isinstance(x, Rows)},
     )
 
 
-def export(run: Run, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+def export(run: Run, folder: Path, tensors: Tensors | None = None) -> dict[str, str]:
     """Fill `folder` with what a user takes away: the trained, tokenizer and prompt format.
 
     `tensors` is a copy of what `trained_tensors` gave; without one the present weights are written.
@@ -232,8 +237,10 @@ def export(run: Run, folder: Path, tensors: Mapping[str, Tensor] | None = None) 
     """
     stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = stored.get(run.model.config.torch_dtype or "", torch.float32)
-    tensors = trained_tensors(run.model, run.config) if tensors is None else tensors
+    tensors = trained_tensors(run) if tensors is None else tensors
     hashes = write_trained(run, tensors, folder, dtype)
+    if not run.world.first:
+        return hashes
     run.data.tokenizer.save(folder)
     generation = run.source.folder / "generation_config.json"
     if generation.is_file():

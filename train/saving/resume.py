@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from train.config.load import check_resume_overrides, load_config
 from train.config.schema import RunConfig
 from train.config.toml import flat
 from train.plan.steps import RunPlan
+from train.process.world import ALONE, World
 from train.report.page import REPORT_FILE, write_report
 from train.saving.checkpoints import STEP_FOLDER, Checkpoints, read_state
 from train.state import TrainState
@@ -68,14 +71,19 @@ class Resume:
         ]
 
 
-def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resume | None]:
+def find_run(
+    place: Path, overrides: Mapping[str, Any], world: World = ALONE
+) -> tuple[RunConfig, Resume | None]:
     """Return the configuration of the run at `place` and what to continue, None where finished.
+
+    Rank 0 chooses the checkpoint, and puts aside what is damaged; the others take the same.
 
     Args:
         place: A run's folder (its newest verified checkpoint is taken) or one checkpoint's (which
             must verify).
         overrides: Keys given on the command line; only those that change no result so far are
             allowed.
+        world: The ranks that go on with it.
 
     Raises:
         UserError: No run is there, its checkpoint is damaged, or an override is not allowed.
@@ -95,9 +103,21 @@ def find_run(place: Path, overrides: Mapping[str, Any]) -> tuple[RunConfig, Resu
     config = load_config(file=folder / "config.toml", overrides=overrides)
     changed = {key for key, value in flat(config).items() if flat(before)[key] != value}
     check_resume_overrides({key: unchanged.get(key) for key in changed})
-    # A live run's half-written checkpoint would be swept, and its whole ones renamed.
-    with RunLock(folder):
-        return _what_is_left(config, folder, whole if named else None, bool(changed))
+    resume: Resume | None = None
+
+    def choose() -> str:
+        nonlocal config, resume
+        # A live run's half-written checkpoint would be swept, and its whole ones renamed.
+        with RunLock(folder):
+            config, resume = _what_is_left(config, folder, whole if named else None, bool(changed))
+        chosen = resume and (str(resume.checkpoint) if resume.checkpoint else "")
+        return json.dumps(chosen)
+
+    chosen = json.loads(world.told("checkpoint", choose))
+    if not world.first and chosen is not None:
+        state = read_state(Path(chosen)) if chosen else (None, None)
+        resume = Resume(folder, Path(chosen) if chosen else None, *state)
+    return config, resume
 
 
 def _what_is_left(
@@ -126,6 +146,13 @@ def _what_is_left(
         print(f"{folder}: finished; {checkpoint.name} verified, nothing is left to do")
         return config, None
     return config, Resume(folder, checkpoint, state, identity)
+
+
+def ran_out_of_memory(folder: Path) -> bool:
+    """Return whether the run in a folder ended because a rank that shares its model ran out."""
+    with contextlib.suppress(UserError):
+        return read_json_object(folder / "status.json").get("reason") == "out_of_memory"
+    return False
 
 
 def _is_finished(folder: Path, step: int) -> bool:

@@ -12,18 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from files.atomic import write_json
 from files.faults import faultpoint
 from files.folders import replace_folder
-from files.tensors import TensorFile, write_tensors
+from files.tensors import TensorFile
 from lora import fill_adapter
 from models.weights import fill
+from train.inputs.sharding import place, reshard
 from train.plan.decide import available_memory
 from train.saving.checkpoints import Checkpoints, room_on_disk
-from train.saving.folder import export, trained_tensors, utc_now, write_trained
+from train.saving.folder import (
+    export,
+    trained_tensors,
+    utc_now,
+    write_trained,
+)
+from train.saving.shares import (
+    Tensors,
+    copied,
+    held_bytes,
+    num_bytes,
+    optimizer_tensors,
+    writer_of,
+)
 from train.state import Run
+
+# Writes files into a folder, and returns the sha256 of those that it hashed.
+Fill = Callable[[Path], Mapping[str, str]]
 
 
 class BackgroundWriter:
@@ -72,7 +88,11 @@ class BackgroundWriter:
 
 @dataclass
 class Saver:
-    """Writes the state of a run: what is to be saved is copied, and written in the background."""
+    """Writes the state of a run: what is to be saved is copied, and written in the background.
+
+    Every rank comes to every method. Rank 0 writes; where ranks share what is trained, each writes
+    its rows into the files that rank 0 begins.
+    """
 
     run: Run  # the run, live
     checkpoints: Checkpoints  # those of its folder
@@ -84,6 +104,7 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._saved_at = time.monotonic()
+        self._number = 0
 
     def is_due(self) -> bool:
         """Whether `checkpoint.minutes` have passed since the last checkpoint."""
@@ -100,20 +121,26 @@ class Saver:
         Raises:
             UserError: The save before this one could not be written.
         """
-        self.writer.wait()
         run = self.run
+        if checkpoint:
+            self._saved_at = time.monotonic()
+        if not self._writes:
+            return
+        self.writer.wait()
         # First: it notes the highest use of memory, which the state holds too.
         status = self.status("running", "training")
         run.state.scaler = run.scaler.state() if run.scaler is not None else None
-        tensors = trained_tensors(run.model, run.config)
-        moments = run.optimizer.state_tensors() if checkpoint else {}
+        tensors = trained_tensors(run)
+        moments = optimizer_tensors(run.optimizer) if checkpoint else {}
         room = available_memory("cpu")
-        in_background = room is None or 2 * (_num_bytes(tensors) + _num_bytes(moments)) < room
+        in_background = room is None or 2 * (held_bytes(tensors) + held_bytes(moments)) < room
         if in_background:
-            tensors, moments = _copied(tensors), _copied(moments)
+            tensors, moments = copied(tensors), copied(moments)
         faultpoint("save.copied")
+        self._number += 1
         write = partial(
             self._write,
+            f"save-{self._number}",
             run.state.to_dict(),
             status,
             tensors,
@@ -124,15 +151,19 @@ class Saver:
             self.writer.submit(write)
         else:
             write()
-        if checkpoint:
-            self._saved_at = time.monotonic()
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank has something to write: rank 0, and all that share what is trained."""
+        return self.run.world.first or self.run.optimizer.sharing is not None
 
     def _write(
         self,
+        key: str,
         state: dict[str, Any],
         status: dict[str, Any],
-        tensors: dict[str, Tensor],
-        moments: dict[str, Tensor] | None,
+        tensors: Tensors,
+        moments: Tensors | None,
         best: bool,
     ) -> None:
         """Write what `save` copied: `best/`, then the checkpoint, then the status.
@@ -140,35 +171,74 @@ class Saver:
         Without `moments`, the optimizer's tensors, no checkpoint is written.
         """
         faultpoint("save.begun")
+        run = self.run
         if best:
-            self.replace("best", partial(export, self.run, tensors=tensors), state["step"])
+            self._replace(
+                f"{key}-best", "best", partial(export, run, tensors=tensors), state["step"]
+            )
         if moments is not None:
             self.sync()
-            self.checkpoints.save(
-                state,
-                self.identity(),
+            self._together(
+                f"{key}-checkpoint",
+                lambda fill: self.checkpoints.save(
+                    state, self.identity(), fill, num_bytes(tensors) + num_bytes(moments)
+                ),
                 lambda folder: {
-                    **write_trained(self.run, tensors, folder, torch.float32),
-                    "optimizer.safetensors": write_tensors(
+                    **write_trained(run, tensors, folder, torch.float32),
+                    "optimizer.safetensors": writer_of(run)(
                         folder / "optimizer.safetensors", moments
                     ),
                 },
-                expected_bytes=_num_bytes(tensors) + _num_bytes(moments),
             )
-            write_json(self.run.folder / "status.json", status)
+            if run.world.first:
+                write_json(run.folder / "status.json", status)
         faultpoint("save.done")
 
-    def replace(self, name: str, fill: Callable[[Path], Mapping[str, str]], step: int) -> None:
+    def replace(self, name: str, fill: Fill, step: int) -> None:
         """Make `best/` or `final/` anew: the state of `step`, which `fill` writes.
 
         Raises:
             UserError: The disk is full.
         """
+        if self._writes:
+            self._number += 1
+            self._replace(f"replace-{self._number}", name, fill, step)
+
+    def _replace(self, key: str, name: str, fill: Fill, step: int) -> None:
         folder = self.run.folder
-        room = _num_bytes(trained_tensors(self.run.model, self.run.config))
         remedy = "make room and continue with --resume"
-        with room_on_disk(f"{name}/ of step {step}", folder, room, remedy):
-            replace_folder(folder / name, fill, step=step)
+
+        def make(fill: Fill) -> None:
+            room = num_bytes(trained_tensors(self.run))
+            with room_on_disk(f"{name}/ of step {step}", folder, room, remedy):
+                replace_folder(folder / name, fill, step=step)
+
+        self._together(key, make, fill)
+
+    def _together(self, key: str, make: Callable[[Fill], object], fill: Fill) -> None:
+        """Let rank 0 `make` a folder that all ranks fill, each with its rows of shared tensors.
+
+        `make` is given what fills the folder, and need not call it where all is there already.
+        """
+        run, told = self.run, False
+        if run.optimizer.sharing is None:
+            make(fill)
+            return
+        if not run.world.first:
+            place = run.world.told(key)
+            if place:
+                fill(Path(place))
+            return
+
+        def announced(folder: Path) -> Mapping[str, str]:
+            nonlocal told
+            told = True
+            run.world.told(key, lambda: str(folder))
+            return fill(folder)
+
+        make(announced)
+        if not told:
+            run.world.told(key)
 
     def status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Return the content of status.json.
@@ -176,7 +246,7 @@ class Saver:
         Args:
             condition: `running`, `finished`, `preempted` or `failed`.
             reason: Why: `started`, `completed`, `early_stopping`, `sigint`, `sigterm`,
-                `non_finite`, `error`.
+                `non_finite`, `out_of_memory`, `error`.
             more: Further fields.
         """
         run, state = self.run, self.run.state
@@ -209,7 +279,8 @@ class Saver:
     def write_status(self, condition: str, reason: str, **more: Any) -> dict[str, Any]:
         """Write status.json and return it."""
         status = self.status(condition, reason, **more)
-        write_json(self.run.folder / "status.json", status)
+        if self.run.world.first:
+            write_json(self.run.folder / "status.json", status)
         return status
 
 
@@ -218,14 +289,6 @@ def load_trained(run: Run, folder: Path) -> None:
     if run.config.train.method == "lora":
         with TensorFile(folder / "adapter_model.safetensors") as file:
             fill_adapter(run.model, {name: file.read(name) for name in file.names})
-    else:
-        fill(run.model, folder, torch.float32, run.precision.device)
-
-
-def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in host memory."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        return
+    reshard(run.model)
+    fill(run.model, folder, torch.float32, run.precision.device, place)

@@ -1,0 +1,343 @@
+"""Runs over ranks, real processes that meet over gloo: the same run, resumed, killed, stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import ended, said, start_ranks, train_on_ranks
+from safetensors.torch import load_file
+from trials import MAX_SECONDS, begin_or_resume, killed_at, outcome, settings
+
+from files.errors import UserError
+from train.process.world import World
+
+
+@pytest.fixture(scope="module")
+def values(one_layer: Path, few_rows: Path) -> dict[str, Any]:
+    """Return a run of 8 steps of 5 examples each, the last of an epoch of 1; dropout, rotation."""
+    return settings(
+        one_layer,
+        few_rows,
+        **{"train.max_steps": 8, "train.effective_batch_size": 5, "eval.on_start": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert begin_or_resume({**values, "train.output_dir": str(folder)}) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def over_two(alone: Path, values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the run over two ranks."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    assert train_on_ranks(2, {**values, "train.output_dir": str(folder)}) == [0, 0]
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_like(folder: Path, alone: Path) -> None:
+    """Compare two runs of the same batches: equal counts, losses to fp32's rounding."""
+    one, other = rows(alone), rows(folder)
+    assert len(one) == len(other)
+    for row, expected in zip(other, one, strict=True):
+        for name, value in expected.items():
+            if name in ("loss", "grad_norm", "train_loss") and value is not None:
+                assert row[name] == pytest.approx(value, rel=1e-5)
+            elif name != "seconds":
+                assert row[name] == value, name
+
+
+def at(folder: Path, values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**values, "train.output_dir": str(folder / "run"), **changes}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_same_run_over_ranks(
+    size: int, values: dict[str, Any], alone: Path, over_two: Path, tmp_path: Path
+) -> None:
+    """Three ranks have none to do in the last step of an epoch, which holds one example."""
+    folder = over_two
+    if size == 3:
+        folder = tmp_path / "run"
+        assert train_on_ranks(3, at(tmp_path, values)) == [0, 0, 0]
+    assert_like(folder, alone)
+    expected = load_file(alone / "final" / "adapter_model.safetensors")
+    for name, tensor in load_file(folder / "final" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    assert "step 8/8" in said(folder.parent, 0)
+    assert all(said(folder.parent, rank) == "" for rank in range(1, size))
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["world_size"] == size
+
+
+def stopping_at(step: int, number: signal.Signals) -> Callable[[str], None]:
+    """Return a listener that sends its own process a signal in a step."""
+    passed = []
+
+    def listen(name: str) -> None:
+        if name == "step.gradient":
+            passed.append(name)
+            if len(passed) == step:
+                os.kill(os.getpid(), number)
+
+    return listen
+
+
+def test_it_is_stopped_on_two_ranks_goes_on_on_one_and_then_on_three(
+    values: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    """A signal that one rank alone has stops all at the same step; no example is lost or twice."""
+    here = at(tmp_path, values)
+    assert train_on_ranks(2, here, {1: stopping_at(3, signal.SIGTERM)}) == [143, 143]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"], status["step"]) == ("preempted", "sigterm", 3)
+    assert train_on_ranks(1, here, {0: stopping_at(2, signal.SIGINT)}) == [130]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 5
+    assert train_on_ranks(3, here) == [0, 0, 0]
+    assert_like(tmp_path / "run", alone)
+
+
+def test_a_rank_that_is_killed_is_named_and_the_resumed_run_is_the_same_bit_for_bit(
+    values: dict[str, Any], over_two: Path, tmp_path: Path
+) -> None:
+    here = at(tmp_path, values)
+    codes = train_on_ranks(2, here, {1: killed_at("step.gradient", 5)})
+    assert codes == [2, -9]
+    assert "error: rank 1 of 2: no answer" in said(tmp_path, 0)
+    assert "Traceback" not in said(tmp_path, 0)
+    assert train_on_ranks(2, here) == [0, 0]
+    assert outcome(tmp_path / "run") == outcome(over_two)
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    def hang(name: str) -> None:
+        if name == "step.gradient":
+            time.sleep(7)
+
+    codes = train_on_ranks(2, at(tmp_path, values), {1: hang}, timeout=3)
+    assert codes[0] == 2
+    assert "error: rank 1 of 2: no answer" in said(tmp_path, 0)
+
+
+def raising(error: Exception, name: str, times: int) -> Callable[[str], None]:
+    passed = []
+
+    def listen(point: str) -> None:
+        if point == name:
+            passed.append(point)
+            if len(passed) == times:
+                raise error
+
+    return listen
+
+
+def test_a_full_disk_ends_all_ranks_with_one_message(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    codes = train_on_ranks(2, at(tmp_path, values), {0: raising(full, "folder.filled", 2)})
+    assert codes == [2, 2]
+    assert said(tmp_path, 0).count("error: ") == 1
+    assert "cannot save" in said(tmp_path, 0)
+    assert said(tmp_path, 1) == ""
+
+
+def test_an_error_on_one_rank_is_told_by_it_and_ends_all(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = UserError("the rows of rank 1 are gone")
+    codes = train_on_ranks(2, at(tmp_path, values), {1: raising(broken, "step.micro_batch", 2)})
+    assert codes == [2, 2]
+    assert "error: the rows of rank 1 are gone" in said(tmp_path, 1)
+    assert "error: " not in said(tmp_path, 0)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_out_of_memory_on_one_rank_halves_the_micro_batches_of_all(
+    values: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    here = at(tmp_path, values, **{"train.per_device_train_batch_size": 2})
+    memory = torch.OutOfMemoryError("out of memory")
+    assert train_on_ranks(2, here, {1: raising(memory, "step.micro_batch", 3)}) == [0, 0]
+    expected = [row["loss"] for row in rows(alone)]
+    assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
+    assert "micro-batches 1/2 of their configured size" in said(tmp_path, 0)
+
+
+def test_what_the_ranks_say_to_each_other(tmp_path: Path) -> None:
+    def work(world: World) -> int:
+        assert world.sums(1.0, world.rank) == [3.0, 3.0]
+        assert world.any(world.rank == 2, False) == [True, False]
+        assert world.gathered(tuple(range(world.rank))) == (0, 0, 1)
+        assert world.told("it", lambda: f"from {world.rank}") == "from 0"
+        order = world.first_on_node("turn", lambda: time.monotonic())
+        mine = torch.zeros(3, dtype=torch.float64)
+        mine[world.rank] = order
+        assert world.sum_(mine)[0] == mine.min()
+        assert world.kept_folder() is None
+        return 0
+
+    assert ended(start_ranks(3, work, tmp_path)) == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def whole(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the same run with every weight trained, and with Adafactor."""
+    return {**values, "train.method": "full", "optimizer.name": "adafactor"}
+
+
+@pytest.fixture(scope="module")
+def whole_alone(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of that run in one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert begin_or_resume({**whole, "train.output_dir": str(folder)}) == 0
+    return folder
+
+
+def test_ranks_that_share_every_weight_train_as_one_process(
+    whole: dict[str, Any], whole_alone: Path, tmp_path: Path
+) -> None:
+    """And go on with a checkpoint of another number of ranks."""
+    here = at(tmp_path, whole)
+    assert train_on_ranks(3, here, {2: stopping_at(3, signal.SIGTERM)}) == [143] * 3
+    assert train_on_ranks(2, here, {0: stopping_at(2, signal.SIGTERM)}) == [143] * 2
+    assert train_on_ranks(3, here) == [0, 0, 0]
+    assert_like(tmp_path / "run", whole_alone)
+    assert outcome(tmp_path / "run")["status"]["state"] == "finished"
+    expected = load_file(whole_alone / "final" / "model.safetensors")
+    found = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_shared_model_goes_on_bit_for_bit_after_a_kill_and_loads_in_transformers(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    values = {**whole, "optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
+    untouched = at(tmp_path / "untouched", values)
+    assert train_on_ranks(2, untouched) == [0, 0]
+    here = at(tmp_path / "killed", values)
+    assert train_on_ranks(2, here, {1: killed_at("step.gradient", 5)}) == [2, -9]
+    assert "error: rank 1 of 2: no answer" in said(tmp_path / "killed", 0)
+    assert train_on_ranks(2, here) == [0, 0]
+    assert outcome(tmp_path / "killed" / "run") == outcome(tmp_path / "untouched" / "run")
+    final = tmp_path / "killed" / "run" / "final"
+    theirs = AutoModelForCausalLM.from_pretrained(final)
+    found = load_file(final / "model.safetensors")
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter.detach(), found[name])
+
+
+def test_adapters_beside_a_base_that_is_shared(
+    values: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    here = at(tmp_path, values, **{"train.sharding": "shard"})
+    assert train_on_ranks(3, here, {1: stopping_at(4, signal.SIGTERM)}) == [143] * 3
+    assert train_on_ranks(2, here) == [0, 0]
+    assert_like(tmp_path / "run", alone)
+
+
+def test_a_rank_of_a_shared_model_that_runs_out_of_memory_ends_all_and_they_go_on_with_half(
+    whole: dict[str, Any], whole_alone: Path, tmp_path: Path
+) -> None:
+    here = at(tmp_path, whole, **{"train.per_device_train_batch_size": 2})
+    memory = torch.OutOfMemoryError("out of memory")
+    assert train_on_ranks(2, here, {1: raising(memory, "step.micro_batch", 8)}) == [2, 2]
+    told = [rank for rank in (0, 1) if "out of memory on rank 1 of 2" in said(tmp_path, rank)]
+    assert len(told) == 1
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["reason"] == "out_of_memory"
+    assert train_on_ranks(2, here) == [0, 0]
+    expected = [row["loss"] for row in rows(whole_alone)]
+    found = rows(tmp_path / "run")
+    assert [row["loss"] for row in found] == pytest.approx(expected, rel=1e-5)
+    assert next(row.get("micro_batch_divisor") for row in found if row["step"] == 8) == 2
+    assert "micro-batches are 1/2 of their configured size" in said(tmp_path, 0)
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_that_share_a_model(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    here = at(tmp_path, whole)
+    assert train_on_ranks(2, here, {1: raising(full, "tensors.part", 30)}) == [2, 2]
+    assert sum(said(tmp_path, rank).count("error: ") for rank in (0, 1)) == 1
+    assert "No space left on device" in said(tmp_path, 0) + said(tmp_path, 1)
+    assert train_on_ranks(2, here) == [0, 0]
+
+
+def worker(torchrun: int, rank: int) -> int:
+    """Return the process number of one of torchrun's ranks."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return child
+    raise AssertionError(f"no rank {rank} among {children}")
+
+
+def wait_for(there: Callable[[], bool], run: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + MAX_SECONDS
+    while not there():
+        assert run.poll() is None, f"it ended with {run.returncode}"
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """In one run: rank 1 is killed, all are started again by torchrun, and stopped by a signal."""
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    changes = {"train.max_steps": 400, "checkpoint.steps": 5, "eval.steps": None}
+    changes["schedule.warmup_ratio"] = 0  # of the length, which is another below
+    keys = {**values, **changes, "train.output_dir": str(folder)}
+    toml = {None: "none", True: "true", False: "false"}
+    typed = [
+        f"{key}={toml[value] if value is None or isinstance(value, bool) else json.dumps(value)}"
+        for key, value in keys.items()
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "-m", "train.run", *typed]
+    with open(log, "wb") as file:
+        run = subprocess.Popen(
+            command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        wait_for(lambda: any(folder.glob("checkpoints/step-*")), run)
+        os.kill(worker(run.pid, 1), signal.SIGKILL)
+        wait_for(lambda: "resumed at step" in log.read_text(), run)
+        run.send_signal(signal.SIGTERM)
+        run.wait(timeout=MAX_SECONDS)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("preempted", "sigterm")
+    found = [row for row in rows(folder) if row["kind"] == "train"]
+    assert [row["step"] for row in found] == list(range(1, status["step"] + 1))
+    here = {**values, **changes, "train.output_dir": str(tmp_path / "untouched" / "run")}
+    assert train_on_ranks(2, {**here, "train.max_steps": status["step"]}) == [0, 0]
+    untouched = [row for row in rows(tmp_path / "untouched" / "run") if row["kind"] == "train"]
+    for row, expected in zip(found, untouched, strict=True):
+        assert (row["loss"], row["grad_norm"]) == (expected["loss"], expected["grad_norm"])
