@@ -30,7 +30,7 @@ from kernels.triton import launch
 from train.config.schema import RunConfig
 from train.optim.adafactor import EPSILON, adafactor_update
 from train.optim.adamw import adamw_update
-from train.optim.buffers import alone
+from train.optim.buffers import in_step
 from train.precision import COMPUTE_DTYPES
 from train.saving.folder import code_commit, device_name, package_versions
 
@@ -102,8 +102,8 @@ def _adafactor(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tenso
     weight, gradient, root = (x.detach().clone() for x in t)
     row, column = root.square().mean(-1), root.square().mean(-2)
     update = ours.adafactor_ or adafactor_update
-    alone_in = {"epsilon": EPSILON, "reduce": alone, "shares": 1}
-    update(weight, gradient, row, column, beta2=0.5, **_RATES, **alone_in)
+    steps = update(weight, gradient, row, column, beta2=0.5, epsilon=EPSILON, **_RATES)
+    in_step([steps], None)
     return [weight, row, column]
 
 
