@@ -37,7 +37,7 @@ from train.saving.folder import code_commit, device_name, package_versions
 # Three documents, of no tile's length; widths that no tile divides, though 16 does.
 _LENGTHS = (19, 1, 50)
 _M, _H, _N, _I, _R, _V, _D = sum(_LENGTHS), 208, 144, 272, 12, 307, 16
-_RATES = {"learning_rate": 1e-2, "weight_decay": 0.1, "gradient_factor": 0.5}
+_RATES: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.1, "gradient_factor": 0.5}
 
 
 @dataclass(frozen=True)
