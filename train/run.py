@@ -164,9 +164,8 @@ def _answer(arguments: Arguments, world: World) -> int:
     if arguments.plan:
         from train.survey import print_plan
 
-        if world.first:
-            print_plan(config, as_json=arguments.json, ranks=arguments.ranks or world.size)
-        return 0
+        ranks = arguments.ranks or world.size
+        return print_plan(config, as_json=arguments.json, ranks=ranks) if world.first else 0
     if arguments.prove_resume is not None:
         from train.saving.prove import prove_resume
 

@@ -64,8 +64,10 @@ def refuse_model(config: RunConfig, decoder: DecoderConfig | Unknown) -> None:
         check_weights(folder, build(decoder, device="meta"))
 
 
-def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = None) -> None:
+def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = None) -> int:
     """Answer `--plan`: print the plan as text, or as one JSON object and nothing else.
+
+    Returns the exit code: 2 where the memory that is known does not suffice, else 0.
 
     Data and tokenizer are read where they can be had; where the hub cannot be reached, the plan
     counts with the rows that the seed states, and says what to pass instead.
@@ -81,12 +83,14 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
     config = with_starting_adapter(config, decoder)
     data = _look_at_data(config, decoder)
     document = plan_document(config, data, decoder, machine_to_plan_for(config), ranks or 1)
+    code = 2 if document["fits"] is False else 0
     if as_json:
         print(json.dumps(document, allow_nan=False, indent=2))
-        return
+        return code
     print(render_plan(document))
     if isinstance(data, KnownData) and not isinstance(data.lengths, Unknown):
         print(f"An example, as it will be trained\n{first_example(config)}")
+    return code
 
 
 def _look_at_data(config: RunConfig, decoder: DecoderConfig | Unknown) -> KnownData | Unknown:

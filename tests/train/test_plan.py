@@ -457,6 +457,7 @@ def test_document_has_the_contract_keys() -> None:
         "adapters",
         "gradients",
         "optimizer",
+        "gathered",
         "activations",
         "loss",
         "overhead",

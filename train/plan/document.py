@@ -35,8 +35,10 @@ from train.plan.ledger import (
     memory_ledger,
     micro_batch_tokens,
     model_sizes,
+    widths,
 )
 from train.plan.objections import objections
+from train.plan.sharing import rank_facts
 from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
 from train.process.world import ALONE, World
 
@@ -110,7 +112,7 @@ def plan_document(
         "num_examples_from": origin,
         "world_size": world_size,
         "effective_batch_size": batch,
-        "sharding": decide_sharding(config, None, machine, world_size),
+        "sharding": None,
         "rank_shares": list(rank_shares(batch, world_size)),
         "micro_batch_size": plan.micro_batch_size if plan else None,
         "micro_batch_tokens": config.train.micro_batch_tokens,
@@ -135,6 +137,8 @@ def plan_document(
             )
     document |= _memory_of(config, known, machine, lengths, world_size)
     recomputes = bool(document["gradient_checkpointing"])
+    of_a_number = widths(config, _counted_precision(config))
+    document |= rank_facts(config, lengths, document, known, sizes, of_a_number)
     document |= {
         "disk": disk_bytes(config, plan, sizes, known, document["memory"]),
         "compute": compute_estimate(config, plan, sizes, lengths, recomputes),
@@ -181,27 +185,38 @@ def _memory_of(
     other: dict[str, Any] | None = None
     if decoder is None:
         checkpointing, reason = decide_recomputing(config, None, machine)
+        sharding = decide_sharding(config, None, machine, world_size)
     else:
-        precision = config.train.precision
         estimate = functools.partial(
             memory_ledger,
             config,
             decoder,
             model_sizes(decoder, config.train.method, config.lora),
-            # Without a device the plan may be one for a GPU.
-            precision="bf16" if precision == "auto" else precision,
+            precision=_counted_precision(config),
             device=machine.device,
             lengths=lengths,
             world_size=world_size,
         )
+        # A layer that is computed again costs less than one that is sent again and again.
+        least = estimate(gradient_checkpointing=config.model.gradient_checkpointing is not False)
+        sharding = decide_sharding(config, least["total"], machine, world_size)
+        estimate = functools.partial(estimate, sharding=sharding)
         checkpointing, reason = decide_recomputing(config, estimate()["total"], machine)
         ledger = dict(estimate(gradient_checkpointing=bool(checkpointing)))
         if checkpointing is None:
             other = dict(estimate(gradient_checkpointing=True))
+    total, there = ledger["total"], machine.memory
     return {
+        "sharding": sharding,
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_because": reason,
         "memory": ledger,
         "memory_recomputing": other,
-        "available_memory": machine.memory,
+        "available_memory": there,
+        "fits": None if total is None or there is None else total <= there,
     }
+
+
+def _counted_precision(config: RunConfig) -> str:
+    """Return the precision to count with: without a device the plan may be one for a GPU."""
+    return "bf16" if config.train.precision == "auto" else config.train.precision

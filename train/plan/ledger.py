@@ -7,6 +7,7 @@ inside the one function that counts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -20,6 +21,7 @@ from train.config.schema import LoraSettings, RunConfig
 from train.inputs.adapters import lora_config
 from train.inputs.known import Unknown
 from train.plan.decide import decide_attention, decide_micro_batch_tokens
+from train.plan.sharing import gathered_bytes
 from train.plan.steps import RunPlan, effective_batch_size, rank_shares
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ class ModelSizes:
         saved_linears: Sum of the input widths of the linear layers that keep their input for a
             gradient of their own (adapted, or trained).
         adapter_ranks: Sum of the adapters' ranks.
+        layer: Base parameters of a decoder layer, the largest.
+        outside_layers: Base parameters outside them: embedding, norm, head.
+        base_shapes: Shapes of all base parameters.
     """
 
     base: int
@@ -50,6 +55,24 @@ class ModelSizes:
     matmul: int
     saved_linears: int
     adapter_ranks: int
+    layer: int
+    outside_layers: int
+    base_shapes: tuple[tuple[int, ...], ...]
+
+    def share(self, ranks: int) -> ModelSizes:
+        """Return what a rank has where `ranks` share the base: rows, rounded up; whole adapters."""
+        rows = [(-(-shape[0] // ranks), *shape[1:]) for shape in self.base_shapes]
+        base = sum(map(math.prod, rows))
+        if self.total > self.base:
+            return dataclasses.replace(self, base=base, total=base + self.total - self.base)
+        return dataclasses.replace(
+            self,
+            base=base,
+            total=base,
+            trainable=base,
+            trained_state=2 * base,
+            factored_state=sum(map(_factored, rows)),
+        )
 
     @property
     def trainable_percent(self) -> float:
@@ -80,6 +103,8 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
     from models import build
 
     model = build(decoder, device="meta")
+    base_shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     if method == "lora":
         inject(model, lora_config(lora))
     adapters = list(lora_layers(model).values())
@@ -102,6 +127,9 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         matmul=sum(weight.numel() for weight in (*linears, *adapted, head)),
         saved_linears=sum(weight.shape[1] for weight in (adapted if method == "lora" else linears)),
         adapter_ranks=sum(layer.lora_A.shape[0] for layer in adapters),
+        layer=max(layers),
+        outside_layers=count.base - sum(layers),
+        base_shapes=base_shapes,
     )
 
 
@@ -153,6 +181,7 @@ MEMORY_CATEGORIES = (
     "adapters",
     "gradients",
     "optimizer",
+    "gathered",
     "activations",
     "loss",
     "overhead",
@@ -176,6 +205,7 @@ def memory_ledger(
     device: str | None = None,
     lengths: Sequence[int] | None = None,
     world_size: int = 1,
+    sharding: str | None = None,
 ) -> dict[str, int]:
     """Estimate the bytes that a step holds at its peak, by category.
 
@@ -187,6 +217,9 @@ def memory_ledger(
       keeps its lowered copy until the backward pass.
     - adapters, gradients: 4 bytes a parameter (fp32 masters, fp32 gradients).
     - optimizer: AdamW 8 bytes a trained parameter; Adafactor 4 × (rows + columns) of a matrix.
+    - Where ranks share the weights (`sharding="shard"`), those are a rank's: its rows, rounded up
+      (adapters stay whole, Adafactor's statistics of columns too); gathered is what it holds of
+      the others' at a time (`train.plan.sharing.gathered_bytes`).
     - activations: M × the bytes that one token leaves behind in each layer (`_saved_per_token`);
       with checkpointing M × the input of each layer and one layer in full; the final norm (with
       adapters in the place of the first one); and c for each parameter of an adapter, lowered.
@@ -206,6 +239,7 @@ def memory_ledger(
         device: Type of the device, which decides how attention runs; None where it is not known.
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
+        sharding: How they have the model: `replicate` or `shard`; None where there is one.
     """
     from kernels.cpu.rounding import document_multiple, row_multiple
     from kernels.loss import chunk_rows_of
@@ -213,16 +247,19 @@ def memory_ledger(
 
     sizes = sizes or model_sizes(decoder, config.train.method, config.lora)
     full = config.train.method == "full"
-    compute = _WIDTHS[precision]
-    stored = 4 if full else _WIDTHS[config.model.dtype or precision]
+    compute, stored = widths(config, precision)
+    shared = sharding == "shard"
+    own = sizes.share(world_size) if shared else sizes
     tokens, longest = micro_batch_tokens(config, lengths, world_size)
     dtype = COMPUTE_DTYPES[precision]
     if device is not None:
         tokens += -tokens % row_multiple(tokens, device, dtype)
         longest += -longest % document_multiple(device, dtype)
-    weights = sizes.base * stored + (sizes.matmul * compute if stored != compute else 0)
+    # Layers that are shared and trained are gathered in what they compute with.
+    copied = stored != compute and not (shared and full)
+    weights = own.base * stored + (sizes.matmul * compute if copied else 0)
     adapters = 4 * (sizes.total - sizes.base)
-    state = sizes.factored_state if config.optimizer.name == "adafactor" else sizes.trained_state
+    state = own.factored_state if config.optimizer.name == "adafactor" else own.trained_state
     layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
     layers = decoder.num_hidden_layers
     lowered = 0 if compute == 4 else compute * (sizes.total - sizes.base)
@@ -242,8 +279,9 @@ def memory_ledger(
     ledger = {
         "weights": weights,
         "adapters": adapters,
-        "gradients": 4 * sizes.trainable,
+        "gradients": 4 * own.trainable,
         "optimizer": 4 * state,
+        "gathered": gathered_bytes(config, decoder, sizes, (compute, stored)) if shared else 0,
         "activations": round(tokens * saved + lowered),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
         "overhead": 0,
@@ -253,6 +291,12 @@ def memory_ledger(
         unfilled = round(_UNFILLED * (ledger["activations"] + ledger["loss"]))
         ledger["overhead"] = working + unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
     return {**ledger, "total": sum(ledger.values())}
+
+
+def widths(config: RunConfig, precision: str) -> tuple[int, int]:
+    """Return the bytes of a number that is computed with, and of a stored base weight."""
+    full = config.train.method == "full"
+    return _WIDTHS[precision], 4 if full else _WIDTHS[config.model.dtype or precision]
 
 
 def micro_batch_tokens(

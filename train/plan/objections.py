@@ -76,13 +76,20 @@ def _of_the_bits(config: RunConfig, machine: Machine) -> list[str]:
 def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
     found = []
     total, available = document["memory"]["total"], document["available_memory"]
-    if available is not None and total is not None and total > available:
-        remedy = "train.per_device_train_batch_size (results are the same) or data.max_length"
-        lasting = ("weights", "adapters", "gradients", "optimizer")
+    if document["fits"] is False:
+        remedy = "lower train.per_device_train_batch_size (results are the same) or data.max_length"
+        lasting = ("weights", "adapters", "gradients", "optimizer", "gathered")
         if sum(document["memory"][name] for name in lasting) > available:
-            remedy = "lora.r, or take a smaller model: batches are not what fills it"
+            ranks = {
+                None: "start more ranks (torchrun), which can share the model",
+                "replicate": "set train.sharding=shard",
+                "shard": "start more ranks",
+            }[document["sharding"]]
+            adapters = "lower lora.r, " if config.train.method == "lora" else ""
+            remedy = f"{ranks}, {adapters}or take a smaller model: batches are not what fills it"
         found.append(
-            f"memory: about {size_text(total)} needed, {size_text(available)} there; lower {remedy}"
+            f"memory: does not fit: about {size_text(total)} needed, {size_text(available)} there; "
+            f"{remedy}"
         )
     free, needed = _free_disk(config), document["disk"]["total"]
     if needed is not None and free is not None and needed > free:

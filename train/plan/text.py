@@ -54,7 +54,7 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     elif document["micro_batch_tokens"]:
         batch += f", in micro-batches of at most {document['micro_batch_tokens']:,} tokens"
     if document["world_size"] > 1:
-        batch += " a rank"
+        batch += f" a rank, about {document['tokens_per_rank']:,} tokens each"
     precision = document["precision"]
     if precision == "auto":
         precision = "precision auto (counted as bf16)"
@@ -117,6 +117,9 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows["recomputing"] = f"{recomputing} ({document['gradient_checkpointing_because']})"
     kernels = document["kernels"]
     rows["kernels"] = _KERNELS.get(kernels) or str(kernels)
+    if sent := document["communication_bytes"]:
+        how = "each has the model whole" if document["sharding"] == "replicate" else "they share it"
+        rows["ranks"] = f"{how} (train.sharding); each sends {size_text(sent)} a step"
     if disk["total"]:
         minutes = disk["one_more_each_minutes"]
         more = f" (and one each {minutes:g} minutes)" if minutes else ""
