@@ -2268,6 +2268,58 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/plan/sharing.py",
+        "tests/train/test_plan_over_ranks.py",
+        (
+            "a layer is gathered once for both passes",
+            "2 * layers * micro_batches",
+            "layers * micro_batches",
+            "test_what_ranks_send_in_a_step",
+        ),
+        (
+            "adapters' gradients are sent as if they were shared",
+            "return [*gathers, gradients]",
+            "return gathers",
+            "test_what_ranks_send_in_a_step",
+        ),
+        (
+            "a ring sends a tensor whole",
+            "(ranks - 1) / ranks",
+            "1.0",
+            "test_what_ranks_send_in_a_step",
+        ),
+    ),
+    *_of(
+        "train/plan/sizes.py",
+        "tests/train/test_plan_over_ranks.py",
+        (
+            "rows that do not divide are rounded down",
+            "-(-shape[0] // ranks)",
+            "shape[0] // ranks",
+            "test_rows_that_do_not_divide_are_rounded_up",
+        ),
+    ),
+    *_of(
+        "train/plan/document.py",
+        "tests/train/test_plan_over_ranks.py",
+        (
+            "a base that fits with recomputing is shared",
+            "config.model.gradient_checkpointing is not False)",
+            "False)",
+            "test_seed_002_fits_its_gpus",
+        ),
+    ),
+    *_of(
+        "train/survey.py",
+        "tests/train/test_plan_over_ranks.py",
+        (
+            "a plan of what cannot start ends well",
+            "code = 2 if document",
+            "code = 0 if document",
+            "test_a_plan_of_what_cannot_start_ends_with_2",
+        ),
+    ),
+    *_of(
         "train/plan/ledger.py",
         "tests/train/test_plan.py",
         (

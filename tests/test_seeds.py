@@ -16,7 +16,8 @@ from train.config.schema import LoraSettings
 from train.inputs.known import NO_DATA, Unknown
 from train.plan.claims import agrees, check_claims, measure
 from train.plan.document import plan_document
-from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
+from train.plan.ledger import find_decoder_config, memory_ledger
+from train.plan.sizes import model_sizes
 from train.plan.steps import plan_run, rank_shares
 from train.state import EarlyStopping
 

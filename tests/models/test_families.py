@@ -21,7 +21,8 @@ from models.weights import save_model
 from train.config import load_config
 from train.config.schema import LoraSettings
 from train.optim.adamw import AdamW
-from train.plan.ledger import memory_ledger, model_sizes
+from train.plan.ledger import memory_ledger
+from train.plan.sizes import model_sizes
 
 
 def transformers_model(folder: Path) -> torch.nn.Module:

@@ -26,8 +26,8 @@ from train.plan.ledger import (
     find_decoder_config,
     memory_ledger,
     micro_batch_tokens,
-    model_sizes,
 )
+from train.plan.sizes import model_sizes
 from train.plan.steps import plan_run, rank_shares
 from train.plan.text import head_rows, render_plan
 from train.survey import print_plan

@@ -16,8 +16,9 @@ from train.config.load import load_config
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.plan.decide import UNKNOWN, Machine
 from train.plan.document import plan_document
-from train.plan.ledger import find_decoder_config, model_sizes
+from train.plan.ledger import find_decoder_config
 from train.plan.sharing import communication_bytes, messages_of_a_step
+from train.plan.sizes import model_sizes
 from train.plan.text import render_plan
 from train.text import size_text
 

@@ -7,7 +7,8 @@ from typing import Any
 from train.config.presets import Claim, Preset
 from train.config.schema import RunConfig
 from train.inputs.known import Unknown
-from train.plan.ledger import find_decoder_config, memory_ledger, model_sizes
+from train.plan.ledger import find_decoder_config, memory_ledger
+from train.plan.sizes import model_sizes
 from train.plan.steps import effective_batch_size, plan_run, rank_shares
 
 

@@ -1,8 +1,9 @@
 """The plan as one JSON object (`--plan --json`, plan.json): all that is known of a run beforehand.
 
-The parts: `train.plan.steps` (how many steps, and when what happens), `train.plan.ledger`
-(parameters, memory, disk, work), `train.plan.claims` (what the seed document says, checked) and
-`train.plan.objections` (what to look at). `train.plan.text` makes text of it.
+The parts: `train.plan.steps` (how many steps, and when what happens), `train.plan.sizes`
+(parameters), `train.plan.ledger` (memory, disk, work), `train.plan.sharing` (what a rank of many
+sends), `train.plan.claims` (what the seed document says, checked) and `train.plan.objections` (what
+to look at). `train.plan.text` makes text of it.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from train.plan.ledger import (
     disk_bytes,
     memory_ledger,
     micro_batch_tokens,
-    model_sizes,
     widths,
 )
 from train.plan.objections import objections
 from train.plan.sharing import rank_facts
+from train.plan.sizes import model_sizes
 from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
 from train.process.world import ALONE, World
 

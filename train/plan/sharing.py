@@ -16,7 +16,7 @@ from train.plan.decide import decide_micro_batch_tokens
 if TYPE_CHECKING:
     from models.config import DecoderConfig
     from train.config.schema import RunConfig
-    from train.plan.ledger import ModelSizes
+    from train.plan.sizes import ModelSizes
 
 # Of a tensor's bytes a rank sends so many times (N - 1)/N, in a ring.
 _ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}

@@ -1,0 +1,132 @@
+"""What an architecture measures, counted on a model that has no storage.
+
+The very modules are built that the run would build from config.json. torch is imported inside the
+one function that counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from train.config.schema import LoraSettings
+from train.inputs.adapters import lora_config
+
+if TYPE_CHECKING:
+    from models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What an architecture and its adapters measure, in numbers of parameters or of floats a token.
+
+    Attributes:
+        base: Parameters of the base model.
+        total: Base and adapters.
+        trainable: Those that are trained.
+        trained_state: Floats of AdamW's two moments.
+        factored_state: Floats of Adafactor's row and column statistics.
+        matmul: Weights of all linear layers and of the head (tied or not), that each token meets.
+        saved_linears: Sum of the input widths of the linear layers that keep their input for a
+            gradient of their own (adapted, or trained).
+        adapter_ranks: Sum of the adapters' ranks.
+        layer: Base parameters of a decoder layer, the largest.
+        outside_layers: Base parameters outside them: embedding, norm, head.
+        base_shapes: Shapes of all base parameters.
+    """
+
+    base: int
+    total: int
+    trainable: int
+    trained_state: int
+    factored_state: int
+    matmul: int
+    saved_linears: int
+    adapter_ranks: int
+    layer: int
+    outside_layers: int
+    base_shapes: tuple[tuple[int, ...], ...]
+
+    def share(self, ranks: int) -> ModelSizes:
+        """Return what a rank has where `ranks` share the base: rows, rounded up; whole adapters."""
+        rows = [(-(-shape[0] // ranks), *shape[1:]) for shape in self.base_shapes]
+        base = sum(map(math.prod, rows))
+        if self.total > self.base:
+            return dataclasses.replace(self, base=base, total=base + self.total - self.base)
+        return dataclasses.replace(
+            self,
+            base=base,
+            total=base,
+            trainable=base,
+            trained_state=2 * base,
+            factored_state=sum(map(_factored, rows)),
+        )
+
+    @property
+    def trainable_percent(self) -> float:
+        """Trainable share of base and adapters together, in percent: what PEFT prints."""
+        return 100 * self.trainable / self.total
+
+    @property
+    def trainable_percent_of_base(self) -> float:
+        """Trainable share of the base model, in percent."""
+        return 100 * self.trainable / self.base
+
+
+@functools.lru_cache(maxsize=32)
+def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> ModelSizes:
+    """Count parameters on a model without storage: the very modules that a run would build.
+
+    Args:
+        decoder: The architecture.
+        method: `lora` or `full`.
+        lora: The adapters, where the method is `lora`.
+
+    Raises:
+        UserError: `lora.target_modules` matches nothing.
+    """
+    from torch import nn
+
+    from lora import count_parameters, inject, lora_layers
+    from models import build
+
+    model = build(decoder, device="meta")
+    base_shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    if method == "lora":
+        inject(model, lora_config(lora))
+    adapters = list(lora_layers(model).values())
+    # The head is counted by its weight: where it is tied, no linear layer holds it.
+    head = model.head_weight()
+    linears = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight is not head
+    ]
+    adapted = [layer.weight for layer in adapters]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = count_parameters(model)
+    return ModelSizes(
+        base=count.base,
+        total=count.total,
+        trainable=count.trainable,
+        trained_state=2 * count.trainable,
+        factored_state=sum(_factored(tuple(parameter.shape)) for parameter in trainable),
+        matmul=sum(weight.numel() for weight in (*linears, *adapted, head)),
+        saved_linears=sum(weight.shape[1] for weight in (adapted if method == "lora" else linears)),
+        adapter_ranks=sum(layer.lora_A.shape[0] for layer in adapters),
+        layer=max(layers),
+        outside_layers=count.base - sum(layers),
+        base_shapes=base_shapes,
+    )
+
+
+def _factored(shape: tuple[int, ...]) -> int:
+    """Return Adafactor's floats for a parameter: rows and columns, or one each for a vector."""
+    if len(shape) < 2:
+        return math.prod(shape)
+    leading = math.prod(shape[:-2])
+    return leading * (shape[-2] + shape[-1])
