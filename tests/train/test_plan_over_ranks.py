@@ -6,12 +6,17 @@ Expected bytes are RELIABILITY's table and closed formulas over the models' publ
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from models.config import DecoderConfig
 from train import run
+from train.config.command_line import parse
 from train.config.load import load_config
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.plan.decide import UNKNOWN, Machine
@@ -201,3 +206,31 @@ def test_a_plan_of_what_cannot_start_ends_with_2(
         document = json.loads(capsys.readouterr().out)
         assert document["fits"] is (codes[-1] == 0)
     assert codes == [2, 0]
+
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+TORCHRUN = re.findall(r"^(?:srun )?torchrun (--(?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", TORCHRUN)
+def test_a_command_of_the_readme_is_torchrun_s_and_fits(command: str) -> None:
+    parser = get_args_parser()
+    given = parser.parse_args(shlex.split(command.replace("\\\n", " ")))
+    assert given.module and given.training_script == "train.run"
+    asked = parse(given.training_script_args)
+    config = load_config(asked.preset, asked.config_file, asked.overrides)
+    ranks = int(given.nnodes.split(":")[-1]) * int(given.nproc_per_node)
+    assert ranks == SEED_002[asked.preset or ""]
+    document = plan_document(config, NO_DATA, architecture(asked.preset or ""), A100, ranks)
+    assert document["fits"] is True
+
+
+def test_the_readme_has_seed_002_s_presets_on_its_gpus() -> None:
+    assert len(TORCHRUN) == 5
+    for preset, ranks in SEED_002.items():
+        assert f"torchrun --nproc-per-node {ranks} -m train.run --preset {preset}\n" in README
+    lasting = []
+    for preset, ranks in SEED_002.items():
+        memory = document_of(preset, ranks)["memory"]
+        lasting.append(f"{sum(memory[name] for name in LASTING) / 1e9:.1f}")
+    assert f"planned at {lasting[0]}, {lasting[1]} and {lasting[2]} GB a rank" in README
