@@ -305,6 +305,12 @@ _A100_FLOPS = 312e12  # dense bf16 peak of NVIDIA's A100, from its data sheet
 SHARE_OF_PEAK = 0.4
 
 
+def flops_per_token(config: RunConfig, sizes: ModelSizes, checkpointing: bool) -> int:
+    """Return 4 (LoRA) or 6 (full) operations a weight, 2 more recomputing, and the adapters' 6."""
+    per_weight = (6 if config.train.method == "full" else 4) + (2 if checkpointing else 0)
+    return per_weight * sizes.matmul + 6 * (sizes.total - sizes.base)
+
+
 def compute_estimate(
     config: RunConfig,
     plan: RunPlan | None,
@@ -312,7 +318,7 @@ def compute_estimate(
     lengths: Sequence[int] | None,
     checkpointing: bool,
 ) -> dict[str, Any]:
-    """Estimate the work: 4 (LoRA) or 6 (full) operations a weight and token, 2 more recomputing."""
+    """Estimate the work of a run, and how long one A100 would take."""
     if plan is None or sizes is None:
         return {"tokens": None, "tokens_are": None, "flops": None, "a100_hours": None}
     if lengths is not None and len(lengths):
@@ -320,9 +326,7 @@ def compute_estimate(
     else:
         mean, tokens_are = float(config.data.max_length), "at most"
     tokens = round(mean * plan.epoch_of(plan.total_steps) * plan.num_examples)
-    per_weight = (6 if config.train.method == "full" else 4) + (2 if checkpointing else 0)
-    adapters = 6 * (sizes.total - sizes.base)
-    flops = tokens * (per_weight * sizes.matmul + adapters)
+    flops = tokens * flops_per_token(config, sizes, checkpointing)
     return {
         "tokens": tokens,
         "tokens_are": tokens_are,
