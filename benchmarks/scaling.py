@@ -6,10 +6,10 @@
 
 Predicted, for LoRA and for full fine-tuning: every rank has one micro-batch of
 `train.per_device_train_batch_size` documents of `data.max_length` tokens, so that the batch grows
-with the ranks. What a rank computes takes `--seconds`, a step that was measured on such a card, or
-the plan's operations at the plan's share of the card's bf16 peak. Whether the model is shared,
-whether layers are recomputed, and what is sent are the plan's too (`train.plan.sharing`). All that
-is assumed is printed.
+with the ranks. What a rank computes takes `--seconds`, a step that was measured on such a card or
+that `benchmarks.traffic` predicts for it, else the plan's operations at the plan's share of the
+card's bf16 peak. Whether the model is shared, whether layers are recomputed, and what is sent are
+the plan's too (`train.plan.sharing`). All that is assumed is printed.
 
 Measured: the steps of a run of a tiny model under torchrun, LoRA over replicas and full fine-tuning
 of shared weights, the same batches over any number of gloo ranks of one thread each; records go
@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import fixtures, harness
+from benchmarks.cards import CARDS
 from files.errors import UserError
 from models.config import DecoderConfig
 from train.config.load import load_config
@@ -67,23 +68,12 @@ LINKS = {
     "400": Link("400 Gb/s", 50e9, 10e-6, "NVIDIA ConnectX-7 data sheet: 400 Gb/s a port"),
     "200": Link("200 Gb/s", 25e9, 10e-6, "NVIDIA ConnectX-6 data sheet: 200 Gb/s a port"),
 }
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card by NVIDIA's data sheet, and what those of a node are joined by."""
-
-    name: str
-    memory: int
-    flops: float  # operations a second of dense bf16 products, at its peak
-    inside: tuple[str, ...]  # as sold, and where they have PCIe alone
-
-
-CARDS = {
-    "h200": Card("H200 SXM", 141 * 10**9, 989e12, ("nvlink4", "pcie5")),
-    "h100": Card("H100 SXM", 80 * 10**9, 989e12, ("nvlink4", "pcie5")),
-    "a100": Card("A100 80GB SXM", 80 * 10**9, 312e12, ("nvlink3", "pcie4")),
-    "4090": Card("GeForce RTX 4090", 24 * 10**9, 165.2e12, ("pcie4",)),
+# What the cards of a node are joined by: as sold, and where they have PCIe alone.
+INSIDE = {
+    "h200": ("nvlink4", "pcie5"),
+    "h100": ("nvlink4", "pcie5"),
+    "a100": ("nvlink3", "pcie4"),
+    "4090": ("pcie4",),
 }
 
 
@@ -170,7 +160,7 @@ def simulate(
         if sharding:
             of_a_number = widths(asked, train.precision)
             messages = messages_of_a_step(asked, decoder, sizes, sharding, 1, of_a_number)
-        for inside in CARDS[card].inside:
+        for inside in INSIDE[card]:
             for network in ("400", "200"):
                 links = LINKS[inside], LINKS[network]
                 found = predict(messages, compute, ranks, *links, assumed)
@@ -193,7 +183,7 @@ def compute_seconds(config: RunConfig, sizes: ModelSizes, card: str, recomputes:
     """Predict what a card computes in a rank's part of a step."""
     tokens = config.train.per_device_train_batch_size * config.data.max_length
     work = tokens * flops_per_token(config, sizes, recomputes)
-    return work / (SHARE_OF_PEAK * CARDS[card].flops)
+    return work / (SHARE_OF_PEAK * CARDS[card].peak_flops)
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
