@@ -53,7 +53,7 @@ def test_the_allocator_is_prepared_before_anything_asks_for_the_device(
 
     order: list[str] = []
 
-    def asked(config: object) -> Machine:
+    def asked(*_: object) -> Machine:
         order.append("device")
         raise InterruptedError
 

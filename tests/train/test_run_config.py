@@ -595,6 +595,7 @@ def test_only_length_cadence_and_logging_may_change_on_resume() -> None:
     assert set(resume_keys()) == {
         "train.num_train_epochs",
         "train.max_steps",
+        "train.sharding",
         "eval.steps",
         "eval.per_epoch",
         "checkpoint.steps",
