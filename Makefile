@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.installed,)
 
-.PHONY: setup demo test test-slow test-gpu reliability lint fix bench bench-kernels bench-gpu
+.PHONY: setup demo test test-slow test-gpu reliability lint fix bench bench-kernels bench-gpu gpu gpu-check
 
 setup: $(ENVIRONMENT)
 
@@ -26,6 +26,31 @@ test-slow: $(ENVIRONMENT)
 
 test-gpu: $(ENVIRONMENT)
 > $(PYTHON) -m pytest -q -rs -m gpu
+
+# A card's first half hour and what follows it, each part under ten minutes (benchmarks/README.md). It ends where the first
+# part finds a fault; after that a part that fails is a result too. PARTS names those to do.
+PARTS ?= tests ceilings tune kernels decide E1 E2 E3 E4 E5 E6 E7 E8 preset
+gpu: gpu-check
+> @status=0; \
+> for part in $(PARTS); do \
+>   echo "== $$part"; \
+>   case $$part in \
+>     tests) set -- pytest -q -rs -m gpu ;; \
+>     ceilings) set -- benchmarks.kernels --minutes 0 ;; \
+>     tune) set -- benchmarks.tune --minutes 8 ;; \
+>     kernels) set -- benchmarks.kernels --minutes 8 ;; \
+>     decide) set -- benchmarks.kernels --decide ;; \
+>     preset) set -- benchmarks.preset ;; \
+>     *) set -- benchmarks.versus_peft --device cuda --rows $$part ;; \
+>   esac; \
+>   timeout 600 $(PYTHON) -m "$$@" || status=1; \
+> done; \
+> $(PYTHON) -m benchmarks.readme; \
+> exit $$status
+
+gpu-check: $(ENVIRONMENT)
+> timeout 90 $(PYTHON) -m benchmarks.kernels --check
+> timeout 90 $(PYTHON) -m pytest -q -x -rs -m gpu tests/kernels/test_varlen.py tests/kernels/test_linears.py tests/models/test_triton_models.py
 
 reliability: $(ENVIRONMENT)
 > $(PYTHON) -m benchmarks.reliability

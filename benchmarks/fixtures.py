@@ -159,9 +159,13 @@ def write_base(fixture: Fixture, folder: Path) -> int:
 
 
 def examples_of(
-    path: Path, tokenizer: Any, prompt_format: Any, cache_root: Path | None = None
+    path: Path,
+    tokenizer: Any,
+    prompt_format: Any,
+    cache_root: Path | None = None,
+    max_length: int = MAX_LENGTH,
 ) -> Any:
-    """Return a file's rows as examples of at most `MAX_LENGTH` tokens."""
+    """Return a file's rows as examples of at most `max_length` tokens."""
     from data.examples import load_examples
 
     return load_examples(
@@ -170,7 +174,7 @@ def examples_of(
         split=None,
         tokenizer=tokenizer,
         prompt_format=prompt_format,
-        max_length=MAX_LENGTH,
+        max_length=max_length,
         on_overflow="truncate",
         cache_root=cache_root,
     )

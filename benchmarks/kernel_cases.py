@@ -23,14 +23,15 @@ from kernels.dispatch import Operations
 from kernels.operands import Operands, value_of
 from kernels.segments import Segments
 
-# The fields of `Operations` that stand or fall with a part. Of the rest nothing is decided: the
+# The fields of `Operations` that stand or fall with a part; an addition alone draws its mask as one
+# inside a norm does. Of the rest nothing is decided: the
 # reference's GELU has its bias from the product before it, and attention is no kernel of ours.
 FIELDS: dict[str, tuple[str, ...]] = {
     "linear": ("linears",),
     "shared-input": ("linears",),
     "loss": ("linear_cross_entropy",),
-    "layer-norm": ("layer_norm", "add_layer_norm"),
-    "rms-norm": ("rms_norm", "add_rms_norm"),
+    "layer-norm": ("layer_norm", "add", "add_layer_norm"),
+    "rms-norm": ("rms_norm", "add", "add_rms_norm"),
     "linear-gelu": ("linear_gelu",),
     "swiglu": ("swiglu",),
     "rotary": ("rotary",),

@@ -1,6 +1,7 @@
 """The kernels beside everything else that computes the same, on one GPU.
 
     python -m benchmarks.kernels [--parts linear loss rotary …] [--minutes 9]
+    python -m benchmarks.kernels --check
     python -m benchmarks.kernels --dry-run
     python -m benchmarks.kernels --decide
 
@@ -11,10 +12,11 @@ CUDA graph, so that the host's part in a launch does not count, with the L2 cach
 each replay. Every line is recorded as soon as it is measured. After `--minutes` nothing new is
 begun; `--minutes 0` measures the card's ceilings alone.
 
-`--dry-run` compares every case at small shapes, on a CPU under Triton's interpreter, and times
-nothing. `--decide` reads the records and writes into kernels/triton/launch.json which operations
-`train.kernels=auto` takes from Triton on the class of device that was measured: those that no case
-shows to be slower than the reference.
+`--check` is what a run does before it trusts the kernels (`train.kernel_check`), for all of them,
+in bf16 and fp16. `--dry-run` compares every case at small shapes, on a CPU under Triton's
+interpreter, and times nothing. `--decide` reads the records and writes into
+kernels/triton/launch.json which operations `train.kernels=auto` takes from Triton on the class of
+device that was measured: those that no case shows to be slower than the reference.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from benchmarks import harness
 from benchmarks.case import LATHE, TRITON, Case, Results, Room
 from benchmarks.harness import told
 from benchmarks.kernel_cases import FIELDS, PARTS, cases
+from kernels.dispatch import operations
 from kernels.triton import launch as triton_launch
+from train import kernel_check
 
 # ‖ours - exact‖ / ‖exact‖ of a chain of up to five roundings to a type, sums being in fp32.
 TOLERANCE = {torch.bfloat16: 5 * 2**-9, torch.float16: 5 * 2**-12, torch.float32: 1e-5}
@@ -221,6 +225,19 @@ def gains(records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return {capability: sorted(names) for capability, names in found.items()}
 
 
+def vouch() -> int:
+    """Print of each operation that Triton has whether it agrees with the reference here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend, faults = operations("triton", device), 0
+    # Under the interpreter bf16 products are wrong.
+    for dtype in (torch.bfloat16, torch.float16)[device.type == "cpu" :]:
+        for name in kernel_check.replaced(backend, device):
+            fault = kernel_check.disagreement(backend, name, device, dtype)
+            faults += fault is not None
+            print(f"{dtype!s:<14} {name:<22} {fault or 'agrees'}", flush=True)
+    return 1 if faults else 0
+
+
 def decide() -> int:
     """Write what the records show into the file that `train.kernels=auto` reads."""
     records = harness.read("kernels")
@@ -277,8 +294,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--decide", action="store_true")
     options = parser.parse_args()
+    if options.check:
+        sys.exit(vouch())
     sys.exit(decide() if options.decide else run(options.parts, options.minutes, options.dry_run))
 
 

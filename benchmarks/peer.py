@@ -82,6 +82,27 @@ def run_peft(folder: Path, model: str, side: dict[str, Any], steps: int) -> dict
     return {**figures, "imports_bytes": imports}
 
 
+def loaded(folder: Path, side: PeftSide, device: torch.device) -> Any:
+    """Return a base and its adapter, from a folder that has both."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    half = side.precision == "bf16 weights"
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa"
+    )
+    base.config.use_cache = False
+    model: Any = PeftModel.from_pretrained(
+        base,
+        str(folder / "adapter"),
+        is_trainable=True,
+        autocast_adapter_dtype=not side.half_adapters,
+    )
+    if side.checkpointing:
+        model.enable_input_require_grads()
+    return model.to(device)
+
+
 def untrained(
     raw: Mapping[str, Any], rank: int, dropout: float, side: PeftSide, device: Any
 ) -> Any:

@@ -66,10 +66,14 @@ def run_lathe(
     """Train with Lathe and return loss, seconds and tokens of each step."""
     imports = harness.resident_bytes()
     config = configuration(MODELS[model], folder, order, steps, settings)
-    with (run(config) / "metrics.jsonl").open(encoding="utf-8") as file:
+    return {**figures_of(run(config)), "imports_bytes": imports}
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """Return loss, seconds and tokens of each step of a run."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["kind"] == "train"]
-    figures = {name: [row[name] for row in rows] for name in ("loss", "seconds", "tokens")}
-    return {**figures, "imports_bytes": imports}
+    return {name: [row[name] for row in rows] for name in ("loss", "seconds", "tokens")}
 
 
 class Documents:

@@ -91,7 +91,7 @@ def _linears(
     return {
         "low_rank": lambda: {"low": adapters.low_rank_product(x, a, draws)},
         "input_gradient": lambda: {"dx": adapters.input_gradient(d_low, a, draws)},
-        "adapter_gradient": lambda: {"dA": adapters.adapter_gradient(x, d_low, draws)},
+        "adapter_gradient": lambda: {"dA": adapters.adapter_gradient(None, [x], d_low, draws)},
         "through_b": lambda: dict(
             zip(("ds", "dB"), adapters.through_b(dys, b, low, [1.0] * count), strict=True)
         ),
