@@ -169,6 +169,11 @@ def _answer(arguments: Arguments, world: World) -> int:
     if arguments.prove_resume is not None:
         from train.saving.prove import prove_resume
 
+        if world.size > 1:
+            raise UserError(
+                "--prove-resume starts and kills processes of its own, each a whole run: give it "
+                "without torchrun"
+            )
         return prove_resume(config, arguments.prove_resume)
     return execute(config, world=world).exit_code
 

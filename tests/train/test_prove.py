@@ -11,7 +11,10 @@ from children import python
 from runs import arguments, settings
 
 from files.errors import UserError
+from train.config.command_line import parse
 from train.config.load import load_config
+from train.process.world import World
+from train.run import _answer
 from train.saving import prove
 from train.saving.prove import print_comparison, prove_resume
 
@@ -162,3 +165,9 @@ def test_a_run_that_starts_over_after_the_kill_proves_nothing(
     with pytest.raises(UserError, match=r"without a resume: .*step 0"):
         prove_resume(config, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_prove_nothing() -> None:
+    """Each would start whole runs of its own, which inherit torchrun's description of them all."""
+    with pytest.raises(UserError, match="give it without torchrun"):
+        _answer(parse(["--prove-resume", "1"]), World(1, 2))
