@@ -2907,6 +2907,12 @@ MUTATIONS = [
             "test_torchrun_describes_the_ranks",
         ),
         (
+            "ranks hear what was said at a start before theirs",
+            "    own, end, pause = uuid.uuid4().hex,",
+            '    own, end, pause = f"{rank}",',
+            "tests/reliability/test_ranks.py::test_ranks_meet_again_at_a_store_that_outlives_them",
+        ),
+        (
             "a rank that is gone is not named",
             'if not self._store.check([f"{key}/{n}"])]',
             'if self._store.check([f"{key}/{n}"])]',

@@ -32,21 +32,32 @@ def free_port() -> int:
 
 
 def start_ranks(
-    size: int, work: Callable[[World], int], folder: Path, *, timeout: float = 60.0
+    size: int,
+    work: Callable[[World], int],
+    folder: Path,
+    *,
+    timeout: float = 60.0,
+    environment: Mapping[str, str] = {},
+    times: int = 1,
 ) -> list[int]:
     """Fork `size` ranks that do `work` as a command does, and return their process numbers.
 
-    The words of rank n are added to `folder/rank-n.txt`.
+    The words of rank n are added to `folder/rank-n.txt`; `environment` is what torchrun sets more.
+    With `times` a rank does its work that often, and meets the others each time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    return [
-        _fork(rank, size, port, work, folder / f"rank-{rank}.txt", timeout) for rank in range(size)
-    ]
+    described = {"MASTER_PORT": str(free_port()), TIMEOUT_VARIABLE: str(timeout), **environment}
+    log = str(folder / "rank-{}.txt")
+    return [_fork(n, size, described, work, Path(log.format(n)), times) for n in range(size)]
 
 
 def _fork(
-    rank: int, size: int, port: int, work: Callable[[World], int], log: Path, timeout: float
+    rank: int,
+    size: int,
+    described: Mapping[str, str],
+    work: Callable[[World], int],
+    log: Path,
+    times: int,
 ) -> int:
     child = os.fork()
     if child:
@@ -62,15 +73,17 @@ def _fork(
                 "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
                 "GLOO_SOCKET_IFNAME": "lo",
-                TIMEOUT_VARIABLE: str(timeout),
+                **described,
             }
         )
 
         def answer() -> int:
-            with World.from_environment().joined() as world:
-                return work(world)
+            codes = []
+            for _ in range(times):
+                with World.from_environment().joined() as world:
+                    codes.append(work(world))
+            return max(codes)
 
         with open(log, "a", encoding="utf-8") as sys.stdout:
             sys.stderr = sys.stdout

@@ -17,6 +17,7 @@ import pytest
 import torch
 from ranks import ended, said, start_ranks, train_on_ranks
 from safetensors.torch import load_file
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from trials import MAX_SECONDS, begin_or_resume, killed_at, outcome, settings
 
 from files.errors import UserError
@@ -198,6 +199,42 @@ def test_what_the_ranks_say_to_each_other(tmp_path: Path) -> None:
         return 0
 
     assert ended(start_ranks(3, work, tmp_path)) == [0, 0, 0]
+
+
+def test_ranks_meet_again_at_a_store_that_outlives_them(tmp_path: Path) -> None:
+    """A node that saw none of its ranks fail counts no restart, and is started again all the same.
+
+    What was said at the store before is of no start after it.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    agents = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    run = tmp_path / "run"
+
+    def work(world: World) -> int:
+        assert world.told("it", lambda: str(os.getpid())) != said_before
+        if (kept := world.kept_folder()) is None:
+            world.shared_folder(lambda: run)
+        return 9 if kept else 0
+
+    said_before = ""
+    begun = start_ranks(2, work, tmp_path, timeout=10, environment=agents)
+    assert ended(begun) == [0, 0]
+    # Nothing was begun in the folder; then something was.
+    said_before = str(begun[0])
+    assert ended(start_ranks(2, work, tmp_path, timeout=10, environment=agents)) == [0, 0]
+    run.mkdir()
+    (run / "config.toml").touch()
+    assert ended(start_ranks(2, work, tmp_path, timeout=10, environment=agents)) == [9, 9]
+
+
+def test_a_process_that_does_two_runs_meets_the_others_twice(tmp_path: Path) -> None:
+    words = [["first", "second"] for _ in range(2)]
+
+    def work(world: World) -> int:
+        word = words[world.rank].pop(0)
+        return 0 if world.told("it", lambda: word) == word else 9
+
+    assert ended(start_ranks(2, work, tmp_path, timeout=10, times=2)) == [0, 0]
 
 
 @pytest.fixture(scope="module")

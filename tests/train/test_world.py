@@ -26,7 +26,7 @@ def test_one_process_without_torchrun_and_with_one_rank() -> None:
 
 def test_torchrun_describes_the_ranks() -> None:
     world = World.from_environment(TORCHRUN)
-    assert world == World(2, 4, local_rank=0, local_size=2, attempt=1, agents=True)
+    assert world == World(2, 4, local_rank=0, local_size=2, agents=True)
     assert not world.first
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ _ROLL_CALL_SECONDS = 3.0
 # Of what gloo, NCCL and torch say of a broken connection.
 _OF_CONNECTIONS = ("Connection", "connection", "gloo", "NCCL", "Timed out", "timeout")
 _FAILED, _FOLDER = "failed", "folder"
+_STORES: dict[tuple[str, int], Store] = {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,6 @@ class World:
         size: How many there are.
         local_rank: Its number on this node.
         local_size: How many are on this node.
-        attempt: How often all were started again before (torchrun's `--max-restarts`).
         agents: Whether the store outlives the processes (torchrun's), so that a restart sees it.
         shards: Whether the ranks share the model's weights (`train.inputs.sharding`).
     """
@@ -60,10 +61,10 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    attempt: int = 0
     agents: bool = False
     shards: bool = False
     _store: Store | None = field(default=None, repr=False, compare=False)
+    _meeting: str = ""  # what these ranks, of this start, say stands under it
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -88,7 +89,6 @@ class World:
             size=size,
             local_rank=_number(environment, "LOCAL_RANK", rank),
             local_size=_number(environment, "LOCAL_WORLD_SIZE", size),
-            attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
             agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
@@ -119,12 +119,16 @@ class World:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = datetime.timedelta(seconds=timeout_seconds())
         try:
-            serves = self.first and not self.agents
-            base = TCPStore(address, port, self.size, is_master=serves, timeout=timeout)
-            store = PrefixStore(f"lathe/{self.attempt}", base)
+            # Kept: a process that does a second run goes on with the port that is served.
+            base = _STORES.get((address, port)) or TCPStore(
+                address, port, self.size, is_master=self.first and not self.agents, timeout=timeout
+            )
+            _STORES[address, port] = base
+            store = PrefixStore("lathe", base)
+            meeting = _meet(store, self.rank, self.size, timeout.total_seconds())
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                store=store,
+                store=PrefixStore(meeting, store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timeout,
@@ -134,7 +138,7 @@ class World:
                 f"rank {self.rank} of {self.size}: the ranks did not meet at {address}:{port} "
                 f"({_first_line(error)}); see that all {self.size} were started and can reach it"
             ) from None
-        world = replace(self, _store=PrefixStore("lathe", base))
+        world = replace(self, _store=store, _meeting=meeting)
         try:
             # FSDP2's collectives are not ours: what breaks in them is told here.
             with world.together(of_others=True):
@@ -196,7 +200,7 @@ class World:
         if self.size == 1:
             return tell()
         assert self._store is not None
-        key = f"{self.attempt}/{key}"
+        key = f"{self._meeting}/{key}"
         if self.first:
             text = tell()
             self._store.set(key, text)
@@ -208,7 +212,7 @@ class World:
         """Go on when every rank has come here; `key` says where, once."""
         if self.size > 1:
             assert self._store is not None
-            key = f"{self.attempt}/{key}"
+            key = f"{self._meeting}/{key}"
             if self._store.add(f"{key}/count", 1) == self.size:
                 self._store.set(key, "")
             self._wait_for(key)
@@ -223,7 +227,7 @@ class World:
         if self.size == 1:
             return do()
         assert self._store is not None
-        key = f"{self.attempt}/{key}/node-{self.rank - self.local_rank}"
+        key = f"{self._meeting}/{key}/node-{self.rank - self.local_rank}"
         if self.local_rank > 0:
             self._wait_for(key)
             return do()
@@ -241,11 +245,17 @@ class World:
     def kept_folder(self) -> str | None:
         """Return the folder of the run that these ranks had begun before they were started again.
 
-        None at the first start, and where no store outlived them.
+        None at the first start, where no store outlived them, and where nothing was begun.
         """
-        if self._store is None or not self.attempt or not self._store.check([_FOLDER]):
+        store = self._store
+        if store is None:
             return None
-        return self._store.get(_FOLDER).decode()
+
+        def kept() -> str:
+            folder = store.get(_FOLDER).decode() if store.check([_FOLDER]) else ""
+            return folder if folder and Path(folder, "config.toml").is_file() else ""
+
+        return self.told("kept", kept) or None
 
     def _wait_for(self, key: str) -> None:
         """Wait until a key is there, or another rank has failed."""
@@ -253,7 +263,7 @@ class World:
         end, pause = time.monotonic() + _PATIENCE_SECONDS, 0.01
         with self.together():
             while not self._store.check([key]):
-                if self._store.check([f"{self.attempt}/{_FAILED}"]) or time.monotonic() > end:
+                if self._store.check([f"{self._meeting}/{_FAILED}"]) or time.monotonic() > end:
                     raise RuntimeError("another rank has failed")
                 time.sleep(pause)
                 pause = min(1.0, 1.5 * pause)
@@ -280,7 +290,7 @@ class World:
         lost = "rank 0"
         with contextlib.suppress(RuntimeError):
             assert self._store is not None
-            key = f"{self.attempt}/here"
+            key = f"{self._meeting}/here"
             self._store.set(f"{key}/{self.rank}", "")
             time.sleep(_ROLL_CALL_SECONDS)
             absent = [n for n in range(self.size) if not self._store.check([f"{key}/{n}"])]
@@ -293,7 +303,7 @@ class World:
 
     def _word(self) -> str | None:
         """Return why another rank ended, where it left word."""
-        key = f"{self.attempt}/{_FAILED}"
+        key = f"{self._meeting}/{_FAILED}"
         with contextlib.suppress(RuntimeError):
             if self._store is not None and self._store.check([key]):
                 return parse_json_object(self._store.get(key), "the store")["error"]
@@ -308,7 +318,7 @@ class World:
         code = 2 if isinstance(error, UserError | OSError) else 1
         word = json.dumps({"rank": self.rank, "code": code, "error": str(error)})
         assert self._store is not None
-        key = f"{self.attempt}/{_FAILED}"
+        key = f"{self._meeting}/{_FAILED}"
         try:
             first = self._store.compare_set(key, "", word).decode()
         except RuntimeError:
@@ -349,6 +359,35 @@ def timeout_seconds(environment: Mapping[str, str] = os.environ) -> float:
     if not 0 < seconds < 1e6:
         raise UserError(f"{TIMEOUT_VARIABLE}={text}: is no number of seconds; unset it")
     return seconds
+
+
+def _meet(store: Store, rank: int, size: int, seconds: float) -> str:
+    """Return the name of this start of the ranks, which each learns from the one rank 0 of it.
+
+    What earlier starts left at the store stands under other names. torchrun's count of restarts is
+    none: of several nodes each counts its own.
+
+    Raises:
+        RuntimeError: Not all came in time.
+    """
+    own, end, pause = uuid.uuid4().hex, time.monotonic() + seconds, 0.01
+    store.set(f"here/{rank}", own)
+    absent = list(range(1, size)) if rank == 0 else [0]
+    while absent:
+        if rank == 0:
+            for other in absent:
+                if store.check([f"here/{other}"]):
+                    store.set(f"meeting/{store.get(f'here/{other}').decode()}", own)
+            absent = [other for other in absent if not store.check([f"{own}/came/{other}"])]
+        elif store.check([f"meeting/{own}"]):
+            name = store.get(f"meeting/{own}").decode()
+            store.set(f"{name}/came/{rank}", "")
+            return name
+        if time.monotonic() > end:
+            raise RuntimeError(f"no word of rank {', '.join(map(str, absent))}")
+        time.sleep(pause)
+        pause = min(0.2, 1.5 * pause)
+    return own
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:
