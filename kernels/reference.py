@@ -84,8 +84,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Made:
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # A CPU takes fp32 parameters beside bf16 input, but both in one type: a bias that is
-        # trained (lora.bias) is in fp32.
-        weight = weight.to(bias.dtype)
+        # trained (lora.bias) is in fp32. A layer whose weights ranks share has both in bf16 beside
+        # fp32 input.
+        kind = torch.promote_types(x.dtype, bias.dtype)
+        weight, bias = weight.to(kind), bias.to(kind)
     else:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     # CUDA's autocast would cast the input to fp32; the sums of the kernel are in fp32 as it is.

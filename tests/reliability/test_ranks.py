@@ -288,6 +288,16 @@ def test_a_shared_model_goes_on_bit_for_bit_after_a_kill_and_loads_in_transforme
         assert torch.equal(parameter.detach(), found[name])
 
 
+def test_a_shared_model_computes_in_half_precision(whole: dict[str, Any], tmp_path: Path) -> None:
+    """Its norms have their weights in bf16 beside fp32 input; one process has them in fp32."""
+    values = {**whole, "train.precision": "bf16", "train.max_steps": 2, "eval.steps": None}
+    alone = tmp_path / "alone" / "run"
+    assert begin_or_resume({**values, "train.output_dir": str(alone)}) == 0
+    assert train_on_ranks(2, at(tmp_path, values)) == [0, 0]
+    expected = [row["loss"] for row in rows(alone)]
+    assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=2e-2)
+
+
 def test_adapters_beside_a_base_that_is_shared(
     values: dict[str, Any], alone: Path, tmp_path: Path
 ) -> None:
