@@ -377,6 +377,8 @@ def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
         wait_for(lambda: any(folder.glob("checkpoints/step-*")), run)
         os.kill(worker(run.pid, 1), signal.SIGKILL)
         wait_for(lambda: "resumed at step" in log.read_text(), run)
+        resumed = len(rows(folder))  # a rank that has not begun would be ended by a signal
+        wait_for(lambda: len(rows(folder)) > resumed, run)
         run.send_signal(signal.SIGTERM)
         run.wait(timeout=MAX_SECONDS)
     status = json.loads((folder / "status.json").read_text())

@@ -283,7 +283,11 @@ class World:
         except RuntimeError as error:
             if of_others and not any(word in str(error) for word in _OF_CONNECTIONS):
                 raise
-            raise UserError(self._word() or f"{self._missing()} ({_first_line(error)})") from None
+            lost = UserError(self._word() or f"{self._missing()} ({_first_line(error)})")
+            # At once: a save in the background may wait for rows of the rank that is gone.
+            with contextlib.suppress(RuntimeError):
+                self._leave_word(lost)
+            raise lost from None
 
     def _missing(self) -> str:
         """Call the roll after a collective broke; return who does not answer."""
@@ -315,12 +319,10 @@ class World:
         Raises:
             SystemExit: Another was first, and this one has no fault of its own to show; its code.
         """
-        code = 2 if isinstance(error, UserError | OSError) else 1
-        word = json.dumps({"rank": self.rank, "code": code, "error": str(error)})
         assert self._store is not None
         key = f"{self._meeting}/{_FAILED}"
         try:
-            first = self._store.compare_set(key, "", word).decode()
+            first, word = self._leave_word(error)
         except RuntimeError:
             return  # the store went with rank 0
         if first != word and isinstance(error, UserError | OSError | KeyboardInterrupt):
@@ -330,6 +332,13 @@ class World:
             raise SystemExit(int(said["code"])) from None
         if self.first and not self.agents:
             self._linger(f"{key}/heard")
+
+    def _leave_word(self, error: BaseException) -> tuple[str, str]:
+        """Say why this rank ends, where none has before; return the first word, and its own."""
+        code = 2 if isinstance(error, UserError | OSError) else 1
+        word = json.dumps({"rank": self.rank, "code": code, "error": str(error)})
+        assert self._store is not None
+        return self._store.compare_set(f"{self._meeting}/{_FAILED}", "", word).decode(), word
 
     def _linger(self, heard: str) -> None:
         """Serve the store until the others have heard why this rank ends."""
