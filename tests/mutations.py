@@ -2925,6 +2925,109 @@ MUTATIONS = [
             "        if not first and isinstance(",
             "tests/reliability/test_ranks.py::test_a_full_disk_ends_all_ranks_with_one_message",
         ),
+        (
+            "every rank prints",
+            "                if not self.first:\n                    nowhere",
+            "                if self.first is None:\n                    nowhere",
+            "tests/reliability/test_ranks.py::test_only_rank_0_prints",
+        ),
+    ),
+    # --- ranks -----------------------------------------------------------------------------------
+    *_of(
+        "data/order.py",
+        "tests/train/test_step_over_ranks.py",
+        (
+            "ranks take what lies next, however long it is",
+            "key=lambda r: tokens[r])",
+            "key=lambda r: r)",
+            "test_shares_are_as_many_examples_as_the_plan_says_and_like_in_tokens",
+        ),
+    ),
+    *_of(
+        "train/step.py",
+        "tests/train/test_step_over_ranks.py",
+        (
+            "a rank's loss is taken for the step's",
+            "mean = world.sums(exact_sum(losses))[0] / targets",
+            "mean = exact_sum(losses) / targets",
+            "test_a_batch_has_one_loss_and_one_gradient_over_any_number_of_ranks",
+        ),
+        (
+            "examples of a rank that is not at fault are named",
+            "of=at_fault if known else batch",
+            "of=at_fault or batch",
+            "test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all",
+        ),
+    ),
+    *_of(
+        "train/evaluate.py",
+        "tests/train/test_step_over_ranks.py",
+        (
+            "a rank's part is taken for the whole set",
+            "loss, targets = world.sums(exact_sum(losses), targets)",
+            "loss, targets = exact_sum(losses), float(targets)",
+            "test_an_evaluation_over_ranks_is_the_token_mean_of_the_whole_set",
+        ),
+    ),
+    *_of(
+        "train/optim/buffers.py",
+        "tests/train/test_step_over_ranks.py",
+        (
+            "replicas keep their own gradients",
+            "        add(self.gradients)\n",
+            "        add(self.gradients.clone())\n",
+            "test_a_batch_has_one_loss_and_one_gradient_over_any_number_of_ranks",
+        ),
+    ),
+    *_of(
+        "train/inputs/sharding.py",
+        "tests/reliability/test_ranks.py",
+        (
+            "gradients of a shared model are averaged, not added",
+            "            module.set_gradient_divide_factor(1.0)\n",
+            "",
+            "test_ranks_that_share_every_weight_train_as_one_process",
+        ),
+    ),
+    *_of(
+        "train/saving/shares.py",
+        "tests/reliability/test_ranks.py",
+        (
+            "what is still gathered behind an evaluation is saved as a rank's rows",
+            "for name, source in sharing.sources.items()",
+            "for name, source in run.model.named_parameters()",
+            "test_ranks_that_share_every_weight_train_as_one_process",
+        ),
+    ),
+    *_of(
+        "files/tensors.py",
+        "tests/reliability/test_shared_files.py",
+        (
+            "every rank writes its rows where the first ones belong",
+            "offset += tensor.first * (sizes[name] // tensor.shape[0])",
+            "offset += 0 * (sizes[name] // tensor.shape[0])",
+            "test_a_rank_holds_its_share_and_one_tensor",
+        ),
+    ),
+    *_of(
+        "train/assemble.py",
+        "tests/reliability/test_ranks.py",
+        (
+            "ranks that ran out of memory try the same again",
+            "        state.micro_batch_divisor *= 2\n",
+            "        pass\n",
+            "test_a_rank_of_a_shared_model_that_runs_out_of_memory_ends_all_and_they_go_on_with_half",
+        ),
+    ),
+    *_of(
+        "train/process/signals.py",
+        "tests/train/test_signals.py",
+        (
+            "one signal that came twice ends a rank unsaved",
+            "time.monotonic() - self._asked_at < self._apart",
+            "time.monotonic() - self._asked_at < 0",
+            "test_torchrun_passes_on_what_every_process_got_and_that_is_one_signal",
+        ),
     ),
 ]
 

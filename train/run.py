@@ -146,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: Arguments, world: World) -> int:
     if arguments.list_presets or arguments.show:
-        if world.first:
-            print(show_text(arguments.show) if arguments.show else list_presets_text())
+        print(show_text(arguments.show) if arguments.show else list_presets_text())
         return 0
     # Ranks that were started again go on with the run that they had begun.
     place = arguments.resume or world.kept_folder()

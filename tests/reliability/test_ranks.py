@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from trials import MAX_SECONDS, begin_or_resume, killed_at, outcome, settings
 
 from files.errors import UserError
+from train.config.command_line import parse
 from train.process.world import World
+from train.run import _answer
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +393,79 @@ def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
     untouched = [row for row in rows(tmp_path / "untouched" / "run") if row["kind"] == "train"]
     for row, expected in zip(found, untouched, strict=True):
         assert (row["loss"], row["grad_norm"]) == (expected["loss"], expected["grad_norm"])
+
+
+def test_only_rank_0_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help, presets, a plan: once, not once a rank."""
+    for number, asked in enumerate((["--help"], ["--list-presets"], ["--show", "demo"])):
+        folder = tmp_path / str(number)
+
+        def work(world: World, asked: list[str] = asked) -> int:
+            print(asked)
+            return _answer(parse(asked), world)
+
+        assert ended(start_ranks(2, work, folder)) == [0, 0]
+        assert str(asked) in said(folder, 0)
+        assert said(folder, 1) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.precision": "fp16", "optimizer.learning_rate": 1e-3},
+        {"train.method": "lora", "train.sharding": "shard", "lora.bias": "all"},
+        {"model.gradient_checkpointing": True, "train.micro_batch_tokens": 40},
+    ],
+    ids=["fp16", "lora-biases", "recomputing-by-tokens"],
+)
+def test_what_else_a_shared_model_may_be_asked(
+    changes: dict[str, Any], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    values = {**whole, **changes, "train.max_steps": 4}
+    alone = at(tmp_path / "alone", values)
+    assert begin_or_resume({**alone, "train.sharding": "auto"}) == 0
+    assert train_on_ranks(3, at(tmp_path / "shared", values)) == [0, 0, 0]
+    one, other = (rows(tmp_path / name / "run") for name in ("alone", "shared"))
+    # fp16 keeps 11 bits: a loss of 6 moves by 3e-3 with each rounding of a logit.
+    tolerance = 5e-3 if "train.precision" in changes else 1e-5
+    for row, expected in zip(other, one, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+        assert row.get("loss_scale") == expected.get("loss_scale")
+
+
+def test_going_on_from_an_adapter_beside_a_shared_base(
+    values: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    adapter = {k: v for k, v in values.items() if not k.startswith("lora.")}
+    adapter |= {"lora.init_from": str(alone / "final"), "train.max_steps": 3}
+    assert begin_or_resume(at(tmp_path / "one", adapter)) == 0
+    assert train_on_ranks(2, at(tmp_path / "two", {**adapter, "train.sharding": "shard"})) == [0, 0]
+    assert_like(tmp_path / "two" / "run", tmp_path / "one" / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_in_the_midst_of_a_shared_file_loses_nothing(
+    rank: int, whole: dict[str, Any], whole_alone: Path, tmp_path: Path
+) -> None:
+    """Rank 0 has begun the file, and each has written some of its rows."""
+    here = at(tmp_path, whole)
+    codes = train_on_ranks(2, here, {rank: killed_at("tensors.part", 25)})
+    assert sorted(codes) == [-9, 2]
+    assert train_on_ranks(2, here) == [0, 0]
+    assert_like(tmp_path / "run", whole_alone)
+    assert outcome(tmp_path / "run")["status"]["state"] == "finished"
+
+
+def test_a_best_that_is_lost_is_made_again_from_its_checkpoint_by_all_ranks(
+    whole: dict[str, Any], whole_alone: Path, tmp_path: Path
+) -> None:
+    """Step 4 is the best when the run is stopped after it."""
+    here = at(tmp_path, whole)
+    assert train_on_ranks(2, here, {0: stopping_at(4, signal.SIGTERM)}) == [143, 143]
+    before = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "best")
+    assert train_on_ranks(2, {**here}, {0: stopping_at(1, signal.SIGTERM)}) == [143, 143]
+    after = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert train_on_ranks(3, here) == [0, 0, 0]
+    assert_like(tmp_path / "run", whole_alone)

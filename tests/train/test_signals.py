@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 
+import pytest
 from children import python
 
 from train.process.signals import Signals
@@ -32,3 +34,20 @@ def test_the_second_signal_exits_at_once() -> None:
     assert done.stdout == "still here\n"
     # What the first one does is said at once: a step, or loading weights, may take a while.
     assert "Ctrl-C: stopping after the next whole step" in done.stderr
+
+
+def test_torchrun_passes_on_what_every_process_got_and_that_is_one_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (signals.stop, ended) == (signal.SIGTERM, [])
+        now += 3
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [128 + signal.SIGTERM]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,16 +31,14 @@ class Records:
         log, done = run.config.log, run.state.step
         device = run.precision.device
         self.run, self.busy = run, busy
-        first = run.world.first
         self.metrics = None
-        if first:
+        if run.world.first:
             self.metrics = Metrics(run.folder, tensorboard=log.tensorboard, resume_step=done)
         self.console = Console(
-            log.progress if first else False,
+            log.progress,
             run.plan.total_steps,
             first_step=done,
             memory=lambda: float(peak_memory(device)),
-            stream=None if first else open(os.devnull, "w", encoding="utf-8"),  # noqa: SIM115
         )
         self.cores = BusyCores(threads_spin(device.type, torch.get_num_threads()))
 

@@ -6,14 +6,19 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
+
+_APART_SECONDS = 2.0
 
 
 class Signals:
     """SIGINT and SIGTERM ask to stop after the step in progress, SIGUSR1 asks for a checkpoint.
 
-    A second SIGINT or SIGTERM exits at once, without saving. Outside the main thread (some
+    A second SIGINT or SIGTERM exits at once, without saving. Under torchrun it is only a second one
+    where some time lies between: what signals every process of a job reaches a rank twice, once by
+    way of torchrun. Outside the main thread (some
     notebooks) Python allows no handlers, so nothing is installed there.
 
     Attributes:
@@ -25,6 +30,8 @@ class Signals:
         self.stop: signal.Signals | None = None
         self.save = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._asked_at = 0.0
+        self._apart = _APART_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -40,7 +47,10 @@ class Signals:
 
     def _ask_to_stop(self, number: int, _: FrameType | None) -> None:
         if self.stop is not None:
+            if time.monotonic() - self._asked_at < self._apart:
+                return
             os._exit(128 + number)
+        self._asked_at = time.monotonic()
         self.stop = signal.Signals(number)
         # Written past Python's buffers, one of which this handler may have interrupted.
         name = "Ctrl-C" if number == signal.SIGINT else self.stop.name

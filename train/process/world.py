@@ -101,7 +101,8 @@ class World:
     def joined(self) -> Iterator[World]:
         """Meet the other ranks, and yield the world in which they can be spoken to.
 
-        What is raised inside ends every rank; only the first to fail raises it on.
+        What ranks other than the first print goes nowhere. What is raised inside ends every rank;
+        only the first to fail raises it on.
 
         Raises:
             UserError: The ranks could not meet, or one is gone.
@@ -141,7 +142,11 @@ class World:
         world = replace(self, _store=store, _meeting=meeting)
         try:
             # FSDP2's collectives are not ours: what breaks in them is told here.
-            with world.together(of_others=True):
+            with contextlib.ExitStack() as inside:
+                inside.enter_context(world.together(of_others=True))
+                if not self.first:
+                    nowhere = inside.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                    inside.enter_context(contextlib.redirect_stdout(nowhere))
                 yield world
             world.wait()
         except BaseException as error:
