@@ -11,7 +11,8 @@ from typing import Any
 
 from files.errors import UserError, did_you_mean
 from train.config.layers import COMMAND_LINE, Entry
-from train.config.schema import PATH_KEYS, Key
+from train.config.rules import Key
+from train.config.schema import PATH_KEYS
 from train.config.stack import UNSUPPORTED_VALUES
 from train.config.toml import is_too_long, shown, toml_value
 
