@@ -2898,6 +2898,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/run.py",
+        "tests/reliability/test_ranks.py",
+        (
+            "a program that is started again takes one of its runs for another",
+            "World.from_environment(asked=asked)",
+            "World.from_environment()",
+            "test_a_program_s_runs_each_go_on_when_torchrun_starts_it_again",
+        ),
+    ),
+    *_of(
         "train/process/world.py",
         "tests/train/test_world.py",
         (

@@ -7,6 +7,7 @@ row or key is known before weights load. Nothing here imports torch until a run 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,8 +67,18 @@ def run(
         from train.inputs.dataset import with_rows
 
         config = with_rows(config, rows)
-    with World.from_environment().joined() as world:
-        return execute(config, world=world).folder
+    # A program may do several runs: each finds its own again.
+    asked = hashlib.sha256(repr(config).encode()).hexdigest()
+    with World.from_environment(asked=asked).joined() as world:
+        place = world.kept_folder()
+        return (_go_on(place, {}, world) if place else execute(config, world=world)).folder
+
+
+def _go_on(place: str, overrides: Mapping[str, Any], world: World) -> Outcome:
+    from train.saving.resume import find_run
+
+    config, resume = find_run(Path(place), overrides, world)
+    return execute(config, resume, world) if resume else Outcome(Path(place), "completed")
 
 
 def execute(config: RunConfig, resume: Resume | None = None, world: World = ALONE) -> Outcome:
@@ -151,14 +162,8 @@ def _answer(arguments: Arguments, world: World) -> int:
     # Ranks that were started again go on with the run that they had begun.
     place = arguments.resume or world.kept_folder()
     if place:
-        from train.saving.resume import find_run
-
-        config, resume = find_run(
-            Path(place), arguments.overrides if arguments.resume else {}, world
-        )
-        if resume is None:
-            return 0
-        return execute(config, resume, world).exit_code
+        overrides = arguments.overrides if arguments.resume else {}
+        return _go_on(place, overrides, world).exit_code
     config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
     if arguments.plan:
         from train.survey import print_plan

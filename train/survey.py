@@ -82,7 +82,8 @@ def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = 
     refuse_model(config, decoder)
     config = with_starting_adapter(config, decoder)
     data = _look_at_data(config, decoder)
-    document = plan_document(config, data, decoder, machine_to_plan_for(config), ranks or 1)
+    ranks = ranks or 1
+    document = plan_document(config, data, decoder, machine_to_plan_for(config, ranks), ranks)
     code = 2 if document["fits"] is False else 0
     if as_json:
         print(json.dumps(document, allow_nan=False, indent=2))

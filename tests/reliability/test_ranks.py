@@ -395,6 +395,54 @@ def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
         assert (row["loss"], row["grad_norm"]) == (expected["loss"], expected["grad_norm"])
 
 
+def test_a_program_s_runs_each_go_on_when_torchrun_starts_it_again(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of two runs that a script does, the first is done once, and the second is taken up."""
+    several = [
+        {**values, "train.max_steps": steps, "checkpoint.steps": 1, "eval.steps": None}
+        | {"train.output_dir": str(tmp_path / name)}
+        for name, steps in (("first", 2), ("second", 40))
+    ]
+    script = tmp_path / "two_runs.py"
+    script.write_text(
+        f"""
+import os, signal
+from pathlib import Path
+from files.faults import listening
+from train.config import load_config
+from train.run import run
+
+def dies(point):
+    once = Path({str(tmp_path / "died")!r})
+    saved = any(Path({str(tmp_path / "second" / "checkpoints")!r}).glob("step-*"))
+    if saved and os.environ["RANK"] == "1" and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for values in {several!r}:
+    with listening(dies):
+        print("run", run(load_config(overrides=values)).name)
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    told = subprocess.run(
+        [*command, "--max-restarts=1", str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=MAX_SECONDS,
+    )
+    assert told.returncode == 0, told.stderr
+    assert (tmp_path / "died").exists()
+    assert told.stdout.count("run second") == 2  # ranks print what is outside of a run
+    for name, steps in (("first", 2), ("second", 40)):
+        found = [row["step"] for row in rows(tmp_path / name) if row["kind"] == "train"]
+        assert found == list(range(1, steps + 1))
+    assert json.loads((tmp_path / "first" / "status.json").read_text())["state"] == "finished"
+
+
 def test_only_rank_0_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Help, presets, a plan: once, not once a rank."""
     for number, asked in enumerate((["--help"], ["--list-presets"], ["--show", "demo"])):

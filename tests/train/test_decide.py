@@ -111,7 +111,10 @@ def test_devices() -> None:
 def test_a_machine_without_an_accelerator_plans_for_one_unless_the_cpu_is_named() -> None:
     assert machine_to_plan_for(load_config()) is UNKNOWN
     on_cpu = load_config(overrides={"train.device": "cpu"})
-    assert machine_to_plan_for(on_cpu).device == "cpu"
+    alone, of_four = machine_to_plan_for(on_cpu), machine_to_plan_for(on_cpu, 4)
+    assert alone.device == of_four.device == "cpu"
+    if alone.memory is not None and of_four.memory is not None:  # what is free moves meanwhile
+        assert of_four.memory == pytest.approx(alone.memory / 4, rel=0.2)
     assert this_machine(load_config()).device == "cpu"
 
 

@@ -50,18 +50,14 @@ def this_machine(config: RunConfig, world: World = ALONE) -> Machine:
     Raises:
         UserError: `train.device` is not to be had here.
     """
-    device = decide_device(config.train.device)
-    memory = available_memory(device)
-    if memory is not None and device != "cuda":
-        memory //= world.local_size
-    return Machine(device, memory)
+    return _share(decide_device(config.train.device), world.local_size)
 
 
-def machine_to_plan_for(config: RunConfig) -> Machine:
+def machine_to_plan_for(config: RunConfig, ranks: int = 1) -> Machine:
     """Return the machine that a plan counts with: this one, or an unknown one.
 
     It is unknown where `train.device=auto` finds no more than a CPU: so a laptop plans the run of a
-    GPU. `train.device=cpu` plans for the CPU.
+    GPU. `train.device=cpu` plans for the CPU, whose memory all ranks then share.
 
     Raises:
         UserError: `train.device` is not to be had here.
@@ -69,7 +65,15 @@ def machine_to_plan_for(config: RunConfig) -> Machine:
     device = decide_device(config.train.device)
     if config.train.device == "auto" and device == "cpu":
         return UNKNOWN
-    return Machine(device, available_memory(device))
+    return _share(device, ranks)
+
+
+def _share(device: str, ranks: int) -> Machine:
+    """Return what one of the ranks of this machine has of it: of the CPU's memory its part."""
+    memory = available_memory(device)
+    if memory is not None and device != "cuda":
+        memory //= ranks
+    return Machine(device, memory)
 
 
 def decide(config: RunConfig, machine: Machine) -> RunConfig:

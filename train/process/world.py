@@ -55,6 +55,7 @@ class World:
         local_size: How many are on this node.
         agents: Whether the store outlives the processes (torchrun's), so that a restart sees it.
         shards: Whether the ranks share the model's weights (`train.inputs.sharding`).
+        asked: What tells this run from others that the same ranks do one after another.
     """
 
     rank: int = 0
@@ -63,11 +64,14 @@ class World:
     local_size: int = 1
     agents: bool = False
     shards: bool = False
+    asked: str = ""
     _store: Store | None = field(default=None, repr=False, compare=False)
     _meeting: str = ""  # what these ranks, of this start, say stands under it
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+    def from_environment(
+        cls, environment: Mapping[str, str] = os.environ, asked: str = ""
+    ) -> World:
         """Return the world that the environment describes, one process without a description.
 
         Raises:
@@ -90,6 +94,7 @@ class World:
             local_rank=_number(environment, "LOCAL_RANK", rank),
             local_size=_number(environment, "LOCAL_WORLD_SIZE", size),
             agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            asked=asked,
         )
 
     @property
@@ -244,7 +249,7 @@ class World:
         """Return the folder that rank 0 chooses for the run; a restart finds it again."""
         folder = Path(self.told("folder", lambda: str(choose())))
         if self._store is not None and self.first:
-            self._store.set(_FOLDER, str(folder.absolute()))
+            self._store.set(f"{_FOLDER}/{self.asked}", str(folder.absolute()))
         return folder
 
     def kept_folder(self) -> str | None:
@@ -257,7 +262,8 @@ class World:
             return None
 
         def kept() -> str:
-            folder = store.get(_FOLDER).decode() if store.check([_FOLDER]) else ""
+            key = f"{_FOLDER}/{self.asked}"
+            folder = store.get(key).decode() if store.check([key]) else ""
             return folder if folder and Path(folder, "config.toml").is_file() else ""
 
         return self.told("kept", kept) or None
