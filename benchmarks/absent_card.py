@@ -31,12 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import cards
-from benchmarks.cards import Card
 from kernels.triton import launch as parameters
+from train.plan import cards
+from train.plan.cards import Card
 
-# One of each architecture; what a program may take is the same for all cards of it.
-CARDS = {card.architecture: card for card in cards.CARDS.values()}
+# One of each architecture that is compiled for; what a program may take is the same for all of it.
+CARDS = {cards.CARDS[name].architecture: cards.CARDS[name] for name in ("a100", "4090", "h200")}
 REGISTERS = 65_536  # of a multiprocessor, on all of them
 
 

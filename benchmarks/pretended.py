@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from benchmarks.cards import Card
+from train.plan.cards import Card
 
 CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")

@@ -33,12 +33,12 @@ from statistics import median
 from typing import Any
 
 from benchmarks import fixtures, harness
-from benchmarks.cards import CARDS
 from files.errors import UserError
 from models.config import DecoderConfig
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.inputs.known import NO_DATA, Unknown
+from train.plan.cards import CARDS
 from train.plan.decide import Machine
 from train.plan.document import plan_document
 from train.plan.ledger import SHARE_OF_PEAK, find_decoder_config, flops_per_token, widths

@@ -10,7 +10,7 @@ Without a preset it is StarCoder2-3B, LoRA r = 16 on all linear layers, 24 × 1,
 dropout, no recomputing.
 
 A launch takes as long as its products or its bytes, whichever is more, at what the card attains at
-best (`benchmarks.cards`) times an efficiency: `--products`, `--memory`; attention computes at
+best (`train.plan.cards`) times an efficiency: `--products`, `--memory`; attention computes at
 `--attention` times what a large product attains. Launches are taken to hide behind one another, and
 the host behind the card. Every second and every token/s that is printed is a prediction. What a
 library keeps to itself is not counted: flash attention's own buffers, a split product's parts.
@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 import models.layers
-from benchmarks.cards import CARDS, Card
 from benchmarks.counting import ATTENTION, KINDS, Counting, Launch
 from benchmarks.pretended import pretended_cuda
 from data.batch import MicroBatch
@@ -50,6 +49,7 @@ from train.config.schema import RunConfig
 from train.inputs.base_model import base_dtype, make_trainable
 from train.inputs.known import Unknown
 from train.optim import build_optimizer
+from train.plan.cards import CARDS, Card
 from train.plan.decide import Machine, decide
 from train.plan.ledger import find_decoder_config, micro_batch_tokens
 from train.plan.steps import effective_batch_size

@@ -64,26 +64,34 @@ def refuse_model(config: RunConfig, decoder: DecoderConfig | Unknown) -> None:
         check_weights(folder, build(decoder, device="meta"))
 
 
-def print_plan(config: RunConfig, *, as_json: bool = False, ranks: int | None = None) -> int:
+def print_plan(
+    config: RunConfig,
+    *,
+    as_json: bool = False,
+    ranks: int | None = None,
+    machine: Machine | None = None,
+) -> int:
     """Answer `--plan`: print the plan as text, or as one JSON object and nothing else.
 
     Returns the exit code: 2 where the memory that is known does not suffice, else 0.
 
     Data and tokenizer are read where they can be had; where the hub cannot be reached, the plan
-    counts with the rows that the seed states, and says what to pass instead.
+    counts with the rows that the seed states, and says what to pass instead. It is a plan for
+    `machine`, or for this one (`machine_to_plan_for`).
 
     Raises:
         UserError: What would end the run before its first step, or a row or config.json that is not
             what it must be.
     """
-    refuse_early(config, this_machine(config), new=True)
+    refuse_early(config, machine or this_machine(config), new=True)
     config = with_whole_paths(config)
     decoder = find_decoder_config(config)
     refuse_model(config, decoder)
     config = with_starting_adapter(config, decoder)
     data = _look_at_data(config, decoder)
     ranks = ranks or 1
-    document = plan_document(config, data, decoder, machine_to_plan_for(config, ranks), ranks)
+    machine = machine or machine_to_plan_for(config, ranks)
+    document = plan_document(config, data, decoder, machine, ranks)
     code = 2 if document["fits"] is False else 0
     if as_json:
         print(json.dumps(document, allow_nan=False, indent=2))

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import pretended, traffic
-from benchmarks.cards import CARDS
 from benchmarks.counting import Counting
 from benchmarks.kernel_source import uses_of
 from benchmarks.pretended import pretended_cuda
@@ -25,6 +24,7 @@ from train.config.layers import preset_names
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.inputs.known import Unknown
+from train.plan.cards import CARDS
 from train.plan.decide import Machine, decide
 from train.plan.ledger import find_decoder_config, memory_ledger, micro_batch_tokens, model_sizes
 from train.precision import COMPUTE_DTYPES

@@ -33,7 +33,6 @@ import triton
 
 import kernels.triton
 from benchmarks.absent_card import CARDS, Launch, absent_card, look_into
-from benchmarks.cards import Card
 from kernels.dispatch import operations
 from kernels.segments import Segments
 from kernels.triton.jit import Kernel
@@ -41,6 +40,7 @@ from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
 from train.optim import build_optimizer
+from train.plan.cards import Card
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

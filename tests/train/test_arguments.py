@@ -48,6 +48,21 @@ def test_what_was_asked(line: str, arguments: Arguments) -> None:
     assert parse(line.split()) == arguments
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24", 24 * 10**9),
+        ("22.5GiB", 22.5 * 2**30),
+        ("80 gb", 80 * 10**9),
+        ("500M", 500 * 10**6),
+        ("1TiB", 2**40),
+    ],
+)
+def test_a_size_of_memory(text: str, count: float) -> None:
+    assert parse(["--plan", "--memory", text]).memory == count
+
+
 def test_of_two_settings_of_a_key_the_later_rules() -> None:
     overrides = parse(["lora.r=4", "r=8", "lora.r=16"]).overrides
     assert load_config(overrides=overrides).lora.r == 16
@@ -68,6 +83,10 @@ def test_of_two_settings_of_a_key_the_later_rules() -> None:
         ("--ranks 2", ["--ranks goes with --plan"]),
         ("--plan --ranks 0", ["at least 1"]),
         ("--plan --ranks two", ["--ranks", "two"]),
+        ("--memory 24GB", ["--memory goes with --plan"]),
+        ("--gpu a100", ["--gpu goes with --plan"]),
+        ("--plan --memory lots", ["--memory lots", "24GB"]),
+        ("--plan --memory 0", ["--memory 0", "24GB"]),
         ("--resume a --preset demo", ["--resume", "--preset"]),
         ("--resume a --plan", ["plan.json"]),
         ("--prove-resume 0", ["--prove-resume 0", "at least 1"]),

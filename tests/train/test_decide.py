@@ -32,6 +32,7 @@ from train.plan.decide import (
     decide_micro_batch_tokens,
     decide_precision,
     decide_recomputing,
+    machine_elsewhere,
     machine_to_plan_for,
     this_machine,
 )
@@ -116,6 +117,35 @@ def test_a_machine_without_an_accelerator_plans_for_one_unless_the_cpu_is_named(
     if alone.memory is not None and of_four.memory is not None:  # what is free moves meanwhile
         assert of_four.memory == pytest.approx(alone.memory / 4, rel=0.2)
     assert this_machine(load_config()).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "expected"),
+    [
+        ("4090", None, Machine("cuda", 24 * 10**9, (8, 9))),
+        ("A100 40GB", None, Machine("cuda", 40 * 10**9, (8, 0))),
+        (None, 10**10, Machine("cuda", 10**10, (8, 0))),
+        ("h100", 10**10, Machine("cuda", 10**10, (9, 0))),
+    ],
+)
+def test_a_gpu_that_is_planned_for_need_not_be_here(
+    gpu: str | None, memory: int | None, expected: Machine
+) -> None:
+    machine = machine_elsewhere(load_config(), gpu, memory)
+    assert machine == expected
+    assert decide_precision("auto", machine.device, machine.capability) == "bf16"
+    assert decide_precision("auto", machine.device, (7, 5)) == "fp32"
+    assert decide_kernels("auto", machine.device, machine.capability) == "triton"
+    assert decide_kernels("reference", machine.device, machine.capability) == "reference"
+    assert decide_kernels("auto", machine.device, (7, 5)) == "reference"
+
+
+def test_a_gpu_that_is_not_known_or_not_meant_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--gpu 4080: .*4090.*--memory"):
+        machine_elsewhere(load_config(), "4080", None)
+    on_cpu = load_config(overrides={"train.device": "cpu"})
+    with pytest.raises(UserError, match=r"--memory plans for a CUDA card, and train.device=cpu"):
+        machine_elsewhere(on_cpu, None, 10**10)
 
 
 def test_this_machine_has_memory() -> None:

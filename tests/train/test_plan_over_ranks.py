@@ -195,11 +195,8 @@ def test_what_does_not_fit_is_said(
     assert document_of(preset, ranks, UNKNOWN, **changes)["fits"] is None
 
 
-def test_a_plan_of_what_cannot_start_ends_with_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--preset", "starcoder2-15b", "train.device=cpu", "--plan", "--json", "--ranks"]
-    monkeypatch.setattr("train.plan.decide.available_memory", lambda _: 80 * 10**9)
+def test_a_plan_of_what_cannot_start_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--preset starcoder2-15b --plan --json --memory 80GB --ranks".split()
     codes = []
     for ranks in (1, 6):
         codes.append(run.main([*arguments, str(ranks)]))
@@ -232,5 +229,5 @@ def test_the_readme_has_seed_002_s_presets_on_its_gpus() -> None:
     lasting = []
     for preset, ranks in SEED_002.items():
         memory = document_of(preset, ranks)["memory"]
-        lasting.append(f"{sum(memory[name] for name in LASTING) / 1e9:.1f}")
-    assert f"planned at {lasting[0]}, {lasting[1]} and {lasting[2]} GB a rank" in README
+        lasting.append(f"{sum(memory[name] for name in LASTING) / 2**30:.1f}")
+    assert f"planned at {lasting[0]}, {lasting[1]} and {lasting[2]} GiB a rank" in README

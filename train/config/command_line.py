@@ -25,7 +25,17 @@ from train.process.command import CommandParser, command
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
 OPTIONS = (
-    *("--preset", "--config", "--plan", "--json", "--ranks", "--resume", "--prove-resume"),
+    *(
+        "--preset",
+        "--config",
+        "--plan",
+        "--json",
+        "--ranks",
+        "--memory",
+        "--gpu",
+        "--resume",
+        "--prove-resume",
+    ),
     *("--list-presets", "--show", "--help"),
 )
 
@@ -76,6 +86,8 @@ class Arguments:
     plan: bool = False  # print the plan and train nothing
     json: bool = False  # the plan as one JSON object
     ranks: int | None = None  # ranks to plan for; None is one
+    memory: int | None = None  # bytes of the GPU to plan for
+    gpu: str | None = None  # name of the GPU to plan for
     resume: str | None = None  # folder of a run or of one checkpoint to go on from
     # Steps before the kill of a proof that resume is exact; None proves nothing.
     prove_resume: int | None = None
@@ -108,6 +120,12 @@ def _parser() -> CommandParser:
         "--ranks", type=int, metavar="N", help="with --plan: plan for N ranks (default 1)"
     )
     parser.add_argument(
+        "--memory", metavar="SIZE", help="with --plan: for a GPU of so much memory, such as 24GB"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --plan: for a GPU by its name, such as a100 or 4090"
+    )
+    parser.add_argument(
         "--resume", metavar="FOLDER", help="go on with a run, or from one of its checkpoints"
     )
     parser.add_argument(
@@ -137,6 +155,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     if not argv:
         note(f"no arguments: running the preset {EMBEDDED_PRESET} (--help shows what is possible)")
         values["preset"] = EMBEDDED_PRESET
+    if values["memory"] is not None:
+        values["memory"] = _bytes(values["memory"])
     arguments = Arguments(**values, overrides=overrides)
     _check(arguments)
     return arguments
@@ -153,9 +173,9 @@ def _with_steps_before_kill(argv: Sequence[str]) -> list[str]:
 
 
 def _check(arguments: Arguments) -> None:
-    if not arguments.plan and (arguments.json or arguments.ranks is not None):
-        option = "--json" if arguments.json else "--ranks"
-        raise UserError(f"{option} goes with --plan; add --plan")
+    for option in ("json", "ranks", "memory", "gpu"):
+        if getattr(arguments, option) and not arguments.plan:
+            raise UserError(f"--{option} goes with --plan; add --plan")
     if arguments.ranks is not None and arguments.ranks < 1:
         raise UserError(f"--ranks {arguments.ranks}: a plan needs at least 1 rank")
     if arguments.prove_resume is not None:
@@ -177,6 +197,16 @@ def _check(arguments: Arguments) -> None:
             )
         if arguments.plan:
             raise UserError("--plan plans a new run; the plan of a run stands in its plan.json")
+
+
+def _bytes(text: str) -> int:
+    """Return the bytes of a size such as `24GB`, `22.5 GiB` or `24` (GB, as cards are sold)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?)?", text.strip(), re.IGNORECASE)
+    number = float(found.group(1)) if found else 0.0
+    if not found or not 0 < number < 1e6:
+        raise UserError(f"--memory {text}: must be a size such as 24GB, 22.5GiB or 24")
+    power = "KMGT".index((found.group(2) or "G").upper()) + 1
+    return int(number * (1024 if found.group(3) else 1000) ** power)
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, str]:

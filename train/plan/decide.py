@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
+from train.plan.cards import CARDS
 from train.process.world import ALONE, World
 from train.text import size_text
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from models.config import DecoderConfig
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+AMPERE = (8, 0)  # the first compute capability with bf16 products, and Triton's kernels
 # Instruction sets that multiply bf16 natively, as `torch.cpu.get_capabilities` names them on x86-64
 # and ARM64.
 _NATIVE_BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -35,10 +37,12 @@ class Machine:
     Attributes:
         device: `cpu`, `cuda` or `mps`; None where it is not known.
         memory: Bytes that a run may use there; None where that is not known.
+        capability: Compute capability of a CUDA card that is planned for and need not be here.
     """
 
     device: str | None
     memory: int | None
+    capability: tuple[int, int] | None = None
 
 
 UNKNOWN = Machine(None, None)
@@ -68,6 +72,31 @@ def machine_to_plan_for(config: RunConfig, ranks: int = 1) -> Machine:
     return _share(device, ranks)
 
 
+def machine_elsewhere(config: RunConfig, gpu: str | None, memory: int | None) -> Machine:
+    """Return the CUDA machine of `--gpu` and `--memory`, wherever it stands.
+
+    Of a card that only its memory is known of, Ampere or later is assumed.
+
+    Raises:
+        UserError: No such card is known, or `train.device` names something else.
+    """
+    if config.train.device not in ("auto", "cuda"):
+        option = "--gpu" if gpu else "--memory"
+        raise UserError(
+            f"{option} plans for a CUDA card, and train.device={config.train.device} is none; "
+            "leave one of them out"
+        )
+    if gpu is None:
+        return Machine("cuda", memory, AMPERE)
+    card = CARDS.get(gpu.lower().replace(" ", "-"))
+    if card is None:
+        raise UserError(
+            f"--gpu {gpu}: is not one of {', '.join(CARDS)}{did_you_mean(gpu, CARDS)}; give the "
+            "memory of any other with --memory"
+        )
+    return Machine("cuda", memory or card.memory, card.capability)
+
+
 def _share(device: str, ranks: int) -> Machine:
     """Return what one of the ranks of this machine has of it: of the CPU's memory its part."""
     memory = available_memory(device)
@@ -86,7 +115,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
         UserError: The base would be stored in a half precision other than the one that is computed
             in, or the kernels cannot run there, or not with `train.compile`.
     """
-    precision = decide_precision(config.train.precision, machine.device)
+    precision = decide_precision(config.train.precision, machine.device, machine.capability)
     stored, agreeing = config.model.dtype, (None, "fp32", precision)
     if config.train.method == "lora" and precision != "auto" and stored not in agreeing:
         # Layers compute in their weights' type where autocast leaves them alone.
@@ -95,7 +124,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             f"in {stored}; use model.dtype=none (stored in {precision}), model.dtype=fp32, or "
             f"train.precision={stored}"
         )
-    kernels = decide_kernels(config.train.kernels, machine.device)
+    kernels = decide_kernels(config.train.kernels, machine.device, machine.capability)
     if config.train.compile and kernels is not None and "triton" in kernels:
         raise UserError(
             f"train.compile=true with train.kernels={config.train.kernels}, which takes Triton's "
@@ -132,7 +161,9 @@ def decide_device(name: str) -> str:
     return name
 
 
-def decide_precision(name: str, device: str | None) -> str:
+def decide_precision(
+    name: str, device: str | None, capability: tuple[int, int] | None = None
+) -> str:
     """Return `bf16`, `fp16` or `fp32`: `name` itself, or the rule behind `auto`.
 
     It is bf16 where the device multiplies it natively (CUDA from Ampere on, a CPU with AVX512-BF16,
@@ -150,7 +181,8 @@ def decide_precision(name: str, device: str | None) -> str:
         )
     if device is None:
         return name
-    return "bf16" if _computes_bf16_natively(device) else "fp32"
+    native = capability >= AMPERE if capability else _computes_bf16_natively(device)
+    return "bf16" if native else "fp32"
 
 
 def _computes_bf16_natively(device: str) -> bool:
@@ -175,7 +207,9 @@ def decide_micro_batch_tokens(config: RunConfig) -> int | None:
     return tokens
 
 
-def decide_kernels(name: str, device: str | None) -> str | None:
+def decide_kernels(
+    name: str, device: str | None, capability: tuple[int, int] | None = None
+) -> str | None:
     """Return the name of the operations that `train.kernels` means, None where it is not known.
 
     Raises:
@@ -185,6 +219,8 @@ def decide_kernels(name: str, device: str | None) -> str | None:
 
     if device is None:
         return None if name == "auto" else name
+    if capability is not None:
+        return "triton" if name != "reference" and capability >= AMPERE else "reference"
     return operations(name, device).name
 
 

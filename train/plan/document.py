@@ -124,13 +124,14 @@ def plan_document(
         "trainable_percent": sizes.trainable_percent if sizes else None,
         "precision": config.train.precision,
         "device": machine.device,
-        "kernels": decide_kernels(config.train.kernels, machine.device),
+        "kernels": decide_kernels(config.train.kernels, machine.device, machine.capability),
         "attention": None,
     }
     if known is not None and machine.device is not None:
         longest = micro_batch_tokens(config, lengths, world_size)[1]
         document["attention"] = decide_attention(config, known, machine.device, longest)
-        if machine.device == "cuda" and decide_device("auto") == "cuda":
+        here = machine.capability is None and decide_device("auto") == "cuda"
+        if machine.device == "cuda" and here:
             p, precision = config.model.dropout, config.train.precision
             p = known.attention_dropout if p is None else p
             document["attention"] = attention_kernels(
