@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_said(
 
 
 def test_a_plan_of_what_cannot_start_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--preset starcoder2-15b --plan --json --memory 80GB --ranks".split()
+    arguments = ["--preset", "starcoder2-15b", "--plan", "--json", "--memory", "80GB", "--ranks"]
     codes = []
     for ranks in (1, 6):
         codes.append(run.main([*arguments, str(ranks)]))
