@@ -1784,9 +1784,15 @@ MUTATIONS = [
         ),
         (
             "a cosine rises again past its end",
-            "progress = min(1.0, (step - warmup_steps) / decay_steps)",
-            "progress = (step - warmup_steps) / decay_steps",
+            "progress = min(1.0, max(0, step - begin) / decay_steps)",
+            "progress = max(0, step - begin) / decay_steps",
             "test_two_warm_up_steps_of_six",
+        ),
+        (
+            "wsd falls from the warm-up on",
+            'begin = total_steps - decay_steps if name == "wsd" else warmup_steps',
+            "begin = warmup_steps",
+            "test_warm_up_stable_decay_equals_the_stack",
         ),
         (
             "a line goes below 0",

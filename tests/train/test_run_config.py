@@ -74,6 +74,7 @@ DEFAULTS = {
     "schedule.warmup_ratio": 0.05,
     "schedule.warmup_steps": None,
     "schedule.min_lr_ratio": 0,
+    "schedule.decay_ratio": 0.1,
     "eval.steps": None,
     "eval.per_epoch": None,
     "eval.per_device_batch_size": None,

@@ -10,7 +10,10 @@ import math
 import pytest
 import torch
 from transformers import get_scheduler
-from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.optimization import (
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from files.errors import UserError
 from train.plan.schedule import learning_rate_factor, warmup_step_count
@@ -86,7 +89,7 @@ def test_a_floor_under_the_decay(name: str, expected: list[float]) -> None:
     assert actual == pytest.approx(expected, abs=1e-15)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "wsd"])
 def test_runs_that_are_all_warm_up(name: str) -> None:
     def factors(warmup_steps: int, total_steps: int) -> list[float]:
         return [
@@ -209,6 +212,36 @@ def test_the_floor_equals_the_stack() -> None:
         assert actual == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
         optimizer.step()
         scheduler.step()
+
+
+def test_warm_up_stable_decay_by_literal_values() -> None:
+    """12 steps, 2 of warm-up, a third of them falling: 4, by a half cosine to 0.2."""
+    half = 0.2 + 0.8 * 0.5
+    quarter = 0.8 * (0.5 + math.sqrt(0.125))
+    expected = [0, 0.5, *[1.0] * 7, 0.2 + quarter, half, 0.2 + 0.8 - quarter, 0.2, 0.2]
+    options = {"warmup_steps": 2, "total_steps": 12, "min_lr_ratio": 0.2, "decay_ratio": 1 / 3}
+    found = [learning_rate_factor("wsd", step, **options) for step in range(14)]
+    assert found == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(("total", "ratio", "decay"), [(40, 0.25, 10), (70, 0.1, 7), (9, 0.01, 1)])
+def test_warm_up_stable_decay_equals_the_stack(total: int, ratio: float, decay: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_wsd_schedule(optimizer, 3, decay, total)
+    for step in range(total + 1):
+        actual = learning_rate_factor(
+            "wsd", step, warmup_steps=3, total_steps=total, decay_ratio=ratio
+        )
+        assert actual == pytest.approx(scheduler.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_decay_longer_than_what_the_warm_up_leaves_begins_behind_it() -> None:
+    options = {"warmup_steps": 6, "total_steps": 10, "decay_ratio": 0.9}
+    found = [learning_rate_factor("wsd", step, **options) for step in range(11)]
+    cosine = {"warmup_steps": 6, "total_steps": 10}
+    assert found == [learning_rate_factor("cosine", step, **cosine) for step in range(11)]
 
 
 def test_the_cosine_is_continuous_where_it_begins_and_ends() -> None:

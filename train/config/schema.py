@@ -227,7 +227,12 @@ class OptimizerSettings:
 class ScheduleSettings:
     """The learning rate over the run."""
 
-    name: str = key("cosine", "the shape after warm-up", words=("cosine", "linear", "constant"))
+    name: str = key(
+        "cosine",
+        "the shape after warm-up; wsd: constant, and a fall at the end",
+        words=("cosine", "linear", "constant", "wsd"),
+        aliases={"cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"},
+    )
     warmup_ratio: float = key(
         0.05,
         "share of all steps spent rising from 0",
@@ -238,6 +243,9 @@ class ScheduleSettings:
     warmup_steps: int | None = key(None, "rules over warmup_ratio if set", minimum=0)
     min_lr_ratio: float = key(
         0.0, "the schedule ends at this share of the peak", minimum=0, maximum=1
+    )
+    decay_ratio: float = key(
+        0.1, "share of all steps in which schedule.name=wsd falls, the last", above=0, maximum=1
     )
 
 

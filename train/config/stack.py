@@ -249,8 +249,8 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
     ),
     "schedule.warmup_steps": (r"0?\.\d+", "a share of the steps is schedule.warmup_ratio"),
     "schedule.name": (
-        "cosine_with.*|polynomial|inverse_sqrt|reduce.*|.*restarts",
-        "schedules are cosine, linear and constant, each with a warm-up",
+        "polynomial|inverse_sqrt|reduce.*|.*restarts|cosine_warmup_with_min_lr",
+        "schedules are cosine, linear, constant and wsd, each with a warm-up",
     ),
     "model.gradient_checkpointing": ("unsloth", "say model.gradient_checkpointing=true"),
 }

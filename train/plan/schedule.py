@@ -11,7 +11,7 @@ import math
 
 from files.errors import UserError, did_you_mean
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 def warmup_step_count(
@@ -30,27 +30,36 @@ def warmup_step_count(
 
 
 def learning_rate_factor(
-    name: str, step: int, *, warmup_steps: int, total_steps: int, min_lr_ratio: float = 0.0
+    name: str,
+    step: int,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    min_lr_ratio: float = 0.0,
+    decay_ratio: float = 0.1,
 ) -> float:
     """Return the share of the peak learning rate that a step uses, in [0, 1].
 
     It rises linearly from 0 over the warm-up, then follows a half cosine or a line down to
-    `min_lr_ratio` at `total_steps`, or stays at 1. Past `total_steps` it stays where it ended; the
-    stack's cosine would rise again. A warm-up longer than the run is cut short by the end of the
-    run, below the peak.
+    `min_lr_ratio` at `total_steps`, or stays at 1; `wsd` (warm-up, stable, decay) stays at 1 until
+    the last `total_steps` · `decay_ratio` steps, to the nearest, and falls in them by a half
+    cosine. Past `total_steps` it stays where it ended; the stack's cosine would rise again. A
+    warm-up longer than the run is cut short by the end of the run, below the peak.
 
     Args:
-        name: `cosine`, `linear` or `constant`.
+        name: `cosine`, `linear`, `constant` or `wsd`.
         step: Updates made before this one (0 at the first).
         warmup_steps: Length of the warm-up in steps; 0 starts at the peak.
         total_steps: Planned length of the run in steps. Stopping early does not compress the curve.
-        min_lr_ratio: The factor at the end of a cosine or linear schedule.
+        min_lr_ratio: The factor at the end of a schedule that falls.
+        decay_ratio: Share of the run in which `wsd` falls.
 
     Raises:
         UserError: `name` is no schedule.
 
     Source: transformers 5.23 `get_cosine_schedule_with_warmup`, `get_linear_schedule_with_warmup`,
-        `get_constant_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`.
+        `get_constant_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`,
+        `get_wsd_schedule`.
     """
     if name not in SCHEDULES:
         raise UserError(
@@ -62,9 +71,12 @@ def learning_rate_factor(
     if name == "constant":
         return 1.0
     decay_steps = max(1, total_steps - warmup_steps)
+    if name == "wsd":
+        decay_steps = min(decay_steps, max(1, round(total_steps * decay_ratio)))
     if name == "linear":
         falling = max(0.0, (total_steps - step) / decay_steps)
     else:
-        progress = min(1.0, (step - warmup_steps) / decay_steps)
+        begin = total_steps - decay_steps if name == "wsd" else warmup_steps
+        progress = min(1.0, max(0, step - begin) / decay_steps)
         falling = 0.5 * (1.0 + math.cos(math.pi * progress))
     return falling * (1.0 - min_lr_ratio) + min_lr_ratio

@@ -46,9 +46,10 @@ class RunPlan:
     # Steps at which to evaluate, the last included; empty without a valid set.
     eval_steps: tuple[int, ...]
     save_steps: tuple[int, ...]  # steps at which to save, the last included
-    schedule: str  # `cosine`, `linear` or `constant`
+    schedule: str  # `cosine`, `linear`, `constant` or `wsd`
     peak_learning_rate: float  # the rate at the end of the warm-up
     min_lr_ratio: float  # share of the peak at which the schedule ends
+    decay_ratio: float  # share of the steps in which `wsd` falls
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate that the update of `step` uses (0 at the first of a warm-up)."""
@@ -58,6 +59,7 @@ class RunPlan:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             min_lr_ratio=self.min_lr_ratio,
+            decay_ratio=self.decay_ratio,
         )
         return self.peak_learning_rate * factor
 
@@ -157,6 +159,7 @@ def plan_run(
         schedule=config.schedule.name,
         peak_learning_rate=config.optimizer.learning_rate,
         min_lr_ratio=config.schedule.min_lr_ratio,
+        decay_ratio=config.schedule.decay_ratio,
     )
 
 

@@ -90,6 +90,7 @@ def _learning_rate_check(record: Record) -> str:
             warmup_steps=followed["warmup_steps"],
             total_steps=followed["total_steps"],
             min_lr_ratio=schedule.get("min_lr_ratio", 0.0),
+            decay_ratio=schedule.get("decay_ratio", 0.1),
         )
         if abs(row["learning_rate"] - peak * factor) > LEARNING_RATE_TOLERANCE * peak:
             wrong.append(row["step"])
