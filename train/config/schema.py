@@ -208,12 +208,15 @@ class OptimizerSettings:
 
     name: str = key(
         "adamw",
-        "the update rule; paged_adamw is AdamW whose state may leave the device",
-        words=("adamw", "paged_adamw", "adafactor"),
+        "the update rule; paged_adamw is AdamW whose state may leave the device, adamw_8bit has "
+        "moments in 8 bits",
+        words=("adamw", "paged_adamw", "adamw_8bit", "adafactor"),
         aliases={
             "adamw_torch": "adamw",
             "adamw_torch_fused": "adamw",
             "paged_adamw_32bit": "paged_adamw",
+            "adamw_bnb_8bit": "adamw_8bit",
+            "paged_adamw_8bit": "adamw_8bit",
         },
     )
     learning_rate: float = key(2e-4, "the peak", above=0, recommended="5e-5 to 2e-4")

@@ -3,6 +3,7 @@
     buffers.py      trained parameters and gradients in memory, their norm; what a rule must offer
     adamw.py        `adamw_update`, and AdamW
     adafactor.py    `adafactor_update`, and Adafactor
+    eight_bit.py    `adamw_8bit_update`, and AdamW8bit: moments in 8 bits
 
 Parameters are fp32 masters and so is every state (fp64 parameters, as tests use them, get fp64
 states). The learning rate is an argument of `step`: the schedule is the plan's, and no optimizer
@@ -22,8 +23,9 @@ from kernels.dispatch import Operations
 from train.optim.adafactor import Adafactor
 from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer, Sharing, decays
+from train.optim.eight_bit import AdamW8bit
 
-OPTIMIZERS = ("adamw", "paged_adamw", "adafactor")
+OPTIMIZERS = ("adamw", "paged_adamw", "adamw_8bit", "adafactor")
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
@@ -43,6 +45,12 @@ def decayed_parameters(model: nn.Module) -> set[str]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and decays(name) and name not in layer_norms
     }
+
+
+def embeddings(model: nn.Module) -> set[str]:
+    """Return the names of a model's embeddings, a tied head's among them."""
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, parameter in model.named_parameters() if parameter in tables}
 
 
 def build_optimizer(
@@ -85,6 +93,15 @@ def build_optimizer(
         "decayed": decayed_parameters(model),
         "sharing": sharing,
     }
+    if name == "adamw_8bit":
+        if sharing is not None:
+            raise UserError(
+                "optimizer.name=adamw_8bit: its blocks of 256 would be cut where the ranks' rows "
+                "are, and the result depend on their number; use train.sharding=replicate, or "
+                "optimizer.name=adafactor"
+            )
+        del common["sharing"]
+        return AdamW8bit(trainable, betas=betas, eps=eps, **common, embeddings=embeddings(model))
     if name == "adafactor":
         return Adafactor(trainable, **common, kernel=operations and operations.adafactor_)
     return AdamW(trainable, betas=betas, eps=eps, **common, kernel=operations and operations.adamw_)

@@ -98,6 +98,13 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             "kernels here: that has never been tried together; use train.compile=false or "
             "train.kernels=reference"
         )
+    full, name = config.train.method == "full", config.optimizer.name
+    if name == "adamw_8bit" and full and config.train.sharding == "shard":
+        raise UserError(
+            "optimizer.name=adamw_8bit with train.sharding=shard: its blocks of 256 would be cut "
+            "where the ranks' rows are, and the result depend on their number; use "
+            "train.sharding=replicate, or optimizer.name=adafactor"
+        )
     settings = dataclasses.replace(
         config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
     )
@@ -273,7 +280,9 @@ def decide_sharding(
     if config.train.sharding != "auto":
         return config.train.sharding
     too_large = needed is not None and machine.memory is not None and needed > machine.memory
-    return "shard" if config.train.method == "full" or too_large else "replicate"
+    # Blocks of 256 moments would be cut where the ranks' rows are.
+    full = config.train.method == "full" and config.optimizer.name != "adamw_8bit"
+    return "shard" if full or (too_large and config.train.method == "lora") else "replicate"
 
 
 def available_memory(device: str) -> int | None:

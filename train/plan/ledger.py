@@ -97,7 +97,8 @@ def memory_ledger(
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass.
     - adapters, gradients: 4 bytes a parameter (fp32 masters, fp32 gradients).
-    - optimizer: AdamW 8 bytes a trained parameter; Adafactor 4 × (rows + columns) of a matrix.
+    - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
+      what is small; Adafactor 4 × (rows + columns) of a matrix.
     - Where ranks share the weights (`sharding="shard"`), those are a rank's: its rows, rounded up
       (adapters stay whole, Adafactor's statistics of columns too); gathered is what it holds of
       the others' at a time (`train.plan.sharing.gathered_bytes`).
@@ -140,7 +141,9 @@ def memory_ledger(
     copied = stored != compute and not (shared and full)
     weights = own.base * stored + (sizes.matmul * compute if copied else 0)
     adapters = 4 * (sizes.total - sizes.base)
-    state = own.factored_state if config.optimizer.name == "adafactor" else own.trained_state
+    state = {"adafactor": 4 * own.factored_state, "adamw_8bit": own.eight_bit_state}.get(
+        config.optimizer.name, 4 * own.trained_state
+    )
     layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
     layers = decoder.num_hidden_layers
     lowered = 0 if compute == 4 else compute * (sizes.total - sizes.base)
@@ -161,7 +164,7 @@ def memory_ledger(
         "weights": weights,
         "adapters": adapters,
         "gradients": 4 * own.trainable,
-        "optimizer": 4 * state,
+        "optimizer": state,
         "gathered": gathered_bytes(config, decoder, sizes, (compute, stored)) if shared else 0,
         "activations": round(tokens * saved + lowered),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
