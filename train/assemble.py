@@ -89,6 +89,7 @@ def assemble(
         weight_decay=config.optimizer.weight_decay,
         operations=model.operations,
         sharing=sharing_of(model, world) if world.shards else None,
+        rounding_seed=config.train.seed if config.train.masters == "bf16" else None,
     )
     if world.first:
         for name in ("best", "final"):

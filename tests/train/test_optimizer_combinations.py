@@ -33,9 +33,11 @@ def wider(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+BF16 = {"train.masters": "bf16", "train.precision": "bf16"}
 COMBINATIONS: list[tuple[str, str, dict[str, Any]]] = [
     *(("lora", optimizer, {}) for optimizer in OPTIMIZERS),
     *(("full", optimizer, {}) for optimizer in OPTIMIZERS),
+    *(("full", optimizer, BF16) for optimizer in OPTIMIZERS if optimizer != "adamw_8bit"),
 ]
 
 
@@ -64,7 +66,12 @@ def test_two_steps_stopped_between_and_the_bytes_of_the_state(
     resume(tmp_path / "stopped")
     assert trained_bits(tmp_path / "stopped") == trained_bits(whole.folder)
     assert rows_of(tmp_path / "stopped") == rows_of(whole.folder)
-    with TensorFile(checkpoints_of(whole.folder)[-1] / "optimizer.safetensors") as file:
+    last = checkpoints_of(whole.folder)[-1]
+    if method == "full":
+        with TensorFile(last / "model.safetensors") as file:
+            stored = {file.info(name).dtype for name in file.names}
+        assert stored == {torch.bfloat16 if more else torch.float32}
+    with TensorFile(last / "optimizer.safetensors") as file:
         state = {name: file.read(name) for name in file.names if name != "steps"}
     eight = {name for name, tensor in state.items() if tensor.dtype == torch.uint8}
     assert bool(eight) == (optimizer == "adamw_8bit")

@@ -42,7 +42,7 @@ class ModelSettings:
     dtype: str | None = key(
         None,
         "storage of the frozen base; none: what train.precision computes in "
-        "(what is trained always has fp32 masters)",
+        "(what is trained has its masters, train.masters)",
         words=("bf16", "fp16", "fp32"),
         aliases=_DTYPES,
     )
@@ -63,6 +63,13 @@ class TrainSettings:
         "auto",
         "what matrix products compute in; auto: bf16 where the device has it natively, else fp32",
         words=("auto", "bf16", "fp16", "fp32"),
+        aliases=_DTYPES,
+    )
+    masters: str = key(
+        "fp32",
+        "storage of the weights that train.method=full trains; bf16: rounded by chance at each "
+        "update, half the memory of weights and gradients",
+        words=("fp32", "bf16"),
         aliases=_DTYPES,
     )
     seed: int = key(42, "every random draw follows from it", minimum=0, below=2**63)

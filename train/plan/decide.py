@@ -98,6 +98,15 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             "kernels here: that has never been tried together; use train.compile=false or "
             "train.kernels=reference"
         )
+    _refuse_moments(config, precision)
+    settings = dataclasses.replace(
+        config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
+    )
+    return dataclasses.replace(config, train=settings)
+
+
+def _refuse_moments(config: RunConfig, precision: str) -> None:
+    """Refuse masters and optimizers that do not go with what is trained, or with each other."""
     full, name = config.train.method == "full", config.optimizer.name
     if name == "adamw_8bit" and full and config.train.sharding == "shard":
         raise UserError(
@@ -105,10 +114,23 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             "where the ranks' rows are, and the result depend on their number; use "
             "train.sharding=replicate, or optimizer.name=adafactor"
         )
-    settings = dataclasses.replace(
-        config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
-    )
-    return dataclasses.replace(config, train=settings)
+    if config.train.masters == "fp32":
+        return
+    if not full:
+        raise UserError(
+            "train.masters=bf16 with train.method=lora: adapters are small and keep fp32 masters; "
+            "use train.masters=fp32 (how the frozen base is stored says model.dtype)"
+        )
+    if precision not in ("bf16", "auto"):
+        raise UserError(
+            f"train.masters=bf16 with train.precision={precision}: the masters are the very "
+            "weights that are computed with; use train.precision=bf16, or train.masters=fp32"
+        )
+    if name == "adamw_8bit":
+        raise UserError(
+            "train.masters=bf16 with optimizer.name=adamw_8bit: only adamw, paged_adamw and "
+            "adafactor round masters by chance; use one of these, or train.masters=fp32"
+        )
 
 
 def decide_device(name: str) -> str:

@@ -96,7 +96,7 @@ def memory_ledger(
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass.
-    - adapters, gradients: 4 bytes a parameter (fp32 masters, fp32 gradients).
+    - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
       what is small; Adafactor 4 × (rows + columns) of a matrix.
     - Where ranks share the weights (`sharding="shard"`), those are a rank's: its rows, rounded up
@@ -163,7 +163,7 @@ def memory_ledger(
     ledger = {
         "weights": weights,
         "adapters": adapters,
-        "gradients": 4 * own.trainable,
+        "gradients": _WIDTHS[config.train.masters] * own.trainable,
         "optimizer": state,
         "gathered": gathered_bytes(config, decoder, sizes, (compute, stored)) if shared else 0,
         "activations": round(tokens * saved + lowered),
@@ -180,7 +180,9 @@ def memory_ledger(
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:
     """Return the bytes of a number that is computed with, and of a stored base weight."""
     full = config.train.method == "full"
-    return _WIDTHS[precision], 4 if full else _WIDTHS[config.model.dtype or precision]
+    return _WIDTHS[precision], _WIDTHS[config.train.masters] if full else _WIDTHS[
+        config.model.dtype or precision
+    ]
 
 
 def micro_batch_tokens(
@@ -277,7 +279,7 @@ def disk_bytes(
     decoder: DecoderConfig | None,
     memory: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return bytes of one checkpoint (trained weights in fp32, optimizer state), how many, and all.
+    """Return bytes of one checkpoint (trained masters, optimizer state), how many, and all.
 
     `best/` and `final/` hold fp32 adapters, or a model in its own dtype. Where nothing limits the
     checkpoints, `checkpoint.minutes` adds more than are counted: `one_more_each_minutes`.
@@ -286,7 +288,7 @@ def disk_bytes(
         names = ("checkpoint", "checkpoints_kept", "one_more_each_minutes", "best_and_final")
         return dict.fromkeys((*names, "total"))
     full = config.train.method == "full"
-    checkpoint = 4 * sizes.trainable + memory["optimizer"]
+    checkpoint = _WIDTHS[config.train.masters] * sizes.trainable + memory["optimizer"]
     kept = len(plan.save_steps)
     if config.checkpoint.total_limit is not None:
         # The newest and the best are never deleted, whatever the limit.
