@@ -5,7 +5,8 @@
     adafactor.py    `adafactor_update`, and Adafactor
     eight_bit.py    `adamw_8bit_update`, and AdamW8bit: moments in 8 bits
     rounded.py      both rules over masters in bf16, which are rounded by chance
-    moments.py      where AdamW's moments lie
+    moments.py      where AdamW's moments lie: beside the parameters
+    paged.py        or in host memory, through two buffers on the device
 
 Parameters are fp32 masters (or, by rounded.py, bf16 ones) and so is every state (fp64 parameters,
 as tests use them, get fp64 states). The learning rate is an argument of `step`: the schedule is the
@@ -26,6 +27,7 @@ from train.optim.adafactor import Adafactor
 from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer, Sharing, decays
 from train.optim.eight_bit import AdamW8bit
+from train.optim.moments import Moments
 from train.optim.rounded import RoundedAdafactor, RoundedAdamW
 
 OPTIMIZERS = ("adamw", "paged_adamw", "adamw_8bit", "adafactor")
@@ -66,14 +68,14 @@ def build_optimizer(
     operations: Operations | None = None,
     sharing: Sharing | None = None,
     rounding_seed: int | None = None,
+    moments: Moments | None = None,
 ) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
-    `paged_adamw` is `adamw`: paging keeps the moments in host memory under pressure and changes no
-    number, and the moments of an adapter (8 bytes a trained parameter) fit beside the model.
-    Adafactor takes neither betas nor eps. The updates are those of `operations` where it has them;
-    with `sharing`, on this rank's rows of every parameter. With `rounding_seed` the parameters are
-    masters in bf16, rounded by draws that follow from it.
+    `paged_adamw` is `adamw`, whose `moments` the plan may have put into host memory, which changes
+    no number. Adafactor takes neither betas nor eps. The updates are those of `operations` where it
+    has them; with `sharing`, on this rank's rows of every parameter. With `rounding_seed` the
+    parameters are masters in bf16, rounded by draws that follow from it.
 
     Raises:
         UserError: `name` is no optimizer, or nothing in the model is trainable.
@@ -108,7 +110,8 @@ def build_optimizer(
         common["seed"] = rounding_seed
         if name == "adafactor":
             return RoundedAdafactor(trainable, **common)
-        return RoundedAdamW(trainable, **adam, **common)
+        return RoundedAdamW(trainable, **adam, **common, moments=moments)
     if name == "adafactor":
         return Adafactor(trainable, **common, kernel=operations and operations.adafactor_)
-    return AdamW(trainable, **adam, **common, kernel=operations and operations.adamw_)
+    kernel = operations and operations.adamw_
+    return AdamW(trainable, **adam, **common, kernel=kernel, moments=moments)

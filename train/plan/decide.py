@@ -286,6 +286,30 @@ def decide_recomputing(
     return needed > machine.memory, f"auto: {there}"
 
 
+def decide_paging(
+    config: RunConfig, needed: int | None, machine: Machine
+) -> tuple[bool | None, str]:
+    """Return whether `paged_adamw` keeps its moments in host memory and, in words, why.
+
+    None where it is not known: it does on a CUDA card whose memory does not suffice otherwise.
+
+    Args:
+        config: What is asked.
+        needed: Bytes of a step with moments beside the parameters; None where that is not known.
+        machine: Where it runs.
+    """
+    if config.optimizer.name != "paged_adamw":
+        return False, "not asked for"
+    if needed is None:
+        return None, "the model is not known yet"
+    if machine.device is None:
+        return None, "no device is known yet"
+    if machine.device != "cuda" or machine.memory is None:
+        return False, f"{machine.device} has no memory of its own"
+    there = f"{size_text(needed)} needed without it, {size_text(machine.memory)} there"
+    return needed > machine.memory, there
+
+
 def decide_sharding(
     config: RunConfig, needed: int | None, machine: Machine, world_size: int
 ) -> str | None:

@@ -6,7 +6,7 @@ Memory is a ledger of documented formulas by category, over what `train.plan.siz
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,7 @@ def memory_ledger(
     lengths: Sequence[int] | None = None,
     world_size: int = 1,
     sharding: str | None = None,
+    paging: bool = False,
 ) -> dict[str, int]:
     """Estimate the bytes that a step holds at its peak, by category.
 
@@ -98,7 +99,8 @@ def memory_ledger(
       keeps its lowered copy until the backward pass.
     - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
-      what is small; Adafactor 4 × (rows + columns) of a matrix.
+      what is small; Adafactor 4 × (rows + columns) of a matrix. With paging two buffers, of a
+      bucket's moments each, are on the device, and the 8 bytes a parameter are the host's.
     - Where ranks share the weights (`sharding="shard"`), those are a rank's: its rows, rounded up
       (adapters stay whole, Adafactor's statistics of columns too); gathered is what it holds of
       the others' at a time (`train.plan.sharing.gathered_bytes`).
@@ -122,9 +124,11 @@ def memory_ledger(
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
         sharding: How they have the model: `replicate` or `shard`; None where there is one.
+        paging: Whether AdamW's moments lie in host memory.
     """
     from kernels.cpu.rounding import document_multiple, row_multiple
     from kernels.loss import chunk_rows_of
+    from train.optim.paged import buffer_bytes
     from train.precision import COMPUTE_DTYPES
 
     sizes = sizes or model_sizes(decoder, config.train.method, config.lora)
@@ -141,9 +145,7 @@ def memory_ledger(
     copied = stored != compute and not (shared and full)
     weights = own.base * stored + (sizes.matmul * compute if copied else 0)
     adapters = 4 * (sizes.total - sizes.base)
-    state = {"adafactor": 4 * own.factored_state, "adamw_8bit": own.eight_bit_state}.get(
-        config.optimizer.name, 4 * own.trained_state
-    )
+    state = buffer_bytes(own.trainable) if paging else optimizer_bytes(config, own)
     layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
     layers = decoder.num_hidden_layers
     lowered = 0 if compute == 4 else compute * (sizes.total - sizes.base)
@@ -175,6 +177,12 @@ def memory_ledger(
         unfilled = round(_UNFILLED * (ledger["activations"] + ledger["loss"]))
         ledger["overhead"] = working + unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
     return {**ledger, "total": sum(ledger.values())}
+
+
+def optimizer_bytes(config: RunConfig, sizes: ModelSizes) -> int:
+    """Return the bytes of an optimizer's state, wherever it lies."""
+    of = {"adafactor": 4 * sizes.factored_state, "adamw_8bit": sizes.eight_bit_state}
+    return of.get(config.optimizer.name, 4 * sizes.trained_state)
 
 
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:
@@ -277,7 +285,6 @@ def disk_bytes(
     plan: RunPlan | None,
     sizes: ModelSizes | None,
     decoder: DecoderConfig | None,
-    memory: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return bytes of one checkpoint (trained masters, optimizer state), how many, and all.
 
@@ -288,7 +295,7 @@ def disk_bytes(
         names = ("checkpoint", "checkpoints_kept", "one_more_each_minutes", "best_and_final")
         return dict.fromkeys((*names, "total"))
     full = config.train.method == "full"
-    checkpoint = _WIDTHS[config.train.masters] * sizes.trainable + memory["optimizer"]
+    checkpoint = _WIDTHS[config.train.masters] * sizes.trainable + optimizer_bytes(config, sizes)
     kept = len(plan.save_steps)
     if config.checkpoint.total_limit is not None:
         # The newest and the best are never deleted, whatever the limit.
