@@ -1,23 +1,32 @@
 """Moments in host memory: as AdamW bit for bit, in order, and never more than two buckets away."""
 
+import contextlib
+import gc
+import signal
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from small import small_model
 from steps import EXAMPLES, cut, one_step
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from files.errors import UserError
+from train import assemble
 from train.config.load import load_config
 from train.inputs.known import NO_DATA
 from train.optim import adamw as plain
 from train.optim import buffers as flat
 from train.optim import build_optimizer, paged, rounded
 from train.optim.buffers import Optimizer
-from train.optim.paged import COMPUTE, FETCH, STORE, PagedMoments, buffer_bytes
+from train.optim.paged import COMPUTE, FETCH, STORE, CudaBoundary, PagedMoments, buffer_bytes
+from train.plan import document
 from train.plan.decide import Machine, decide_paging
 from train.plan.document import plan_document
 from train.plan.ledger import memory_ledger
@@ -272,13 +281,13 @@ def test_the_plan_says_what_paging_saves() -> None:
     parameters = beside["gradients"] // 4
     assert beside["optimizer"] == 8 * parameters
 
-    def document(memory: int) -> dict[str, Any]:
+    def planned(memory: int) -> dict[str, Any]:
         return plan_document(config, NO_DATA, decoder, Machine("cuda", memory))
 
-    roomy = document(beside["total"])
+    roomy = planned(beside["total"])
     assert (roomy["paging"], roomy["host_memory"], roomy["fits"]) == (False, 0, True)
     assert roomy["memory"] == beside
-    tight = document(beside["total"] - 1)
+    tight = planned(beside["total"] - 1)
     assert tight["paging"] is True
     assert tight["host_memory"] == 8 * parameters
     # So small a model is one bucket, of which there are two buffers.
@@ -287,3 +296,116 @@ def test_the_plan_says_what_paging_saves() -> None:
         assert tight["memory"][name] == beside[name]
     assert buffer_bytes(7_000_000_000) == 2 * 2 * 4 * paged.BUCKET_ELEMENTS
     assert roomy["disk"] == tight["disk"]
+
+
+@pytest.fixture
+def _own_cache(cache: Path) -> None:
+    """Keep tokenised rows out of the user's cache."""
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train.method": "full"}, {"train.method": "full", "train.masters": "bf16"}],
+    ids=["lora", "full", "bf16 masters"],
+)
+def test_a_paged_run_that_is_stopped_and_resumed_is_a_resident_one(
+    changes: dict[str, Any],
+    model_folder: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {
+        "optimizer.name": "paged_adamw",
+        "train.precision": "bf16",
+        "train.max_steps": 2,
+        "checkpoint.steps": 1,
+        **changes,
+    }
+    whole = runs.train(runs.settings(model_folder, rows_file, tmp_path / "whole", **values))
+    boundaries: list[Simulated] = []
+
+    def boundary(device: torch.device) -> Simulated:
+        boundaries.append(Simulated())
+        return boundaries[-1]
+
+    monkeypatch.setattr(assemble, "CudaBoundary", boundary)
+    monkeypatch.setattr(document, "decide_paging", lambda *_: (True, "for a test"))
+    run = tmp_path / "stopped"
+    given = runs.settings(model_folder, rows_file, run, **values)
+    assert runs.train(given, runs.signalled(1, signal.SIGTERM)).reason == "sigterm"
+    runs.resume(run)
+    assert runs.trained_bits(run) == runs.trained_bits(whole.folder)
+    assert runs.rows_of(run) == runs.rows_of(whole.folder)
+    assert [len(one.devices) for one in boundaries] == [4, 4]
+    assert all(one.copies for one in boundaries)
+
+
+class Stream:
+    """What a CUDA stream is asked."""
+
+    def __init__(self, device: object = None) -> None:
+        self.waited: list[object] = []
+        self.finished = 0
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+    def synchronize(self) -> None:
+        self.finished += 1
+
+
+def test_a_cuda_boundary_has_two_streams_that_last_and_pins_memory_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By stand-ins for torch.cuda: no card has run this yet (tests/train/test_on_cuda.py does)."""
+    made: list[Stream] = []
+    computing = Stream()
+    used: list[object] = []
+    pinned: dict[int, int] = {}
+
+    def stream(device: object) -> Stream:
+        made.append(Stream())
+        return made[-1]
+
+    class Event:
+        def record(self, on: object) -> None:
+            used.append(on)
+
+    @contextlib.contextmanager
+    def on(stream: object) -> Iterator[None]:
+        used.append(stream)
+        yield
+
+    def register(pointer: int, size: int, flags: int) -> int:
+        pinned[pointer] = size
+        return 0
+
+    cuda = types.SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
+    for name, value in {
+        "Stream": stream,
+        "Event": Event,
+        "stream": on,
+        "current_stream": lambda device: computing,
+        "cudart": lambda: cuda,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    boundary: Any = CudaBoundary(torch.device("cpu"))
+    away, resident = built(torch.float32, boundary, 50), built(torch.float32, None, 50)
+    for step in range(1, 4):
+        train(away, range(step, step + 1))
+        train(resident, range(step, step + 1))
+    same(away, resident)
+    assert len(made) == 2
+    assert {id(one) for one in used} == {id(one) for one in (*made, computing)}
+    assert (made[0].waited and made[1].waited and computing.waited) and made[1].finished
+    state = [t for name, t in away.state_tensors().items() if name != "steps"]
+    held = {tensor.untyped_storage().data_ptr() for tensor in state}
+    assert pinned.keys() == held
+    del away, state
+    gc.collect()
+    assert not pinned
+    cuda.cudaHostRegister = lambda *_: 2
+    with pytest.raises(UserError, match="4 B of host memory cannot be pinned"):
+        boundary.on_host(torch.Size([1]), torch.float32)
