@@ -1978,8 +1978,8 @@ MUTATIONS = [
         ),
         (
             "the norm of a long parameter is taken at once",
-            "            torch.linalg.vector_norm(gradient, dim=-1).view(-1)\n",
-            "            torch.linalg.vector_norm(gradient).view(-1)\n",
+            "            norm_of(gradient, dim=-1, dtype=dtype).view(-1)\n",
+            "            norm_of(gradient, dtype=dtype).view(-1)\n",
             "tests/train/test_flat.py::test_a_norm_adds_up_few_numbers_at_a_time",
         ),
         (
@@ -2038,7 +2038,7 @@ MUTATIONS = [
         ),
         (
             "half-precision masters are taken",
-            "        _check_masters(self.parameters)\n",
+            "        _check_masters(self.parameters, self.master_dtypes)\n",
             "",
             "test_half_precision_parameters_are_refused",
         ),
@@ -2082,8 +2082,8 @@ MUTATIONS = [
         ),
         (
             "what does not decay decays",
-            "yield tuple(tensor[split:] for tensor in flat), 0.0",
-            "yield tuple(tensor[split:] for tensor in flat), self.weight_decay",
+            "yield Span(tuple(tensor[split:] for tensor in flat), 0.0)",
+            "yield Span(tuple(tensor[split:] for tensor in flat), self.weight_decay)",
             "test_weight_decay_alone_shrinks_what_is_decayed_and_nothing_else",
         ),
         (
@@ -2164,6 +2164,180 @@ MUTATIONS = [
             "        if weight_decay:\n"
             "            weight.mul_(1.0 - weight_decay * learning_rate)\n",
             "test_adafactor_by_hand",
+        ),
+    ),
+    *_of(
+        "kernels/blockwise.py",
+        "tests/kernels/test_blockwise.py",
+        (
+            "decades without a sign are cut as those with one",
+            "(decade if signed else decade + 1)",
+            "(decade)",
+            "test_the_map_is_theirs",
+        ),
+        (
+            "a tie goes up",
+            "torch.bucketize(scaled, bounds, out_int32=True)",
+            "torch.bucketize(scaled, bounds, out_int32=True, right=True)",
+            "test_a_tie_goes_down",
+        ),
+        (
+            "the value to the left is taken for the nearest",
+            "return (values[:-1] + values[1:]) / 2",
+            "return values[1:]",
+            "test_no_number_is_nearer_to_another_value",
+        ),
+        (
+            "a block too small for a reciprocal is no number",
+            "largest.clamp(min=_TINY)",
+            "largest",
+            "test_zeros_and_numbers_too_small_for_a_reciprocal_stay_finite",
+        ),
+    ),
+    *_of(
+        "train/optim/eight_bit.py",
+        "tests/train/test_eight_bit.py",
+        (
+            "the second moment is kept by the map with a sign",
+            "        (v, second, second_largest, False),",
+            "        (v, second, second_largest, True),",
+            "test_steps_are_those_of_bitsandbytes",
+        ),
+        (
+            "weights move by moments of the step before",
+            "    adamw_update(parameter, gradient, m, v, **settings)",
+            "    adamw_update(parameter, gradient.clone(), m.clone(), v.clone(), **settings)",
+            "test_steps_are_those_of_bitsandbytes",
+        ),
+        (
+            "small parameters are rounded too",
+            "    if elements < SMALLEST or is_embedding:",
+            "    if is_embedding:",
+            "test_small_parameters_and_embeddings_keep_fp32_moments",
+        ),
+        (
+            "embeddings are rounded too",
+            "    if elements < SMALLEST or is_embedding:",
+            "    if elements < SMALLEST:",
+            "test_small_parameters_and_embeddings_keep_fp32_moments",
+        ),
+        (
+            "a piece's blocks are those of the first",
+            "blocks = slice(begin // BLOCK, (begin + size) // BLOCK)",
+            "blocks = slice(0, size // BLOCK)",
+            "test_steps_are_those_of_bitsandbytes",
+        ),
+    ),
+    *_of(
+        "kernels/stochastic_rounding.py",
+        "tests/kernels/test_stochastic_rounding.py",
+        (
+            "numbers are rounded to the nearest",
+            "    words = mix_words(rows.unsqueeze(-1) ^ columns.unsqueeze(-2))\n",
+            "    words = torch.full_like(rows.unsqueeze(-1) ^ columns.unsqueeze(-2), 1 << 31)\n",
+            "test_the_mean_over_steps_is_the_number_itself",
+        ),
+        (
+            "fifteen bits are drawn",
+            "bitwise_and_(0xFFFF)",
+            "bitwise_and_(0x7FFF)",
+            "test_the_mean_over_places_too",
+        ),
+        (
+            "every step draws alike",
+            "fold(fold(fold(_SALT, seed), step), module_id(name))",
+            "fold(fold(_SALT, seed), module_id(name))",
+            "test_draws_of_two_parameters_steps_and_seeds_are_not_alike",
+        ),
+        (
+            "rows are counted from this process's first",
+            "torch.arange(first, first + count,",
+            "torch.arange(0, count,",
+            "test_rows_are_rounded_as_the_whole",
+        ),
+    ),
+    *_of(
+        "train/optim/rounded.py",
+        "tests/train/test_masters.py",
+        (
+            "a rank draws as if its rows were the first",
+            "begin.get(name, 0) + first",
+            "first",
+            "test_shared_rows_are_rounded_as_the_whole",
+        ),
+        (
+            "every block of AdamW draws as the first",
+            "(span.name,), begin // span.row)",
+            "(span.name,), 0)",
+            "test_an_update_is_the_fp32_one_rounded_by_the_rule",
+        ),
+        (
+            "AdamW's weights are rounded to the nearest",
+            "    parameter.copy_(to_bf16(exact))",
+            "    parameter.copy_(exact)",
+            "test_updates_far_below_half_a_step_of_bf16_add_up",
+        ),
+        (
+            "Adafactor's weights are rounded to the nearest",
+            "to_bf16(weight.addcmul_(update(block), rate, value=-1.0), block.start)",
+            "weight.addcmul_(update(block), rate, value=-1.0)",
+            "test_updates_far_below_half_a_step_of_bf16_add_up",
+        ),
+        (
+            "the gradient is taken as it is for the update's second making",
+            "        return part.mul_(gradient_factor) if gradient_factor != 1.0 else part",
+            "        return part",
+            "test_an_update_is_the_fp32_one_rounded_by_the_rule",
+        ),
+    ),
+    *_of(
+        "train/optim/paged.py",
+        "tests/train/test_paged.py",
+        (
+            "a bucket is fetched before its buffer is free",
+            "            boundary.wait(FETCH, buffer.free)\n",
+            "",
+            "test_updates_are_adamw_s_bit_for_bit_in_two_buckets_at_a_time",
+        ),
+        (
+            "an update does not wait for its moments",
+            "            boundary.wait(COMPUTE, arrived)\n",
+            "",
+            "test_updates_are_adamw_s_bit_for_bit_in_two_buckets_at_a_time",
+        ),
+        (
+            "a bucket is stored before it is computed",
+            "            boundary.wait(STORE, boundary.record(COMPUTE))\n",
+            "",
+            "test_updates_are_adamw_s_bit_for_bit_in_two_buckets_at_a_time",
+        ),
+        (
+            "a checkpoint reads what is not stored yet",
+            "        self._boundary.finish()",
+            "        pass",
+            "test_a_checkpoint_is_read_from_the_host_s_memory_and_written_to_it",
+        ),
+        (
+            "three buckets are on the device",
+            "BUFFERS = 2",
+            "BUFFERS = 3",
+            "test_updates_are_adamw_s_bit_for_bit_in_two_buckets_at_a_time",
+        ),
+        (
+            "memory that is given back stays pinned",
+            "        weakref.finalize(tensor, cuda.cudaHostUnregister, tensor.data_ptr())\n",
+            "",
+            "test_a_cuda_boundary_has_two_streams_that_last_and_pins_memory_where_it_lies",
+        ),
+    ),
+    *_of(
+        "train/plan/decide.py",
+        "tests/train/test_paged.py",
+        (
+            "moments go to the host whatever the memory",
+            "    return needed > machine.memory, there\n\n\ndef decide_sharding",
+            "    return True, there\n\n\ndef decide_sharding",
+            "test_it_pages_where_a_card_s_memory_asks_for_it",
         ),
     ),
     *_of(

@@ -20,6 +20,7 @@ from train.inputs.sharding import sharing_of
 from train.log.records import Records
 from train.log.samples import samples_so_far
 from train.optim import build_optimizer
+from train.optim.paged import CudaBoundary, PagedMoments
 from train.plan.decide import Machine
 from train.plan.steps import RunPlan
 from train.precision import LossScaler, Precision
@@ -60,10 +61,13 @@ def assemble(
     folder: Path,
     resume: Resume | None,
     world: World = ALONE,
+    *,
+    paging: bool = False,
 ) -> tuple[Run, Records, Saver]:
     """Load the model, build what trains it, and take up the checkpoint of `resume`.
 
-    A resume that is refused changes nothing in `folder`. `config` has every `auto` decided.
+    A resume that is refused changes nothing in `folder`. `config` has every `auto` decided;
+    `paging` says that the optimizer's moments are to lie in host memory.
 
     Returns:
         What the run works with, where steps and evaluations are entered, and what writes
@@ -89,6 +93,8 @@ def assemble(
         weight_decay=config.optimizer.weight_decay,
         operations=model.operations,
         sharing=sharing_of(model, world) if world.shards else None,
+        rounding_seed=config.train.seed if config.train.masters == "bf16" else None,
+        moments=PagedMoments(CudaBoundary(device)) if paging else None,
     )
     if world.first:
         for name in ("best", "final"):

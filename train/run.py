@@ -132,7 +132,9 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
             if new and world.first:
                 # At once: a kill while weights load leaves what --resume needs.
                 write_documents(folder, config, document, device, checked)
-            run, records, saver = assemble(config, plan, data, device, folder, resume, world)
+            run, records, saver = assemble(
+                config, plan, data, device, folder, resume, world, paging=bool(document["paging"])
+            )
             if not new and world.first:
                 # Not before: a resume that is refused changes nothing.
                 write_documents(folder, config, document, device, checked)

@@ -301,6 +301,24 @@ def test_a_shared_model_computes_in_half_precision(whole: dict[str, Any], tmp_pa
     assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=2e-2)
 
 
+def test_a_shared_model_with_bf16_masters_trains_as_one_process_and_goes_on_bit_for_bit(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """As near as bf16 sums of gradients are; a checkpoint holds the masters as they are."""
+    halves = {"train.masters": "bf16", "train.precision": "bf16", "eval.steps": None}
+    values = {**whole, **halves, "train.max_steps": 4}
+    alone = tmp_path / "alone" / "run"
+    assert begin_or_resume({**values, "train.output_dir": str(alone)}) == 0
+    assert train_on_ranks(2, at(tmp_path / "whole", values)) == [0, 0]
+    here = at(tmp_path / "stopped", values)
+    assert train_on_ranks(2, here, {1: stopping_at(2, signal.SIGTERM)}) == [143] * 2
+    assert train_on_ranks(2, here) == [0, 0]
+    assert outcome(tmp_path / "stopped" / "run") == outcome(tmp_path / "whole" / "run")
+    expected = [row["loss"] for row in rows(alone)]
+    found = [row["loss"] for row in rows(tmp_path / "whole" / "run")]
+    assert found == pytest.approx(expected, rel=2e-2)
+
+
 def test_adapters_beside_a_base_that_is_shared(
     values: dict[str, Any], alone: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from models import build
 from models.config import DecoderConfig, parse_config
 from models.weights import initialise
 from train.config.load import load_config
-from train.inputs.base_model import make_trainable
+from train.inputs.base_model import base_dtype, make_trainable
 from train.inputs.sharding import local_rows, place, share_weights, sharing_of
 from train.optim import build_optimizer
 from train.plan.ledger import memory_ledger, widths
@@ -60,15 +60,18 @@ def within(measured: float, planned: float, what: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "adafactor"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("method", "masters"), [("full", "fp32"), ("full", "bf16"), ("lora", "fp32")]
+)
 def test_a_rank_has_and_sends_what_the_plan_says(
-    method: str, optimizer_name: str, tmp_path: Path
+    method: str, masters: str, optimizer_name: str, tmp_path: Path
 ) -> None:
     ranks = 2
     decoder = parse_config(RAW, "a test")
     config = load_config(
         overrides={
             "train.method": method,
+            "train.masters": masters,
             "train.precision": "bf16",
             "train.effective_batch_size": 4,
             "train.per_device_train_batch_size": 1,
@@ -104,7 +107,7 @@ def test_a_rank_has_and_sends_what_the_plan_says(
 
 def one_step(world: World, config: Any, decoder: DecoderConfig) -> tuple[dict[str, int], Any]:
     """Return the bytes that lie on a rank after a step, and the messages of the step."""
-    model = build(decoder, device="meta")
+    model = build(decoder, device="meta").to(base_dtype(config))
     make_trainable(model, config)
     precision = Precision("bf16", torch.device("cpu"))
     share_weights(model, world, precision)
@@ -119,6 +122,7 @@ def one_step(world: World, config: Any, decoder: DecoderConfig) -> tuple[dict[st
         weight_decay=0.0,
         operations=model.operations,
         sharing=sharing_of(model, world),
+        rounding_seed=3 if config.train.masters == "bf16" else None,
     )
     batching = Batching(
         micro_batch_size=1, micro_batch_tokens=None, layout="unpadded", max_length=16, pad_id=0

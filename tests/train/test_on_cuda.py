@@ -21,6 +21,7 @@ from models import build
 from models.config import parse_config
 from train.config.load import load_config
 from train.optim import build_optimizer
+from train.optim.paged import CudaBoundary, PagedMoments
 from train.plan.ledger import memory_ledger
 from train.precision import Precision
 from train.state import StepResult
@@ -98,6 +99,38 @@ def test_every_cut_gives_one_loss_and_one_gradient(
         assert other.loss == pytest.approx(whole.loss, rel=bound)
         for name, gradient in gradients.items():
             assert (of_cut[name] - gradient).norm() <= bound * gradient.norm(), (change, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moments_in_host_memory_are_those_beside_the_parameters(
+    dtype: torch.dtype, backend: str
+) -> None:
+    """Bit for bit, in buckets that wait for each other or would be read half written."""
+
+    def trained(bucket: int | None) -> dict[str, torch.Tensor]:
+        model = small_model("llama", dtype, vocab_size=4096, hidden_size=512)
+        optimizer = build_optimizer(
+            "paged_adamw",
+            model.to(CUDA),
+            weight_decay=0.1,
+            operations=operations(backend, CUDA),
+            rounding_seed=1 if dtype == torch.bfloat16 else None,
+            moments=PagedMoments(CudaBoundary(CUDA), bucket) if bucket else None,
+        )
+        for step in range(1, 6):
+            for index, parameter in enumerate(optimizer.parameters.values()):
+                generator = torch.Generator().manual_seed(100 * step + index)
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = gradient.to(CUDA, dtype)
+            optimizer.step(1e-2)
+        tensors = {**optimizer.state_tensors(), **optimizer.parameters}
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    resident = trained(None)
+    for bucket in (1 << 12, 1 << 18, 1 << 24):
+        for name, tensor in trained(bucket).items():
+            assert torch.equal(tensor, resident[name]), (bucket, name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

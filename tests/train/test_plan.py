@@ -389,9 +389,8 @@ def test_disk() -> None:
     config = load_config(overrides={"checkpoint.total_limit": 3, "checkpoint.steps": 1, "r": 4})
     architecture = decoder(LLAMA | {"torch_dtype": "bfloat16"})
     sizes = model_sizes(architecture, "lora", config.lora)
-    memory = memory_ledger(config, architecture)
     plan = plan_run(config, 1000)
-    disk = disk_bytes(config, plan, sizes, architecture, memory)
+    disk = disk_bytes(config, plan, sizes, architecture)
     assert disk["checkpoint"] == 12 * sizes.trainable  # fp32 adapters and two moments
     assert (disk["checkpoints_kept"], disk["one_more_each_minutes"]) == (3, None)
     assert disk["best_and_final"] == 8 * sizes.trainable
@@ -400,10 +399,10 @@ def test_disk() -> None:
     one = dataclasses.replace(
         config, checkpoint=dataclasses.replace(config.checkpoint, total_limit=1)
     )
-    assert disk_bytes(one, plan, sizes, architecture, memory)["checkpoints_kept"] == 2
+    assert disk_bytes(one, plan, sizes, architecture)["checkpoints_kept"] == 2
     full = load_config(overrides={"method": "full"})
     sizes = model_sizes(architecture, "full", full.lora)
-    disk = disk_bytes(full, plan, sizes, architecture, memory_ledger(full, architecture))
+    disk = disk_bytes(full, plan, sizes, architecture)
     assert disk["best_and_final"] == 2 * 2 * sizes.base  # in the model's own dtype
     assert disk["one_more_each_minutes"] == 15
 

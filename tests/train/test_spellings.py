@@ -50,6 +50,8 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("optim", "adamw_torch_fused", {}),
     ("optim", "paged_adamw_32bit", {"optimizer.name": "paged_adamw"}),
     ("optim", "adafactor", {"optimizer.name": "adafactor"}),
+    ("optim", "adamw_bnb_8bit", {"optimizer.name": "adamw_8bit"}),
+    ("optim", "paged_adamw_8bit", {"optimizer.name": "adamw_8bit"}),
     ("bf16", "true", {"train.precision": "bf16"}),
     ("fp16", "true", {"train.precision": "fp16"}),
     ("mixed_precision", "no", {"train.precision": "fp32"}),
@@ -163,7 +165,7 @@ def test_the_command_line_still_rules_over_a_file(tmp_path: Path) -> None:
         ("mixed_precision", "fp8", ["train.precision="]),
         ("lr", "abc", ["lr: optimizer.learning_rate", "a number > 0"]),
         ("lora_r", "0", ["lora_r: lora.r", "≥ 1"]),
-        ("optim", "adamw_bnb_8bit", ["optim: optimizer.name", "not quantised"]),
+        ("optim", "lion_8bit", ["optim: optimizer.name", "adamw_8bit alone"]),
     ],
 )
 def test_a_value_that_means_something_else_is_never_misread(

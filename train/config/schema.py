@@ -42,7 +42,7 @@ class ModelSettings:
     dtype: str | None = key(
         None,
         "storage of the frozen base; none: what train.precision computes in "
-        "(what is trained always has fp32 masters)",
+        "(what is trained has its masters, train.masters)",
         words=("bf16", "fp16", "fp32"),
         aliases=_DTYPES,
     )
@@ -63,6 +63,13 @@ class TrainSettings:
         "auto",
         "what matrix products compute in; auto: bf16 where the device has it natively, else fp32",
         words=("auto", "bf16", "fp16", "fp32"),
+        aliases=_DTYPES,
+    )
+    masters: str = key(
+        "fp32",
+        "storage of the weights that train.method=full trains; bf16: rounded by chance at each "
+        "update, half the memory of weights and gradients",
+        words=("fp32", "bf16"),
         aliases=_DTYPES,
     )
     seed: int = key(42, "every random draw follows from it", minimum=0, below=2**63)
@@ -208,12 +215,15 @@ class OptimizerSettings:
 
     name: str = key(
         "adamw",
-        "the update rule; paged_adamw is AdamW whose state may leave the device",
-        words=("adamw", "paged_adamw", "adafactor"),
+        "the update rule; paged_adamw is AdamW whose state may leave the device, adamw_8bit has "
+        "moments in 8 bits",
+        words=("adamw", "paged_adamw", "adamw_8bit", "adafactor"),
         aliases={
             "adamw_torch": "adamw",
             "adamw_torch_fused": "adamw",
             "paged_adamw_32bit": "paged_adamw",
+            "adamw_bnb_8bit": "adamw_8bit",
+            "paged_adamw_8bit": "adamw_8bit",
         },
     )
     learning_rate: float = key(2e-4, "the peak", above=0, recommended="5e-5 to 2e-4")

@@ -118,7 +118,7 @@ UNSUPPORTED = each(
         "Llama, Mistral, Qwen2, Qwen3 and StarCoder2",
         "trust_remote_code_model": "a model's own code is never run",
         # adapters
-        "galore": "the optimizers are adamw, paged_adamw and adafactor (optimizer.name)",
+        "galore": "optimizer.name is adamw, paged_adamw, adamw_8bit or adafactor",
         "init_lora_weights": f"A is drawn and B is zero, as PEFT does by default; {LORA_ALONE}",
         "alora_invocation_tokens arrow_config corda_config eva_config kasa_config "
         "layer_replication lora_ga_config lora_on_cpu monteclora_config relora_steps "
@@ -239,8 +239,7 @@ UNSUPPORTED_FAMILIES = each(
 UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
     "optimizer.name": (
         r".*(8bit|4bit).*",
-        "the optimizer's state is not quantised; paged_adamw may leave the device, adafactor is "
-        "small",
+        "adamw_8bit alone has a quantised state; adafactor's is smaller",
     ),
     "model.attention": (r"flash_attention_3|xformers|flex_attention|.*/.*", _ATTENTION),
     "data.format": (

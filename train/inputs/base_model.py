@@ -40,9 +40,9 @@ def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
 
 
 def base_dtype(config: RunConfig) -> torch.dtype:
-    """Return what the base's weights are stored in: fp32 masters where they are trained."""
+    """Return what the base's weights are stored in: their masters where they are trained."""
     if config.train.method == "full":
-        return torch.float32
+        return COMPUTE_DTYPES[config.train.masters]
     return COMPUTE_DTYPES[config.model.dtype or config.train.precision]
 
 

@@ -50,7 +50,10 @@ def share_weights(model: CausalLM, world: World, precision: Precision) -> None:
     trained = {p for p in model.parameters() if p.requires_grad}
     frozen = [p for p in model.parameters() if not p.requires_grad]
     whole = trained if frozen else set()
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    halves = any(p.dtype == torch.bfloat16 for p in trained)
+    policy = MixedPrecisionPolicy(
+        reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False
+    )
     of_layers = policy
     if not frozen and precision.name != "fp32":
         of_layers = MixedPrecisionPolicy(

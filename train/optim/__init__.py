@@ -3,11 +3,15 @@
     buffers.py      trained parameters and gradients in memory, their norm; what a rule must offer
     adamw.py        `adamw_update`, and AdamW
     adafactor.py    `adafactor_update`, and Adafactor
+    eight_bit.py    `adamw_8bit_update`, and AdamW8bit: moments in 8 bits
+    rounded.py      both rules over masters in bf16, which are rounded by chance
+    moments.py      where AdamW's moments lie: beside the parameters
+    paged.py        or in host memory, through two buffers on the device
 
-Parameters are fp32 masters and so is every state (fp64 parameters, as tests use them, get fp64
-states). The learning rate is an argument of `step`: the schedule is the plan's, and no optimizer
-holds a copy. An optimizer's state is plain tensors by name, so a checkpoint of it is a safetensors
-file.
+Parameters are fp32 masters (or, by rounded.py, bf16 ones) and so is every state (fp64 parameters,
+as tests use them, get fp64 states). The learning rate is an argument of `step`: the schedule is the
+plan's, and no optimizer holds a copy. An optimizer's state is plain tensors by name, so a
+checkpoint of it is a safetensors file.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ from kernels.dispatch import Operations
 from train.optim.adafactor import Adafactor
 from train.optim.adamw import AdamW
 from train.optim.buffers import Optimizer, Sharing, decays
+from train.optim.eight_bit import AdamW8bit
+from train.optim.moments import Moments
+from train.optim.rounded import RoundedAdafactor, RoundedAdamW
 
-OPTIMIZERS = ("adamw", "paged_adamw", "adafactor")
+OPTIMIZERS = ("adamw", "paged_adamw", "adamw_8bit", "adafactor")
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
@@ -45,6 +52,12 @@ def decayed_parameters(model: nn.Module) -> set[str]:
     }
 
 
+def embeddings(model: nn.Module) -> set[str]:
+    """Return the names of a model's embeddings, a tied head's among them."""
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, parameter in model.named_parameters() if parameter in tables}
+
+
 def build_optimizer(
     name: str,
     model: nn.Module,
@@ -54,13 +67,15 @@ def build_optimizer(
     weight_decay: float = 0.0,
     operations: Operations | None = None,
     sharing: Sharing | None = None,
+    rounding_seed: int | None = None,
+    moments: Moments | None = None,
 ) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
-    `paged_adamw` is `adamw`: paging keeps the moments in host memory under pressure and changes no
-    number, and the moments of an adapter (8 bytes a trained parameter) fit beside the model.
-    Adafactor takes neither betas nor eps. The updates are those of `operations` where it has them;
-    with `sharing`, on this rank's rows of every parameter.
+    `paged_adamw` is `adamw`, whose `moments` the plan may have put into host memory, which changes
+    no number. Adafactor takes neither betas nor eps. The updates are those of `operations` where it
+    has them; with `sharing`, on this rank's rows of every parameter. With `rounding_seed` the
+    parameters are masters in bf16, rounded by draws that follow from it.
 
     Raises:
         UserError: `name` is no optimizer, or nothing in the model is trainable.
@@ -85,6 +100,18 @@ def build_optimizer(
         "decayed": decayed_parameters(model),
         "sharing": sharing,
     }
+    adam = {"betas": betas, "eps": eps}
+    if name == "adamw_8bit":
+        if sharing is not None:
+            raise ValueError("adamw_8bit: shared rows would cut its blocks (train.plan.decide)")
+        del common["sharing"]
+        return AdamW8bit(trainable, **adam, **common, embeddings=embeddings(model))
+    if rounding_seed is not None:
+        common["seed"] = rounding_seed
+        if name == "adafactor":
+            return RoundedAdafactor(trainable, **common)
+        return RoundedAdamW(trainable, **adam, **common, moments=moments)
     if name == "adafactor":
         return Adafactor(trainable, **common, kernel=operations and operations.adafactor_)
-    return AdamW(trainable, betas=betas, eps=eps, **common, kernel=operations and operations.adamw_)
+    kernel = operations and operations.adamw_
+    return AdamW(trainable, **adam, **common, kernel=kernel, moments=moments)

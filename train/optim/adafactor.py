@@ -123,7 +123,7 @@ def clipped_rate(squared_norm: Tensor, elements: int, learning_rate: float) -> T
 
 
 @dataclass(frozen=True)
-class _Stack:
+class Stack:
     """Parameters of one shape, stacked: n of them, or a lone one."""
 
     names: tuple[str, ...]
@@ -155,10 +155,10 @@ class Adafactor(Optimizer):
         self._stacks = [*self._stacks_of_the_buffer()]
         for name, parameter in self.lone.items():
             weight = parameter.detach().unsqueeze(0)
-            state = _second_moments(weight)
-            self._stacks.append(_Stack((name,), weight, None, state, name in self.decayed))
+            state = _second_moments(weight, self.state_dtype)
+            self._stacks.append(Stack((name,), weight, None, state, name in self.decayed))
 
-    def _stacks_of_the_buffer(self) -> Iterator[_Stack]:
+    def _stacks_of_the_buffer(self) -> Iterator[Stack]:
         """Yield the groups of equal shape, cut where they are longer than a block."""
         for group in self.groups:
             count = max(1, block_elements(self.weights.device) // max(1, group.shape.numel()))
@@ -170,7 +170,8 @@ class Adafactor(Optimizer):
                 range(0, len(group.names), count), *pieces, strict=True
             ):
                 names = group.names[first : first + count]
-                yield _Stack(names, weight, gradient, _second_moments(weight), group.decayed)
+                state = _second_moments(weight, self.state_dtype)
+                yield Stack(names, weight, gradient, state, group.decayed)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
@@ -184,7 +185,7 @@ class Adafactor(Optimizer):
         )
 
     def _update(
-        self, stack: _Stack, beta2: float, learning_rate: float, gradient_factor: float
+        self, stack: Stack, beta2: float, learning_rate: float, gradient_factor: float
     ) -> Update:
         gradient = stack.gradient
         if gradient is None:
@@ -192,15 +193,7 @@ class Adafactor(Optimizer):
             lone = self.parameters[name].grad
             assert lone is not None
             gradient = lone.unsqueeze(0)
-        update = adafactor_update if stack.weight.ndim > 2 else adafactor_update_vectors
-        if (
-            self._kernel
-            and stack.weight.ndim == 3
-            and stack.weight.numel()
-            and stack.weight[0].is_contiguous()
-        ):
-            update = self._kernel
-        return update(
+        return self._rule(stack)(
             stack.weight,
             gradient,
             *stack.state.values(),
@@ -211,6 +204,14 @@ class Adafactor(Optimizer):
             epsilon=EPSILON,
             whole_rows=None if self.sharing is None else self.sharing.rows[stack.names[0]],
         )
+
+    def _rule(self, stack: Stack) -> Callable[..., Update]:
+        """Return what updates a stack."""
+        weight = stack.weight
+        if weight.ndim == 2:
+            return adafactor_update_vectors
+        takes = weight.ndim == 3 and weight.numel() and weight[0].is_contiguous()
+        return self._kernel if self._kernel and takes else adafactor_update
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state, live: `<name>.exp_avg_sq_row` and `_col`, or `.exp_avg_sq`; `steps`."""
@@ -223,12 +224,12 @@ class Adafactor(Optimizer):
         return tensors
 
 
-def _second_moments(weight: Tensor) -> dict[str, Tensor]:
+def _second_moments(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return zero state of stacked parameters: by row and column for matrices, else in full."""
-    if weight.ndim < 3:
-        return {"exp_avg_sq": torch.zeros_like(weight, memory_format=torch.contiguous_format)}
     shape = weight.shape
+    if weight.ndim < 3:
+        return {"exp_avg_sq": weight.new_zeros(shape, dtype=dtype)}
     return {
-        "exp_avg_sq_row": weight.new_zeros(shape[:-1]),
-        "exp_avg_sq_col": weight.new_zeros(shape[:-2] + shape[-1:]),
+        "exp_avg_sq_row": weight.new_zeros(shape[:-1], dtype=dtype),
+        "exp_avg_sq_col": weight.new_zeros(shape[:-2] + shape[-1:], dtype=dtype),
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from train.optim.buffers import Optimizer, Sharing, blocks
+from train.optim.buffers import Optimizer, Sharing
+from train.optim.moments import Moments, Span
 
 
 def adamw_update(
@@ -63,8 +65,9 @@ class AdamW(Optimizer):
         sharing: Sharing | None = None,  # as of `Buffer`
         # A backend's `adamw_`, in the place of `adamw_update` for fp32 parameters.
         kernel: Callable[..., None] | None = None,
+        moments: Moments | None = None,  # where the moments lie; None: beside the parameters
     ) -> None:
-        """Allocate the moments, as zeros beside the parameters.
+        """Allocate the moments, as zeros.
 
         Raises:
             ValueError: As `Buffer`.
@@ -73,45 +76,59 @@ class AdamW(Optimizer):
         self._kernel = kernel if self.weights.dtype == torch.float32 else None
         self.betas = betas
         self.eps = eps
-        self._first, self._second = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self._moments = moments or Moments()
+        self._first, self._second = self._zeros(self.weights), self._zeros(self.weights)
         self._lone_moments = {
-            name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
+            name: (self._zeros(parameter), self._zeros(parameter))
             for name, parameter in self.lone.items()
         }
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return self._moments.zeros(like, self.state_dtype)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
         """Update every parameter once with `gradient_factor` times its gradient."""
         self.gather_gradients()
         self.steps += 1
-        update = self._kernel or adamw_update
-        for tensors, weight_decay in self._spans():
-            for some in [tensors] if self._kernel else blocks(*tensors):
-                update(
-                    *some,
-                    step=self.steps,
-                    learning_rate=learning_rate,
-                    betas=self.betas,
-                    eps=self.eps,
-                    weight_decay=weight_decay,
-                    gradient_factor=gradient_factor,
-                )
+        whole = self._kernel is not None
+        for span, begin, tensors in self._moments.pieces(self._spans(), whole=whole):
+            self._update(
+                span,
+                begin,
+                tensors,
+                step=self.steps,
+                learning_rate=learning_rate,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=span.weight_decay,
+                gradient_factor=gradient_factor,
+            )
 
-    def _spans(self) -> Iterator[tuple[tuple[Tensor, ...], float]]:
-        """Yield flat weights, gradients and both moments, and the weight decay that they share."""
+    def _update(self, span: Span, begin: int, tensors: tuple[Tensor, ...], **given: Any) -> None:
+        """Update a piece of a span, which begins there."""
+        (self._kernel or adamw_update)(*tensors, **given)
+
+    def _spans(self) -> Iterator[Span]:
+        """Yield the buffer, what decays and what does not, and the long parameters."""
         flat = self.weights, self.gradients, self._first, self._second
         split = max((group.end for group in self.groups if group.decayed), default=0)
-        yield tuple(tensor[:split] for tensor in flat), self.weight_decay
-        yield tuple(tensor[split:] for tensor in flat), 0.0
-        for name, parameter in self.lone.items():
-            gradient = parameter.grad
-            assert gradient is not None
-            first, second = self._lone_moments[name]
-            flat = parameter.view(-1), gradient.reshape(-1), first.view(-1), second.view(-1)
-            yield flat, self.weight_decay if name in self.decayed else 0.0
+        yield Span(tuple(tensor[:split] for tensor in flat), self.weight_decay)
+        yield Span(tuple(tensor[split:] for tensor in flat), 0.0)
+        for name in self.lone:
+            yield self._span(name, *self._lone_moments[name])
+
+    def _span(self, name: str, first: Tensor, second: Tensor, row: int = 1) -> Span:
+        """Return a parameter and its moments, which have its shape; pieces are whole rows."""
+        parameter = self.parameters[name]
+        gradient = parameter.grad
+        assert gradient is not None
+        flat = parameter.view(-1), gradient.reshape(-1), first.view(-1), second.view(-1)
+        return Span(flat, self.weight_decay if name in self.decayed else 0.0, name, row)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state, live: `<name>.exp_avg` and `<name>.exp_avg_sq`; `steps`."""
+        self._moments.settle()
         tensors = {"steps": torch.tensor(self.steps)}
         for kind, flat in (("exp_avg", self._first), ("exp_avg_sq", self._second)):
             tensors |= {f"{name}.{kind}": view for name, view in self.views(flat)}

@@ -98,12 +98,6 @@ def block_elements(device: torch.device) -> int:
     return _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS
 
 
-def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield flat tensors of one length block by block, as views."""
-    size = block_elements(flat[0].device)
-    return zip(*(tensor.split(size) for tensor in flat), strict=True)
-
-
 @dataclass(frozen=True)
 class Group:
     """Parameters of one shape that lie side by side in the buffer."""
@@ -137,7 +131,11 @@ class Buffer:
             parameters' `.grad`, which backward passes add to.
         lone: The parameters that are not in the buffer, by name.
         sharing: How ranks share the parameters; None where each is whole.
+        state_dtype: What an update computes in, and keeps its state in.
     """
+
+    # What masters may be stored in. Rules that round by chance have other ones.
+    master_dtypes = (torch.float32, torch.float64)
 
     def __init__(
         self,
@@ -154,7 +152,7 @@ class Buffer:
                 all are of one type on one device.
         """
         self.parameters = dict(named_parameters)
-        _check_masters(self.parameters)
+        _check_masters(self.parameters, self.master_dtypes)
         self.decayed = frozenset(name for name in self.parameters if name in decayed)
         self.sharing = sharing
         self.sources = {} if sharing is None else sharing.sources
@@ -167,6 +165,7 @@ class Buffer:
         self.groups = _groups(small, self.decayed)
         elements = self.groups[-1].end if self.groups else 0
         like = next(iter(self.parameters.values())).detach()
+        self.state_dtype = torch.promote_types(like.dtype, torch.float32)
         self.weights = like.new_zeros(math.ceil(elements / _NORM_PIECE) * _NORM_PIECE)
         self.gradients = torch.zeros_like(self.weights)
         self._gradient_views = dict(self.views(self.gradients))
@@ -243,9 +242,10 @@ class Buffer:
             ValueError: As `gather_gradients`.
         """
         self.gather_gradients()
-        pieces = [torch.linalg.vector_norm(self.gradients.view(-1, _NORM_PIECE), dim=1)]
+        norm_of, dtype = torch.linalg.vector_norm, self.state_dtype
+        pieces = [norm_of(self.gradients.view(-1, _NORM_PIECE), dim=1, dtype=dtype)]
         pieces += [
-            torch.linalg.vector_norm(gradient, dim=-1).view(-1)
+            norm_of(gradient, dim=-1, dtype=dtype).view(-1)
             for parameter in self.lone.values()
             if (gradient := parameter.grad) is not None
         ]
@@ -350,12 +350,13 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
 
 
-def _check_masters(parameters: Mapping[str, Parameter]) -> None:
+def _check_masters(parameters: Mapping[str, Parameter], dtypes: Collection[torch.dtype]) -> None:
     for name, parameter in parameters.items():
-        if parameter.dtype not in (torch.float32, torch.float64):
+        if parameter.dtype not in dtypes:
             raise ValueError(
                 f"{name} is {parameter.dtype}: trained parameters are kept in float32, because "
-                "half precision cannot hold small updates"
+                "half precision cannot hold small updates, or in bfloat16 by a rule that rounds "
+                "them by chance (train.masters)"
             )
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) != 1:

@@ -131,10 +131,39 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             "kernels here: that has never been tried together; use train.compile=false or "
             "train.kernels=reference"
         )
+    _refuse_moments(config, precision)
     settings = dataclasses.replace(
         config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
     )
     return dataclasses.replace(config, train=settings)
+
+
+def _refuse_moments(config: RunConfig, precision: str) -> None:
+    """Refuse masters and optimizers that do not go with what is trained, or with each other."""
+    full, name = config.train.method == "full", config.optimizer.name
+    if name == "adamw_8bit" and full and config.train.sharding == "shard":
+        raise UserError(
+            "optimizer.name=adamw_8bit with train.sharding=shard: its blocks of 256 would be cut "
+            "where the ranks' rows are, and the result depend on their number; use "
+            "train.sharding=replicate, or optimizer.name=adafactor"
+        )
+    if config.train.masters == "fp32":
+        return
+    if not full:
+        raise UserError(
+            "train.masters=bf16 with train.method=lora: adapters are small and keep fp32 masters; "
+            "use train.masters=fp32 (how the frozen base is stored says model.dtype)"
+        )
+    if precision not in ("bf16", "auto"):
+        raise UserError(
+            f"train.masters=bf16 with train.precision={precision}: the masters are the very "
+            "weights that are computed with; use train.precision=bf16, or train.masters=fp32"
+        )
+    if name == "adamw_8bit":
+        raise UserError(
+            "train.masters=bf16 with optimizer.name=adamw_8bit: only adamw, paged_adamw and "
+            "adafactor round masters by chance; use one of these, or train.masters=fp32"
+        )
 
 
 def decide_device(name: str) -> str:
@@ -297,6 +326,30 @@ def decide_recomputing(
     return needed > machine.memory, f"auto: {there}"
 
 
+def decide_paging(
+    config: RunConfig, needed: int | None, machine: Machine
+) -> tuple[bool | None, str]:
+    """Return whether `paged_adamw` keeps its moments in host memory and, in words, why.
+
+    None where it is not known: it does on a CUDA card whose memory does not suffice otherwise.
+
+    Args:
+        config: What is asked.
+        needed: Bytes of a step with moments beside the parameters; None where that is not known.
+        machine: Where it runs.
+    """
+    if config.optimizer.name != "paged_adamw":
+        return False, "not asked for"
+    if needed is None:
+        return None, "the model is not known yet"
+    if machine.device is None:
+        return None, "no device is known yet"
+    if machine.device != "cuda" or machine.memory is None:
+        return False, f"{machine.device} has no memory of its own"
+    there = f"{size_text(needed)} needed without it, {size_text(machine.memory)} there"
+    return needed > machine.memory, there
+
+
 def decide_sharding(
     config: RunConfig, needed: int | None, machine: Machine, world_size: int
 ) -> str | None:
@@ -313,7 +366,9 @@ def decide_sharding(
     if config.train.sharding != "auto":
         return config.train.sharding
     too_large = needed is not None and machine.memory is not None and needed > machine.memory
-    return "shard" if config.train.method == "full" or too_large else "replicate"
+    # Blocks of 256 moments would be cut where the ranks' rows are.
+    full = config.train.method == "full" and config.optimizer.name != "adamw_8bit"
+    return "shard" if full or (too_large and config.train.method == "lora") else "replicate"
 
 
 def available_memory(device: str) -> int | None:

@@ -26,6 +26,7 @@ from train.plan.decide import (
     decide_attention,
     decide_device,
     decide_kernels,
+    decide_paging,
     decide_recomputing,
     decide_sharding,
 )
@@ -35,6 +36,7 @@ from train.plan.ledger import (
     disk_bytes,
     memory_ledger,
     micro_batch_tokens,
+    optimizer_bytes,
     widths,
 )
 from train.plan.objections import objections
@@ -63,7 +65,7 @@ def complete(
     """
     document = plan_document(config, KnownData.of(data), decoder, machine, world.size)
     document["earlier_schedules"] = list(earlier)
-    names = ("gradient_checkpointing", "sharding")
+    names = ("gradient_checkpointing", "sharding", "paging")
     decided = world.told("decided", lambda: json.dumps({name: document[name] for name in names}))
     document |= json.loads(decided)
     checkpointing = document["gradient_checkpointing"]
@@ -142,7 +144,7 @@ def plan_document(
     of_a_number = widths(config, _counted_precision(config))
     document |= rank_facts(config, lengths, document, known, sizes, of_a_number)
     document |= {
-        "disk": disk_bytes(config, plan, sizes, known, document["memory"]),
+        "disk": disk_bytes(config, plan, sizes, known),
         "compute": compute_estimate(config, plan, sizes, lengths, recomputes),
         "data": {"valid_examples": valid, "test_examples": test, **counts},
         "claims": [claim_row(claim, value) for claim, value in check_claims(preset)],
@@ -185,15 +187,18 @@ def _memory_of(
     """Return the ledger of one rank; where recomputing is not decided, without and with it."""
     ledger: dict[str, Any] = dict.fromkeys((*MEMORY_CATEGORIES, "total"))
     other: dict[str, Any] | None = None
+    host = 0
     if decoder is None:
+        paging, paging_reason = decide_paging(config, None, machine)
         checkpointing, reason = decide_recomputing(config, None, machine)
         sharding = decide_sharding(config, None, machine, world_size)
     else:
+        sizes = model_sizes(decoder, config.train.method, config.lora)
         estimate = functools.partial(
             memory_ledger,
             config,
             decoder,
-            model_sizes(decoder, config.train.method, config.lora),
+            sizes,
             precision=_counted_precision(config),
             device=machine.device,
             lengths=lengths,
@@ -207,13 +212,22 @@ def _memory_of(
         ledger = dict(estimate(gradient_checkpointing=bool(checkpointing)))
         if checkpointing is None:
             other = dict(estimate(gradient_checkpointing=True))
+        paging, paging_reason = decide_paging(config, ledger["total"], machine)
+        if paging:
+            host = optimizer_bytes(
+                config, sizes.share(world_size) if sharding == "shard" else sizes
+            )
+            ledger = dict(estimate(gradient_checkpointing=bool(checkpointing), paging=True))
     total, there = ledger["total"], machine.memory
     return {
         "sharding": sharding,
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_because": reason,
+        "paging": paging,
+        "paging_because": paging_reason,
         "memory": ledger,
         "memory_recomputing": other,
+        "host_memory": host,
         "available_memory": there,
         "fits": None if total is None or there is None else total <= there,
     }

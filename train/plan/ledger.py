@@ -6,7 +6,7 @@ Memory is a ledger of documented formulas by category, over what `train.plan.siz
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,7 @@ def memory_ledger(
     lengths: Sequence[int] | None = None,
     world_size: int = 1,
     sharding: str | None = None,
+    paging: bool = False,
 ) -> dict[str, int]:
     """Estimate the bytes that a step holds at its peak, by category.
 
@@ -96,8 +97,10 @@ def memory_ledger(
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass.
-    - adapters, gradients: 4 bytes a parameter (fp32 masters, fp32 gradients).
-    - optimizer: AdamW 8 bytes a trained parameter; Adafactor 4 × (rows + columns) of a matrix.
+    - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters.
+    - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
+      what is small; Adafactor 4 × (rows + columns) of a matrix. With paging two buffers, of a
+      bucket's moments each, are on the device, and the 8 bytes a parameter are the host's.
     - Where ranks share the weights (`sharding="shard"`), those are a rank's: its rows, rounded up
       (adapters stay whole, Adafactor's statistics of columns too); gathered is what it holds of
       the others' at a time (`train.plan.sharing.gathered_bytes`).
@@ -121,9 +124,11 @@ def memory_ledger(
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
         sharding: How they have the model: `replicate` or `shard`; None where there is one.
+        paging: Whether AdamW's moments lie in host memory.
     """
     from kernels.cpu.rounding import document_multiple, row_multiple
     from kernels.loss import chunk_rows_of
+    from train.optim.paged import buffer_bytes
     from train.precision import COMPUTE_DTYPES
 
     sizes = sizes or model_sizes(decoder, config.train.method, config.lora)
@@ -140,7 +145,7 @@ def memory_ledger(
     copied = stored != compute and not (shared and full)
     weights = own.base * stored + (sizes.matmul * compute if copied else 0)
     adapters = 4 * (sizes.total - sizes.base)
-    state = own.factored_state if config.optimizer.name == "adafactor" else own.trained_state
+    state = buffer_bytes(own.trainable) if paging else optimizer_bytes(config, own)
     layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
     layers = decoder.num_hidden_layers
     lowered = 0 if compute == 4 else compute * (sizes.total - sizes.base)
@@ -160,8 +165,8 @@ def memory_ledger(
     ledger = {
         "weights": weights,
         "adapters": adapters,
-        "gradients": 4 * own.trainable,
-        "optimizer": 4 * state,
+        "gradients": _WIDTHS[config.train.masters] * own.trainable,
+        "optimizer": state,
         "gathered": gathered_bytes(config, decoder, sizes, (compute, stored)) if shared else 0,
         "activations": round(tokens * saved + lowered),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
@@ -174,10 +179,18 @@ def memory_ledger(
     return {**ledger, "total": sum(ledger.values())}
 
 
+def optimizer_bytes(config: RunConfig, sizes: ModelSizes) -> int:
+    """Return the bytes of an optimizer's state, wherever it lies."""
+    of = {"adafactor": 4 * sizes.factored_state, "adamw_8bit": sizes.eight_bit_state}
+    return of.get(config.optimizer.name, 4 * sizes.trained_state)
+
+
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:
     """Return the bytes of a number that is computed with, and of a stored base weight."""
     full = config.train.method == "full"
-    return _WIDTHS[precision], 4 if full else _WIDTHS[config.model.dtype or precision]
+    return _WIDTHS[precision], _WIDTHS[config.train.masters] if full else _WIDTHS[
+        config.model.dtype or precision
+    ]
 
 
 def micro_batch_tokens(
@@ -272,9 +285,8 @@ def disk_bytes(
     plan: RunPlan | None,
     sizes: ModelSizes | None,
     decoder: DecoderConfig | None,
-    memory: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return bytes of one checkpoint (trained weights in fp32, optimizer state), how many, and all.
+    """Return bytes of one checkpoint (trained masters, optimizer state), how many, and all.
 
     `best/` and `final/` hold fp32 adapters, or a model in its own dtype. Where nothing limits the
     checkpoints, `checkpoint.minutes` adds more than are counted: `one_more_each_minutes`.
@@ -283,7 +295,7 @@ def disk_bytes(
         names = ("checkpoint", "checkpoints_kept", "one_more_each_minutes", "best_and_final")
         return dict.fromkeys((*names, "total"))
     full = config.train.method == "full"
-    checkpoint = 4 * sizes.trainable + memory["optimizer"]
+    checkpoint = _WIDTHS[config.train.masters] * sizes.trainable + optimizer_bytes(config, sizes)
     kept = len(plan.save_steps)
     if config.checkpoint.total_limit is not None:
         # The newest and the best are never deleted, whatever the limit.

@@ -11,7 +11,7 @@ from files.errors import counted
 from train.config.schema import RunConfig
 from train.inputs.adapters import starting_adapter_note
 from train.inputs.known import KnownData, Unknown
-from train.plan.decide import Machine, decide_attention
+from train.plan.decide import Machine, available_memory, decide_attention
 from train.plan.steps import RunPlan
 from train.text import size_text
 
@@ -90,6 +90,12 @@ def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
         found.append(
             f"memory: does not fit: about {size_text(total)} needed, {size_text(available)} there; "
             f"{remedy}"
+        )
+    host, on_host = document["host_memory"], available_memory("cpu") if document["paging"] else None
+    if on_host is not None and host > on_host:
+        found.append(
+            f"memory: optimizer.name=paged_adamw pins {size_text(host)} of host memory, and "
+            f"{size_text(on_host)} are free; use optimizer.name=adafactor or adamw_8bit"
         )
     free, needed = _free_disk(config), document["disk"]["total"]
     if needed is not None and free is not None and needed > free:

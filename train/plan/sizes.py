@@ -29,6 +29,7 @@ class ModelSizes:
         trainable: Those that are trained.
         trained_state: Floats of AdamW's two moments.
         factored_state: Floats of Adafactor's row and column statistics.
+        eight_bit_state: Bytes of AdamW's two moments in 8 bits.
         matmul: Weights of all linear layers and of the head (tied or not), that each token meets.
         saved_linears: Sum of the input widths of the linear layers that keep their input for a
             gradient of their own (adapted, or trained).
@@ -43,6 +44,7 @@ class ModelSizes:
     trainable: int
     trained_state: int
     factored_state: int
+    eight_bit_state: int
     matmul: int
     saved_linears: int
     adapter_ranks: int
@@ -109,12 +111,14 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
     adapted = [layer.weight for layer in adapters]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = count_parameters(model)
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     return ModelSizes(
         base=count.base,
         total=count.total,
         trainable=count.trainable,
         trained_state=2 * count.trainable,
         factored_state=sum(_factored(tuple(parameter.shape)) for parameter in trainable),
+        eight_bit_state=sum(_eight_bit(p.numel(), p in tables) for p in trainable),
         matmul=sum(weight.numel() for weight in (*linears, *adapted, head)),
         saved_linears=sum(weight.shape[1] for weight in (adapted if method == "lora" else linears)),
         adapter_ranks=sum(layer.lora_A.shape[0] for layer in adapters),
@@ -130,3 +134,13 @@ def _factored(shape: tuple[int, ...]) -> int:
         return math.prod(shape)
     leading = math.prod(shape[:-2])
     return leading * (shape[-2] + shape[-1])
+
+
+def _eight_bit(elements: int, is_embedding: bool) -> int:
+    """Return the bytes of a parameter's two moments (train/optim/eight_bit.py)."""
+    from kernels.blockwise import blocks_of
+    from train.optim.eight_bit import SMALLEST
+
+    if elements < SMALLEST or is_embedding:
+        return 2 * 4 * elements
+    return 2 * (elements + 4 * blocks_of(elements))

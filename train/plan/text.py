@@ -115,6 +115,9 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         words = {None: "not decided", True: "on", False: "off"}
         recomputing = words[document["gradient_checkpointing"]]
         rows["recomputing"] = f"{recomputing} ({document['gradient_checkpointing_because']})"
+        if document["paging"]:
+            host = size_text(document["host_memory"])
+            rows["paging"] = f"{host} of moments in host memory ({document['paging_because']})"
     kernels = document["kernels"]
     rows["kernels"] = _KERNELS.get(kernels) or str(kernels)
     if sent := document["communication_bytes"]:

@@ -19,6 +19,7 @@ from files.folders import replace_folder
 from files.tensors import TensorFile
 from lora import fill_adapter
 from models.weights import fill
+from train.inputs.base_model import base_dtype
 from train.inputs.sharding import place, reshard
 from train.plan.decide import available_memory
 from train.saving.checkpoints import Checkpoints, room_on_disk
@@ -184,7 +185,7 @@ class Saver:
                     state, self.identity(), fill, num_bytes(tensors) + num_bytes(moments)
                 ),
                 lambda folder: {
-                    **write_trained(run, tensors, folder, torch.float32),
+                    **write_trained(run, tensors, folder, base_dtype(run.config)),
                     "optimizer.safetensors": writer_of(run)(
                         folder / "optimizer.safetensors", moments
                     ),
