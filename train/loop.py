@@ -11,8 +11,9 @@ from files.errors import UserError
 from files.faults import faultpoint
 from train.batches import StepBatches
 from train.evaluate import evaluate
+from train.healing import do_less, does_not_fit_at_all, ran_out_on_a_rank
 from train.log.records import Records
-from train.process.memory import OF_A_RANK, does_not_fit, is_out_of_memory
+from train.process.memory import is_out_of_memory
 from train.process.signals import Signals
 from train.process.world import World
 from train.saving.saver import Saver
@@ -82,16 +83,16 @@ def agreed(world: World, signals: Signals, *, overdue: bool) -> tuple[str | None
 def step_that_fits(
     run: Run, records: Records, saver: Saver, batches: StepBatches, step: int
 ) -> StepResult:
-    """Do one step; where memory does not suffice, redo it in halved micro-batches, which stay.
+    """Do one step; where memory does not suffice, redo it doing less at once (`do_less`).
 
     Raises:
-        UserError: Memory does not suffice for a single example, and the state before the step is
-            saved; or it ran out while weights were being updated: they are neither the old nor the
-            new ones.
+        UserError: Memory does not suffice for a single example, whatever is computed again, and the
+            state before the step is saved; or it ran out while weights were being updated: they are
+            neither the old nor the new ones.
     """
     plan, state = run.plan, run.state
     while True:
-        divisor = state.micro_batch_divisor
+        divisor, policy = state.micro_batch_divisor, run.model.gradient_checkpointing
         batch = batches.cut(*plan.batch(step), divisor)
         ahead = None
         if step < plan.total_steps:
@@ -108,27 +109,24 @@ def step_that_fits(
                 draw=(run.config.train.seed, step),
                 meanwhile=ahead,
                 # Recomputing needs the most in the middle of a backward pass, where nobody looks.
-                at_most=None if run.model.gradient_checkpointing else run.memory.observe,
+                at_most=run.memory.observe if policy in ("none", "norms") else None,
                 world=run.world,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             if run.world.shards:
-                raise UserError(
-                    f"step {step}: {OF_A_RANK} {run.world.rank} of {run.world.size}, and "
-                    "ranks that share a model cannot do a step again; --resume goes on from the "
-                    "newest checkpoint with micro-batches half as large"
-                ) from None
+                raise ran_out_on_a_rank(run, f"step {step}") from None
             raise _cannot_be_undone(saver, step) from None
         if result.skipped != "out of memory":
             return result
-        if not run.world.any(any(len(micro_batch.examples) > 1 for micro_batch in batch))[0]:
+        several = any(len(micro_batch.examples) > 1 for micro_batch in batch)
+        how = do_less(run, single=not run.world.any(several)[0])
+        if how is None:
             raise _does_not_fit(saver, step, batch)
-        state.micro_batch_divisor *= 2
         records.say(
-            f"out of memory at step {step}: it is done again, and all goes on, with micro-batches "
-            f"1/{state.micro_batch_divisor} of their configured size; the gradient is the same"
+            f"out of memory at step {step}: it is done again, and all goes on, with {how}; the "
+            "gradient is the same"
         )
 
 
@@ -158,7 +156,7 @@ def _does_not_fit(saver: Saver, step: int, batch: list[MicroBatch]) -> UserError
         saved = f" (the state after step {done} is saved)"
     saver.run.world.wait()  # the first rank to end may end all
     longest = max((micro_batch.num_tokens for micro_batch in batch), default=0)
-    return does_not_fit(f"step {step}", longest, saved)
+    return does_not_fit_at_all(saver.run, f"step {step}", longest, saved)
 
 
 def _cannot_be_undone(saver: Saver, step: int) -> UserError:
