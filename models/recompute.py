@@ -154,4 +154,6 @@ class HostRing:
         with torch.cuda.stream(self._stream):
             to.copy_(of, non_blocking=True)
         on_device.record_stream(self._stream)
-        return self._stream.record_event()
+        there = torch.cuda.Event()
+        there.record(self._stream)
+        return there

@@ -21,7 +21,7 @@ class Activations(NamedTuple):
 
     Attributes:
         kept: Left in each layer until its backward pass.
-        again: Held beside them while one layer, or one MLP, is computed again.
+        again: Held beside them while an activation, an MLP or a layer is computed again.
         host: Kept on the host in each layer, where that is other memory than the device's.
         passing: On their way from or to the host, for all layers together.
     """
@@ -85,7 +85,7 @@ def activations_of(
     if policy == "none":
         return Activations(everything)
     if policy == "norms":
-        return Activations(norms_kept)
+        return Activations(norms_kept, 0 if makes_again else intermediate * compute)
     if policy == "mlp":
         within = mlp + (hidden if makes_again else hidden + intermediate) * compute
         return Activations(norms_kept - mlp, within)

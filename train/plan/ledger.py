@@ -111,10 +111,11 @@ def memory_ledger(
       lowered.
     - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
       and where the head is trained its gradient in fp32.
-    - overhead, on CUDA and where no device is known: gradients that a layer's backward pass holds
-      at a time (two of its widest tensors and two of M × hidden), context and workspace, and 5 % of
-      activations and loss for blocks that are not filled. Allowances: no GPU has checked them yet
-      (`tests/train/test_on_cuda.py` does).
+    - overhead: gradients that a layer's backward pass holds at a time, two of M × hidden and three
+      of its widest tensors, one of which is in passing (two where a kernel makes it: on CUDA and
+      where no device is known). There also context and workspace, and 5 % of activations and loss
+      for blocks that are not filled. Allowances: no GPU has checked those yet
+      (`tests/train/test_on_cuda.py` does); a CPU's are checked by `tests/train/test_memory.py`.
 
     Args:
         config: What is asked.
@@ -170,12 +171,13 @@ def memory_ledger(
         "gathered": gathered_bytes(config, decoder, sizes, (compute, stored)) if shared else 0,
         "activations": round(tokens * saved + lowered),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
-        "overhead": 0,
     }
+    wide = 2 if device in (None, "cuda") else 3
+    working = tokens * (wide * decoder.intermediate_size + 2 * decoder.hidden_size) * compute
+    ledger["overhead"] = working
     if device in (None, "cuda"):
-        working = 2 * tokens * (decoder.intermediate_size + decoder.hidden_size) * compute
         unfilled = round(_UNFILLED * (ledger["activations"] + ledger["loss"]))
-        ledger["overhead"] = working + unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
+        ledger["overhead"] += unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
     return {**ledger, "total": sum(ledger.values())}
 
 
