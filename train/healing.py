@@ -7,6 +7,8 @@ state, so that a resume goes on with them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data.batch import MicroBatch
 from files.errors import UserError
 from models.recompute import POLICIES
@@ -17,6 +19,7 @@ from train.loss import loss_sum
 from train.plan.decide import possible_policies
 from train.plan.ledger import micro_batch_tokens
 from train.process.memory import OF_A_RANK, does_not_fit, is_out_of_memory, within_memory
+from train.saving.saver import Saver
 from train.state import Run, TrainState
 
 # Where the longest micro-batch is tried out before the first step: on a CPU it takes as long as a
@@ -58,10 +61,34 @@ def is_single(run: Run) -> bool:
     return train.per_device_train_batch_size // divisor <= 1
 
 
-def does_not_fit_at_all(run: Run, what: str, tokens: int, saved: str = "") -> UserError:
-    """Return the error of a single example that memory does not suffice for, whatever is kept."""
+def step_does_not_fit(saver: Saver, step: int, batch: Sequence[MicroBatch]) -> UserError:
+    """Save the state before a step that cannot be done, and return the error that says so."""
+    saved = ""
+    done = saver.run.state.step
+    if done > 0:
+        saver.save(best=False, checkpoint=True)
+        saver.writer.wait()
+        saved = f" (the state after step {done} is saved)"
+    saver.run.world.wait()  # the first rank to end may end all
+    longest = max((micro_batch.num_tokens for micro_batch in batch), default=0)
+    return _does_not_fit(saver.run, f"step {step}", longest, saved)
+
+
+def _does_not_fit(run: Run, what: str, tokens: int, saved: str = "") -> UserError:
     policy = run.model.gradient_checkpointing
     return does_not_fit(what, tokens, f" and model.gradient_checkpointing={policy}{saved}")
+
+
+def cannot_be_undone(saver: Saver, step: int) -> UserError:
+    """Return the error of an update of the weights that ran out of memory half-way."""
+    saver.writer.wait()
+    checkpoints = saver.checkpoints
+    steps = checkpoints.steps()
+    last = f"from {checkpoints.path(steps[-1])}" if steps else "at the first step"
+    return UserError(
+        f"step {step}: out of memory in the update of the weights, which cannot be undone; "
+        f"--resume {saver.run.folder} goes on {last} where more memory is free"
+    )
 
 
 def ran_out_on_a_rank(run: Run, what: str) -> UserError:
@@ -95,7 +122,7 @@ def try_longest(run: Run, records: Records) -> None:
             return
         how = do_less(run, single=not run.world.any(len(largest.examples) > 1)[0])
         if how is None:
-            raise does_not_fit_at_all(run, what, largest.num_tokens)
+            raise _does_not_fit(run, what, largest.num_tokens)
         records.say(f"{what}: out of memory; all goes on with {how}; the gradient is the same")
 
 

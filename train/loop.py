@@ -6,12 +6,10 @@ from dataclasses import replace
 from functools import partial
 from signal import SIGINT, SIGTERM
 
-from data.batch import MicroBatch
-from files.errors import UserError
 from files.faults import faultpoint
 from train.batches import StepBatches
 from train.evaluate import evaluate
-from train.healing import do_less, does_not_fit_at_all, ran_out_on_a_rank
+from train.healing import cannot_be_undone, do_less, ran_out_on_a_rank, step_does_not_fit
 from train.log.records import Records
 from train.process.memory import is_out_of_memory
 from train.process.signals import Signals
@@ -117,13 +115,13 @@ def step_that_fits(
                 raise
             if run.world.shards:
                 raise ran_out_on_a_rank(run, f"step {step}") from None
-            raise _cannot_be_undone(saver, step) from None
+            raise cannot_be_undone(saver, step) from None
         if result.skipped != "out of memory":
             return result
         several = any(len(micro_batch.examples) > 1 for micro_batch in batch)
         how = do_less(run, single=not run.world.any(several)[0])
         if how is None:
-            raise _does_not_fit(saver, step, batch)
+            raise step_does_not_fit(saver, step, batch)
         records.say(
             f"out of memory at step {step}: it is done again, and all goes on, with {how}; the "
             "gradient is the same"
@@ -144,27 +142,3 @@ def advance(state: TrainState, result: StepResult) -> float | None:
     state.loss_since_eval += result.loss * result.targets
     state.targets_since_eval += result.targets
     return observe_loss(state.recent_losses, result.loss)
-
-
-def _does_not_fit(saver: Saver, step: int, batch: list[MicroBatch]) -> UserError:
-    """Save the state before a step that cannot be done, and return the error that says so."""
-    saved = ""
-    done = saver.run.state.step
-    if done > 0:
-        saver.save(best=False, checkpoint=True)
-        saver.writer.wait()
-        saved = f" (the state after step {done} is saved)"
-    saver.run.world.wait()  # the first rank to end may end all
-    longest = max((micro_batch.num_tokens for micro_batch in batch), default=0)
-    return does_not_fit_at_all(saver.run, f"step {step}", longest, saved)
-
-
-def _cannot_be_undone(saver: Saver, step: int) -> UserError:
-    saver.writer.wait()
-    checkpoints = saver.checkpoints
-    steps = checkpoints.steps()
-    last = f"from {checkpoints.path(steps[-1])}" if steps else "at the first step"
-    return UserError(
-        f"step {step}: out of memory in the update of the weights, which cannot be undone; "
-        f"--resume {saver.run.folder} goes on {last} where more memory is free"
-    )
