@@ -154,8 +154,8 @@ def simulate(
             config, train=dataclasses.replace(train, effective_batch_size=examples)
         )
         plan = plan_document(asked, NO_DATA, decoder, machine, ranks)
-        sharding, recomputes = plan["sharding"], bool(plan["gradient_checkpointing"])
-        compute = seconds or compute_seconds(config, sizes, card, recomputes)
+        sharding, policy = plan["sharding"], plan["gradient_checkpointing"]
+        compute = seconds or compute_seconds(config, sizes, card, policy)
         messages = []
         if sharding:
             of_a_number = widths(asked, train.precision)
@@ -171,7 +171,7 @@ def simulate(
                     "inside": inside,
                     "network": network,
                     **{name: plan[name] for name in ("fits", "sharding", "communication_bytes")},
-                    "recomputes": recomputes,
+                    "recomputes": policy,
                     "compute_seconds": compute,
                     "tokens_per_second": examples * config.data.max_length / found["seconds"],
                 }
@@ -179,17 +179,18 @@ def simulate(
     return rows
 
 
-def compute_seconds(config: RunConfig, sizes: ModelSizes, card: str, recomputes: bool) -> float:
+def compute_seconds(config: RunConfig, sizes: ModelSizes, card: str, policy: str) -> float:
     """Predict what a card computes in a rank's part of a step."""
     tokens = config.train.per_device_train_batch_size * config.data.max_length
-    work = tokens * flops_per_token(config, sizes, recomputes)
+    work = tokens * flops_per_token(config, sizes, policy)
     return work / (SHARE_OF_PEAK * CARDS[card].peak_flops)
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
     """Return the predictions of one method as a table: tokens/s, and the efficiency."""
     last = rows[-1]
-    recomputing = ", recomputing" if last["recomputes"] else ""
+    again = last["recomputes"]
+    recomputing = f", recomputing {again}" if again != "none" else ""
     lines = [
         f"{last['method']}: PREDICTED tokens/s and efficiency ({last['sharding']}; one of 64 "
         f"computes {last['compute_seconds']:.3f} s a step{recomputing}, and sends "

@@ -27,15 +27,13 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
-import models.layers
 from benchmarks.counting import ATTENTION, KINDS, Counting, Launch
 from benchmarks.pretended import pretended_cuda
 from data.batch import MicroBatch
@@ -126,7 +124,7 @@ def count(config: RunConfig, decoder: DecoderConfig, card: Card) -> Traffic:
         )
         model = _model(config, decoder, backend)
         precision = Precision(config.train.precision, torch.device("cuda", 0))
-        with counting, counting.keeping(), _kernels_noted(counting), _layer_inputs_kept(counting):
+        with counting, counting.keeping(), _kernels_noted(counting):
             optimizer = build_optimizer(
                 config.optimizer.name,
                 model,
@@ -163,7 +161,8 @@ def _model(config: RunConfig, decoder: DecoderConfig, backend: Operations) -> Ca
     model.to(base_dtype(config))
     if config.model.dropout is not None:
         set_dropout(model, config.model.dropout)
-    model.gradient_checkpointing = config.model.gradient_checkpointing is True
+    policy = config.model.gradient_checkpointing
+    model.gradient_checkpointing = "none" if policy == "auto" else policy
     make_trainable(model, config)
     return model
 
@@ -198,16 +197,6 @@ def _kernels_noted(counting: Counting) -> Iterator[None]:
                 module = importlib.import_module(f"triton.runtime.{name}")
                 stack.enter_context(mock.patch.object(getattr(module, kind), "run", run))
         yield
-
-
-def _layer_inputs_kept(counting: Counting) -> Any:
-    """Note the inputs of recomputed layers, which autograd keeps where no hook sees them."""
-    recompute = models.layers.checkpoint
-
-    def kept(layer: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any) -> Any:
-        return recompute(layer, counting.keep(x), *args, **options)
-
-    return mock.patch.object(models.layers, "checkpoint", kept)
 
 
 def with_layers(decoder: DecoderConfig, layers: int) -> DecoderConfig:

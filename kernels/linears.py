@@ -19,6 +19,7 @@ Source: Hu et al. 2021 (LoRA).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import keep, keep_mask
-from kernels.operands import Made, Operands, compute_dtype, value_of
+from kernels.operands import Made, Operands, compute_dtype, same_autocast, value_of
 from kernels.reference import gelu_tanh
+from kernels.remade import linears_of_remade
 from kernels.segments import Segments
 
 # A function and what it makes the input of; see `Made`.
@@ -42,18 +44,20 @@ def linears(
 
     Args:
         x: (M, K) input. What says how to make it again is made again in the backward pass instead
-            of being kept, but on a CPU, where that takes longer than reading it.
+            of being kept; on a CPU, where that takes longer than reading it, only on demand.
         operands: what each layer's `operands()` returns.
         segments: the documents of the rows; without them adapters drop nothing.
 
     Returns:
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
-    value = value_of(x)
+    value, remake = value_of(x), isinstance(x, Made) and x.remake
     if all(layer.lora_a is None for layer in operands):
+        if isinstance(x, Made) and remake and any(y.weight.requires_grad for y in operands):
+            return linears_of_remade(x, operands)
         lowered = _lowered(value, len(operands))
         return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
-    again = None if keeps_inputs(value.device) else made_again(x, operands)
+    again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)
     return list(_Linears.apply(value, again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -161,6 +165,7 @@ class _Linears(torch.autograd.Function):
                 outputs.append(y)
                 saved += (weight, a, b, low_rank, mask if x.device.type == "cpu" else None)
         ctx.again, sources = again or (None, (x,))
+        ctx.autocast = same_autocast(x) if again else nullcontext
         ctx.save_for_backward(rows, *saved, *sources)
         ctx.dtype = dtype
         ctx.settings = settings
@@ -177,7 +182,8 @@ class _Linears(torch.autograd.Function):
         needs_x, _, _, _, *needed = ctx.needs_input_grad
         count = 5 * len(grads)
         saved, sources = saved[:count], saved[count:]
-        x = sources[0] if ctx.again is None else ctx.again(*sources).to(ctx.dtype)
+        with ctx.autocast():
+            x = sources[0] if ctx.again is None else ctx.again(*sources).to(ctx.dtype)
         found: list[Tensor | None] = []
         dx: Tensor | None = None
         for dy, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(

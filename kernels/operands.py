@@ -9,6 +9,8 @@ all the linears that read one input to one kernel without knowing which of them 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,11 +38,17 @@ class Made(NamedTuple):
     value: Tensor  # (M, K)
     again: Callable[..., Tensor]  # of the sources: what `value` was, outside autograd
     sources: tuple[Tensor | None, ...]
+    # Made again on every device, for the gradients of weights too, not only where that is faster.
+    remake: bool = False
 
     @classmethod
     def by(cls, function: Callable[..., Tensor], *sources: Tensor) -> Made:
         """Return what `function` makes of the sources."""
         return cls(function(*sources), function, sources)
+
+    def like(self, x: Tensor | Made) -> Made:
+        """Return it, to be made again where `x`, which it comes from, is."""
+        return self._replace(remake=isinstance(x, Made) and x.remake)
 
 
 def value_of(x: Tensor | Made) -> Tensor:
@@ -52,3 +60,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return what products of `x` are computed in: autocast's type where it is on, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def same_autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
+    """Return what enters, in a backward pass, the autocast that is on for `x` now."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else None
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled)

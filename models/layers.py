@@ -13,12 +13,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from files.errors import UserError, did_you_mean
 from kernels.dispatch import Operations
@@ -26,7 +26,9 @@ from kernels.dispatch import operations as choose_operations
 from kernels.dropout import Draw, module_id
 from kernels.operands import Made, Operands
 from kernels.segments import Segments
+from models.cache import KeyValueCache
 from models.keys import DecoderConfig, Reader
+from models.recompute import POLICIES, HostRing, itself, recomputed
 from models.rotary import rotary_tables
 
 # `flash_attention_2` is what the old stack's configurations say; the fused kernel is sdpa's.
@@ -97,40 +99,6 @@ def set_dropout(model: nn.Module, p: float) -> None:
     for module in model.modules():
         if isinstance(module, Dropout):
             module.p = p
-
-
-class KeyValueCache:
-    """The keys and values of one document's past, for generation.
-
-    Keys are stored rotated. Under `dynamic` rotary scaling they keep the frequencies of the length
-    that the document had when they came in, as in every implementation with a cache.
-
-    Args:
-        capacity: tokens that the document may reach, prompt included; room for all of them is
-            taken when the first ones come in.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0  # tokens held; advanced once a forward pass, after the last layer
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new rows of a layer, (M, kv, d) each, and return all N of them.
-
-        Raises:
-            ValueError: the document would exceed `capacity`.
-        """
-        stop = self.length + len(k)
-        if stop > self.capacity:
-            raise ValueError(f"{stop} tokens exceed the cache's capacity of {self.capacity}")
-        if layer not in self._layers:
-            room = (self.capacity, *k.shape[1:])
-            self._layers[layer] = k.new_empty(room), v.new_empty(room)
-        keys, values = self._layers[layer]
-        keys[self.length : stop] = k
-        values[self.length : stop] = v
-        return keys[:stop], values[:stop]
 
 
 class Attention(nn.Module):
@@ -215,7 +183,8 @@ class GatedMLP(nn.Module):
         run = self.operations
         pair = [self.gate_proj.operands(), self.up_proj.operands()]
         gate, up = run.linears(x, pair, segments)
-        return run.linears(run.swiglu(gate, up), [self.down_proj.operands()], segments)[0]
+        activation = run.swiglu(gate, up).like(x)
+        return run.linears(activation, [self.down_proj.operands()], segments)[0]
 
 
 class Stream(NamedTuple):
@@ -259,13 +228,44 @@ class DecoderLayer(nn.Module):
         tables: tuple[Tensor, Tensor],
         segments: Segments,
         cache: KeyValueCache | None = None,
+        policy: str = "none",
+        ring: HostRing | None = None,
     ) -> Stream:
-        """Return the residual stream after this layer."""
+        """Return the residual stream after this layer.
+
+        It keeps what `policy` says (`models.recompute`), of which `offload` needs the `ring`. Where
+        the layer is computed again, the stream that comes in and goes out is one tensor, not two.
+        """
+        if policy in ("layers", "offload"):
+            add = self.self_attn.operations.add
+            kept = None if ring is None else ring.send(self.self_attn.layer, stream.x)
+
+            def whole(x: Made) -> Tensor:
+                return add(*self._run(Stream(x.value), tables, segments))
+
+            x = Made.by(itself, stream.x)
+            return Stream(recomputed(whole, x, self.parameters(), kept))
+        return self._run(stream, tables, segments, cache, policy)
+
+    def _run(
+        self,
+        stream: Stream,
+        tables: tuple[Tensor, Tensor],
+        segments: Segments,
+        cache: KeyValueCache | None = None,
+        policy: str = "none",
+    ) -> Stream:
+        remake = policy in ("norms", "mlp")
         x, normed = stream.normed(self.input_layernorm)
-        change = self.self_attn(normed, tables, segments, cache)
+        change = self.self_attn(normed._replace(remake=remake), tables, segments, cache)
         stream = _changed(x, change, self.attention_residual, segments)
         x, normed = stream.normed(self.post_attention_layernorm)
-        return _changed(x, self.mlp(normed, segments), self.mlp_residual, segments)
+        if policy == "mlp":
+            mlp = partial(self.mlp, segments=segments)
+            change = recomputed(mlp, normed, self.mlp.parameters())
+        else:
+            change = self.mlp(normed._replace(remake=remake), segments)
+        return _changed(x, change, self.mlp_residual, segments)
 
 
 def _changed(x: Tensor, change: Tensor, dropout: Dropout | None, segments: Segments) -> Stream:
@@ -287,9 +287,9 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module, ABC):
     """A decoder and its head; a family fills in its norm and its layer.
 
-    `gradient_checkpointing` keeps only each layer's input and computes the layer again in the
-    backward pass. Draws have no state, so the second pass draws the same and gradients are equal
-    bit for bit.
+    `gradient_checkpointing` says what layers keep for the backward pass: a policy of
+    `models.recompute`, of which gradients do not depend; True stands for `layers`, False for
+    `none`.
 
     `name_or_path` and `revision` say where the weights were loaded from: a folder, or a hub id and
     its commit; None where they were not.
@@ -319,7 +319,7 @@ class CausalLM(nn.Module, ABC):
         self.config = config
         self.operations = operations or choose_operations()
         self.attention_implementation = ATTENTION[attention]
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = "none"
         self.name_or_path: str | None = None
         self.revision: str | None = None
         embedding = torch.empty(config.vocab_size, config.hidden_size)
@@ -331,6 +331,18 @@ class CausalLM(nn.Module, ABC):
         )
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def gradient_checkpointing(self) -> str:
+        """The policy by which layers keep activations."""
+        return self._policy[0]
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, policy: str | bool) -> None:
+        if isinstance(policy, bool):
+            policy = "layers" if policy else "none"
+        assert policy in POLICIES, policy
+        self._policy = policy, HostRing() if policy == "offload" else None
 
     @abstractmethod
     def norm(self) -> RMSNorm | LayerNorm:
@@ -361,18 +373,10 @@ class CausalLM(nn.Module, ABC):
         x = self.embed(input_ids, segments)
         offset = 0 if cache is None else cache.length
         tables = rotary_tables(self.config, segments, offset, x.dtype)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        policy, ring = self._policy if torch.is_grad_enabled() else ("none", None)
         stream = Stream(x)
-
-        def summed(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-            return lambda x: self.operations.add(*layer(Stream(x), tables, segments))
-
         for layer in self.model.layers:
-            if recompute:  # one tensor between layers is kept, not two
-                x = checkpoint(summed(layer), x, use_reentrant=False, preserve_rng_state=False)
-                stream = Stream(x)
-            else:
-                stream = layer(stream, tables, segments, cache)
+            stream = layer(stream, tables, segments, cache, policy, ring)
         if cache is not None:
             cache.length += len(input_ids)
         return stream.normed(self.model.norm)[1].value
@@ -404,9 +408,9 @@ class Family:
             key-value heads as heads. Any other null is an absent key.
         special_fields: (reader, number of layers) → those fields of `DecoderConfig` that not all
             families have; raises UserError where a key asks for what the network does not do.
-        saved_values: How many numbers, in the type that is computed in, a token leaves in a layer
-            for the backward pass, beside those of attention, of the two norms of width H and of
-            the linear layers' inputs.
+        mlp_values: How many numbers, in the type that is computed in, a token leaves in an MLP for
+            the backward pass, beside the linear layers' inputs.
+        attention_values: The same of attention, beside q, k, v and its weights.
         residual_dropouts: Dropouts of width H in a layer; each leaves a mask, one byte a number.
     """
 
@@ -417,5 +421,6 @@ class Family:
     defaults: Mapping[str, Any]
     null_is_a_value: frozenset[str]
     special_fields: Callable[[Reader, int], dict[str, Any]]
-    saved_values: Callable[[DecoderConfig], int]
+    mlp_values: Callable[[DecoderConfig], int]
+    attention_values: Callable[[DecoderConfig], int] = lambda config: 0
     residual_dropouts: int = 0

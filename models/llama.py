@@ -64,5 +64,5 @@ LLAMA = Family(
     },
     null_is_a_value=TOKEN_IDS | {"num_key_value_heads"},
     special_fields=_special_fields,
-    saved_values=lambda config: 2 * config.intermediate_size,  # gate and up
+    mlp_values=lambda config: 2 * config.intermediate_size,  # gate and up
 )

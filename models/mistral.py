@@ -51,5 +51,5 @@ MISTRAL = Family(
     },
     null_is_a_value=TOKEN_IDS | {"sliding_window"},
     special_fields=_special_fields,
-    saved_values=lambda config: 2 * config.intermediate_size,  # gate and up
+    mlp_values=lambda config: 2 * config.intermediate_size,  # gate and up
 )

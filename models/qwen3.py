@@ -62,10 +62,9 @@ def _special_fields(read: Reader, layers: int) -> dict[str, Any]:
     }
 
 
-def _saved_values(config: DecoderConfig) -> int:
-    """Gate and up, and what the norms of queries and keys read."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    return 2 * config.intermediate_size + heads * config.head_dim
+def _attention_values(config: DecoderConfig) -> int:
+    """What the norms of queries and keys read."""
+    return (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
 
 
 QWEN3 = Family(
@@ -91,5 +90,6 @@ QWEN3 = Family(
     },
     null_is_a_value=TOKEN_IDS | {"num_key_value_heads", "sliding_window"},
     special_fields=_special_fields,
-    saved_values=_saved_values,
+    mlp_values=lambda config: 2 * config.intermediate_size,  # gate and up
+    attention_values=_attention_values,
 )

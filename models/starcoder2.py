@@ -32,7 +32,7 @@ class MLP(nn.Module):
         """Transform each row."""
         run = self.operations
         widened = run.linear_gelu(x, self.c_fc.operands(), segments)
-        return run.linears(widened, [self.c_proj.operands()], segments)[0]
+        return run.linears(widened.like(x), [self.c_proj.operands()], segments)[0]
 
 
 class Starcoder2(CausalLM):
@@ -115,6 +115,6 @@ STARCODER2 = Family(
     },
     null_is_a_value=TOKEN_IDS,
     special_fields=_special_fields,
-    saved_values=lambda config: config.intermediate_size,  # the input of the GELU
+    mlp_values=lambda config: config.intermediate_size,  # the input of the GELU
     residual_dropouts=2,
 )

@@ -87,7 +87,7 @@ def test_000_settings() -> None:
     assert config.data.group_by_length
     assert config.data.max_length == 512
     assert config.data.text_field == "text"
-    assert config.model.gradient_checkpointing is True
+    assert config.model.gradient_checkpointing == "layers"
     assert config.eval.per_device_batch_size == 8
     assert config.checkpoint.total_limit == 2
 

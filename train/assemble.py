@@ -14,6 +14,7 @@ from files.folders import recover_folder, sweep
 from kernels.cpu.process import prepare_process
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
+from train.healing import do_less, is_single, kept_policy
 from train.inputs.base_model import base_dtype, find_model, load_base, load_shared, make_trainable
 from train.inputs.dataset import Data
 from train.inputs.sharding import sharing_of
@@ -107,9 +108,8 @@ def assemble(
         state = TrainState(
             EarlyStopping(stop.early_stopping_patience, stop.early_stopping_threshold)
         )
-    halves = resume and world.told("memory", lambda: str(ran_out_of_memory(folder))) == "True"
-    if halves:
-        state.micro_batch_divisor *= 2
+    model.gradient_checkpointing = kept_policy(config.model.gradient_checkpointing, state)
+    ran_out = resume and world.told("memory", lambda: str(ran_out_of_memory(folder))) == "True"
     run = Run(
         config=config,
         plan=plan,
@@ -136,10 +136,9 @@ def assemble(
     if resume and taken_up:
         # Not before: a resume that is refused changes nothing.
         warnings += settle(saver, resume)
-    if halves:
+    if ran_out and (how := do_less(run, single=is_single(run))):
         warnings.append(
-            "a rank ran out of memory before: micro-batches are "
-            f"1/{state.micro_batch_divisor} of their configured size; the gradient is the same"
+            f"a rank ran out of memory before: all goes on with {how}; the gradient is the same"
         )
     for warning in warnings:
         records.say(warning)

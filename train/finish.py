@@ -43,7 +43,8 @@ def opening_panel(run: Run, records: Records) -> None:
         named = targets if isinstance(targets, str) else ", ".join(targets)
         method = f"LoRA r={lora.r} alpha={lora.lora_alpha} on {named}"
     products = library(run.precision.device, COMPUTE_DTYPES[config.train.precision])
-    recomputing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    policy = model.gradient_checkpointing
+    recomputing = "" if policy == "none" else f", recomputing {policy}"
     records.console.panel(
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
         [

@@ -28,8 +28,9 @@ from files.strict_json import read_json_object
 from kernels.segments import Segments
 from lora import load_adapter
 from models import build, load_model
+from models.cache import KeyValueCache
 from models.config import DecoderConfig, read_config
-from models.layers import CausalLM, KeyValueCache
+from models.layers import CausalLM
 from models.weights import fill
 from train.config.load import load_config
 from train.config.schema import DataSettings

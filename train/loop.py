@@ -6,13 +6,12 @@ from dataclasses import replace
 from functools import partial
 from signal import SIGINT, SIGTERM
 
-from data.batch import MicroBatch
-from files.errors import UserError
 from files.faults import faultpoint
 from train.batches import StepBatches
 from train.evaluate import evaluate
+from train.healing import cannot_be_undone, do_less, ran_out_on_a_rank, step_does_not_fit
 from train.log.records import Records
-from train.process.memory import OF_A_RANK, does_not_fit, is_out_of_memory
+from train.process.memory import is_out_of_memory
 from train.process.signals import Signals
 from train.process.world import World
 from train.saving.saver import Saver
@@ -82,16 +81,16 @@ def agreed(world: World, signals: Signals, *, overdue: bool) -> tuple[str | None
 def step_that_fits(
     run: Run, records: Records, saver: Saver, batches: StepBatches, step: int
 ) -> StepResult:
-    """Do one step; where memory does not suffice, redo it in halved micro-batches, which stay.
+    """Do one step; where memory does not suffice, redo it doing less at once (`do_less`).
 
     Raises:
-        UserError: Memory does not suffice for a single example, and the state before the step is
-            saved; or it ran out while weights were being updated: they are neither the old nor the
-            new ones.
+        UserError: Memory does not suffice for a single example, whatever is computed again, and the
+            state before the step is saved; or it ran out while weights were being updated: they are
+            neither the old nor the new ones.
     """
     plan, state = run.plan, run.state
     while True:
-        divisor = state.micro_batch_divisor
+        divisor, policy = state.micro_batch_divisor, run.model.gradient_checkpointing
         batch = batches.cut(*plan.batch(step), divisor)
         ahead = None
         if step < plan.total_steps:
@@ -108,27 +107,24 @@ def step_that_fits(
                 draw=(run.config.train.seed, step),
                 meanwhile=ahead,
                 # Recomputing needs the most in the middle of a backward pass, where nobody looks.
-                at_most=None if run.model.gradient_checkpointing else run.memory.observe,
+                at_most=run.memory.observe if policy in ("none", "norms") else None,
                 world=run.world,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             if run.world.shards:
-                raise UserError(
-                    f"step {step}: {OF_A_RANK} {run.world.rank} of {run.world.size}, and "
-                    "ranks that share a model cannot do a step again; --resume goes on from the "
-                    "newest checkpoint with micro-batches half as large"
-                ) from None
-            raise _cannot_be_undone(saver, step) from None
+                raise ran_out_on_a_rank(run, f"step {step}") from None
+            raise cannot_be_undone(saver, step) from None
         if result.skipped != "out of memory":
             return result
-        if not run.world.any(any(len(micro_batch.examples) > 1 for micro_batch in batch))[0]:
-            raise _does_not_fit(saver, step, batch)
-        state.micro_batch_divisor *= 2
+        several = any(len(micro_batch.examples) > 1 for micro_batch in batch)
+        how = do_less(run, single=not run.world.any(several)[0])
+        if how is None:
+            raise step_does_not_fit(saver, step, batch)
         records.say(
-            f"out of memory at step {step}: it is done again, and all goes on, with micro-batches "
-            f"1/{state.micro_batch_divisor} of their configured size; the gradient is the same"
+            f"out of memory at step {step}: it is done again, and all goes on, with {how}; the "
+            "gradient is the same"
         )
 
 
@@ -146,27 +142,3 @@ def advance(state: TrainState, result: StepResult) -> float | None:
     state.loss_since_eval += result.loss * result.targets
     state.targets_since_eval += result.targets
     return observe_loss(state.recent_losses, result.loss)
-
-
-def _does_not_fit(saver: Saver, step: int, batch: list[MicroBatch]) -> UserError:
-    """Save the state before a step that cannot be done, and return the error that says so."""
-    saved = ""
-    done = saver.run.state.step
-    if done > 0:
-        saver.save(best=False, checkpoint=True)
-        saver.writer.wait()
-        saved = f" (the state after step {done} is saved)"
-    saver.run.world.wait()  # the first rank to end may end all
-    longest = max((micro_batch.num_tokens for micro_batch in batch), default=0)
-    return does_not_fit(f"step {step}", longest, saved)
-
-
-def _cannot_be_undone(saver: Saver, step: int) -> UserError:
-    saver.writer.wait()
-    checkpoints = saver.checkpoints
-    steps = checkpoints.steps()
-    last = f"from {checkpoints.path(steps[-1])}" if steps else "at the first step"
-    return UserError(
-        f"step {step}: out of memory in the update of the weights, which cannot be undone; "
-        f"--resume {saver.run.folder} goes on {last} where more memory is free"
-    )

@@ -88,6 +88,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.assemble import assemble, closing, set_up
     from train.config.paths import with_whole_paths
     from train.finish import before_training, finish, opening_panel
+    from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
     from train.inputs.base_model import find_model
     from train.inputs.dataset import load_data
@@ -141,6 +142,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         with closing(records, saver):
             if world.first:
                 opening_panel(run, records)
+            try_longest(run, records)
             before_training(run, records, saver)
             reason = train(run, records, saver, signals)
             reason = finish(run, records, saver, reason, signals)

@@ -142,6 +142,9 @@ class TrainState:
     # What the configured size of micro-batches is divided by, a power of two: more than 1 since
     # memory once did not suffice.
     micro_batch_divisor: int = 1
+    # What layers keep of activations (`models.recompute`), where that is less than is configured:
+    # since memory once did not suffice for a single example.
+    gradient_checkpointing: str | None = None
     # Losses of the latest updates, what a spike is measured against (`observe_loss`).
     recent_losses: list[float] = field(default_factory=list)
 
@@ -167,15 +170,20 @@ class TrainState:
         _check_types(state)
         if state.micro_batch_divisor < 1:
             raise TypeError(f"micro_batch_divisor is {state.micro_batch_divisor}")
+        if state.gradient_checkpointing not in (None, *_POLICIES):
+            raise TypeError(f"gradient_checkpointing is {state.gradient_checkpointing!r:.60}")
         return state
 
 
+# Those of `models.recompute`, which this module does not import: it would bring torch.
+_POLICIES = ("none", "norms", "mlp", "layers", "offload")
 # What a field of these annotations may hold in JSON.
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "int | None": (int, type(None)),
     "float": (int, float),
     "float | None": (int, float, type(None)),
+    "str | None": (str, type(None)),
     "list[int]": (list,),
     "list[float]": (list,),
     "dict[str, Any] | None": (dict, type(None)),

@@ -57,9 +57,9 @@ def test_what_a_rank_computes_by_hand() -> None:
     """8 × 1,024 tokens, 6 operations a weight, 8 where layers are computed again."""
     config, decoder = asked("full")
     sizes = model_sizes(decoder, "full", config.lora)
-    once = scaling.compute_seconds(config, sizes, "a100", False)
+    once = scaling.compute_seconds(config, sizes, "a100", "none")
     assert once == pytest.approx(8192 * 6 * sizes.matmul / (0.4 * 312e12))
-    again = scaling.compute_seconds(config, sizes, "a100", True)
+    again = scaling.compute_seconds(config, sizes, "a100", "layers")
     assert again == pytest.approx(once * 8 / 6)
 
 

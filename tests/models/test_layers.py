@@ -15,8 +15,9 @@ from kernels.dropout import keep_mask
 from kernels.segments import Segments
 from lora import LoraConfig, inject, lora_layers
 from models import build
+from models.cache import KeyValueCache
 from models.config import DecoderConfig, parse_config
-from models.layers import CausalLM, Dropout, KeyValueCache, set_dropout
+from models.layers import CausalLM, Dropout, set_dropout
 from models.rotary import rotary_tables
 
 EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
@@ -193,8 +194,8 @@ def test_gradient_checkpointing_changes_no_bit(family, draw):
 
     expected = gradients()
     calls = []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing = True
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing = "layers"
     actual = gradients()
     assert len(calls) == 2  # once forward, once again in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

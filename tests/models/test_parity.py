@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kernels.segments import Segments
 from models import build
+from models.cache import KeyValueCache
 from models.config import parse_config
 from models.families import FAMILIES as LISTED
-from models.layers import CausalLM, KeyValueCache
+from models.layers import CausalLM
 
 FAMILIES = sorted(LISTED)
 # What a test asks for unless it says otherwise, where the default of the family is not that.

@@ -343,7 +343,7 @@ def test_a_rank_of_a_shared_model_that_runs_out_of_memory_ends_all_and_they_go_o
     found = rows(tmp_path / "run")
     assert [row["loss"] for row in found] == pytest.approx(expected, rel=1e-5)
     assert next(row.get("micro_batch_divisor") for row in found if row["step"] == 8) == 2
-    assert "micro-batches are 1/2 of their configured size" in said(tmp_path, 0)
+    assert "with micro-batches 1/2 of their configured size" in said(tmp_path, 0)
 
 
 def test_a_disk_that_is_full_for_one_rank_ends_all_that_share_a_model(

@@ -17,6 +17,7 @@ from files.errors import UserError
 from kernels import attention as attention_module
 from kernels.cpu import attention as cpu_attention
 from models.config import parse_config
+from models.recompute import POLICIES
 from train.config.layers import preset_names
 from train.config.load import load_config
 from train.inputs.dataset import load_data
@@ -34,6 +35,7 @@ from train.plan.decide import (
     decide_recomputing,
     machine_elsewhere,
     machine_to_plan_for,
+    possible_policies,
     this_machine,
 )
 from train.plan.ledger import micro_batch_tokens
@@ -173,14 +175,36 @@ def test_automatic_tokens_are_those_of_the_padded_micro_batch() -> None:
 
 def test_recomputing_only_where_memory_needs_it() -> None:
     config = load_config()
-    assert decide_recomputing(config, 100, Machine("cpu", 100))[0] is False
-    assert decide_recomputing(config, 100, Machine("cpu", 99))[0] is True
-    assert decide_recomputing(config, 100, Machine("mps", None))[0] is False
-    assert decide_recomputing(config, 100, UNKNOWN) == (None, "auto: no device is known yet")
+    needed = {"none": 100, "norms": 80, "mlp": 60, "layers": 40, "offload": 40}
+    for memory, policy in (
+        (100, "none"),
+        (99, "norms"),
+        (79, "mlp"),
+        (59, "layers"),
+        (39, "layers"),
+    ):
+        assert decide_recomputing(config, needed, Machine("cuda", memory))[0] == policy
+    sent = needed | {"offload": 20}
+    assert decide_recomputing(config, sent, Machine("cuda", 39))[0] == "offload"
+    assert decide_recomputing(config, sent, Machine("cuda", 10))[0] == "offload"
+    assert decide_recomputing(config, needed, Machine("mps", None))[0] == "none"
+    assert decide_recomputing(config, needed, UNKNOWN) == (None, "auto: no device is known yet")
     assert decide_recomputing(config, None, Machine("cpu", 99))[0] is None
-    for setting in (True, False):
+    for setting in needed:
         chosen = load_config(overrides={"gradient_checkpointing": setting})
-        assert decide_recomputing(chosen, 100, UNKNOWN) == (setting, "as set")
+        assert decide_recomputing(chosen, needed, UNKNOWN) == (setting, "as set")
+
+
+def test_where_layers_are_compiled_they_are_kept_or_computed_again_whole() -> None:
+    asked = load_config(overrides={"train.compile": True})
+    assert possible_policies(asked, "cuda") == ("none", "layers")
+    assert possible_policies(load_config(), "cuda") == POLICIES
+    assert possible_policies(load_config(), None) == POLICIES
+    assert possible_policies(load_config(), "cpu") == POLICIES[:-1]
+    for policy in ("norms", "mlp", "offload"):
+        config = load_config(overrides={"train.compile": True, "gradient_checkpointing": policy})
+        with pytest.raises(UserError, match=f"gradient_checkpointing={policy}: compiled layers"):
+            decide(config, Machine("cpu", None))
 
 
 @ON_A_CPU_ALONE
@@ -418,7 +442,7 @@ def test_what_is_planned_is_what_runs(
     assert planned["device"] == ran.precision.device.type
     assert planned["precision"] == ran.precision.name
     assert planned["kernels"] == ran.model.operations.name
-    assert planned["gradient_checkpointing"] is ran.model.gradient_checkpointing
+    assert planned["gradient_checkpointing"] == ran.model.gradient_checkpointing
     assert {planned["attention"]} == ran.attention
     assert planned["trainable_parameters"] == status["trainable_parameters"]
     assert planned["total_parameters"] == status["total_parameters"]

@@ -126,7 +126,7 @@ def run(recorder: Recorder, signals: Signals | None = None, **settings: Any) -> 
         plan=plan,
         data=data,
         evaluation_batching=None,
-        model=SimpleNamespace(gradient_checkpointing=True),
+        model=SimpleNamespace(gradient_checkpointing="layers"),
         optimizer=None,
         precision=None,
         scaler=None,

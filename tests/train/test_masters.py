@@ -179,12 +179,12 @@ def test_starcoder2_15b_with_bf16_masters_and_adafactor_takes_64_gb() -> None:
     assert path is not None
     decoder = parse_config(read_json_object(path), str(path))
     config = load_config("starcoder2-15b", overrides={"train.masters": "bf16"})
-    ledger = memory_ledger(config, decoder, device="cuda", gradient_checkpointing=True)
+    ledger = memory_ledger(config, decoder, device="cuda", policy="layers")
     parameters = 15_957_889_024
     assert ledger["weights"] == ledger["gradients"] == 2 * parameters
     assert sum(ledger[name] for name in ("weights", "gradients", "optimizer")) <= 64e9
     fp32 = load_config("starcoder2-15b")
-    ledger = memory_ledger(fp32, decoder, device="cuda", gradient_checkpointing=True)
+    ledger = memory_ledger(fp32, decoder, device="cuda", policy="layers")
     assert ledger["gradients"] == 4 * parameters
 
 

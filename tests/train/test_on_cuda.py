@@ -19,6 +19,7 @@ from kernels.dispatch import operations
 from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
+from models.recompute import POLICIES
 from train.config.load import load_config
 from train.optim import build_optimizer
 from train.optim.paged import CudaBoundary, PagedMoments
@@ -166,9 +167,9 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_ledger_is_near_what_a_step_takes(method: str, checkpointing: bool) -> None:
+def test_the_ledger_is_near_what_a_step_takes(method: str, policy: str) -> None:
     """Between what its named parts come to and the whole, which allows for blocks not filled.
 
     The context of CUDA is outside torch's allocator and so outside of what is compared.
@@ -181,7 +182,7 @@ def test_the_ledger_is_near_what_a_step_takes(method: str, checkpointing: bool) 
         load_config(overrides=keys),
         config,
         precision="bf16",
-        gradient_checkpointing=checkpointing,
+        policy=policy,
         device="cuda",
         lengths=lengths,
     )
@@ -194,7 +195,7 @@ def test_the_ledger_is_near_what_a_step_takes(method: str, checkpointing: bool) 
         torch.nn.init.normal_(parameter, 0.0, 0.02)
     if method == "lora":
         inject(model, LoraConfig(r=16, lora_dropout=0.05))
-    model.gradient_checkpointing = checkpointing
+    model.gradient_checkpointing = policy
     optimizer = build_optimizer("adamw", model, operations=model.operations)
     examples: Any = RaggedExamples(lengths)
     for number in (1, 2):

@@ -133,7 +133,7 @@ def test_memory_is_planned_and_measured_of_the_same_things(folder: Path) -> None
 def test_the_recorded_configuration_decides_everything(folder: Path) -> None:
     config = tomllib.loads((folder / "config.toml").read_text())
     assert config["train"]["precision"] == "fp32"
-    assert config["model"]["gradient_checkpointing"] is False
+    assert config["model"]["gradient_checkpointing"] == "none"
     assert load_config(file=folder / "config.toml").lora.r == 4
 
 

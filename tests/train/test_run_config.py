@@ -176,7 +176,10 @@ def test_the_later_of_steps_and_per_epoch_rules(section: str, tmp_path: Path) ->
         ("max_steps", "none", None),
         ("random_init", "true", True),
         ("random_init", "True", True),
-        ("gradient_checkpointing", "false", False),
+        ("gradient_checkpointing", "false", "none"),
+        ("gradient_checkpointing", "true", "layers"),
+        ("gradient_checkpointing", "none", "none"),
+        ("gradient_checkpointing", "mlp", "mlp"),
         ("gradient_checkpointing", "auto", "auto"),
         ("eval.steps", "epoch", "epoch"),
         ("eval.steps", "100", 100),
@@ -274,7 +277,7 @@ def test_python_values_need_no_text() -> None:
         ("precision", "bf8", ["train.precision", "did you mean 'bf16'", "fp32"]),
         ("on_overflow", "truncat", ["did you mean 'truncate'"]),
         ("compile", "maybe", ["true or false"]),
-        ("gradient_checkpointing", "yes", ["auto", "true or false"]),
+        ("gradient_checkpointing", "yes", ["auto", "norms", "offload"]),
         ("eval.steps", "epochs", ["did you mean 'epoch'"]),
         ("eval.steps", "0", ["≥ 1"]),
         ("betas", "[0.9]", ["optimizer.betas", "2 numbers"]),
@@ -594,6 +597,7 @@ def test_a_preset_extends_another() -> None:
 
 def test_only_length_cadence_and_logging_may_change_on_resume() -> None:
     assert set(resume_keys()) == {
+        "model.gradient_checkpointing",
         "train.num_train_epochs",
         "train.max_steps",
         "train.sharding",

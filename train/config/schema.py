@@ -46,11 +46,14 @@ class ModelSettings:
         words=("bf16", "fp16", "fp32"),
         aliases=_DTYPES,
     )
-    gradient_checkpointing: bool | str = key(
+    gradient_checkpointing: str = key(
         "auto",
-        "recompute activations in the backward pass: same results, less memory, about a third "
-        "more time; auto: only where the plan says that memory needs it",
-        words=("auto",),
+        "what is computed again in the backward pass instead of being kept: norms and activations, "
+        "the MLP too, whole layers, or those with their inputs in host memory; same results, less "
+        "memory, more time; true is layers, false none; auto: the cheapest that fits by the plan",
+        words=("auto", "none", "norms", "mlp", "layers", "offload"),
+        aliases={"true": "layers", "True": "layers", "false": "none", "False": "none"},
+        on_resume=True,
     )
 
 

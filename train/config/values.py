@@ -24,7 +24,9 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 def checked(key: Key, entry: Entry) -> Any:
     """Return the entry's value in the key's type, within its range, or raise."""
     value = entry.value
-    if isinstance(value, str):
+    if isinstance(value, bool) and str(value) in key.rule.aliases:
+        value = key.rule.aliases[str(value)]
+    elif isinstance(value, str):
         _refuse_escapes(key, entry)
         value = _from_text(key, value)
     fault = _fault(key, value)

@@ -102,7 +102,7 @@ def load_shared(
 def _configure(model: CausalLM, config: RunConfig) -> None:
     if config.model.dropout is not None:
         set_dropout(model, config.model.dropout)
-    model.gradient_checkpointing = config.model.gradient_checkpointing is True
+    model.gradient_checkpointing = config.model.gradient_checkpointing
     if config.train.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)

@@ -74,6 +74,8 @@ class Records:
             row["rows"] = [run.data.train.row_of(index) for index in result.examples]
         if run.state.micro_batch_divisor > 1:
             row["micro_batch_divisor"] = run.state.micro_batch_divisor
+        if run.state.gradient_checkpointing is not None:
+            row["gradient_checkpointing"] = run.model.gradient_checkpointing
         if run.scaler is not None:
             row["loss_scale"] = run.scaler.scale
         log = run.plan.logs_at(step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,8 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
 
     Raises:
         UserError: The base would be stored in a half precision other than the one that is computed
-            in, or the kernels cannot run there, or not with `train.compile`.
+            in, or the kernels cannot run there, or they or what is asked of activations not with
+            `train.compile`.
     """
     precision = decide_precision(config.train.precision, machine.device, machine.capability)
     stored, agreeing = config.model.dtype, (None, "fp32", precision)
@@ -132,6 +134,12 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             "train.kernels=reference"
         )
     _refuse_moments(config, precision)
+    policy = config.model.gradient_checkpointing
+    if config.train.compile and policy not in ("auto", *possible_policies(config, None)):
+        raise UserError(
+            f"train.compile=true with model.gradient_checkpointing={policy}: compiled layers are "
+            "kept or computed again whole; use none or layers, or train.compile=false"
+        )
     settings = dataclasses.replace(
         config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
     )
@@ -301,29 +309,43 @@ def attention_kernels(
     return ragged if ragged == equal else f"{ragged}; documents of one length: {equal}"
 
 
+def possible_policies(config: RunConfig, device: str | None) -> tuple[str, ...]:
+    """Return the values of `model.gradient_checkpointing` that a run can have, cheapest first.
+
+    Host memory is other memory than the device's on CUDA alone; one that is not known may be one.
+    """
+    if config.train.compile:
+        return ("none", "layers")
+    everywhere = ("none", "norms", "mlp", "layers")
+    return (*everywhere, "offload") if device in (None, "cuda") else everywhere
+
+
 def decide_recomputing(
-    config: RunConfig, needed: int | None, machine: Machine
-) -> tuple[bool | None, str]:
+    config: RunConfig, needed: Mapping[str, int] | None, machine: Machine
+) -> tuple[str | None, str]:
     """Return `model.gradient_checkpointing` and, in words, why; None where it is not known.
 
-    `auto` recomputes where memory does not suffice without.
+    `auto` is the cheapest that fits; where none does, the one that needs the least.
 
     Args:
         config: What is asked.
-        needed: Bytes of a step that recomputes nothing; None where the model is not known.
+        needed: Bytes of a step under each of `possible_policies`, cheapest first; None where the
+            model is not known.
         machine: Where it runs.
     """
     setting = config.model.gradient_checkpointing
-    if isinstance(setting, bool):
+    if setting != "auto":
         return setting, "as set"
     if needed is None:
         return None, "auto: the model is not known yet"
     if machine.device is None:
         return None, "auto: no device is known yet"
     if machine.memory is None:
-        return False, "auto: this system does not tell its memory"
-    there = f"{size_text(needed)} needed without it, {size_text(machine.memory)} there"
-    return needed > machine.memory, f"auto: {there}"
+        return "none", "auto: this system does not tell its memory"
+    least = min(needed, key=needed.__getitem__)
+    chosen = next((policy for policy, total in needed.items() if total <= machine.memory), least)
+    there = f"{size_text(needed['none'])} needed with none, {size_text(machine.memory)} there"
+    return chosen, f"auto: {there}"
 
 
 def decide_paging(

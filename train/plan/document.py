@@ -29,6 +29,7 @@ from train.plan.decide import (
     decide_paging,
     decide_recomputing,
     decide_sharding,
+    possible_policies,
 )
 from train.plan.ledger import (
     MEMORY_CATEGORIES,
@@ -37,6 +38,7 @@ from train.plan.ledger import (
     memory_ledger,
     micro_batch_tokens,
     optimizer_bytes,
+    ring_bytes,
     widths,
 )
 from train.plan.objections import objections
@@ -140,12 +142,12 @@ def plan_document(
                 known, "cuda", precision, longest, p, config.model.attention
             )
     document |= _memory_of(config, known, machine, lengths, world_size)
-    recomputes = bool(document["gradient_checkpointing"])
+    policy = document["gradient_checkpointing"]
     of_a_number = widths(config, _counted_precision(config))
     document |= rank_facts(config, lengths, document, known, sizes, of_a_number)
     document |= {
         "disk": disk_bytes(config, plan, sizes, known),
-        "compute": compute_estimate(config, plan, sizes, lengths, recomputes),
+        "compute": compute_estimate(config, plan, sizes, lengths, policy),
         "data": {"valid_examples": valid, "test_examples": test, **counts},
         "claims": [claim_row(claim, value) for claim, value in check_claims(preset)],
         "departures": list(preset.departures) if preset else [],
@@ -184,13 +186,17 @@ def _memory_of(
     lengths: Sequence[int] | None,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return the ledger of one rank; where recomputing is not decided, without and with it."""
+    """Return the ledger of one rank; where recomputing is not decided, without and with it.
+
+    Beside it stand the totals under each policy that is possible there.
+    """
     ledger: dict[str, Any] = dict.fromkeys((*MEMORY_CATEGORIES, "total"))
     other: dict[str, Any] | None = None
-    host = 0
+    totals: dict[str, int] | None = None
+    host = offloaded = 0
     if decoder is None:
         paging, paging_reason = decide_paging(config, None, machine)
-        checkpointing, reason = decide_recomputing(config, None, machine)
+        policy, reason = decide_recomputing(config, None, machine)
         sharding = decide_sharding(config, None, machine, world_size)
     else:
         sizes = model_sizes(decoder, config.train.method, config.lora)
@@ -204,29 +210,37 @@ def _memory_of(
             lengths=lengths,
             world_size=world_size,
         )
+        setting = config.model.gradient_checkpointing
+        possible = possible_policies(config, machine.device)
         # A layer that is computed again costs less than one that is sent again and again.
-        least = estimate(gradient_checkpointing=config.model.gradient_checkpointing is not False)
-        sharding = decide_sharding(config, least["total"], machine, world_size)
+        allowed = possible if setting == "auto" else (setting,)
+        least = min(estimate(policy=policy)["total"] for policy in allowed)
+        sharding = decide_sharding(config, least, machine, world_size)
         estimate = functools.partial(estimate, sharding=sharding)
-        checkpointing, reason = decide_recomputing(config, estimate()["total"], machine)
-        ledger = dict(estimate(gradient_checkpointing=bool(checkpointing)))
-        if checkpointing is None:
-            other = dict(estimate(gradient_checkpointing=True))
+        totals = {policy: estimate(policy=policy)["total"] for policy in possible}
+        policy, reason = decide_recomputing(config, totals, machine)
+        ledger = dict(estimate(policy=policy or "none"))
+        if policy is None:
+            other = dict(estimate(policy="layers"))
+        precision = _counted_precision(config)
+        offloaded = ring_bytes(config, decoder, precision, policy, lengths, world_size)
         paging, paging_reason = decide_paging(config, ledger["total"], machine)
         if paging:
             host = optimizer_bytes(
                 config, sizes.share(world_size) if sharding == "shard" else sizes
             )
-            ledger = dict(estimate(gradient_checkpointing=bool(checkpointing), paging=True))
+            ledger = dict(estimate(policy=policy or "none", paging=True))
     total, there = ledger["total"], machine.memory
     return {
         "sharding": sharding,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": policy,
         "gradient_checkpointing_because": reason,
         "paging": paging,
         "paging_because": paging_reason,
         "memory": ledger,
         "memory_recomputing": other,
+        "memory_by_policy": totals,
+        "offloaded_memory": offloaded,
         "host_memory": host,
         "available_memory": there,
         "fits": None if total is None or there is None else total <= there,

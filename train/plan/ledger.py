@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from files.errors import UserError
 from train.config.schema import RunConfig
 from train.inputs.known import Unknown
-from train.plan.decide import decide_attention, decide_micro_batch_tokens
+from train.plan.activations import activations_of, makes_inputs_again, saved_by_norm
+from train.plan.decide import decide_micro_batch_tokens
 from train.plan.sharing import gathered_bytes
 from train.plan.sizes import ModelSizes, model_sizes
 from train.plan.steps import RunPlan, effective_batch_size, rank_shares
@@ -82,7 +83,7 @@ def memory_ledger(
     sizes: ModelSizes | None = None,
     *,
     precision: str = "bf16",
-    gradient_checkpointing: bool = False,
+    policy: str = "none",
     device: str | None = None,
     lengths: Sequence[int] | None = None,
     world_size: int = 1,
@@ -104,22 +105,24 @@ def memory_ledger(
     - Where ranks share the weights (`sharding="shard"`), those are a rank's: its rows, rounded up
       (adapters stay whole, Adafactor's statistics of columns too); gathered is what it holds of
       the others' at a time (`train.plan.sharing.gathered_bytes`).
-    - activations: M × the bytes that one token leaves behind in each layer (`_saved_per_token`);
-      with checkpointing M × the input of each layer and one layer in full; the final norm (with
-      adapters in the place of the first one); and c for each parameter of an adapter, lowered.
+    - activations: M × the bytes that one token leaves behind in each layer under the policy, and
+      those of a layer or MLP that is computed again (`train.plan.activations`); the final norm
+      (with adapters in the place of the first one); and c for each parameter of an adapter,
+      lowered.
     - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
       and where the head is trained its gradient in fp32.
-    - overhead, on CUDA and where no device is known: gradients that a layer's backward pass holds
-      at a time (two of its widest tensors and two of M × hidden), context and workspace, and 5 % of
-      activations and loss for blocks that are not filled. Allowances: no GPU has checked them yet
-      (`tests/train/test_on_cuda.py` does).
+    - overhead: gradients that a layer's backward pass holds at a time, two of M × hidden and three
+      of its widest tensors, one of which is in passing (two where a kernel makes it: on CUDA and
+      where no device is known). There also context and workspace, and 5 % of activations and loss
+      for blocks that are not filled. Allowances: no GPU has checked those yet
+      (`tests/train/test_on_cuda.py` does); a CPU's are checked by `tests/train/test_memory.py`.
 
     Args:
         config: What is asked.
         decoder: The architecture.
         sizes: `model_sizes` of the two, counted here where not given.
         precision: `bf16`, `fp16` or `fp32`.
-        gradient_checkpointing: Whether each layer is recomputed.
+        policy: What layers keep of activations, one of `models.recompute.POLICIES`.
         device: Type of the device, which decides how attention runs; None where it is not known.
         lengths: Tokens of the training examples; without them each is `data.max_length` long.
         world_size: Ranks that share a step.
@@ -146,18 +149,16 @@ def memory_ledger(
     weights = own.base * stored + (sizes.matmul * compute if copied else 0)
     adapters = 4 * (sizes.total - sizes.base)
     state = buffer_bytes(own.trainable) if paging else optimizer_bytes(config, own)
-    layer = _saved_per_token(config, decoder, sizes, compute, stored, device, longest)
+    token = activations_of(config, decoder, sizes, (compute, stored), policy, device, longest)
     layers = decoder.num_hidden_layers
     lowered = 0 if compute == 4 else compute * (sizes.total - sizes.base)
-    if gradient_checkpointing:
-        saved = layers * decoder.hidden_size * max(stored, compute) + layer
+    if policy in ("layers", "offload"):
         lowered /= layers
-    else:
-        saved = layers * layer
+    saved = layers * token.kept + token.again + token.passing
     # The final norm is one more; over frozen embeddings the first one keeps nothing, unless the
     # linear layers behind it do, in the place of what it gives.
-    if full or gradient_checkpointing or _makes_inputs_again(config, device):
-        saved += _saved_by_norm(decoder, stored)
+    if full or policy != "none" or makes_inputs_again(config, device):
+        saved += saved_by_norm(decoder, stored)
     head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
     # A plan without a device may be one for a GPU.
     chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
@@ -170,12 +171,13 @@ def memory_ledger(
         "gathered": gathered_bytes(config, decoder, sizes, (compute, stored)) if shared else 0,
         "activations": round(tokens * saved + lowered),
         "loss": logits + head_gradient + tokens * decoder.hidden_size * compute,
-        "overhead": 0,
     }
+    wide = 2 if device in (None, "cuda") else 3
+    working = tokens * (wide * decoder.intermediate_size + 2 * decoder.hidden_size) * compute
+    ledger["overhead"] = working
     if device in (None, "cuda"):
-        working = 2 * tokens * (decoder.intermediate_size + decoder.hidden_size) * compute
         unfilled = round(_UNFILLED * (ledger["activations"] + ledger["loss"]))
-        ledger["overhead"] = working + unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
+        ledger["overhead"] += unfilled + _CUDA_CONTEXT + _CUBLAS_WORKSPACE
     return {**ledger, "total": sum(ledger.values())}
 
 
@@ -183,6 +185,26 @@ def optimizer_bytes(config: RunConfig, sizes: ModelSizes) -> int:
     """Return the bytes of an optimizer's state, wherever it lies."""
     of = {"adafactor": 4 * sizes.factored_state, "adamw_8bit": sizes.eight_bit_state}
     return of.get(config.optimizer.name, 4 * sizes.trained_state)
+
+
+def ring_bytes(
+    config: RunConfig,
+    decoder: DecoderConfig,
+    precision: str,
+    policy: str | None,
+    lengths: Sequence[int] | None = None,
+    world_size: int = 1,
+) -> int:
+    """Return the host's bytes under `offload`: each layer's input, (M, H), in a buffer of its own.
+
+    torch's allocator of pinned memory rounds each up to a power of two.
+    """
+    if policy != "offload":
+        return 0
+    compute, stored = widths(config, precision)
+    tokens, _ = micro_batch_tokens(config, lengths, world_size)
+    buffer = tokens * decoder.hidden_size * max(stored, compute)
+    return decoder.num_hidden_layers * (1 << (buffer - 1).bit_length())
 
 
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:
@@ -213,71 +235,6 @@ def micro_batch_tokens(
     if budget is not None:
         tokens = max(min(tokens, budget), longest)
     return tokens, longest
-
-
-def _saved_per_token(
-    config: RunConfig,
-    decoder: DecoderConfig,
-    sizes: ModelSizes,
-    compute: int,
-    stored: int,
-    device: str | None,
-    longest: int,
-) -> float:
-    """Return the bytes that one token leaves in one layer for the backward pass.
-
-    - two norms (`_saved_by_norm`);
-    - attention: rotated q, k, v (what it gives is the input of a linear layer); in blocks the
-      weights of the keys that a query's block can see; written out, those of all keys of the
-      longest document, in fp32 and in c, and under dropout a mask and the dropped copy;
-    - what the family's own layers keep (`Family.saved_values`), such as an activation's inputs;
-    - inputs of linear layers that need them for a gradient of their own, each of the four once;
-      with adapters on a GPU attention's output alone: the others are made again;
-    - one byte an element for the masks of residual dropout, where Triton does not draw them again,
-      and, on a CPU, of the adapters' inputs; and the adapters' low-rank outputs.
-    """
-    from models.families import FAMILIES
-
-    family = FAMILIES[decoder.model_type]
-    layers = decoder.num_hidden_layers
-    hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
-    query = decoder.num_attention_heads * decoder.head_dim
-    key = decoder.num_key_value_heads * decoder.head_dim
-    model_dropout = config.model.dropout
-    residual = decoder.residual_dropout if model_dropout is None else model_dropout
-    dropped = decoder.attention_dropout if model_dropout is None else model_dropout
-
-    norms = 2 * _saved_by_norm(decoder, stored)
-    attend = (query + 2 * key) * compute
-    heads = decoder.num_attention_heads
-    attention = decide_attention(config, decoder, device, longest)
-    if attention == "blocks":
-        from kernels.cpu.attention import BLOCK
-
-        attend += heads * min(longest, (longest + BLOCK) / 2) * compute
-    elif attention == "written out":
-        weight = 4 + (compute if compute != 4 else 0) + (1 + compute if dropped else 0)
-        attend += heads * longest * weight
-    own = family.saved_values(decoder) * compute
-    inputs = (2 * hidden + query + intermediate) * compute
-    if _makes_inputs_again(config, device):
-        inputs = query * compute
-    drawn_again = device == "cuda" and config.train.kernels != "reference"
-    masks = family.residual_dropouts * hidden if residual and not drawn_again else 0
-    if device == "cpu" and config.train.method == "lora" and config.lora.lora_dropout:
-        masks += sizes.saved_linears / layers
-    ranks = sizes.adapter_ranks / layers * compute
-    return norms + attend + own + inputs + masks + ranks
-
-
-def _makes_inputs_again(config: RunConfig, device: str | None) -> bool:
-    """Return whether linear layers keep what their input is made of (`kernels.operands.Made`)."""
-    return config.train.method == "lora" and device not in (None, "cpu")
-
-
-def _saved_by_norm(decoder: DecoderConfig, stored: int) -> int:
-    """Return the bytes that one token leaves in a norm: those of its input."""
-    return decoder.hidden_size * stored
 
 
 def disk_bytes(
@@ -317,10 +274,12 @@ _A100_FLOPS = 312e12  # dense bf16 peak of NVIDIA's A100, from its data sheet
 SHARE_OF_PEAK = 0.4
 
 
-def flops_per_token(config: RunConfig, sizes: ModelSizes, checkpointing: bool) -> int:
+def flops_per_token(config: RunConfig, sizes: ModelSizes, policy: str | None) -> int:
     """Return 4 (LoRA) or 6 (full) operations a weight, 2 more recomputing, and the adapters' 6."""
-    per_weight = (6 if config.train.method == "full" else 4) + (2 if checkpointing else 0)
-    return per_weight * sizes.matmul + 6 * (sizes.total - sizes.base)
+    per_weight = 6 if config.train.method == "full" else 4
+    again = {"mlp": sizes.mlp_matmul, "layers": sizes.matmul, "offload": sizes.matmul}
+    twice = 2 * again.get(policy or "none", 0)
+    return per_weight * sizes.matmul + twice + 6 * (sizes.total - sizes.base)
 
 
 def compute_estimate(
@@ -328,7 +287,7 @@ def compute_estimate(
     plan: RunPlan | None,
     sizes: ModelSizes | None,
     lengths: Sequence[int] | None,
-    checkpointing: bool,
+    policy: str | None,
 ) -> dict[str, Any]:
     """Estimate the work of a run, and how long one A100 would take."""
     if plan is None or sizes is None:
@@ -338,7 +297,7 @@ def compute_estimate(
     else:
         mean, tokens_are = float(config.data.max_length), "at most"
     tokens = round(mean * plan.epoch_of(plan.total_steps) * plan.num_examples)
-    flops = tokens * flops_per_token(config, sizes, checkpointing)
+    flops = tokens * flops_per_token(config, sizes, policy)
     return {
         "tokens": tokens,
         "tokens_are": tokens_are,

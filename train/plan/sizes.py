@@ -34,6 +34,7 @@ class ModelSizes:
         saved_linears: Sum of the input widths of the linear layers that keep their input for a
             gradient of their own (adapted, or trained).
         adapter_ranks: Sum of the adapters' ranks.
+        mlp_matmul: Of `matmul`, those of the MLPs; so `mlp_saved_linears` and `mlp_ranks`.
         layer: Base parameters of a decoder layer, the largest.
         outside_layers: Base parameters outside them: embedding, norm, head.
         base_shapes: Shapes of all base parameters.
@@ -48,6 +49,9 @@ class ModelSizes:
     matmul: int
     saved_linears: int
     adapter_ranks: int
+    mlp_matmul: int
+    mlp_saved_linears: int
+    mlp_ranks: int
     layer: int
     outside_layers: int
     base_shapes: tuple[tuple[int, ...], ...]
@@ -93,6 +97,7 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
     from torch import nn
 
     from lora import count_parameters, inject, lora_layers
+    from lora.linear import LoraLinear
     from models import build
 
     model = build(decoder, device="meta")
@@ -100,7 +105,9 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     if method == "lora":
         inject(model, lora_config(lora))
-    adapters = list(lora_layers(model).values())
+    named = lora_layers(model)
+    adapters = list(named.values())
+    in_mlps = [layer for name, layer in named.items() if ".mlp." in name]
     # The head is counted by its weight: where it is tied, no linear layer holds it.
     head = model.head_weight()
     linears = [
@@ -109,6 +116,12 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         if isinstance(module, nn.Linear) and module.weight is not head
     ]
     adapted = [layer.weight for layer in adapters]
+    of_mlps = [
+        module.weight
+        for name, module in model.named_modules()
+        if ".mlp." in name and isinstance(module, nn.Linear | LoraLinear)
+    ]
+    keeping = [layer.weight for layer in in_mlps] if method == "lora" else of_mlps
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = count_parameters(model)
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -122,6 +135,9 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         matmul=sum(weight.numel() for weight in (*linears, *adapted, head)),
         saved_linears=sum(weight.shape[1] for weight in (adapted if method == "lora" else linears)),
         adapter_ranks=sum(layer.lora_A.shape[0] for layer in adapters),
+        mlp_matmul=sum(weight.numel() for weight in of_mlps),
+        mlp_saved_linears=sum(weight.shape[1] for weight in keeping),
+        mlp_ranks=sum(layer.lora_A.shape[0] for layer in in_mlps),
         layer=max(layers),
         outside_layers=count.base - sum(layers),
         base_shapes=base_shapes,

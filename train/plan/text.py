@@ -93,6 +93,14 @@ def _parameter_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("parameters", f"{trained:,} trained of {total:,} {share}")]
 
 
+# What a policy computes again, of `models.recompute`'s table.
+_AGAIN = {
+    "none": "keeps all",
+    "norms": "norms and activations again",
+    "mlp": "the MLP too",
+    "layers": "keeps layers' inputs",
+    "offload": "those on the host",
+}
 # Of `document["kernels"]`, where it says more.
 _KERNELS = {
     None: "Triton's on a CUDA card from Ampere on, else the reference",
@@ -112,9 +120,14 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         if other := document["memory_recomputing"]:
             without = f" without recomputing, {size_text(other['total'])} with it"
         rows[f"memory{rank}"] = f"about {size_text(memory['total'])}{without}: {parts}"
-        words = {None: "not decided", True: "on", False: "off"}
-        recomputing = words[document["gradient_checkpointing"]]
-        rows["recomputing"] = f"{recomputing} ({document['gradient_checkpointing_because']})"
+        policy = document["gradient_checkpointing"] or "not decided"
+        rows["recomputing"] = f"{policy} ({document['gradient_checkpointing_because']})"
+        if offloaded := document["offloaded_memory"]:
+            rows["recomputing"] += f", {size_text(offloaded)} of layers' inputs in host memory"
+        rows["policies"] = "; ".join(
+            f"{name} {size_text(total)}" + (f" ({_AGAIN[name]})" if name in _AGAIN else "")
+            for name, total in document["memory_by_policy"].items()
+        )
         if document["paging"]:
             host = size_text(document["host_memory"])
             rows["paging"] = f"{host} of moments in host memory ({document['paging_because']})"

@@ -69,9 +69,8 @@ def does_not_fit(what: str, tokens: int, saved: str = "") -> UserError:
     """Return the error of a single example, of so many tokens, that memory does not suffice for."""
     return UserError(
         f"{what}: out of memory with a single example of {tokens:,} tokens in a micro-batch"
-        f"{saved}; lower data.max_length, or set model.gradient_checkpointing=true or "
-        "train.precision=bf16, in a new run, or continue this one with --resume where more memory "
-        "is free"
+        f"{saved}; lower data.max_length, or set train.precision=bf16, in a new run, or continue "
+        "this one with --resume where more memory is free"
     )
 
 

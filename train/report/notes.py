@@ -175,6 +175,16 @@ def _memory_events(record: Record) -> Iterable[str]:
                 f"a micro-batch was {max(1, whole // divisor):,} instead of "
                 f"{max(1, whole // before):,} {unit}. Loss and gradient are the same."
             )
+    policy = record.section("model").get("gradient_checkpointing") or "none"
+    for row in record.train:
+        before, policy = policy, row.get("gradient_checkpointing", policy)
+        if policy != before:
+            yield (
+                f"Out of memory at step {row['step']:,} with single examples: from there on, the "
+                f"step itself included, layers kept less of what their backward pass needs "
+                f"(model.gradient_checkpointing={policy} instead of {before}). Loss and gradient "
+                "are the same."
+            )
     for row in record.valid + record.test:
         if row.get("reduced_batch_size"):
             yield (
