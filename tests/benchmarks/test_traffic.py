@@ -328,6 +328,8 @@ def test_the_plan_s_activations_are_what_a_step_keeps_under_every_policy(
     chunk = min(rows, chunk_rows_of(decoder.vocab_size, COMPUTE_DTYPES[precision], "cuda"))
     estimate = planned["activations"] + planned["loss"] - chunk * decoder.vocab_size * (4 + width)
     estimate -= rows * token.again
+    if policy == "layers":
+        estimate -= width * (sizes.total - sizes.base) / 2  # a layer's adapters, lowered
     if full and policy != "layers":  # autocast's copies of the weights of what is kept
         head = decoder.vocab_size * decoder.hidden_size
         estimate += width * (sizes.matmul - head - (policy == "mlp") * sizes.mlp_matmul)

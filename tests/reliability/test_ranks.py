@@ -481,8 +481,14 @@ def test_only_rank_0_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         {"train.precision": "fp16", "optimizer.learning_rate": 1e-3},
         {"train.method": "lora", "train.sharding": "shard", "lora.bias": "all"},
         {"model.gradient_checkpointing": True, "train.micro_batch_tokens": 40},
+        {"model.gradient_checkpointing": "mlp"},
+        {
+            "train.method": "lora",
+            "train.sharding": "shard",
+            "model.gradient_checkpointing": "offload",
+        },
     ],
-    ids=["fp16", "lora-biases", "recomputing-by-tokens"],
+    ids=["fp16", "lora-biases", "recomputing-by-tokens", "mlp", "lora-offload"],
 )
 def test_what_else_a_shared_model_may_be_asked(
     changes: dict[str, Any], whole: dict[str, Any], tmp_path: Path
