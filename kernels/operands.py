@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.quantised import QuantisedWeight
+
 
 class Operands(NamedTuple):
     """y = x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ, the last term only where A and B are given."""
 
-    weight: Tensor  # (N, K)
+    weight: Tensor | QuantisedWeight  # (N, K)
     bias: Tensor | None = None  # (N,)
     lora_a: Tensor | None = None  # (r, K)
     lora_b: Tensor | None = None  # (N, r)
@@ -52,3 +54,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return what products of `x` are computed in: autocast's type where it is on, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def dense(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
+    """Return a weight in the type that is computed in; of a quantised one nobody keeps it."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)

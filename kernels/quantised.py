@@ -1,4 +1,4 @@
-"""Weights in four or eight bits, in the formats of bitsandbytes: made, held, and made tensors again.
+"""Weights in four or eight bits, in the formats of bitsandbytes: made, held, made tensors again.
 
 Legend: N output features · K input features · n = N·K
 
@@ -7,9 +7,9 @@ Legend: N output features · K input features · n = N·K
             two numbers a byte, the first in the high half. The absmax are quantised once more:
             their mean is subtracted, and blocks of 256 take the nearest of 256 values that lie the
             denser the smaller they are. 0.5 + (1 + 4/256)/64 = 0.5159 bytes a number.
-    int8    127 · x / absmax, rounded, absmax that of a row: LLM.int8()'s weights, of numbers rounded
-            to fp16 first, as there. Inputs are not quantised, so no column is an outlier and none
-            is held back. 1 byte a number and 4 a row.
+    int8    127 · x / absmax, rounded, absmax that of a row: LLM.int8()'s weights, of numbers
+            rounded to fp16 first, as there. Inputs are not quantised, so no column is an outlier
+            and none is held back. 1 byte a number and 4 a row.
 
 They are made on the host, so that the bytes do not depend on the device. Becoming a tensor again
 is one product, or two, in fp32 and one rounding.
@@ -177,7 +177,7 @@ def dequantise(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
 
 def scales(weight: QuantisedWeight) -> Tensor:
     """Return the absmax of an nf4 weight's blocks, in fp32."""
-    if weight.nested_absmax is None:
+    if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax
     values = _table(weight).index_select(0, weight.absmax.int())
     nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(values)]

@@ -691,8 +691,8 @@ MUTATIONS = [
         ),
         (
             "the input's gradient is that of the last layer alone",
-            "dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)",
-            "dx = torch.mm(dy, weight)",
+            "return torch.mm(dy, weight) if total is None else total.addmm_(dy, weight)",
+            "return torch.mm(dy, weight)",
             "test_every_gradient_is_that_of_the_formula",
         ),
     ),
@@ -1002,14 +1002,14 @@ MUTATIONS = [
         "tests/kernels/test_triton_linears.py",
         (
             "the large product is written over the small one",
-            "dx.addmm_(dy, weight)",
-            "dx.addmm_(dy, weight, beta=0)",
+            "dx.addmm_(dy, dense(weight, dx.dtype))",
+            "dx.addmm_(dy, dense(weight, dx.dtype), beta=0)",
             "test_linears",
         ),
         (
             "dx gets nothing of q where k and v are narrow",
-            "for pair in pairs if len(pair[1]) > _NARROW]",
-            "for pair in pairs if len(pair[1]) < 0]",
+            "for pair in pairs if pair[1].shape[0] > _NARROW]",
+            "for pair in pairs if pair[1].shape[0] < 0]",
             "test_linears",
         ),
         (
