@@ -32,6 +32,7 @@ from torch import Tensor, nn
 KINDS = ("nf4", "int8")
 BLOCK = 64  # numbers with one absmax
 NESTED_BLOCK = 256  # absmax with one of their own
+PIECE_ON_A_CPU = 2**18  # numbers that are made at a time: what a cache holds
 _STEPS = 65536
 _SMALLEST = 1e-38  # of an absmax that is divided by
 
@@ -219,8 +220,8 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 def _piece(device: torch.device) -> int:
-    """Return how many numbers are made at a time: what a cache holds, or what fills a card."""
-    return 2**18 if device.type == "cpu" else 2**24
+    """Return how many numbers are made at a time; elsewhere what fills a card."""
+    return PIECE_ON_A_CPU if device.type == "cpu" else 2**24
 
 
 def _nf4(flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def put(
     placed = {part: tensor.to(device) for part, tensor in parts.items()}
     weight = QuantisedWeight(kind, shape, dtype, placed, model.operations.dequantise)
     del module.weight
-    module.weight = weight
+    module.weight = weight  # pyright: ignore[reportAttributeAccessIssue]  # typed as a tensor
 
 
 def outline(model: CausalLM, kind: str) -> None:

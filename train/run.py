@@ -89,7 +89,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.config.paths import with_whole_paths
     from train.finish import before_training, finish, opening_panel
     from train.inputs.adapters import with_starting_adapter
-    from train.inputs.base_model import find_model
+    from train.inputs.base_model import find_model, with_stored_quantization
     from train.inputs.dataset import load_data
     from train.kernel_check import vouch
     from train.loop import train
@@ -113,7 +113,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         source = find_model(config, weights=False)
         decoder = read_config(source.folder)
         refuse_model(config, decoder)
-        config = with_starting_adapter(config, decoder)
+        config = with_stored_quantization(with_starting_adapter(config, decoder), decoder)
         data = world.first_on_node("data", lambda: load_data(config, source.folder, decoder))
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything

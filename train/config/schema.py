@@ -46,6 +46,13 @@ class ModelSettings:
         words=("bf16", "fp16", "fp32"),
         aliases=_DTYPES,
     )
+    quantization: str | None = key(
+        None,
+        "the frozen linear layers in four bits (nf4, with double quantisation) or eight (int8), in "
+        "bitsandbytes' formats; embedding, head, norms and biases stay; none: as model.path has "
+        "them",
+        words=("nf4", "int8"),
+    )
     gradient_checkpointing: bool | str = key(
         "auto",
         "recompute activations in the backward pass: same results, less memory, about a third "
