@@ -132,6 +132,7 @@ def _triton(device: torch.device) -> Operations:
         from kernels.triton import dropout, elementwise, norms, updates
         from kernels.triton import linears as triton_linears
         from kernels.triton import loss as triton_loss
+        from kernels.triton import quantised as triton_quantised
     except ImportError as error:
         raise UserError(
             f"train.kernels is 'triton', but triton cannot be imported ({error}); install it with "
@@ -152,6 +153,7 @@ def _triton(device: torch.device) -> Operations:
         linear_cross_entropy=functools.partial(
             loss.linear_cross_entropy, cross_entropy=triton_loss.cross_entropy_
         ),
+        dequantise=triton_quantised.dequantise,
         adamw_=updates.adamw_,
         adafactor_=updates.adafactor_,
     )

@@ -162,7 +162,8 @@ def dequantise(weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
         for target, packed, absmax in zip(*parts, strict=True):
             target.copy_(packed.float().mul_(absmax[:, None]).mul_(1 / 127))
         return out
-    absmax, pairs, flat = scales(weight), _pairs(weight.device), out.view(-1)
+    absmax, pairs = scales(weight), _pairs(place_of_tables(weight.packed))
+    flat = out.view(-1)
     for start in range(0, len(flat), piece):
         target = flat[start : start + piece]
         packed = weight.packed[start // 2 : (start + piece) // 2]
@@ -180,14 +181,20 @@ def scales(weight: QuantisedWeight) -> Tensor:
     """Return the absmax of an nf4 weight's blocks, in fp32."""
     if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax
-    values = _table(weight).index_select(0, weight.absmax.int())
+    values = nested_table(weight).index_select(0, weight.absmax.int())
     nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(values)]
     return values.mul_(nested).add_(weight.nested_offset)
 
 
-def _table(weight: QuantisedWeight) -> Tensor:
+def nested_table(weight: QuantisedWeight) -> Tensor:
+    """Return the map of the absmax of an nf4 weight's blocks, (256,) fp32."""
     own = weight.nested_map
-    return dynamic_map(weight.device) if own is None else own
+    return dynamic_map(place_of_tables(weight.packed)) if own is None else own
+
+
+def place_of_tables(packed: Tensor) -> torch.device:
+    """Return where a weight's tables lie; on meta if it does, whatever device is pretended."""
+    return torch.device("meta") if packed.is_meta else packed.device
 
 
 @functools.cache
