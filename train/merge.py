@@ -64,7 +64,10 @@ def merge_adapter(
     _require_vacant(out)
     adapter = adapter_folder(run_or_adapter)
     source = base_of(adapter, base)
+    config = read_config(source.folder)
     dtype = checkpoint_dtype(source.folder)
+    if config.quantization is not None and config.torch_dtype is not None:
+        dtype = getattr(torch, config.torch_dtype)  # what the packed numbers stand for
     model = load_model(source.folder, dtype=dtype, quantization=quantization)
     kind = dequantise(model)
     load_adapter(model, adapter)
@@ -98,15 +101,11 @@ def _trained_over(adapter: Path) -> str | None:
 def checkpoint_dtype(folder: Path) -> torch.dtype:
     """Return the dtype that most of the numbers in a model folder's weights have.
 
-    The files are asked, not config.json, which may name the dtype of another moment; but of
-    quantised weights it tells alone what they stand for.
+    The files are asked, not config.json, which may name the dtype of another moment.
 
     Raises:
         UserError: A file is damaged.
     """
-    config = read_config(folder)
-    if config.quantization is not None and config.torch_dtype is not None:
-        return getattr(torch, config.torch_dtype)
     elements: Counter[torch.dtype] = Counter()
     for path in weights_files(folder):
         for info in read_header(path).tensors.values():
