@@ -3245,7 +3245,7 @@ MUTATIONS = [
             "numbers are rounded on their way",
             "target.copy_(values)",
             "target.copy_(values.bfloat16())",
-            "test_numbers_are_made_in_fp32_and_rounded_once",
+            "test_nf4_has_the_bytes_of_bitsandbytes",
         ),
         (
             "a block of zeros is no number",

@@ -48,9 +48,9 @@ class ModelSettings:
     )
     quantization: str | None = key(
         None,
-        "the frozen linear layers in four bits (nf4, with double quantisation) or eight (int8), in "
-        "bitsandbytes' formats; embedding, head, norms and biases stay; none: as model.path has "
-        "them",
+        "the frozen linear layers in four bits (nf4, absmax quantised too) or eight (int8 weights, "
+        "without LLM.int8()'s decomposition of inputs), in bitsandbytes' formats; embedding, head, "
+        "norms and biases stay; none: as model.path has them",
         words=("nf4", "int8"),
     )
     gradient_checkpointing: bool | str = key(
