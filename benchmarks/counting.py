@@ -29,6 +29,7 @@ PRODUCTS = "large products"
 ADAPTERS = "LoRA branch"
 ATTENTION = "attention"
 CASTS = "casts"
+DEQUANTISATION = "dequantisation"
 NORMS = "norms"
 ACTIVATION = "GELU, SwiGLU"
 ROTARY = "rotary"
@@ -37,11 +38,13 @@ LOSS = "loss"
 OTHER = "embedding, dropout"
 UPDATE = "gradients, optimizer"
 KINDS = (
-    PRODUCTS, ADAPTERS, ATTENTION, CASTS, NORMS, ACTIVATION, ROTARY, ADDS, LOSS, OTHER, UPDATE
+    PRODUCTS, ADAPTERS, DEQUANTISATION, ATTENTION, CASTS, NORMS, ACTIVATION, ROTARY, ADDS, LOSS,
+    OTHER, UPDATE
 )  # fmt: skip
 _KIND_OF = {
     "linears": ADAPTERS,
     "linear_gelu": ADAPTERS,
+    "dequantise": DEQUANTISATION,
     "rms_norm": NORMS,
     "layer_norm": NORMS,
     "add": ADDS,

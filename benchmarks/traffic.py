@@ -42,6 +42,7 @@ from kernels.dispatch import Operations, operations
 from models import build
 from models.config import DecoderConfig
 from models.layers import CausalLM, set_dropout
+from models.quantised import outline
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.inputs.base_model import base_dtype, make_trainable
@@ -159,6 +160,8 @@ def _model(config: RunConfig, decoder: DecoderConfig, backend: Operations) -> Ca
     """Return what `train.inputs.base_model` makes, without its weights."""
     model = build(decoder, operations=backend, attention=config.model.attention, device="meta")
     model.to(base_dtype(config))
+    if config.model.quantization is not None:
+        outline(model, config.model.quantization)
     if config.model.dropout is not None:
         set_dropout(model, config.model.dropout)
     policy = config.model.gradient_checkpointing

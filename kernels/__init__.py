@@ -7,6 +7,7 @@ end to end, or come one at a time; only speed and memory differ.
     segments.py    where documents begin, positions, and the keys that dropout draws from
     operands.py    what a linear layer, adapted or not, hands to `linears`
     dropout.py     masks as a pure function of (seed, step, example, position, module, column)
+    quantised.py   weights in four and eight bits, and how they become tensors again
     linears.py attention.py loss.py reference.py      every operation in plain PyTorch: the truth
     varlen.py      flash attention over documents end to end, where a GPU has it
     cpu/           what makes a CPU fast

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from files.errors import UserError, did_you_mean
-from kernels import attention, linears, loss, reference
+from kernels import attention, linears, loss, quantised, reference
 from kernels.cpu import attention as cpu_attention
 from kernels.operands import Made
 from kernels.triton import launch
@@ -41,6 +41,7 @@ class Operations:
     linear_gelu: Callable[..., Made]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    dequantise: Callable[..., Tensor]
     # Updates of fp32 masters in place; None where the optimizers' own PyTorch does it.
     adamw_: Callable[..., None] | None = None
     adafactor_: Callable[..., Any] | None = None
@@ -59,6 +60,7 @@ _REFERENCE = Operations(
     linear_gelu=linears.linear_gelu,
     attention=attention.attention,
     linear_cross_entropy=loss.linear_cross_entropy,
+    dequantise=quantised.dequantise,
 )
 _REFERENCE_ON_CPU = replace(_REFERENCE, attention=cpu_attention.attention)
 
@@ -130,6 +132,7 @@ def _triton(device: torch.device) -> Operations:
         from kernels.triton import dropout, elementwise, norms, updates
         from kernels.triton import linears as triton_linears
         from kernels.triton import loss as triton_loss
+        from kernels.triton import quantised as triton_quantised
     except ImportError as error:
         raise UserError(
             f"train.kernels is 'triton', but triton cannot be imported ({error}); install it with "
@@ -150,6 +153,7 @@ def _triton(device: torch.device) -> Operations:
         linear_cross_entropy=functools.partial(
             loss.linear_cross_entropy, cross_entropy=triton_loss.cross_entropy_
         ),
+        dequantise=triton_quantised.dequantise,
         adamw_=updates.adamw_,
         adafactor_=updates.adafactor_,
     )

@@ -11,7 +11,7 @@ operations, not 6. The input is kept once for all layers that read it, or made a
 pass from what is kept anyway (`Made`), beside M·r numbers for each adapter. The mask is drawn again
 there too. On a CPU, where making and drawing take longer than reading, both are kept, the mask at
 one byte an element. Adapters are cast to the type of the base's product, never activations to
-theirs.
+theirs. A quantised weight is kept as it is, and made a tensor for one product at a time.
 
 Source: Hu et al. 2021 (LoRA).
 """
@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dropout import keep, keep_mask
-from kernels.operands import Made, Operands, compute_dtype, same_autocast, value_of
+from kernels.operands import Made, Operands, compute_dtype, dense, same_autocast, value_of
+from kernels.quantised import QuantisedWeight
 from kernels.reference import gelu_tanh
 from kernels.remade import linears_of_remade
 from kernels.segments import Segments
@@ -52,8 +53,9 @@ def linears(
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
     value, remake = value_of(x), isinstance(x, Made) and x.remake
-    if all(layer.lora_a is None for layer in operands):
-        if isinstance(x, Made) and remake and any(y.weight.requires_grad for y in operands):
+    weights = [layer.weight for layer in operands if isinstance(layer.weight, Tensor)]
+    if all(layer.lora_a is None for layer in operands) and len(weights) == len(operands):
+        if isinstance(x, Made) and remake and any(weight.requires_grad for weight in weights):
             return linears_of_remade(x, operands)
         lowered = _lowered(value, len(operands))
         return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
@@ -99,10 +101,11 @@ def flattened(operands: Sequence[Operands], segments: Segments | None) -> tuple[
 
 
 def _plain(x: Tensor, layer: Operands) -> Tensor:
-    bias = layer.bias
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
     if bias is not None and not torch.is_autocast_enabled(x.device.type):
         bias = bias.to(x.dtype)
-    return F.linear(x, layer.weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _lowered(x: Tensor, times: int) -> Sequence[Tensor]:
@@ -142,10 +145,11 @@ class _Linears(torch.autograd.Function):
         again: Again | None,
         rows: Tensor | None,
         settings: list[tuple[float, float, int]],
-        *tensors: Tensor | None,
+        *tensors: Tensor | QuantisedWeight | None,
     ) -> tuple[Tensor, ...]:
         dtype = compute_dtype(x)
         ctx.input_dtype = x.dtype
+        ctx.quantised = quantised_ones(tensors)
         saved: list[Tensor | None] = []
         outputs: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
@@ -153,9 +157,9 @@ class _Linears(torch.autograd.Function):
             for (scale, p, module), (weight, bias, a, b) in zip(
                 settings, _in_groups(tensors, 4), strict=True
             ):
-                assert weight is not None
-                weight = weight.to(dtype)
-                y = F.linear(x, weight, None if bias is None else bias.to(dtype))
+                kept = weight.to(dtype) if isinstance(weight, Tensor) else None
+                bias = None if bias is None else bias.to(dtype)
+                y = F.linear(x, dense(weight, dtype) if kept is None else kept, bias)
                 low_rank = mask = None
                 if a is not None and b is not None:
                     a, b = a.to(dtype), b.to(dtype)
@@ -163,7 +167,7 @@ class _Linears(torch.autograd.Function):
                     low_rank = torch.mm(x if mask is None else keep(x, mask), a.t())
                     y.addmm_(low_rank, b.t(), alpha=scale / (1 - p))
                 outputs.append(y)
-                saved += (weight, a, b, low_rank, mask if x.device.type == "cpu" else None)
+                saved += (kept, a, b, low_rank, mask if x.device.type == "cpu" else None)
         ctx.again, sources = again or (None, (x,))
         ctx.autocast = same_autocast(x) if again else nullcontext
         ctx.save_for_backward(rows, *saved, *sources)
@@ -186,8 +190,9 @@ class _Linears(torch.autograd.Function):
             x = sources[0] if ctx.again is None else ctx.again(*sources).to(ctx.dtype)
         found: list[Tensor | None] = []
         dx: Tensor | None = None
-        for dy, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(
-            grads, ctx.settings, _in_groups(saved, 5), _in_groups(needed, 4), strict=True
+        groups = _in_groups(saved, 5), _in_groups(needed, 4)
+        for dy, quantised, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(
+            grads, ctx.quantised, ctx.settings, *groups, strict=True
         ):
             if dy is None:
                 found += [None] * 4
@@ -196,7 +201,9 @@ class _Linears(torch.autograd.Function):
             found.append(gradient_product(dy.t(), x) if needs_weight else None)
             found.append(dy.sum(0) if needs_bias else None)
             if needs_x:
-                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+                dx = _with_product(
+                    dx, dy, weight if quantised is None else quantised.dense(dy.dtype)
+                )
             if a is None:
                 found += [None] * 2
                 continue
@@ -218,6 +225,16 @@ class _Linears(torch.autograd.Function):
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
         ]
         return (None if dx is None else dx.to(ctx.input_dtype), None, None, None, *cast)
+
+
+def quantised_ones(tensors: Sequence[Any]) -> list[QuantisedWeight | None]:
+    """Return of (weight, bias, A, B) a layer each weight that is quantised: no tensor to save."""
+    return [None if isinstance(weight, Tensor) else weight for weight in tensors[::4]]
+
+
+def _with_product(total: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    """Return dy W, added to a sum where there is one; made for it, W is nobody's afterwards."""
+    return torch.mm(dy, weight) if total is None else total.addmm_(dy, weight)
 
 
 def gradient_product(left: Tensor, right: Tensor) -> Tensor:

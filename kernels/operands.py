@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.quantised import QuantisedWeight
+
 
 class Operands(NamedTuple):
     """y = x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ, the last term only where A and B are given."""
 
-    weight: Tensor  # (N, K)
+    weight: Tensor | QuantisedWeight  # (N, K)
     bias: Tensor | None = None  # (N,)
     lora_a: Tensor | None = None  # (r, K)
     lora_b: Tensor | None = None  # (N, r)
@@ -68,3 +70,8 @@ def same_autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if enabled else None
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
+
+
+def dense(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
+    """Return a weight in the type that is computed in; of a quantised one nobody keeps it."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import UserError, did_you_mean
+from kernels.quantised import QuantisedWeight
 from lora.linear import LoraLinear
 
 ALL_LINEAR = "all-linear"
@@ -227,10 +228,14 @@ def adapter_config(model: nn.Module) -> LoraConfig:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's parameters, tied ones once; it may be on the meta device."""
+    """Count a model's parameters, tied ones once; it may be on the meta device.
+
+    A quantised weight counts as the numbers that it stands for.
+    """
     parameters = list(model.parameters())
     adapters = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
-    total = _elements(parameters)
+    quantised = [m.shape for m in model.modules() if isinstance(m, QuantisedWeight)]
+    total = _elements(parameters) + sum(map(math.prod, quantised))
     return ParameterCount(
         trainable=_elements(parameter for parameter in parameters if parameter.requires_grad),
         total=total,

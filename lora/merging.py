@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import UserError
+from kernels.quantised import QuantisedWeight
 from lora.injection import lora_layers, trained_biases
 from lora.linear import LoraLinear
 
@@ -24,12 +25,13 @@ def merge(model: nn.Module) -> list[str]:
         The names of the merged layers, in the model's order.
 
     Raises:
-        UserError: The model carries no adapter; an adapted weight is tied to another module, which
-            would change with it (nothing has been merged then); or a merged weight is not finite in
-            its dtype (the model is merged in part then: load it anew).
+        UserError: The model carries no adapter; an adapted weight is quantised, or tied to another
+            module, which would change with it (nothing has been merged then); or a merged weight is
+            not finite in its dtype (the model is merged in part then: load it anew).
     """
     layers = lora_layers(model)
     biases = trained_biases(model)
+    _refuse_quantised(layers)
     _refuse_tied(model, layers)
     for name, layer in layers.items():
         merged = merged_weight(layer)
@@ -56,6 +58,17 @@ def merged_weight(layer: LoraLinear) -> Tensor:
     """Return W + scale · B A, (N, K), summed in the factors' dtype and rounded to the weight's."""
     weight = layer.weight.to(layer.lora_A.dtype)
     return torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale).to(layer.weight.dtype)
+
+
+def _refuse_quantised(layers: dict[str, LoraLinear]) -> None:
+    """Refuse weights in few bits: they have no room for what the adapter adds."""
+    for name, layer in layers.items():
+        if isinstance(layer.weight, QuantisedWeight):
+            raise UserError(
+                f"{name}: its weight is {layer.weight.kind}, and would have to be quantised again; "
+                "load the base without quantization and merge into that, as python -m train.merge "
+                "does"
+            )
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, LoraLinear]) -> None:

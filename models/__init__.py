@@ -9,6 +9,9 @@
                    a family each: its keys, its layers, what it keeps
     families.py    the list of them; from a configuration to its network
     weights.py     checkpoint ↔ network, by name
+    strangers.py   tensors of a checkpoint that are no part of the network
+    quantised.py   weights in four or eight bits in the network
+    stored.py      and as they lie in bitsandbytes' files
 
 `load_model` gives a network with its weights, `build` one without.
 """

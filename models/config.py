@@ -98,6 +98,7 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         eos_token_id=_eos_token_id(read),
         pad_token_id=_token_id(read, "pad_token_id"),
         torch_dtype=_dtype(read),
+        quantization=_quantization(raw, where),
         notes=_notes(raw, where),
         raw=raw,
         attention_dropout=read.number("attention_dropout", 0.0, 1.0),
@@ -113,12 +114,35 @@ def _family(raw: dict[str, Any], where: str) -> Family:
     if name is None:
         raise UserError(f"{where}: model_type is missing; supported are {', '.join(FAMILIES)}")
     read.choice("model_type", name, FAMILIES)
-    if raw.get("quantization_config") is not None:
-        raise UserError(
-            f"{where}: quantization_config says that the weights are quantised, which is not "
-            f"supported; use the model's original weights"
-        )
     return FAMILIES[name]
+
+
+def _quantization(raw: dict[str, Any], where: str) -> str | None:
+    """Return what bitsandbytes made of the weights; refuse what is made in other ways."""
+    settings = raw.get("quantization_config")
+    if settings is None:
+        return None
+    where, remedy = f"{where}: quantization_config", "use the model's original weights"
+    if not isinstance(settings, dict):
+        raise UserError(f"{where} must be an object or null, is a {type(settings).__name__}")
+    read = Reader(settings, where)
+    method = read.text("quant_method") or "bitsandbytes"
+    if method != "bitsandbytes":
+        raise UserError(
+            f"{where} says that the weights are quantised by {method:.60}, which is not supported "
+            f"(those of bitsandbytes' nf4 and int8 are); {remedy}"
+        )
+    if read.flag("load_in_8bit"):
+        return "int8"
+    if not read.flag("load_in_4bit"):
+        raise UserError(f"{where} says neither load_in_4bit nor load_in_8bit; {remedy}")
+    kind = read.text("bnb_4bit_quant_type") or "fp4"
+    if kind != "nf4":
+        raise UserError(
+            f"{where} says that the weights are quantised as {kind:.60}, which is not supported; "
+            f"{remedy}, with model.quantization=nf4 if they are to take four bits"
+        )
+    return "nf4"
 
 
 def _head_dim(read: Reader, hidden: int, heads: int) -> int:

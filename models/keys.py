@@ -49,7 +49,8 @@ class DecoderConfig:
 
     Keys of other families keep a neutral value (`use_bias` outside StarCoder2, `rms_norm_eps` in
     it). `raw` is the file as read, for writing it back; two configs that differ in dialect only
-    are equal. `torch_dtype` names what the checkpoint was saved in, and decides nothing.
+    are equal. `torch_dtype` names what the checkpoint was saved in, and decides nothing;
+    `quantization` is the `nf4` or `int8` that bitsandbytes made of the checkpoint's weights.
     """
 
     model_type: str
@@ -82,6 +83,7 @@ class DecoderConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     torch_dtype: str | None = None
+    quantization: str | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from torch import Tensor, nn
 from files.atomic import write_json
 from files.errors import UserError, listed
 from files.hub import INDEX_FILE, SINGLE_FILE, choose_weights, read_index, resolve_model
-from files.tensors import Rows, TensorFile, TensorInfo, read_header, write_tensors
+from files.tensors import Rows, TensorFile, read_header, write_tensors
 from kernels.dispatch import Operations
 from models.config import DecoderConfig, parse_config, read_config
 from models.families import FAMILIES, build
 from models.layers import CausalLM
+from models.quantised import put, quantisable, quantise, refuse_other_kind
+from models.stored import Places, Stored, take_stored
+from models.strangers import strangers
 
 # (parameter, a file's whole tensor) → the parameter is filled.
 Place = Callable[[nn.Parameter, Tensor], object]
@@ -33,43 +35,6 @@ Write = Callable[..., str]
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
-
-# Tensors that are no part of a decoder, what they are, and the way to a folder without them.
-_STRANGERS: dict[str, tuple[str, str]] = {
-    r"(.+\.)?(v_head|value_head)\..+": (
-        "a value head, from reinforcement learning",
-        "load the folder with transformers' AutoModelForCausalLM and save_pretrained it to a new "
-        "one, which leaves the head out",
-    ),
-    r"(score|classifier|classification_head|qa_outputs|regression_head)\..+": (
-        "a classifier's head",
-        "this is no language model: use the model that it was made from",
-    ),
-    r"(.+\.)?(base_layer|modules_to_save|lora_[A-Za-z_]+)(\..+)?": (
-        "an adapter that was not merged",
-        "load it with PEFT, merge_and_unload and save that, or give the base as model.path and the "
-        "adapter as lora.init_from",
-    ),
-    r".+\.(qweight|qzeros|g_idx|scales|SCB|weight_scale|weight_scale_inv|weight_zero_point"
-    r"|weight_packed|weight_shape|weight_format|input_scale)|.+\.weight\.[A-Za-z_.0-9]+": (
-        "parts of quantised weights",
-        "quantised weights are not supported, use the model's original ones",
-    ),
-    r"(tok_embeddings|output|layers\.\d+\.(attention|feed_forward)\.w\w+)\.weight": (
-        "named as in the maker's original release",
-        "use the repository's version in Hugging Face layout",
-    ),
-    r"(module|_orig_mod|base_model|pretrained_model|policy|llm|language_model|_fsdp_wrapped_module"
-    r"|model\.(model|language_model))\..+": (
-        "named as a wrapper around the model names them",
-        "save the wrapped model itself with save_pretrained",
-    ),
-    r"embed_tokens\.weight|norm\.weight|layers\.\d+\..+": (
-        "of a decoder that was saved without its head",
-        "save the AutoModelForCausalLM that it belongs to with save_pretrained",
-    ),
-}
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
 
 
 def load_model(
@@ -80,6 +45,7 @@ def load_model(
     attention: str = "auto",
     operations: Operations | None = None,
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> CausalLM:
     """Return the model that `path` holds, its weights on `device` in `dtype`.
 
@@ -90,14 +56,17 @@ def load_model(
         attention: `auto`, `sdpa` or `eager`.
         operations: the kernels to build with; None takes the reference.
         revision: branch, tag or commit of a hub id; None takes its main branch.
+        quantization: `nf4` or `int8`, as which the weights of the linear layers but the head are
+            kept, each quantised as it is read; None keeps them as the folder has them.
 
     Raises:
-        UserError: the folder, its config.json or its weights are not what they must be.
+        UserError: the folder, its config.json or its weights are not what they must be, or lie
+            there quantised otherwise.
     """
     source = resolve_model(path, revision)
     folder = source.folder
     model = build(read_config(folder), operations=operations, attention=attention, device="meta")
-    fill(model, folder, dtype, device)
+    fill(model, folder, dtype, device, quantization=quantization)
     model.name_or_path = source.repository or os.path.abspath(folder)
     model.revision = source.commit
     return model
@@ -110,13 +79,14 @@ def fill(
     device: str | torch.device = "cpu",
     place: Place = torch.Tensor.copy_,
     beside: Collection[str] = (),
+    quantization: str | None = None,
 ) -> None:
     """Fill every parameter of `model` from the safetensors files in `folder`.
 
     A parameter on the meta device is made on `device` in `dtype`; one that has memory already
     keeps it, with its type, so that an optimizer that refers to it stays right: `place` puts the
     file's tensor into it, all or some of which is read from the disk then. Parameters named
-    `beside` are no part of the folder's model.
+    `beside` are no part of the folder's model. `quantization` is as of `load_model`.
 
     Raises:
         UserError: names (missing and unexpected ones, the latter with a remedy), shapes or types
@@ -124,8 +94,10 @@ def fill(
             is damaged or missing; there are pickle files alone.
     """
     folder = Path(folder)
+    refuse_other_kind(folder, model.config.quantization, quantization)
     parameters = {n: p for n, p in model.named_parameters() if n not in beside}
     places = _find_tensors(folder)
+    stored = _take_stored(folder, model, parameters, places)
     _check_tensors(folder, model.config, parameters, places)
     by_file: dict[Path, list[str]] = {}
     for name in parameters:
@@ -133,13 +105,16 @@ def fill(
     for path, names in by_file.items():
         with TensorFile(path) as file:
             for name in sorted(names, key=lambda name: file.info(name).begin):
-                _set_parameter(model, name, file.read(name), dtype, device, place)
+                _set_parameter(model, name, file.read(name), dtype, device, place, quantization)
+    for name, weight in stored.items():
+        put(model, name, weight.kind, weight.read(), dtype, device)
 
 
-def check_weights(folder: Path, model: CausalLM) -> dict[str, tuple[Path, TensorInfo]]:
+def check_weights(folder: Path, model: CausalLM) -> Places:
     """Return where each tensor of `folder` lies, or raise as `fill`: headers alone are read."""
-    places = _find_tensors(folder)
-    _check_tensors(folder, model.config, dict(model.named_parameters()), places)
+    places, parameters = _find_tensors(folder), dict(model.named_parameters())
+    _take_stored(folder, model, parameters, places)
+    _check_tensors(folder, model.config, parameters, places)
     return places
 
 
@@ -151,11 +126,12 @@ def initialise(
     *,
     initializer_range: float,
     place: Place = torch.Tensor.copy_,
+    quantization: str | None = None,
 ) -> None:
     """Give every parameter its starting value: matrices N(0, initializer_range), norms 1, biases 0.
 
     Each tensor is a pure function of (seed, its name): drawn in fp32 on the host, whatever the
-    device, dtype and order. Parameters are placed as `fill` places them.
+    device, dtype and order. Parameters are placed as `fill` places them, quantised ones too.
     """
     for name, parameter in list(model.named_parameters()):
         if parameter.ndim > 1:
@@ -166,7 +142,7 @@ def initialise(
             )
         else:
             value = torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
-        _set_parameter(model, name, value, dtype, device, place)
+        _set_parameter(model, name, value, dtype, device, place, quantization)
 
 
 def save_model(
@@ -236,9 +212,9 @@ def weights_files(folder: Path) -> list[Path]:
     return [folder / name for name in _weights_names(folder)[0]]
 
 
-def _find_tensors(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+def _find_tensors(folder: Path) -> Places:
     """Return name → (file, place in it) for every tensor of the folder's weights."""
-    places: dict[str, tuple[Path, TensorInfo]] = {}
+    places: Places = {}
     file_names, weight_map = _weights_names(folder)
     for file_name in file_names:
         path = _weights_file(folder, file_name)
@@ -287,11 +263,22 @@ def _weights_file(folder: Path, file_name: str) -> Path:
     return path
 
 
+def _take_stored(
+    folder: Path, model: CausalLM, parameters: dict[str, nn.Parameter], places: Places
+) -> dict[str, Stored]:
+    """Take out of both what lies quantised in the folder."""
+    shapes = {n: tuple(p.shape) for n, p in parameters.items() if quantisable(model, n)}
+    stored = take_stored(folder, model.config.quantization, shapes, places)
+    for name in stored:
+        del parameters[name]
+    return stored
+
+
 def _check_tensors(
     folder: Path,
     config: DecoderConfig,
     parameters: Mapping[str, Tensor],
-    places: dict[str, tuple[Path, TensorInfo]],
+    places: Places,
 ) -> None:
     """Compare names as sets, then shapes and types; refuse with everything that differs at once."""
     expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -300,7 +287,7 @@ def _check_tensors(
         _check_stray_head(folder, places)
         unexpected -= {HEAD}
     missing = expected.keys() - places.keys()
-    faults = _strangers(unexpected, config.num_hidden_layers)
+    faults = strangers(unexpected, config.num_hidden_layers)
     if missing:
         faults.append(f"missing are {listed(sorted(missing))}")
     for name in sorted(expected.keys() & places.keys()):
@@ -320,32 +307,7 @@ def _check_tensors(
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
 
 
-def _strangers(names: Iterable[str], num_hidden_layers: int) -> list[str]:
-    """Return what the tensors are that the decoder does not have, each kind with its remedy."""
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        layer = _LAYER.fullmatch(name)
-        kind = next((kind for form, kind in _STRANGERS.items() if re.fullmatch(form, name)), None)
-        if kind is None and layer is not None and int(layer.group(1)) >= num_hidden_layers:
-            kind = (
-                f"of layers beyond num_hidden_layers = {num_hidden_layers}",
-                "give config.json the right number, or, where they predict further tokens, load "
-                "and save_pretrained the folder with transformers, which leaves them out",
-            )
-        if kind is None:
-            kind = (
-                "no part of the decoder",
-                "load the folder with transformers' AutoModelForCausalLM and save_pretrained it to "
-                "a new one, which keeps the decoder's alone",
-            )
-        kinds.setdefault(kind, []).append(name)
-    return [
-        f"unexpected are {listed(sorted(found))} ({what}: {remedy})"
-        for (what, remedy), found in kinds.items()
-    ]
-
-
-def _check_stray_head(folder: Path, places: dict[str, tuple[Path, TensorInfo]]) -> None:
+def _check_stray_head(folder: Path, places: Places) -> None:
     """Accept a tied model's own lm_head only where it is the embedding once more."""
     with TensorFile(places[HEAD][0]) as one, TensorFile(places[EMBEDDING][0]) as other:
         head, embedding = one.read(HEAD), other.read(EMBEDDING)
@@ -370,8 +332,12 @@ def _set_parameter(
     dtype: torch.dtype,
     device: str | torch.device,
     place: Place,
+    quantization: str | None,
 ) -> None:
     """Put `value` into parameter `name`, making it on `device` in `dtype` if it is on meta."""
+    if quantization is not None and isinstance(model, CausalLM) and quantisable(model, name):
+        quantise(model, name, value, quantization, dtype, device)
+        return
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     parameter = getattr(module, leaf)
@@ -432,8 +398,12 @@ def _refuse_other_weights(folder: Path, written: set[str]) -> None:
 
 
 def _config_document(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json for both dialects; `auto_map` goes, since its code is not copied."""
-    document = {key: value for key, value in config.raw.items() if key != "auto_map"}
+    """Return config.json for both dialects.
+
+    `auto_map` goes, since its code is not copied, and so does what weights were quantised as.
+    """
+    gone = ("auto_map", "quantization_config")
+    document = {key: value for key, value in config.raw.items() if key not in gone}
     name = str(dtype).removeprefix("torch.")
     document.setdefault("architectures", [FAMILIES[config.model_type].architecture])
     document["tie_word_embeddings"] = config.tie_word_embeddings

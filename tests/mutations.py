@@ -691,8 +691,8 @@ MUTATIONS = [
         ),
         (
             "the input's gradient is that of the last layer alone",
-            "dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)",
-            "dx = torch.mm(dy, weight)",
+            "return torch.mm(dy, weight) if total is None else total.addmm_(dy, weight)",
+            "return torch.mm(dy, weight)",
             "test_every_gradient_is_that_of_the_formula",
         ),
     ),
@@ -1002,14 +1002,14 @@ MUTATIONS = [
         "tests/kernels/test_triton_linears.py",
         (
             "the large product is written over the small one",
-            "dx.addmm_(dy, weight)",
-            "dx.addmm_(dy, weight, beta=0)",
+            "dx.addmm_(dy, dense(weight, dx.dtype))",
+            "dx.addmm_(dy, dense(weight, dx.dtype), beta=0)",
             "test_linears",
         ),
         (
             "dx gets nothing of q where k and v are narrow",
-            "for pair in pairs if len(pair[1]) > _NARROW]",
-            "for pair in pairs if len(pair[1]) < 0]",
+            "for pair in pairs if pair[1].shape[0] > _NARROW]",
+            "for pair in pairs if pair[1].shape[0] < 0]",
             "test_linears",
         ),
         (
@@ -3333,6 +3333,198 @@ MUTATIONS = [
             "time.monotonic() - self._asked_at < self._apart",
             "time.monotonic() - self._asked_at < 0",
             "test_torchrun_passes_on_what_every_process_got_and_that_is_one_signal",
+        ),
+    ),
+    # --- quantised weights -----------------------------------------------------------------------
+    *_of(
+        "kernels/quantised.py",
+        "tests/kernels/test_quantised.py",
+        (
+            "of two numbers in a byte the first lies low",
+            "codes[::2] << 4 | codes[1::2]",
+            "codes[1::2] << 4 | codes[::2]",
+            "test_nf4_has_the_bytes_of_bitsandbytes",
+        ),
+        (
+            "a tie goes up",
+            "torch.bucketize(scaled, middles, out_int32=True)",
+            "torch.bucketize(scaled, middles, out_int32=True, right=True)",
+            "test_a_tie_goes_down",
+        ),
+        (
+            "the absmax are quantised again with their mean",
+            "_dynamic(absmax.sub_(offset))",
+            "_dynamic(absmax)",
+            "test_nf4_has_the_bytes_of_bitsandbytes",
+        ),
+        (
+            "numbers are rounded on their way",
+            "target.copy_(values)",
+            "target.copy_(values.bfloat16())",
+            "test_nf4_has_the_bytes_of_bitsandbytes",
+        ),
+        (
+            "a block of zeros is no number",
+            "largest.clamp(min=_SMALLEST).reciprocal()",
+            "largest.reciprocal()",
+            "test_a_block_of_zeros_is_zeros_again",
+        ),
+        (
+            "int8 is made of numbers that bitsandbytes does not see",
+            "half = part.half()",
+            "half = part",
+            "test_int8_has_the_bytes_of_bitsandbytes",
+        ),
+        (
+            "a model in bf16 takes the absmax along",
+            "self._buffers[name] = moved if same else part.to(moved.device)",
+            "self._buffers[name] = moved",
+            "test_a_model_that_is_turned_into_another_type_leaves_the_parts_as_they_are",
+        ),
+    ),
+    *_of(
+        "kernels/linears.py",
+        "tests/models/test_quantised_models.py",
+        (
+            "the dequantised weight is kept for the backward pass",
+            "kept = weight.to(dtype) if isinstance(weight, Tensor) else None",
+            "kept = dense(weight, dtype)",
+            "test_what_is_kept_for_the_backward_pass_is_never_a_dequantised_weight",
+        ),
+    ),
+    *_of(
+        "kernels/triton/quantised.py",
+        "tests/kernels/test_triton_quantised.py",
+        (
+            "of two numbers in a byte the first is written second",
+            "tl.interleave(high, low)",
+            "tl.interleave(low, high)",
+            "test_dequantise",
+        ),
+        (
+            "the absmax of the absmax is a neighbour's",
+            "block // 256",
+            "block // 128",
+            "test_dequantise",
+        ),
+    ),
+    *_of(
+        "models/quantised.py",
+        "tests/models/test_quantised_models.py",
+        (
+            "the head is quantised",
+            "return is_weight and module.weight is not model.head_weight()",
+            "return is_weight",
+            "test_head_embedding_norms_and_biases_stay",
+        ),
+        (
+            "int8 of what fp16 does not hold",
+            'if kind == "int8" and not value.half().isfinite().all():',
+            "if False:",
+            "test_numbers_that_fp16_has_not_are_no_int8",
+        ),
+    ),
+    *_of(
+        "models/stored.py",
+        "tests/models/test_quantised_models.py",
+        (
+            "absmax of a map of their own are read with the usual one",
+            'if torch.equal(parts["nested_map"], dynamic_map()):',
+            "if True:",
+            "test_a_map_of_the_absmax_of_its_own_is_kept",
+        ),
+        (
+            "a layout of old cards is read as rows",
+            'f"{layer}weight_format"\n',
+            'f"{layer}weight_form"\n',
+            "test_parts_that_do_not_fit_are_refused",
+        ),
+        (
+            "what a weight's shape is said to be is not compared",
+            '{"shape": list(shape), "blocksize"',
+            '{"blocksize"',
+            "test_parts_that_do_not_fit_are_refused",
+        ),
+    ),
+    *_of(
+        "models/config.py",
+        "tests/models/test_quantised_models.py",
+        (
+            "fp4 is read as nf4",
+            'if kind != "nf4":',
+            'if kind not in ("nf4", "fp4"):',
+            "test_what_is_quantised_otherwise_is_refused",
+        ),
+    ),
+    *_of(
+        "lora/merging.py",
+        "tests/train/test_quantization.py",
+        (
+            "an adapter is folded into packed bytes",
+            "    _refuse_quantised(layers)\n",
+            "",
+            "test_folding_into_quantised_weights_is_refused",
+        ),
+    ),
+    *_of(
+        "lora/injection.py",
+        "tests/train/test_quantization.py",
+        (
+            "quantised numbers are not counted",
+            "_elements(parameters) + sum(map(math.prod, quantised))",
+            "_elements(parameters)",
+            "test_a_run_says_what_its_base_is",
+        ),
+    ),
+    *_of(
+        "train/plan/sizes.py",
+        "tests/train/test_quantization.py",
+        (
+            "the weight that is a tensor for a moment is not planned",
+            "sum(parts) + largest * compute + piece",
+            "sum(parts)",
+            "test_memory_that_was_planned_is_what_a_step_takes",
+            "test_ledger_of_quantised_weights",
+        ),
+    ),
+    *_of(
+        "train/plan/decide.py",
+        "tests/train/test_quantization.py",
+        (
+            "ranks share quantised weights where they do not fit",
+            'if config.model.quantization is not None:\n        return "replicate"\n',
+            'if False:\n        return "replicate"\n',
+            "test_ranks_have_quantised_weights_whole",
+        ),
+    ),
+    *_of(
+        "train/inputs/base_model.py",
+        "tests/train/test_quantization.py",
+        (
+            "what the folder's weights are is not written down",
+            "    if stored is None or config.model.random_init:\n",
+            "    if True:\n",
+            "test_a_base_that_lies_quantised_is_trained_as_it_is",
+        ),
+    ),
+    *_of(
+        "train/merge.py",
+        "tests/train/test_quantization.py",
+        (
+            "which weights were merged is not said",
+            "    elif trained_over := _trained_over(adapter):\n",
+            "    elif trained_over := None:\n",
+            "test_merging_takes_the_original_weights_and_says_so",
+        ),
+    ),
+    *_of(
+        "train/config/spellings.py",
+        "tests/train/test_spellings.py",
+        (
+            "load_in_4bit=true means nothing",
+            "return {key: word} if value is True else {}",
+            "return {}",
+            "test_what_is_certain_is_taken_and_said",
         ),
     ),
 ]

@@ -25,6 +25,7 @@ from kernels.dispatch import Operations, operations
 from kernels.dropout import Draw
 from kernels.loss import IGNORE
 from kernels.operands import Made, Operands, value_of
+from kernels.quantised import KINDS, QuantisedWeight, quantised
 from kernels.segments import Segments
 from kernels.triton import launch
 from train.config.schema import RunConfig
@@ -90,6 +91,16 @@ def _loss(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tensor]:
     return [ours.linear_cross_entropy(t[0], t[1], targets, rows=rows)]
 
 
+def _dequantise(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tensor]:
+    made = []
+    for kind in KINDS:
+        parts = quantised(t[0].detach().float().cpu(), kind)
+        placed = {name: part.to(t[0].device) for name, part in parts.items()}
+        weight = QuantisedWeight(kind, tuple(t[0].shape), t[0].dtype, placed, ours.dequantise)
+        made.append(weight.dense(t[0].dtype))
+    return made
+
+
 def _adamw(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tensor]:
     weight, gradient, first, root = (x.detach().flatten().clone() for x in t)
     second = root.square()
@@ -131,6 +142,7 @@ _CASES = {
         lambda ours, s, t: _read(ours, s, ours.swiglu(*t[:2]), t[2:]),
     ),
     "linear_cross_entropy": _Case((_X, (_V, _H)), _loss),
+    "dequantise": _Case(((_N, _H - 1),), _dequantise),
     "adamw_": _Case(((3, _M, _H),) * 4, _adamw),
     "adafactor_": _Case(((3, _M, _H),) * 3, _adafactor),
 }

@@ -2,7 +2,8 @@
 
 The base is loaded in the dtype of its checkpoint, each adapted weight is summed in fp32 and rounded
 once, and OUT becomes a Hugging Face model folder with the tokenizer's files. OUT appears whole or
-not at all.
+not at all. What was trained over quantised weights is folded into the original ones, unless asked
+otherwise or there are no others; what it was folded into is said.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from data.chat_templates import SETTINGS_FILE, TEMPLATE_FILE, in_one_folder, nam
 from files.errors import UserError, counted
 from files.folders import replace_folder
 from files.tensors import read_header
+from kernels.quantised import KINDS
 from lora import load_adapter, merge
 from models import load_model
+from models.config import read_config
+from models.quantised import dequantise
 from models.weights import save_model, weights_files
+from train.config.load import load_config
 from train.process.command import CommandParser, run_command
 from train.saving.artifact import adapter_folder, base_of
 
@@ -39,13 +44,17 @@ _TOKENIZER_FILES = (
 _OTHER_FILES = ("generation_config.json", "prompt_format.json")
 
 
-def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> str:
+def merge_adapter(
+    run_or_adapter: Path, out: Path, base: str | None = None, quantization: str | None = None
+) -> str:
     """Write the model that an adapter makes of its base; return a sentence saying what was done.
 
     Args:
         run_or_adapter: An adapter's folder, or a run's, whose `final/` is taken, else its `best/`.
         out: A folder that is empty or not there.
         base: Folder or hub id of the base model; None takes the one that the adapter names.
+        quantization: `nf4` or `int8`: the base's weights are quantised so and made numbers again
+            before; None takes the ones that lie there.
 
     Raises:
         UserError: `out` is in use, there is no adapter or base, they do not fit, or a merged weight
@@ -55,8 +64,12 @@ def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> s
     _require_vacant(out)
     adapter = adapter_folder(run_or_adapter)
     source = base_of(adapter, base)
+    config = read_config(source.folder)
     dtype = checkpoint_dtype(source.folder)
-    model = load_model(source.folder, dtype=dtype)
+    if config.quantization is not None and config.torch_dtype is not None:
+        dtype = getattr(torch, config.torch_dtype)  # what the packed numbers stand for
+    model = load_model(source.folder, dtype=dtype, quantization=quantization)
+    kind = dequantise(model)
     load_adapter(model, adapter)
     names = merge(model)
 
@@ -66,10 +79,23 @@ def merge_adapter(run_or_adapter: Path, out: Path, base: str | None = None) -> s
         return hashes
 
     replace_folder(out, fill)
+    weights = str(dtype).removeprefix("torch.")
+    if kind is not None:
+        weights += f", of its weights in {kind}"
+    elif trained_over := _trained_over(adapter):
+        weights += f", its original weights, not those in {trained_over} that it was trained over"
     return (
         f"merged {counted(len(names), 'layer')} of {adapter} into "
-        f"{source.repository or source.folder} ({str(dtype).removeprefix('torch.')}): {out}"
+        f"{source.repository or source.folder} ({weights}): {out}"
     )
+
+
+def _trained_over(adapter: Path) -> str | None:
+    """Return what the base was quantised as in the run that the adapter lies in, if it was."""
+    for folder in list(adapter.resolve().parents)[:2]:
+        if (folder / "config.toml").is_file():
+            return load_config(file=folder / "config.toml").model.quantization
+    return None
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
@@ -124,8 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(
             "--base", metavar="FOLDER", help="the base model, if not the one it names"
         )
+        parser.add_argument(
+            "--quantization", choices=KINDS, help="fold it into the base's weights quantised so"
+        )
         options = parser.parse_args(arguments)
-        print(merge_adapter(options.run_or_adapter, options.out, options.base))
+        asked = options.run_or_adapter, options.out, options.base, options.quantization
+        print(merge_adapter(*asked))
         return 0
 
     return run_command(answer)

@@ -90,7 +90,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.finish import before_training, finish, opening_panel
     from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
-    from train.inputs.base_model import find_model
+    from train.inputs.base_model import find_model, with_stored_quantization
     from train.inputs.dataset import load_data
     from train.kernel_check import vouch
     from train.loop import train
@@ -114,7 +114,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         source = find_model(config, weights=False)
         decoder = read_config(source.folder)
         refuse_model(config, decoder)
-        config = with_starting_adapter(config, decoder)
+        config = with_stored_quantization(with_starting_adapter(config, decoder), decoder)
         data = world.first_on_node("data", lambda: load_data(config, source.folder, decoder))
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything

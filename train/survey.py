@@ -19,7 +19,7 @@ from models.weights import check_weights
 from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
 from train.inputs.adapters import with_starting_adapter
-from train.inputs.base_model import find_model
+from train.inputs.base_model import find_model, with_stored_quantization
 from train.inputs.dataset import load_data, prompt_format, refuse_without_valid
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.log.metrics import require_tensorboard
@@ -87,7 +87,7 @@ def print_plan(
     config = with_whole_paths(config)
     decoder = find_decoder_config(config)
     refuse_model(config, decoder)
-    config = with_starting_adapter(config, decoder)
+    config = with_stored_quantization(with_starting_adapter(config, decoder), decoder)
     data = _look_at_data(config, decoder)
     ranks = ranks or 1
     machine = machine or machine_to_plan_for(config, ranks)

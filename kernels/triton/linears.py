@@ -8,7 +8,8 @@ products are those of `kernels/triton/adapters.py`. Of each sum the small produc
 and the large one added to it in cuBLAS's own epilogue: y = c·s Bᵀ, then y += x Wᵀ, and in the
 backward pass dx = (ds A) ⊙ D, then dx += dy W, so that y and dx are not read and written once more.
 Kept for the backward pass are s and, once for all layers, x or what it is made of: then the kernel
-that reads x makes the tile that it needs (`kernels/triton/inputs.py`).
+that reads x makes the tile that it needs (`kernels/triton/inputs.py`). A quantised weight is kept
+as it is, and made a tensor for one product at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linears import Again, flattened, gradient_product, made_again
+from kernels.linears import Again, flattened, gradient_product, made_again, quantised_ones
 from kernels.linears import linears as plain_linears
-from kernels.operands import Made, Operands, compute_dtype, value_of
+from kernels.operands import Made, Operands, compute_dtype, dense, value_of
+from kernels.quantised import QuantisedWeight
 from kernels.segments import Segments
 from kernels.triton.adapters import (
     LARGEST_RANK,
@@ -68,7 +70,7 @@ class _Linears(torch.autograd.Function):
         again: Again | None,
         rows: Tensor | None,
         settings: list[tuple[float, float, int]],
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         dtype = compute_dtype(x)
         ctx.input_dtype = x.dtype
@@ -85,21 +87,23 @@ class _Linears(torch.autograd.Function):
             small = zip(low_rank.unbind(1), b_parts, scales, strict=True)
             outputs, weights = [], []
             for weight, bias, a_j, _ in layers:
-                assert weight is not None
-                weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+                bias = None if bias is None else bias.to(dtype)
+                weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
                 weights.append(weight)
                 if a_j is None:
-                    outputs.append(F.linear(x, weight, bias))
+                    outputs.append(F.linear(x, dense(weight, dtype), bias))
                     continue
                 s, b_j, scale = next(small)  # the product's own factor: no pass over y for it
                 if bias is None:
-                    y = x.new_empty(len(x), len(weight))
+                    y = x.new_empty(len(x), weight.shape[0])
                     y.addmm_(s, b_j.t(), beta=0, alpha=scale)
                 else:
                     y = torch.addmm(bias, s, b_j.t(), alpha=scale)
-                outputs.append(y.addmm_(x, weight.t()))
+                outputs.append(y.addmm_(x, dense(weight, dtype).t()))
         ctx.again, sources = again or (None, (x,))
-        ctx.save_for_backward(rows, a, b, low_rank, *weights, *sources)
+        ctx.quantised = quantised_ones(tensors)
+        kept = [weight if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.save_for_backward(rows, a, b, low_rank, *kept, *sources)
         ctx.settings, ctx.adapted, ctx.scales = settings, adapted, scales
         ctx.ranks = [len(a_j) for a_j, _ in factors]
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
@@ -130,8 +134,10 @@ class _Linears(torch.autograd.Function):
         dx = None
         if needs_x:
             dx = input_gradient(d_low_rank, a, draws)
-            for dy, weight in _narrow_ones_joined(grads, weights):
-                dx.addmm_(dy, weight)
+            pairs = zip(weights, ctx.quantised, strict=True)
+            kept = [weight if quantised is None else quantised for weight, quantised in pairs]
+            for dy, weight in _narrow_ones_joined(grads, kept):
+                dx.addmm_(dy, dense(weight, dx.dtype))
         cast = [
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)
@@ -140,19 +146,20 @@ class _Linears(torch.autograd.Function):
 
 
 def _narrow_ones_joined(
-    grads: Sequence[Tensor], weights: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+    grads: Sequence[Tensor], weights: Sequence[Tensor | QuantisedWeight]
+) -> list[tuple[Tensor, Tensor | QuantisedWeight]]:
     """Return each layer's dy and W, those of a few hundred features as one.
 
     A product with as few features as grouped keys and values have takes less time than reading and
     writing dx for it; copying their dy and W takes a sixth of that.
     """
     pairs = list(zip(grads, weights, strict=True))
-    narrow = [pair for pair in pairs if len(pair[1]) <= _NARROW]
+    narrow = [pair for pair in pairs if pair[1].shape[0] <= _NARROW]
     if len(narrow) < 2:
         return pairs
-    dys, ws = zip(*narrow, strict=True)
-    return [pair for pair in pairs if len(pair[1]) > _NARROW] + [(torch.cat(dys, 1), torch.cat(ws))]
+    dys = torch.cat([dy for dy, _ in narrow], 1)
+    ws = torch.cat([dense(weight, dys.dtype) for _, weight in narrow])
+    return [pair for pair in pairs if pair[1].shape[0] > _NARROW] + [(dys, ws)]
 
 
 def stacked_factors(

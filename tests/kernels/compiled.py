@@ -16,6 +16,7 @@ PYTHONPATH=FOLDER:. python -m tests.kernels.compiled --all
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pkgutil
@@ -34,11 +35,13 @@ import triton
 import kernels.triton
 from benchmarks.absent_card import CARDS, Launch, absent_card, look_into
 from kernels.dispatch import operations
+from kernels.quantised import KINDS
 from kernels.segments import Segments
 from kernels.triton.jit import Kernel
 from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
+from models.quantised import outline
 from train.optim import build_optimizer
 from train.plan.cards import Card
 
@@ -56,6 +59,7 @@ class Step:
         dropout: The adapters'.
         lengths: Tokens of the documents.
         optimizer: Its name.
+        quantization: What the linear layers' weights are in.
     """
 
     model: dict[str, Any]
@@ -64,6 +68,7 @@ class Step:
     dropout: float
     lengths: tuple[int, ...]
     optimizer: str = "adamw"
+    quantization: str | None = None
 
 
 def launches(step: Step, card: Card) -> list[Launch]:
@@ -75,6 +80,8 @@ def launches(step: Step, card: Card) -> list[Launch]:
         backend = operations("triton", "cuda")
         config = parse_config({**step.model, "num_hidden_layers": 1}, "compiled")
         model = build(config, device="meta", operations=backend).to(trained)
+        if step.quantization is not None:
+            outline(model, step.quantization)
         if step.rank:
             inject(model, LoraConfig(r=step.rank, lora_alpha=16, lora_dropout=step.dropout))
         segments = Segments.build(
@@ -121,6 +128,8 @@ def odd_steps() -> Iterator[tuple[str, Step]]:
         yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
     yield "sm_89", Step(_QWEN2, "bf16", 64, 0.1, _RAGGED)
     yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
+    for card, kind in itertools.product(CARDS, KINDS):
+        yield card, Step(_QWEN2, "bf16", 12, 0.0, _RAGGED, quantization=kind)
 
 
 def steps_of_presets() -> Iterator[tuple[str, Step]]:

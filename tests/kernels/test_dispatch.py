@@ -11,7 +11,7 @@ from interpreted import TRITON
 import kernels.triton
 from files.errors import UserError
 from kernels import attention as anywhere
-from kernels import linears, loss
+from kernels import linears, loss, quantised
 from kernels import reference as plain
 from kernels.cpu import attention
 from kernels.dispatch import operations
@@ -33,6 +33,7 @@ def test_reference_is_what_there_is(backend):
             "linear_cross_entropy": loss,
             "linears": linears,
             "linear_gelu": linears,
+            "dequantise": quantised,
         }
         home = homes.get(field.name, plain)
         assert getattr(chosen, field.name) is getattr(home, field.name)

@@ -77,7 +77,7 @@ KINDS = {
     "a trained copy": (["lm_head.modules_to_save.default.weight"], ["was not merged"]),
     "bitsandbytes, 4 bits": (
         [f"{LAYER}.weight.absmax", f"{LAYER}.weight.quant_state.bitsandbytes__nf4"],
-        ["quantised weights are not supported", "original"],
+        ["parts of quantised weights", "quantization_config", "original"],
     ),
     "bitsandbytes, 8 bits": ([f"{LAYER}.SCB", f"{LAYER}.weight_format"], ["quantised"]),
     "GPTQ": (

@@ -92,6 +92,15 @@ def test_the_same_run_over_ranks(
     assert plan["world_size"] == size
 
 
+def test_a_quantised_base_is_whole_on_every_rank(values: dict[str, Any], tmp_path: Path) -> None:
+    quantised = {**values, "model.quantization": "nf4", "train.max_steps": 3}
+    folders = tmp_path / "alone" / "run", tmp_path / "two" / "run"
+    assert begin_or_resume({**quantised, "train.output_dir": str(folders[0])}) == 0
+    assert train_on_ranks(2, {**quantised, "train.output_dir": str(folders[1])}) == [0, 0]
+    assert_like(folders[1], folders[0])
+    assert json.loads((folders[1] / "plan.json").read_text())["sharding"] == "replicate"
+
+
 def stopping_at(step: int, number: signal.Signals) -> Callable[[str], None]:
     """Return a listener that sends its own process a signal in a step."""
     passed = []

@@ -294,7 +294,11 @@ BAD_INPUT: dict[str, tuple[Change, str]] = {
     "key": (lambda m, r: ["optimizer.learning_rat=1"], "did you mean 'optimizer.learning_rate'"),
     "the stack's key": (lambda m, r: ["batch_size=8"], "train.effective_batch_size"),
     "the stack's value": (lambda m, r: ["bf16=auto"], "train.precision"),
-    "what is not supported": (lambda m, r: ["load_in_4bit=true"], "not quantised"),
+    "what is not supported": (lambda m, r: ["use_qalora=true"], "model.quantization=nf4 or int8"),
+    "quantised and trained": (
+        lambda m, r: ["model.quantization=nf4", "train.method=full"],
+        "model.quantization=nf4 with train.method=full: quantised weights are frozen",
+    ),
     "value": (lambda m, r: ["optimizer.name=adamm"], "did you mean 'adamw'"),
     "range": (lambda m, r: ["lora.lora_dropout=1.5"], "lora.lora_dropout"),
     "missing file": (lambda m, r: ["data.train=nowhere.jsonl"], "nowhere.jsonl"),

@@ -46,6 +46,13 @@ class ModelSettings:
         words=("bf16", "fp16", "fp32"),
         aliases=_DTYPES,
     )
+    quantization: str | None = key(
+        None,
+        "the frozen linear layers in four bits (nf4, absmax quantised too) or eight (int8 weights, "
+        "without LLM.int8()'s decomposition of inputs), in bitsandbytes' formats; embedding, head, "
+        "norms and biases stay; none: as model.path has them",
+        words=("nf4", "int8"),
+    )
     gradient_checkpointing: str = key(
         "auto",
         "what is computed again in the backward pass instead of being kept: norms and activations, "

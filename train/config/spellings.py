@@ -115,6 +115,17 @@ def _words(key: str, values: Mapping[Any, Any], otherwise: str) -> Spelling:
     return tuple(dict.fromkeys(key for settings in means.values() for key in settings)), translator
 
 
+def _switch(key: str, word: str) -> Spelling:
+    """Take true as a word for `key`; switched off it says nothing."""
+
+    def translator(value: Any, layer: Mapping[str, Any]) -> Settings:
+        if value is True or value in _OFF:
+            return {key: word} if value is True else {}
+        raise UserError(f"say {key}={word} or none")
+
+    return (key,), translator
+
+
 def _half(name: str, other: str) -> Spelling:
     """`bf16` and `fp16`: which of them is true; both false is fp32."""
 
@@ -250,14 +261,29 @@ TRANSLATED: dict[str, Spelling] = each(
         "adam_beta1 adam_beta2": (("optimizer.betas",), _betas),
         "adapter": _words(
             "train.method",
-            {"lora": "lora", None: "full", "": "full"},
-            f"the adapters are LoRA's on a base that is not quantised; {QUANTISED}",
+            {
+                "lora": "lora",
+                "qlora": {"train.method": "lora", "model.quantization": "nf4"},
+                None: "full",
+                "": "full",
+            },
+            f"say train.method=lora or full: {LORA_ALONE}",
         ),
         "assistant_only_loss": (("data.completion_only",), _answers_alone),
         "average_tokens_across_devices": _words(
             "", {True: {}}, "a step's loss is the mean over all its targets, on any ranks"
         ),
         "bf16": _half("bf16", "fp16"),
+        "bits quantization_bit": _words(
+            "model.quantization", {4: "nf4", 8: "int8", 16: None, None: None}, QUANTISED
+        ),
+        "bnb_4bit_quant_storage": _words("", {"uint8": {}}, "four bits lie two a byte, always"),
+        "bnb_4bit_quant_type quant_type": _words(
+            "", {"nf4": {}}, "the format of four bits is nf4: say model.quantization=nf4"
+        ),
+        "bnb_4bit_use_double_quant double_quant double_quantization use_bnb_nested_quant": _words(
+            "", {True: {}}, "model.quantization=nf4 quantises its absmax too, always"
+        ),
         "data_files data_path dataset dataset_name": (("data.train",), _rows),
         "disable_tqdm": _words(
             "log.progress", {True: False, False: "auto"}, "say log.progress=true, false or auto"
@@ -271,6 +297,8 @@ TRANSLATED: dict[str, Spelling] = each(
             "train.method", {"lora": "lora", "full": "full"}, "say train.method=lora or full"
         ),
         "fp16": _half("fp16", "bf16"),
+        "load_in_4bit": _switch("model.quantization", "nf4"),
+        "load_in_8bit": _switch("model.quantization", "int8"),
         "logging_steps": _steps("log.steps", "log.per_epoch"),
         "logging_strategy": _strategy(
             "log.steps",
@@ -309,6 +337,7 @@ TRANSLATED: dict[str, Spelling] = each(
             "say data.batching=max_length, longest or unpadded",
         ),
         "peft_type": _words("", {"LORA": {}}, f"say train.method=lora: {LORA_ALONE}"),
+        "quantization_method": _words("", {"bnb": {}, "bitsandbytes": {}}, QUANTISED),
         "report_to": (("log.tensorboard",), _report),
         "save_safetensors": _words(
             "", {True: {}}, "weights are always saved as safetensors, never as pickles"

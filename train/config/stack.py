@@ -29,6 +29,7 @@ RENAMED = each(
         "model_name_or_path pretrained_model_name_or_path": "model.path",
         "model_revision": "model.revision",
         "torch_dtype": "model.dtype",
+        "bnb_4bit_compute_dtype": "train.precision",
         # the run
         "activation_checkpointing use_gradient_checkpointing": "model.gradient_checkpointing",
         "epochs n_epochs num_epochs": "train.num_train_epochs",
@@ -80,7 +81,9 @@ SEVERAL: dict[str, tuple[str, ...]] = {
     "warmup": ("schedule.warmup_ratio", "schedule.warmup_steps"),
 }
 
-QUANTISED = "the base model is not quantised: it is stored in train.precision (model.dtype)"
+QUANTISED = (
+    "the base is quantised in bitsandbytes' formats alone: say model.quantization=nf4 or int8"
+)
 _RANKS = "the ranks are torchrun's, and train.sharding says how they share a model"
 _NO_HUB = "nothing is uploaded: final/ holds what `hf upload` takes"
 _ATTENTION = "say model.attention=auto: unpadded rows run in torch's own fused attention"
@@ -98,10 +101,11 @@ _ALL_IS_LOGGED = "every step stands in metrics.jsonl, whatever is shown (log.ste
 UNSUPPORTED = each(
     {
         # quantisation
-        "bits bnb_4bit_compute_dtype bnb_4bit_quant_storage bnb_4bit_quant_type "
-        "bnb_4bit_use_double_quant bnb_config bnb_config_kwargs gptq load_in_4bit "
-        "load_in_8bit qalora_group_size quantization quantization_bit "
-        "quantization_config quantization_method use_bnb_nested_quant use_qalora": QUANTISED,
+        "bnb_config bnb_config_kwargs gptq qalora_group_size quantization_config "
+        "use_qalora": QUANTISED,
+        "llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight llm_int8_skip_modules "
+        "llm_int8_threshold": "int8 weights are all linear layers but the head, and no column is "
+        "held back (model.quantization=int8)",
         # several processes
         "accelerator_config context_parallel_size ddp_backend "
         "ddp_find_unused_parameters ddp_timeout deepspeed fsdp fsdp_config "
@@ -237,6 +241,10 @@ UNSUPPORTED_FAMILIES = each(
 )
 # Values of keys that are there.
 UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
+    "model.quantization": (
+        "fp4|awq|gptq|hqq|fp8|aqlm|eetq|torchao|int4|4bit|8bit|bnb|bitsandbytes|[0-9]+",
+        QUANTISED,
+    ),
     "optimizer.name": (
         r".*(8bit|4bit).*",
         "adamw_8bit alone has a quantised state; adafactor's is smaller",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from files.tensors import TensorFile
 from kernels.dispatch import operations
 from lora import adapter_factors, draw_adapters, fill_adapter, inject, load_adapter
 from models import build, load_model
-from models.config import read_config
+from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
+from models.quantised import refuse_other_kind
 from models.weights import fill, initialise
 from train.config.schema import RunConfig
 from train.inputs.adapters import lora_config
+from train.inputs.known import Unknown
 from train.inputs.sharding import place, share_weights
 from train.precision import COMPUTE_DTYPES, Precision
 from train.process.world import World
@@ -39,6 +42,21 @@ def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
     )
 
 
+def with_stored_quantization(config: RunConfig, decoder: DecoderConfig | Unknown) -> RunConfig:
+    """Return the configuration with `model.quantization` as the weights at `model.path` have it.
+
+    Drawn weights (`model.random_init`) are nobody's. Doing it twice changes nothing.
+
+    Raises:
+        UserError: Another kind is asked for.
+    """
+    stored = None if isinstance(decoder, Unknown) else decoder.quantization
+    if stored is None or config.model.random_init:
+        return config
+    refuse_other_kind(config.model.path, stored, config.model.quantization)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=stored))
+
+
 def base_dtype(config: RunConfig) -> torch.dtype:
     """Return what the base's weights are stored in: their masters where they are trained."""
     if config.train.method == "full":
@@ -58,12 +76,18 @@ def load_base(
             device=device,
             attention=config.model.attention,
             operations=backend,
+            quantization=config.model.quantization,
         )
     else:
         decoder = read_config(source.folder)
         model = build(decoder, operations=backend, attention=config.model.attention, device="meta")
         initialise(
-            model, config.train.seed, dtype, device, initializer_range=decoder.initializer_range
+            model,
+            config.train.seed,
+            dtype,
+            device,
+            initializer_range=decoder.initializer_range,
+            quantization=config.model.quantization,
         )
     _configure(model, config)
     return model

@@ -114,9 +114,10 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
 
     Raises:
         UserError: The base would be stored in a half precision other than the one that is computed
-            in, or the kernels cannot run there, or they or what is asked of activations not with
-            `train.compile`.
+            in, or quantised and trained, shared or compiled; or the kernels cannot run there, or
+            they or what is asked of activations not with `train.compile`.
     """
+    _refuse_with_quantization(config)
     precision = decide_precision(config.train.precision, machine.device, machine.capability)
     stored, agreeing = config.model.dtype, (None, "fp32", precision)
     if config.train.method == "lora" and precision != "auto" and stored not in agreeing:
@@ -171,6 +172,28 @@ def _refuse_moments(config: RunConfig, precision: str) -> None:
         raise UserError(
             "train.masters=bf16 with optimizer.name=adamw_8bit: only adamw, paged_adamw and "
             "adafactor round masters by chance; use one of these, or train.masters=fp32"
+        )
+
+
+def _refuse_with_quantization(config: RunConfig) -> None:
+    """Refuse what does not go with quantised weights."""
+    asked, none = f"model.quantization={config.model.quantization}", "model.quantization=none"
+    if config.model.quantization is None:
+        return
+    if config.train.method == "full":
+        raise UserError(
+            f"{asked} with train.method=full: quantised weights are frozen and cannot be trained; "
+            f"use train.method=lora, or {none} with the model's original weights"
+        )
+    if config.train.sharding == "shard":
+        raise UserError(
+            f"{asked} with train.sharding=shard: every rank has the quantised weights whole; use "
+            f"train.sharding=auto or replicate, or {none}"
+        )
+    if config.train.compile:
+        raise UserError(
+            f"{asked} with train.compile=true: that has never been tried together; use "
+            f"train.compile=false or {none}"
         )
 
 
@@ -387,6 +410,8 @@ def decide_sharding(
         return None
     if config.train.sharding != "auto":
         return config.train.sharding
+    if config.model.quantization is not None:
+        return "replicate"
     too_large = needed is not None and machine.memory is not None and needed > machine.memory
     # Blocks of 256 moments would be cut where the ranks' rows are.
     full = config.train.method == "full" and config.optimizer.name != "adamw_8bit"

@@ -127,6 +127,7 @@ def plan_document(
         "total_parameters": sizes.total if sizes else None,
         "trainable_percent": sizes.trainable_percent if sizes else None,
         "precision": config.train.precision,
+        "quantization": config.model.quantization,
         "device": machine.device,
         "kernels": decide_kernels(config.train.kernels, machine.device, machine.capability),
         "attention": None,

@@ -97,7 +97,8 @@ def memory_ledger(
     step rounds them (`kernels.cpu.rounding`).
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
-      keeps its lowered copy until the backward pass.
+      keeps its lowered copy until the backward pass. Quantised ones have their packed bytes, and
+      the largest of them is a tensor for a moment (`ModelSizes.quantised`).
     - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
       what is small; Adafactor 4 × (rows + columns) of a matrix. With paging two buffers, of a
@@ -146,7 +147,12 @@ def memory_ledger(
         longest += -longest % document_multiple(device, dtype)
     # Layers that are shared and trained are gathered in what they compute with.
     copied = stored != compute and not (shared and full)
-    weights = own.base * stored + (sizes.matmul * compute if copied else 0)
+    quantised, packed = 0, 0
+    if config.model.quantization is not None:
+        quantised, packed = sizes.quantised(config.model.quantization, compute, device)
+    weights = (own.base - quantised) * stored + packed
+    if copied:
+        weights += (sizes.matmul - quantised) * compute
     adapters = 4 * (sizes.total - sizes.base)
     state = buffer_bytes(own.trainable) if paging else optimizer_bytes(config, own)
     token = activations_of(config, decoder, sizes, (compute, stored), policy, device, longest)

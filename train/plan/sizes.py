@@ -38,6 +38,7 @@ class ModelSizes:
         layer: Base parameters of a decoder layer, the largest.
         outside_layers: Base parameters outside them: embedding, norm, head.
         base_shapes: Shapes of all base parameters.
+        linear_shapes: Shapes of the weights of all linear layers but the head: what is quantised.
     """
 
     base: int
@@ -55,6 +56,7 @@ class ModelSizes:
     layer: int
     outside_layers: int
     base_shapes: tuple[tuple[int, ...], ...]
+    linear_shapes: tuple[tuple[int, ...], ...]
 
     def share(self, ranks: int) -> ModelSizes:
         """Return what a rank has where `ranks` share the base: rows, rounded up; whole adapters."""
@@ -70,6 +72,23 @@ class ModelSizes:
             trained_state=2 * base,
             factored_state=sum(map(_factored, rows)),
         )
+
+    def quantised(self, kind: str, compute: int, device: str | None) -> tuple[int, int]:
+        """Return how many numbers are quantised, and the bytes that they take.
+
+        The largest is a tensor too while it is multiplied by, in `compute` bytes a number, and on a
+        CPU a piece of it in fp32, with its codes.
+        """
+        from kernels.quantised import PIECE_ON_A_CPU, quantised_shapes
+
+        parts = [
+            math.prod(size) * dtype.itemsize
+            for shape in self.linear_shapes
+            for size, dtype in quantised_shapes(shape, kind).values()
+        ]
+        largest = max(map(math.prod, self.linear_shapes), default=0)
+        piece = 6 * min(largest, PIECE_ON_A_CPU) if device == "cpu" else 0
+        return sum(map(math.prod, self.linear_shapes)), sum(parts) + largest * compute + piece
 
     @property
     def trainable_percent(self) -> float:
@@ -141,6 +160,7 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         layer=max(layers),
         outside_layers=count.base - sum(layers),
         base_shapes=base_shapes,
+        linear_shapes=tuple(tuple(weight.shape) for weight in (*linears, *adapted)),
     )
 
 

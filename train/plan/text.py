@@ -58,6 +58,8 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     precision = document["precision"]
     if precision == "auto":
         precision = "precision auto (counted as bf16)"
+    if kind := document["quantization"]:
+        precision += f", base in {kind}"
     return [
         ("model", f"{document['model'] or 'unknown'}, {document['method']}, {precision}"),
         ("examples", ", ".join([examples, *held])),

@@ -17,7 +17,7 @@ from files.atomic import write_json
 from files.faults import faultpoint
 from files.folders import replace_folder
 from files.tensors import TensorFile
-from lora import fill_adapter
+from lora import count_parameters, fill_adapter
 from models.weights import fill
 from train.inputs.base_model import base_dtype
 from train.inputs.sharding import place, reshard
@@ -253,7 +253,7 @@ class Saver:
         run, state = self.run, self.run.state
         state.peak_memory_bytes = max(state.peak_memory_bytes, run.memory.peak)
         best_step, best_loss = state.stopping.best_step, state.stopping.best_loss
-        parameters = list(run.model.parameters())
+        parameters = count_parameters(run.model)
         return {
             "state": condition,
             "reason": reason,
@@ -271,8 +271,8 @@ class Saver:
             "updated": utc_now(),
             "memory_before_bytes": run.memory.peak_before,
             "training_memory_bytes": run.memory.training,
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "total_parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": parameters.trainable,
+            "total_parameters": parameters.total,
             "samples": [asdict(sample) for sample in run.samples],
             **more,
         }
