@@ -102,6 +102,17 @@ class LoraConfig:
         alpha, r = _matching(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def unmatched_patterns(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Return the patterns that match none of the adapted modules, each behind its key."""
+        adapted = list(names)
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return [
+            (key, pattern)
+            for key, given in patterns.items()
+            for pattern in given
+            if not any(_ending(pattern).match(name) for name in adapted)
+        ]
+
 
 @dataclass(frozen=True)
 class ParameterCount:

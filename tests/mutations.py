@@ -2070,9 +2070,15 @@ MUTATIONS = [
         ),
         (
             "what does not decay decays",
-            "yield Span(tuple(tensor[split:] for tensor in flat), 0.0)",
-            "yield Span(tuple(tensor[split:] for tensor in flat), self.weight_decay)",
+            "yield Span(some, self.weight_decay if decayed else 0.0, rate=rate)",
+            "yield Span(some, self.weight_decay, rate=rate)",
             "test_weight_decay_alone_shrinks_what_is_decayed_and_nothing_else",
+        ),
+        (
+            "LoRA+ has one rate for A and B",
+            "learning_rate=learning_rate * span.rate,",
+            "learning_rate=learning_rate,",
+            "test_loraplus_has_the_rates_of_peft[adamw-1]",
         ),
         (
             "long parameters all decay",

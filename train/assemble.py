@@ -92,6 +92,7 @@ def assemble(
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
+        loraplus_lr_ratio=config.optimizer.loraplus_lr_ratio,
         operations=model.operations,
         sharing=sharing_of(model, world) if world.shards else None,
         rounding_seed=config.train.seed if config.train.masters == "bf16" else None,

@@ -259,7 +259,7 @@ def test_overrides_say_what_they_are() -> None:
         ("hub_model_id", "nothing is uploaded"),
         ("modules_to_save", "train.method=full"),
         ("use_dora", "plain LoRA"),
-        ("loraplus_lr_ratio", "optimizer.learning_rate"),
+        ("loraplus_lr_embedding", "optimizer.learning_rate"),
         ("label_smoothing_factor", "cross-entropy"),
         ("flash_attn", "model.attention"),
         ("use_liger_kernel", "train.kernels"),

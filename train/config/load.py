@@ -250,6 +250,12 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "eval.early_stopping_patience counts evaluations, and none is asked for before the "
             "end; set eval.steps or eval.per_epoch",
         )
+    if config.train.method == "full" and config.optimizer.loraplus_lr_ratio is not None:
+        yield (
+            ("optimizer.loraplus_lr_ratio", "train.method"),
+            "optimizer.loraplus_lr_ratio is of the B factors of adapters, and train.method=full "
+            "has none; use train.method=lora or optimizer.loraplus_lr_ratio=none",
+        )
     if config.train.method == "full" and config.lora.init_from is not None:
         yield (
             ("lora.init_from", "train.method"),

@@ -130,10 +130,8 @@ UNSUPPORTED = each(
         "fan_in_fan_out": "the families that are built keep every weight as (out, in)",
         "inference_mode": "an adapter that is trained is trainable",
         "target_parameters": "adapters stand on linear layers, lora.target_modules",
-        "lora_plus loraplus_lr_embedding loraplus_lr_ratio": "A and B have one learning rate, "
-        "optimizer.learning_rate",
-        "alpha_pattern": "all adapters have one alpha, lora.lora_alpha",
-        "rank_pattern": "all adapters have one rank, lora.r",
+        "loraplus_lr_embedding": "embeddings have no low-rank factors here; one that is trained "
+        "has the learning rate of A, optimizer.learning_rate",
         "peft_config": "give the adapter's keys one by one, as lora.r, lora.lora_alpha, …",
         "trainable_token_indices": "embeddings are not trained beside adapters; train.method=full "
         "trains all",

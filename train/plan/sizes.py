@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from train.config.schema import LoraSettings
-from train.inputs.adapters import lora_config
+from train.inputs.adapters import lora_config, refuse_unmatched
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
@@ -92,7 +92,7 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         lora: The adapters, where the method is `lora`.
 
     Raises:
-        UserError: `lora.target_modules` matches nothing.
+        UserError: `lora.target_modules`, or a pattern of ranks or alphas, matches nothing.
     """
     from torch import nn
 
@@ -104,7 +104,10 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
     base_shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     if method == "lora":
-        inject(model, lora_config(lora))
+        asked = lora_config(lora)
+        names = inject(model, asked)
+        if lora.init_from is None:
+            refuse_unmatched(asked, names)
     named = lora_layers(model)
     adapters = list(named.values())
     in_mlps = [layer for name, layer in named.items() if ".mlp." in name]

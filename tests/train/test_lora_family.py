@@ -1,0 +1,146 @@
+"""Runs with what LoRA has beside its two factors: planned, trained, saved as PEFT reads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from files.errors import UserError
+from lora import load_adapter
+from models import load_model
+from train.config.load import load_config
+from train.config.toml import to_toml
+from train.run import main
+
+Refused = runs.Refused
+TOKENS = torch.arange(2, 26).view(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache: Path) -> None:
+    """Keep tokenised rows out of the user's cache."""
+
+
+@pytest.fixture
+def settings(model_folder: Path, rows_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return a run of two steps, saved after each."""
+    values = runs.settings(model_folder, rows_file, tmp_path / "run")
+    return {**values, "train.max_steps": 2, "checkpoint.steps": 1, "model.dropout": 0.0}
+
+
+def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def our_logits(base: Path, adapter: Path) -> torch.Tensor:
+    model = load_model(base)
+    load_adapter(model, adapter)
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+def peft_count(base: Path, **options: Any) -> int:
+    """Return how many parameters PEFT would train."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), PeftConfig(**options))
+    return model.get_nb_trainable_parameters()[0]
+
+
+# Settings of a run → what PEFT's configuration says of the same.
+FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "patterns": (
+        {
+            "lora.rank_pattern": {"q_proj": 2, "layers.1.*c_fc": 5},
+            "lora.alpha_pattern": {"c_proj": 3.5},
+        },
+        {
+            "rank_pattern": {"q_proj": 2, "layers.1.*c_fc": 5},
+            "alpha_pattern": {"c_proj": 3.5},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_what_is_trained_is_counted_and_read_by_peft(
+    case: str, settings: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    ours, theirs = FAMILY[case]
+    outcome = runs.train({**settings, **ours})
+    plan = json.loads((outcome.folder / "plan.json").read_text())
+    status = json.loads((outcome.folder / "status.json").read_text())
+    count = peft_count(
+        model_folder, r=4, target_modules="all-linear", task_type="CAUSAL_LM", **theirs
+    )
+    assert plan["trainable_parameters"] == status["trainable_parameters"] == count
+    final = outcome.folder / "final"
+    there, here = peft_logits(model_folder, final), our_logits(model_folder, final)
+    torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        base = load_model(model_folder)(TOKENS)
+    assert (here - base).abs().max() > 1e-3  # or nothing was trained
+
+
+# --- patterns ---
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{q_proj = 2, 'layers.1.*c_fc' = 5}",
+        '{"q_proj": 2, "layers.1.*c_fc": 5}',
+        "q_proj=2,'layers.1.*c_fc'=5",
+        {"q_proj": 2, "layers.1.*c_fc": 5},
+    ],
+)
+def test_a_table_is_written_as_toml_json_or_bare(written: Any, tmp_path: Path) -> None:
+    config = load_config(overrides={"lora.rank_pattern": written})
+    assert config.lora.rank_pattern == (("q_proj", 2), ("layers.1.*c_fc", 5))
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert load_config(file=file).lora == config.lora
+
+
+def test_a_table_of_a_file_has_a_header_and_bare_dots(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[lora]\nr = 4\n\n[lora.rank_pattern]\nmodel.layers.0.self_attn.q_proj = 2\n")
+    names = (("model.layers.0.self_attn.q_proj", 2),)
+    assert load_config(file=file).lora.rank_pattern == names
+    file.write_text("[lora]\nr = 4\n[lora.rank_pattern]\nq_proj = 1.5\n")
+    with pytest.raises(UserError, match=r"mine\.toml:3: lora\.rank_pattern = .* gives q_proj 1.5"):
+        load_config(file=file)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("rank_pattern=q_proj", "is of the wrong type (it takes a table of names, each with an in"),
+        ("rank_pattern={q_proj=0}", "gives q_proj 0, which is out of range"),
+        ("rank_pattern={q_proj=true}", "gives q_proj true"),
+        ("alpha_pattern={q_proj=0}", "gives q_proj 0, which is out of range"),
+        ("rank_pattern={q_porj=2}", "lora.rank_pattern: 'q_porj' matches the end of no adapted"),
+        ("rank_pattern={q_porj=2}", "did you mean 'q_proj'?"),
+        ("alpha_pattern={lm_head=2}", "lora.alpha_pattern: 'lm_head' matches the end of no"),
+        ("rank_pattern={'q_(' = 2}", "'q_(' is no regular expression"),
+    ],
+)
+def test_what_a_table_cannot_be_is_refused(
+    setting: str, words: str, settings: dict[str, Any], refused: Refused
+) -> None:
+    assert words in refused(main, *runs.arguments(settings), setting)
+    assert words in refused(main, *runs.arguments(settings), setting, "--plan")
+
+
+# --- LoRA+ ---
+
+
+def test_a_rate_of_b_needs_adapters(refused: Refused) -> None:
+    error = refused(main, "train.method=full", "loraplus_lr_ratio=16", "--plan")
+    assert "optimizer.loraplus_lr_ratio is of the B factors of adapters" in error
