@@ -56,7 +56,8 @@ _INERT = {
     "task_type",
 }
 # Linear layers are adapted here, by factors of low rank; whatever else there is, PEFT merges.
-_FACTORS = (".lora_A.weight", ".lora_B.weight")
+_MAGNITUDE = ".lora_magnitude_vector"
+_FACTORS = (".lora_A.weight", ".lora_B.weight", _MAGNITUDE)
 _MERGE_IT = "merge the adapter into its base with PEFT and start from the merged model"
 # What is matched of a file's own expressions: enough for a name for each module of any model.
 _MOST_REPETITIONS = 2
@@ -191,8 +192,9 @@ def saved_config(folder: str | Path, model: nn.Module | None = None) -> LoraConf
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's tensors under PEFT's names: live, without gradient history.
 
-    They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight` and, under a bias mode,
-    `<module>.base_layer.bias` for adapted and `<module>.bias` for other modules.
+    They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`, with DoRA
+    `.lora_magnitude_vector`, and under a bias mode `<module>.base_layer.bias` for adapted and
+    `<module>.bias` for other modules.
 
     Raises:
         UserError: The model carries no adapter.
@@ -203,6 +205,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = layer.lora_magnitude_vector.detach()
     for name, bias in biases.items():
         module = name.removesuffix("bias").removesuffix(".")
         kept_in = f"{module}.base_layer" if module in layers else module
@@ -257,7 +261,7 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "target_modules": _shortest_targets(model),
         "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "modules_to_save": None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),

@@ -41,6 +41,7 @@ class LoraConfig:
             `all`.
         rank_pattern: Other ranks, by regular expression for the end of a module's name.
         alpha_pattern: Other alphas, likewise.
+        use_dora: Train the lengths of the adapted weights' rows beside their directions.
 
     Raises:
         UserError: A value is out of its range; the message names the key.
@@ -54,6 +55,7 @@ class LoraConfig:
     bias: str = "none"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_rank(self.r), "r", self.r, "a whole number from 1 on")
@@ -64,7 +66,9 @@ class LoraConfig:
             self.lora_dropout,
             "a number from 0 up to, but not including, 1",
         )
-        _require(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "true or false")
+        for key in ("use_rslora", "use_dora"):
+            value = getattr(self, key)
+            _require(isinstance(value, bool), key, value, "true or false")
         if self.bias not in BIAS_MODES:
             raise UserError(
                 f"lora.bias: {self.bias!r} must be one of {', '.join(BIAS_MODES)}"
@@ -177,6 +181,7 @@ def inject(
             r=config.rank(name),
             scale=config.scale(name),
             dropout=config.lora_dropout,
+            use_dora=config.use_dora,
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
@@ -189,15 +194,22 @@ def inject(
 
 def adapter_factors(model: nn.Module) -> list[str]:
     """Return the names of the parameters that adapters add to a model."""
-    return [f"{name}.{factor}" for name in lora_layers(model) for factor in ("lora_A", "lora_B")]
+    return [
+        f"{name}.{one}" for name, layer in lora_layers(model).items() for one in layer.factors()
+    ]
 
 
 def draw_adapters(model: nn.Module, seed: int) -> None:
-    """Give the adapters of a model their starting values: A is drawn, B is zero."""
+    """Give the adapters of a model their starting values: A is drawn, B is zero.
+
+    DoRA's magnitudes are the lengths that the rows of the weights have.
+    """
     for name, layer in lora_layers(model).items():
         _draw(layer.lora_A, seed, name)
         with torch.no_grad():
             layer.lora_B.zero_()
+            if layer.lora_magnitude_vector is not None and not layer.lora_B.is_meta:
+                layer.lora_magnitude_vector.copy_(layer.row_norms())
 
 
 def target_names(model: nn.Module, config: LoraConfig, *, remedy: str = LEAVE_IT_OUT) -> list[str]:
@@ -240,7 +252,7 @@ def adapter_config(model: nn.Module) -> LoraConfig:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's parameters, tied ones once; it may be on the meta device."""
     parameters = list(model.parameters())
-    adapters = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    adapters = [p for layer in lora_layers(model).values() for p in layer.factors().values()]
     total = _elements(parameters)
     return ParameterCount(
         trainable=_elements(parameter for parameter in parameters if parameter.requires_grad),

@@ -53,9 +53,16 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def merged_weight(layer: LoraLinear) -> Tensor:
-    """Return W + scale · B A, (N, K), summed in the factors' dtype and rounded to the weight's."""
+    """Return W + scale · B A, (N, K), summed in the factors' dtype and rounded to the weight's.
+
+    DoRA's rows have the lengths of its magnitudes.
+    """
     weight = layer.weight.to(layer.lora_A.dtype)
-    return torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale).to(layer.weight.dtype)
+    merged = torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)
+    if layer.lora_magnitude_vector is not None:
+        ratio = layer.lora_magnitude_vector / torch.linalg.vector_norm(merged, dim=1)
+        merged *= ratio.unsqueeze(1)
+    return merged.to(layer.weight.dtype)
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, LoraLinear]) -> None:

@@ -519,6 +519,44 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "kernels/operands.py",
+        "tests/kernels/test_linears.py",
+        (
+            "gradients of adapters on CUDA are rounded to half precision",
+            "return torch.mm(left, right, out_dtype=torch.float32)",
+            "return torch.mm(left, right)",
+            "test_a_gradient_on_cuda_is_the_product_s_fp32_sum",
+        ),
+    ),
+    *_of(
+        "kernels/dora.py",
+        "tests/kernels/test_dora.py",
+        (
+            "DoRA's base sees the dropped input",
+            "y = F.linear(x, w)",
+            "y = F.linear(kept, w)",
+            "test_output_and_gradients_are_the_formulas[0.4-False-False]",
+        ),
+        (
+            "DoRA's magnitudes see no dropout in the backward pass",
+            "turned = F.linear(kept, w)",
+            "turned = F.linear(x, w)",
+            "test_output_and_gradients_are_the_formulas[0.4-False-False]",
+        ),
+        (
+            "DoRA's magnitudes learn nothing from the low-rank part",
+            "turned + scale * (d_lifted * b).sum(1)",
+            "turned",
+            "test_output_and_gradients_are_the_formulas[0.0-False-False]",
+        ),
+        (
+            "DoRA's norms are those of the base",
+            "b_rows, a, alpha=scale",
+            "b_rows, a, alpha=0",
+            "test_norms_are_made_in_blocks",
+        ),
+    ),
+    *_of(
         "kernels/linears.py",
         "tests/kernels/test_linears.py",
         (
@@ -638,12 +676,6 @@ MUTATIONS = [
             "alpha=scale / (1 - p))",
             "alpha=1 / (1 - p))",
             "test_linears_share_an_input",
-        ),
-        (
-            "gradients of adapters on CUDA are rounded to half precision",
-            "return torch.mm(left, right, out_dtype=torch.float32)",
-            "return torch.mm(left, right)",
-            "test_a_gradient_on_cuda_is_the_product_s_fp32_sum",
         ),
         (
             "what could be made again is kept on every device",
@@ -1163,8 +1195,8 @@ MUTATIONS = [
         ),
         (
             "the adapter's product is not scaled in a network that is not ours",
-            "self.lora_B) * self.scale)",
-            "self.lora_B))",
+            "self.lora_B) * self.scale",
+            "self.lora_B)",
             "test_forward_in_a_network_that_is_not_ours",
         ),
         (
@@ -1179,12 +1211,16 @@ MUTATIONS = [
         "tests/lora/test_merging.py",
         (
             "the merged sum is made in the weight's half precision",
-            "    weight = layer.weight.to(layer.lora_A.dtype)\n"
-            "    return torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)"
-            ".to(layer.weight.dtype)",
+            "    merged = torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)",
             "    update = layer.scale * (layer.lora_B @ layer.lora_A)\n"
-            "    return layer.weight + update.to(layer.weight.dtype)",
+            "    merged = layer.weight + update.to(layer.weight.dtype)",
             "test_the_sum_is_made_in_fp32_and_rounded_once",
+        ),
+        (
+            "a merged DoRA weight keeps the lengths of the sum",
+            "merged *= ratio.unsqueeze(1)",
+            "pass",
+            "tests/lora/test_lora_dora.py::test_merged_it_is_peft_s_merged",
         ),
         (
             "the merged sum leaves out the scale",

@@ -65,6 +65,11 @@ FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "alpha_pattern": {"c_proj": 3.5},
         },
     ),
+    "dora": ({"lora.use_dora": True}, {"use_dora": True}),
+    "dora, biases": (
+        {"lora.use_dora": True, "lora.bias": "all", "lora.use_rslora": True},
+        {"use_dora": True, "bias": "all"},
+    ),
 }
 
 

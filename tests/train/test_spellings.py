@@ -258,7 +258,6 @@ def test_overrides_say_what_they_are() -> None:
         ("push_to_hub", "nothing is uploaded"),
         ("hub_model_id", "nothing is uploaded"),
         ("modules_to_save", "train.method=full"),
-        ("use_dora", "plain LoRA"),
         ("loraplus_lr_embedding", "optimizer.learning_rate"),
         ("label_smoothing_factor", "cross-entropy"),
         ("flash_attn", "model.attention"),

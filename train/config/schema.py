@@ -144,6 +144,11 @@ class LoraSettings:
     bias: str = key(
         "none", "biases trained beside the adapters", words=("none", "lora_only", "all")
     )
+    use_dora: bool = key(
+        False,
+        "DoRA: the lengths of the adapted weights' rows are trained beside their directions, at "
+        "one to three more products with each weight (in plain PyTorch on every device)",
+    )
     rank_pattern: Table | None = key(
         None,
         "other ranks, by regular expression for the end of a module's name, such as "

@@ -43,6 +43,7 @@ RENAMED = each(
         "alpha": "lora.lora_alpha",
         "lora_bias": "lora.bias",
         "lora_r lora_rank rank": "lora.r",
+        "peft_use_dora": "lora.use_dora",
         "peft_use_rslora": "lora.use_rslora",
         # data
         "cutoff_len max_seq_len max_seq_length model_max_length sequence_len": "data.max_length",
@@ -122,7 +123,7 @@ UNSUPPORTED = each(
         "init_lora_weights": f"A is drawn and B is zero, as PEFT does by default; {LORA_ALONE}",
         "alora_invocation_tokens arrow_config corda_config eva_config kasa_config "
         "layer_replication lora_ga_config lora_on_cpu monteclora_config relora_steps "
-        "runtime_config use_bdlora use_dora velora_config": LORA_ALONE,
+        "runtime_config use_bdlora velora_config": LORA_ALONE,
         "ensure_weight_tying lora_modules_to_save modules_to_save": "whole modules are not "
         "trained beside adapters; train.method=full trains all",
         "exclude_modules layers_pattern layers_to_transform": "say it as a regular expression in "

@@ -275,10 +275,18 @@ SHARE_OF_PEAK = 0.4
 
 
 def flops_per_token(config: RunConfig, sizes: ModelSizes, policy: str | None) -> int:
-    """Return 4 (LoRA) or 6 (full) operations a weight, 2 more recomputing, and the adapters' 6."""
+    """Return 4 (LoRA) or 6 (full) operations a weight, 2 more recomputing, and the adapters' 6.
+
+    DoRA makes one more product with a weight, with dropout three (`kernels.dora`), and the first
+    of these again where it recomputes.
+    """
     per_weight = 6 if config.train.method == "full" else 4
     again = {"mlp": sizes.mlp_matmul, "layers": sizes.matmul, "offload": sizes.matmul}
     twice = 2 * again.get(policy or "none", 0)
+    if config.train.method == "lora" and config.lora.use_dora:
+        dropped = bool(config.lora.lora_dropout)
+        per_weight += 6 if dropped else 2
+        twice *= 2 if dropped else 1
     return per_weight * sizes.matmul + twice + 6 * (sizes.total - sizes.base)
 
 
