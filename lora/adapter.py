@@ -12,29 +12,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from files.atomic import write_json
 from files.errors import UserError, did_you_mean
 from files.strict_json import read_json_object
 from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
+from lora.config import ALL_LINEAR, LoraConfig
 from lora.injection import (
-    ALL_LINEAR,
-    LoraConfig,
     adapter_config,
     inject,
     lora_layers,
     target_names,
-    trained_biases,
 )
+from lora.pissa import of_file
+from lora.tensors import MAGNITUDE, PREFIX, adapter_tensors, fill_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
 # Keys that become `LoraConfig` fields of the same name and meaning.
-_FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
+_FIELDS = tuple(
+    field.name for field in dataclasses.fields(LoraConfig) if field.name != "init_lora_weights"
+)
 # Keys that narrow the targets; the tensors in the file say exactly what they left over. So they do
 # where the targets are a regular expression, which is not run: it is a stranger's, and may take
 # forever to match.
@@ -56,8 +56,7 @@ _INERT = {
     "task_type",
 }
 # Linear layers are adapted here, by factors of low rank; whatever else there is, PEFT merges.
-_MAGNITUDE = ".lora_magnitude_vector"
-_FACTORS = (".lora_A.weight", ".lora_B.weight", _MAGNITUDE)
+_FACTORS = (".lora_A.weight", ".lora_B.weight", MAGNITUDE)
 _MERGE_IT = "merge the adapter into its base with PEFT and start from the merged model"
 # What is matched of a file's own expressions: enough for a name for each module of any model.
 _MOST_REPETITIONS = 2
@@ -189,62 +188,12 @@ def saved_config(folder: str | Path, model: nn.Module | None = None) -> LoraConf
         raise UserError(f"{folder}: {error}") from None
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's tensors under PEFT's names: live, without gradient history.
-
-    They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`, with DoRA
-    `.lora_magnitude_vector`, and under a bias mode `<module>.base_layer.bias` for adapted and
-    `<module>.bias` for other modules.
-
-    Raises:
-        UserError: The model carries no adapter.
-    """
-    layers = lora_layers(model)
-    biases = trained_biases(model)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = layer.lora_magnitude_vector.detach()
-    for name, bias in biases.items():
-        module = name.removesuffix("bias").removesuffix(".")
-        kept_in = f"{module}.base_layer" if module in layers else module
-        tensors[f"{_PREFIX}{kept_in}.bias" if kept_in else f"{_PREFIX}bias"] = bias.detach()
-    return tensors
-
-
-@torch.no_grad()
-def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors with PEFT's names into a model's adapter, each converted to its place's dtype.
-
-    Raises:
-        UserError: Names or shapes are not the adapter's; all that differ are listed, and nothing
-            has been copied.
-    """
-    own = adapter_tensors(model)
-    faults = []
-    if missing := own.keys() - tensors.keys():
-        faults.append(f"missing are {_listed(missing)}")
-    if unexpected := tensors.keys() - own.keys():
-        faults.append(f"unexpected are {_listed(unexpected)}")
-    for name in sorted(own.keys() & tensors.keys()):
-        given, place = tensors[name], own[name]
-        if given.shape != place.shape:
-            faults.append(f"{name} is {list(given.shape)}, not {list(place.shape)}")
-        elif not given.is_floating_point():
-            faults.append(f"{name} holds {given.dtype}, not floating-point numbers")
-    if faults:
-        raise UserError(
-            f"the adapter's tensors do not fit {type(model).__name__}: {'; '.join(faults)}"
-        )
-    for name, place in own.items():
-        place.copy_(tensors[name])
-
-
 def _document(model: nn.Module, base_model: str | None, revision: str | None) -> dict[str, Any]:
     """Return the content of adapter_config.json."""
     config = adapter_config(model)
+    targets = _shortest_targets(model)
+    if config.init_lora_weights == "pissa":
+        config = of_file(config)
     if base_model is None:
         # transformers' models have the first of the two as well; an empty one names nothing.
         base_model = getattr(model, "name_or_path", None) or None
@@ -258,7 +207,7 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": _shortest_targets(model),
+        "target_modules": targets,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
@@ -373,11 +322,7 @@ def _adapted_names(tensors: Iterable[str]) -> Sequence[str]:
     """Return the modules that have an A factor among the tensors."""
     ending = ".lora_A.weight"
     return [
-        name.removeprefix(_PREFIX).removesuffix(ending)
+        name.removeprefix(PREFIX).removesuffix(ending)
         for name in tensors
-        if name.startswith(_PREFIX) and name.endswith(ending)
+        if name.startswith(PREFIX) and name.endswith(ending)
     ]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

@@ -29,6 +29,8 @@ class LoraLinear(nn.Module):
         scale: What the low-rank product is multiplied by.
         dropout: Probability of dropping an element of the adapter's input.
         module: Key of this layer's dropout masks, made from its name.
+        start: A and B as they began, on the host, where what they began as was taken out of the
+            weight (`lora.pissa`).
         plain: The layer it replaced, alone in a tuple so that it is no submodule: its weights would
             appear in the state twice.
 
@@ -59,6 +61,7 @@ class LoraLinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.module = module_id(name)
+        self.start: tuple[Tensor, Tensor] | None = None
         self.plain = (linear,)
 
     def operands(self) -> Operands:

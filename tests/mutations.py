@@ -1112,12 +1112,6 @@ MUTATIONS = [
         "lora/injection.py",
         "tests/lora/test_injection.py",
         (
-            "rslora's scale is that without it",
-            "alpha / math.sqrt(r) if self.use_rslora",
-            "alpha / r if self.use_rslora",
-            "test_scale",
-        ),
-        (
             "A is drawn twice as wide",
             "bound = 1.0 / math.sqrt(factor.shape[1])",
             "bound = 2.0 / math.sqrt(factor.shape[1])",
@@ -1176,6 +1170,48 @@ MUTATIONS = [
             "base=total - _elements(adapters)",
             "base=total",
             "test_seed_001_counts_on_the_meta_device",
+        ),
+    ),
+    *_of(
+        "lora/config.py",
+        "tests/lora/test_injection.py",
+        (
+            "rslora's scale is that without it",
+            "alpha / math.sqrt(r) if self.use_rslora",
+            "alpha / r if self.use_rslora",
+            "test_scale",
+        ),
+    ),
+    *_of(
+        "lora/tensors.py",
+        "tests/lora/test_adapter.py",
+        (
+            "a tensor that is missing keeps its starting value",
+            "    if missing := own.keys() - tensors.keys():\n",
+            "    if False and (missing := own.keys() - tensors.keys()):\n",
+            "test_every_tensor_that_does_not_fit_is_listed_at_once",
+        ),
+        (
+            "a PiSSA file holds what is trained, not the difference from the start",
+            "a, b = from_start(layer)",
+            "pass",
+            "tests/lora/test_pissa.py::test_a_trained_adapter_is_for_the_unchanged_base",
+        ),
+    ),
+    *_of(
+        "lora/pissa.py",
+        "tests/lora/test_pissa.py",
+        (
+            "PiSSA leaves the weights whole",
+            "alpha=-layer.scale",
+            "alpha=0",
+            "test_the_start_is_peft_s",
+        ),
+        (
+            "a PiSSA file doubles its scale",
+            "lora_alpha=config.lora_alpha * factor,",
+            "lora_alpha=config.lora_alpha,",
+            "test_a_trained_adapter_is_for_the_unchanged_base",
         ),
     ),
     *_of(
@@ -1250,12 +1286,6 @@ MUTATIONS = [
     *_of(
         "lora/adapter.py",
         "tests/lora/test_adapter.py",
-        (
-            "a tensor that is missing keeps its starting value",
-            "    if missing := own.keys() - tensors.keys():\n",
-            "    if False and (missing := own.keys() - tensors.keys()):\n",
-            "test_every_tensor_that_does_not_fit_is_listed_at_once",
-        ),
         (
             "a loaded adapter is trained though nobody asked",
             "    if not trainable:\n",

@@ -85,7 +85,7 @@ def assemble(
         model = load_shared(config, source, precision, world)
     else:
         model = load_base(config, source, base_dtype(config), device)
-        make_trainable(model, config)
+        make_trainable(model, config, world, resume.checkpoint if resume is not None else None)
     optimizer = build_optimizer(
         config.optimizer.name,
         model,

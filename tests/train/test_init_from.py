@@ -81,6 +81,7 @@ def test_documents_hold_what_is_trained(
         "target_modules": ["c_fc", "q_proj"],
         "use_rslora": True,
         "bias": "lora_only",
+        "init_lora_weights": "default",
         "use_dora": False,
         **dict.fromkeys(("rank_pattern", "alpha_pattern"), "none"),
         "init_from": str(adapter),

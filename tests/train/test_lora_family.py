@@ -1,6 +1,7 @@
 """Runs with what LoRA has beside its two factors: planned, trained, saved as PEFT reads it."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora import load_adapter
 from models import load_model
 from train.config.load import load_config
 from train.config.toml import to_toml
+from train.plan.decide import Machine, decide_sharding
 from train.run import main
 
 Refused = runs.Refused
@@ -70,6 +72,7 @@ FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lora.use_dora": True, "lora.bias": "all", "lora.use_rslora": True},
         {"use_dora": True, "bias": "all"},
     ),
+    "pissa": ({"lora.init_lora_weights": "pissa"}, {}),
 }
 
 
@@ -91,6 +94,31 @@ def test_what_is_trained_is_counted_and_read_by_peft(
     with torch.no_grad():
         base = load_model(model_folder)(TOKENS)
     assert (here - base).abs().max() > 1e-3  # or nothing was trained
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw", "adafactor"])
+@pytest.mark.parametrize("case", FAMILY)
+def test_stopped_and_resumed_it_ends_in_the_same_bits(
+    case: str, optimizer: str, bias: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """With LoRA+'s rates, and with dropout; recomputed where the run is the stopped one."""
+    ours, _ = FAMILY[case]
+    values = {
+        **settings,
+        "lora.bias": bias,
+        **ours,
+        "optimizer.name": optimizer,
+        "optimizer.loraplus_lr_ratio": 4,
+        "model.dropout": 0.1,
+    }
+    whole = runs.train(values)
+    values["train.output_dir"] = str(tmp_path / "stopped")
+    values["model.gradient_checkpointing"] = True
+    stopped = runs.train(values, runs.signalled(1, signal.SIGTERM))
+    assert stopped.reason == "sigterm"
+    runs.resume(stopped.folder)
+    assert runs.trained_bits(stopped.folder) == runs.trained_bits(whole.folder)
 
 
 # --- patterns ---
@@ -149,3 +177,19 @@ def test_what_a_table_cannot_be_is_refused(
 def test_a_rate_of_b_needs_adapters(refused: Refused) -> None:
     error = refused(main, "train.method=full", "loraplus_lr_ratio=16", "--plan")
     assert "optimizer.loraplus_lr_ratio is of the B factors of adapters" in error
+
+
+# --- many ranks ---
+
+
+@pytest.mark.parametrize("case", [case for case in FAMILY if case != "patterns"])
+def test_a_shared_base_is_refused_in_words(case: str, settings: dict[str, Any]) -> None:
+    values = {**settings, **FAMILY[case][0]}
+    auto, shared = (
+        load_config(overrides={**values, "train.sharding": x}) for x in ("auto", "shard")
+    )
+    machine = Machine("cpu", 1)
+    assert decide_sharding(auto, 2, machine, 2) == "replicate"
+    with pytest.raises(UserError, match=r"train\.sharding=shard with lora\.\w+=.*=replicate"):
+        decide_sharding(shared, 2, machine, 2)
+    assert decide_sharding(shared, 2, machine, 1) is None

@@ -256,6 +256,12 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "optimizer.loraplus_lr_ratio is of the B factors of adapters, and train.method=full "
             "has none; use train.method=lora or optimizer.loraplus_lr_ratio=none",
         )
+    if config.lora.init_from is not None and config.lora.init_lora_weights != "default":
+        yield (
+            ("lora.init_from", "lora.init_lora_weights"),
+            "lora.init_from goes on from an adapter, and lora.init_lora_weights="
+            f"{config.lora.init_lora_weights} begins a new one; give one of them",
+        )
     if config.train.method == "full" and config.lora.init_from is not None:
         yield (
             ("lora.init_from", "train.method"),

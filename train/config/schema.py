@@ -144,6 +144,13 @@ class LoraSettings:
     bias: str = key(
         "none", "biases trained beside the adapters", words=("none", "lora_only", "all")
     )
+    init_lora_weights: str = key(
+        "default",
+        "how adapters begin: A drawn and B zero, or pissa: as the principal directions of their "
+        "weights, which are trained in their place (saved with rank 2r, for the unchanged base)",
+        words=("default", "pissa"),
+        aliases={"true": "default"},
+    )
     use_dora: bool = key(
         False,
         "DoRA: the lengths of the adapted weights' rows are trained beside their directions, at "

@@ -43,6 +43,7 @@ RENAMED = each(
         "alpha": "lora.lora_alpha",
         "lora_bias": "lora.bias",
         "lora_r lora_rank rank": "lora.r",
+        "peft_init_lora_weights": "lora.init_lora_weights",
         "peft_use_dora": "lora.use_dora",
         "peft_use_rslora": "lora.use_rslora",
         # data
@@ -120,7 +121,6 @@ UNSUPPORTED = each(
         "trust_remote_code_model": "a model's own code is never run",
         # adapters
         "galore": "optimizer.name is adamw, paged_adamw, adamw_8bit or adafactor",
-        "init_lora_weights": f"A is drawn and B is zero, as PEFT does by default; {LORA_ALONE}",
         "alora_invocation_tokens arrow_config corda_config eva_config kasa_config "
         "layer_replication lora_ga_config lora_on_cpu monteclora_config relora_steps "
         "runtime_config use_bdlora velora_config": LORA_ALONE,
@@ -249,6 +249,10 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
     "schedule.name": (
         "polynomial|inverse_sqrt|reduce.*|.*restarts|cosine_warmup_with_min_lr",
         "schedules are cosine, linear, constant and wsd, each with a warm-up",
+    ),
+    "lora.init_lora_weights": (
+        r"(?!pissa$)\w+",
+        "adapters begin as A drawn and B zero (default), or as principal directions (pissa)",
     ),
     "model.gradient_checkpointing": ("unsloth", "say model.gradient_checkpointing=offload"),
 }

@@ -30,6 +30,8 @@ def checked(key: Key, entry: Entry) -> Any:
     elif isinstance(value, str):
         _refuse_escapes(key, entry)
         value = _from_text(key, value)
+    if isinstance(value, bool) and bool not in key.scalars:
+        value = key.rule.aliases.get(str(value).lower(), value)
     if key.table and isinstance(value, Mapping):
         value = Table(_numbers(value))
     fault = _fault(key, value)

@@ -382,15 +382,36 @@ def decide_sharding(
         needed: Bytes of a step on a rank that has the whole model; None where that is not known.
         machine: A rank's.
         world_size: How many ranks there are.
+
+    Raises:
+        UserError: Ranks are to share weights that the adapters want whole.
     """
     if world_size == 1:
         return None
+    if whole := wants_whole_weights(config):
+        if config.train.sharding == "shard":
+            raise UserError(
+                f"train.sharding=shard with {whole}: it reads weights whole that ranks have rows "
+                "of; use train.sharding=replicate, or plain adapters"
+            )
+        return "replicate"
     if config.train.sharding != "auto":
         return config.train.sharding
     too_large = needed is not None and machine.memory is not None and needed > machine.memory
     # Blocks of 256 moments would be cut where the ranks' rows are.
     full = config.train.method == "full" and config.optimizer.name != "adamw_8bit"
     return "shard" if full or (too_large and config.train.method == "lora") else "replicate"
+
+
+def wants_whole_weights(config: RunConfig) -> str:
+    """Return the setting of the adapters that no shared base can serve; empty where none is."""
+    lora = config.lora
+    found = {
+        "lora.use_dora=true": lora.use_dora,
+        f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights != "default",
+    }
+    asked = [setting for setting, given in found.items() if given]
+    return asked[0] if asked and config.train.method == "lora" else ""
 
 
 def available_memory(device: str) -> int | None:

@@ -98,7 +98,8 @@ def memory_ledger(
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass.
-    - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters.
+    - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters; of PiSSA the start of
+      the adapters too, which lies on the host.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
       what is small; Adafactor 4 × (rows + columns) of a matrix. With paging two buffers, of a
       bucket's moments each, are on the device, and the 8 bytes a parameter are the host's.
@@ -148,6 +149,8 @@ def memory_ledger(
     copied = stored != compute and not (shared and full)
     weights = own.base * stored + (sizes.matmul * compute if copied else 0)
     adapters = 4 * (sizes.total - sizes.base)
+    if device == "cpu" and _keeps_a_start(config):
+        adapters *= 2
     state = buffer_bytes(own.trainable) if paging else optimizer_bytes(config, own)
     token = activations_of(config, decoder, sizes, (compute, stored), policy, device, longest)
     layers = decoder.num_hidden_layers
@@ -237,6 +240,11 @@ def micro_batch_tokens(
     return tokens, longest
 
 
+def _keeps_a_start(config: RunConfig) -> bool:
+    """Return whether adapters, and their files, hold what they began as (`lora.pissa`)."""
+    return config.train.method == "lora" and config.lora.init_lora_weights == "pissa"
+
+
 def disk_bytes(
     config: RunConfig,
     plan: RunPlan | None,
@@ -258,7 +266,9 @@ def disk_bytes(
         # The newest and the best are never deleted, whatever the limit.
         kept = min(kept, max(config.checkpoint.total_limit, 2 if plan.eval_steps else 1))
     width = _SAVED_WIDTHS.get(decoder.torch_dtype or "", 4)
-    result = sizes.base * width if full else 4 * sizes.trainable
+    start = 4 * (sizes.total - sizes.base) if _keeps_a_start(config) else 0
+    checkpoint += start
+    result = sizes.base * width if full else 4 * sizes.trainable + start
     both = result * (2 if plan.eval_steps else 1)
     unlimited = config.checkpoint.total_limit is None
     return {
