@@ -26,6 +26,7 @@ from lora.injection import (
     target_names,
 )
 from lora.pissa import of_file
+from lora.saved_modules import is_tied, whole_weights
 from lora.tensors import MAGNITUDE, PREFIX, adapter_tensors, fill_adapter
 
 CONFIG_FILE = "adapter_config.json"
@@ -192,6 +193,7 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
     """Return the content of adapter_config.json."""
     config = adapter_config(model)
     targets = _shortest_targets(model)
+    whole = whole_weights(model, config.modules_to_save)
     if config.init_lora_weights == "pissa":
         config = of_file(config)
     if base_model is None:
@@ -211,7 +213,7 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "modules_to_save": None,
+        "modules_to_save": [name.rpartition(".")[2] for name in whole] or None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "init_lora_weights": True,
@@ -220,6 +222,8 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "layers_pattern": None,
         "exclude_modules": None,
         "lora_bias": False,
+        # Readers that do not know the key untie what they are given twice.
+        **({"ensure_weight_tying": True} if is_tied(model, config.modules_to_save) else {}),
     }
 
 
@@ -262,8 +266,11 @@ def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraCon
     if unsupported:
         listed = ", ".join(f"{key}={document[key]!r:.80}" for key in sorted(unsupported))
         raise UserError(f"{CONFIG_FILE}: {listed} is not supported; {_MERGE_IT}")
-    _refuse_other_tensors(tensors)
     values = {key: document[key] for key in _FIELDS if document.get(key) is not None}
+    whole = values.get("modules_to_save")
+    if isinstance(whole, list) and all(isinstance(name, str) for name in whole):
+        values["modules_to_save"] = [*dict.fromkeys(name.rpartition(".")[2] for name in whole)]
+    _refuse_other_tensors(tensors, weights=bool(whole))
     targets = values.get("target_modules")
     by_expression = isinstance(targets, str) and targets != ALL_LINEAR
     if targets is None or by_expression or any(_is_given(document, key) for key in _SELECTIONS):
@@ -282,13 +289,14 @@ def _is_given(document: Mapping[str, Any], key: str) -> bool:
     return value is not None and value is not False and value not in ("", [], {})
 
 
-def _refuse_other_tensors(names: Iterable[str]) -> None:
-    """Refuse what is neither a factor of a linear layer nor a bias.
+def _refuse_other_tensors(names: Iterable[str], *, weights: bool) -> None:
+    """Refuse what is neither a factor of a linear layer nor a bias, nor one of the `weights` named.
 
     An adapted embedding has factors of another kind, and PEFT writes whole layers beside the
-    factors where they were trained or the vocabulary was resized.
+    factors where the vocabulary was resized.
     """
-    others = sorted(name for name in names if not name.endswith((*_FACTORS, "bias")))
+    known = (*_FACTORS, "bias", *([".weight"] if weights else []))
+    others = sorted(name for name in names if not name.endswith(known))
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(

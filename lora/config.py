@@ -37,6 +37,7 @@ class LoraConfig:
         rank_pattern: Other ranks, by regular expression for the end of a module's name.
         alpha_pattern: Other alphas, likewise.
         use_dora: Train the lengths of the adapted weights' rows beside their directions.
+        modules_to_save: Embedding and head that are trained whole (`lora.saved_modules`).
         init_lora_weights: How A and B begin: `default` (A drawn, B zero) or `pissa` (`lora.pissa`).
 
     Raises:
@@ -52,6 +53,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    modules_to_save: Sequence[str] = ()
     init_lora_weights: str = "default"
 
     def __post_init__(self) -> None:
@@ -71,6 +73,14 @@ class LoraConfig:
                 f"lora.bias: {self.bias!r} must be one of {', '.join(BIAS_MODES)}"
                 f"{did_you_mean(str(self.bias), BIAS_MODES)}"
             )
+        _require(
+            isinstance(self.modules_to_save, list | tuple)
+            and all(isinstance(name, str) and name for name in self.modules_to_save),
+            "modules_to_save",
+            self.modules_to_save,
+            "a list of module names",
+        )
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         _require(
             self.init_lora_weights in STARTS,
             "init_lora_weights",

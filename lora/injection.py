@@ -15,6 +15,7 @@ from files.errors import UserError, did_you_mean
 from lora.config import ALL_LINEAR, LoraConfig
 from lora.linear import LoraLinear
 from lora.pissa import start_from_principal
+from lora.saved_modules import train_whole, whole_weights
 
 LEAVE_IT_OUT = f"leave it out, use '{ALL_LINEAR}', or train every weight"
 
@@ -64,7 +65,7 @@ def inject(
         config: Ranks, scale, targets, biases.
         seed: Of the draws.
         freeze: Whether all but the adapters, and the biases that `config.bias` names, stop being
-            trained. Biases that are trained become fp32.
+            trained. Biases, embeddings and heads that are trained become fp32.
         start: Of PiSSA, the tensors of a file whose start is taken; None makes it anew.
         agree: Of PiSSA, gives a tensor of the first rank to all ranks.
 
@@ -80,6 +81,7 @@ def inject(
             "anew"
         )
     names = target_names(model, config)
+    whole_weights(model, config.modules_to_save)
     if freeze:
         model.requires_grad_(False)
     for name in names:
@@ -101,6 +103,7 @@ def inject(
         start_from_principal(own, start, agree)
     if freeze:
         _unfreeze_biases(model, names, config.bias)
+        train_whole(model, config.modules_to_save)
     model.lora_config = config  # pyright: ignore[reportArgumentType]  # typed for tensors alone
     return names
 

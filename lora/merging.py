@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import UserError
-from lora.injection import lora_layers, trained_biases
+from lora.injection import adapter_config, lora_layers, trained_biases
 from lora.linear import LoraLinear
+from lora.saved_modules import whole_weights
 
 
 @torch.no_grad()
@@ -15,7 +16,7 @@ def merge(model: nn.Module) -> list[str]:
     """Fold every adapter into its layer's weight, in place, and put the plain layers back.
 
     The sum W + scale · B A is made in fp32 and rounded once, to the weight's dtype; so are trained
-    biases. One weight at a time is held in fp32.
+    biases, and an embedding or head trained whole. One weight at a time is held in fp32.
 
     Args:
         model: A model with adapters.
@@ -30,6 +31,8 @@ def merge(model: nn.Module) -> list[str]:
     """
     layers = lora_layers(model)
     biases = trained_biases(model)
+    whole = whole_weights(model, adapter_config(model).modules_to_save)
+    dtype = next(iter(layers.values())).weight.dtype
     _refuse_tied(model, layers)
     for name, layer in layers.items():
         merged = merged_weight(layer)
@@ -44,6 +47,10 @@ def merge(model: nn.Module) -> list[str]:
         plain.weight, plain.bias = layer.weight, layer.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
+    for name, weight in whole.items():
+        weight.data = weight.data.to(dtype)
+        if not weight.isfinite().all():
+            raise UserError(f"{name}: the trained weight is not finite in {dtype}")
     for name, bias in biases.items():
         weight = getattr(model.get_submodule(name.rpartition(".")[0]), "weight", None)
         if isinstance(weight, Tensor):

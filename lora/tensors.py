@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from files.errors import UserError
-from lora.injection import lora_layers, trained_biases
+from lora.injection import adapter_config, lora_layers, trained_biases
 from lora.pissa import from_start
+from lora.saved_modules import is_tied, whole_weights
 
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"
@@ -20,7 +21,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`, with DoRA
     `.lora_magnitude_vector`, and under a bias mode `<module>.base_layer.bias` for adapted and
-    `<module>.bias` for other modules. Where the weights were changed at the start (PiSSA), factors
+    `<module>.bias` for other modules; and `<module>.weight` of an embedding or head that is trained
+    whole. Where the weights were changed at the start (PiSSA), factors
     of twice the rank say the same of the weights as they were: those are copies.
 
     Raises:
@@ -41,6 +43,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         module = name.removesuffix("bias").removesuffix(".")
         kept_in = f"{module}.base_layer" if module in layers else module
         tensors[f"{PREFIX}{kept_in}.bias" if kept_in else f"{PREFIX}bias"] = bias.detach()
+    for name, weight in whole_weights(model, adapter_config(model).modules_to_save).items():
+        tensors[f"{PREFIX}{name}.weight"] = weight.detach()
     return tensors
 
 
@@ -56,6 +60,10 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     faults = []
     if missing := own.keys() - tensors.keys():
         faults.append(f"missing are {_listed(missing)}")
+        if is_tied(model, adapter_config(model).modules_to_save):
+            faults[-1] += (
+                " (embedding and head are one tensor, which a file holds under both names)"
+            )
     if unexpected := tensors.keys() - own.keys():
         faults.append(f"unexpected are {_listed(unexpected)}")
     for name in sorted(own.keys() & tensors.keys()):
@@ -68,6 +76,7 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"the adapter's tensors do not fit {type(model).__name__}: {'; '.join(faults)}"
         )
+    _refuse_two_of_one(model, tensors)
     for name, layer in lora_layers(model).items():
         if layer.start is None:
             continue
@@ -82,6 +91,20 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensors = {**tensors, a: tensors[a][:r], b: tensors[b][:, :r]}
     for name, place in own.items():
         place.copy_(tensors[name])
+
+
+def _refuse_two_of_one(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an embedding and a head that differ where they are one tensor."""
+    named = adapter_config(model).modules_to_save
+    if not is_tied(model, named):
+        return
+    one, *others = (tensors[f"{PREFIX}{name}.weight"] for name in whole_weights(model, named))
+    if not all(torch.equal(one, other) for other in others):
+        raise UserError(
+            f"the head of {type(model).__name__} is tied to its embedding, and the adapter holds "
+            "two that differ: untie the base (tie_word_embeddings false and an lm_head of its "
+            "own), or train the adapter with PEFT's ensure_weight_tying=True"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -354,7 +354,8 @@ class CausalLM(nn.Module, ABC):
 
     def embed(self, input_ids: Tensor, segments: Segments) -> Tensor:
         """Return the embeddings of the tokens, (M,) → (M, H)."""
-        return self.model.embed_tokens(input_ids)
+        # Embeddings that are trained beside adapters are fp32, whatever the stream is in.
+        return self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
 
     def hidden_states(
         self, input_ids: Tensor, segments: Segments, cache: KeyValueCache | None = None
@@ -391,7 +392,7 @@ class CausalLM(nn.Module, ABC):
         count, length = input_ids.shape
         segments = Segments.build([length] * count, device=input_ids.device)
         x = self.hidden_states(input_ids.flatten(), segments)
-        return F.linear(x, self.head_weight()).unflatten(0, (count, length))
+        return F.linear(x, self.head_weight().to(x.dtype)).unflatten(0, (count, length))
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ def test_an_adapter_for_other_modules_is_refused(
     ("key", "value"),
     [
         ("peft_type", "IA3"),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", 0),
         ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("init_lora_weights", "pissa"),

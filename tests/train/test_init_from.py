@@ -83,7 +83,7 @@ def test_documents_hold_what_is_trained(
         "bias": "lora_only",
         "init_lora_weights": "default",
         "use_dora": False,
-        **dict.fromkeys(("rank_pattern", "alpha_pattern"), "none"),
+        **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), "none"),
         "init_from": str(adapter),
     }
     written = json.loads((folder / "final" / "adapter_config.json").read_text())

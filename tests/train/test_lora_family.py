@@ -72,6 +72,10 @@ FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lora.use_dora": True, "lora.bias": "all", "lora.use_rslora": True},
         {"use_dora": True, "bias": "all"},
     ),
+    "whole embedding and head": (
+        {"lora.modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "pissa": ({"lora.init_lora_weights": "pissa"}, {}),
 }
 

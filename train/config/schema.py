@@ -167,6 +167,11 @@ class LoraSettings:
     alpha_pattern: Table | None = key(
         None, "other alphas, likewise, over the rank of the module", above=0, maximum=65504
     )
+    modules_to_save: tuple[str, ...] | None = key(
+        None,
+        "embed_tokens, lm_head or both, trained whole beside the adapters, in fp32; a tied pair is "
+        "one tensor, whichever is named",
+    )
     init_from: str | None = key(
         None,
         "a PEFT adapter folder to go on from, with its r, lora_alpha, target_modules, use_rslora, "

@@ -43,6 +43,7 @@ RENAMED = each(
         "alpha": "lora.lora_alpha",
         "lora_bias": "lora.bias",
         "lora_r lora_rank rank": "lora.r",
+        "additional_target lora_modules_to_save": "lora.modules_to_save",
         "peft_init_lora_weights": "lora.init_lora_weights",
         "peft_use_dora": "lora.use_dora",
         "peft_use_rslora": "lora.use_rslora",
@@ -124,8 +125,7 @@ UNSUPPORTED = each(
         "alora_invocation_tokens arrow_config corda_config eva_config kasa_config "
         "layer_replication lora_ga_config lora_on_cpu monteclora_config relora_steps "
         "runtime_config use_bdlora velora_config": LORA_ALONE,
-        "ensure_weight_tying lora_modules_to_save modules_to_save": "whole modules are not "
-        "trained beside adapters; train.method=full trains all",
+        "ensure_weight_tying": "an embedding and a head that are tied stay one tensor, always",
         "exclude_modules layers_pattern layers_to_transform": "say it as a regular expression in "
         "lora.target_modules",
         "fan_in_fan_out": "the families that are built keep every weight as (out, in)",

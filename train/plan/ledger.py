@@ -97,7 +97,8 @@ def memory_ledger(
     step rounds them (`kernels.cpu.rounding`).
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
-      keeps its lowered copy until the backward pass.
+      keeps its lowered copy until the backward pass. An embedding or head that is trained beside
+      adapters is 4 bytes a number, and the head has such a copy.
     - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters; of PiSSA the start of
       the adapters too, which lies on the host.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
@@ -111,7 +112,7 @@ def memory_ledger(
       (with adapters in the place of the first one); and c for each parameter of an adapter,
       lowered.
     - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
-      and where the head is trained its gradient in fp32.
+      and where the head or the embedding is trained a gradient of that size in fp32.
     - overhead: gradients that a layer's backward pass holds at a time, two of M × hidden and three
       of its widest tensors, one of which is in passing (two where a kernel makes it: on CUDA and
       where no device is known). There also context and workspace, and 5 % of activations and loss
@@ -148,6 +149,9 @@ def memory_ledger(
     # Layers that are shared and trained are gathered in what they compute with.
     copied = stored != compute and not (shared and full)
     weights = own.base * stored + (sizes.matmul * compute if copied else 0)
+    weights += (4 - stored) * sizes.whole
+    if sizes.whole and sizes.trains_head and not copied and compute != 4:
+        weights += compute * decoder.vocab_size * decoder.hidden_size
     adapters = 4 * (sizes.total - sizes.base)
     if device == "cpu" and _keeps_a_start(config):
         adapters *= 2
@@ -160,9 +164,10 @@ def memory_ledger(
     saved = layers * token.kept + token.again + token.passing
     # The final norm is one more; over frozen embeddings the first one keeps nothing, unless the
     # linear layers behind it do, in the place of what it gives.
-    if full or policy != "none" or makes_inputs_again(config, device):
+    if sizes.trains_embedding or policy != "none" or makes_inputs_again(config, device):
         saved += saved_by_norm(decoder, stored)
-    head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
+    of_vocabulary = sizes.trains_head or sizes.trains_embedding
+    head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if of_vocabulary else 0
     # A plan without a device may be one for a GPU.
     chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
     logits = min(chunk_rows, tokens) * decoder.vocab_size * (4 + compute)

@@ -38,6 +38,9 @@ class ModelSizes:
         layer: Base parameters of a decoder layer, the largest.
         outside_layers: Base parameters outside them: embedding, norm, head.
         base_shapes: Shapes of all base parameters.
+        whole: Base parameters of the embedding and the head that are trained beside adapters.
+        trains_embedding: Whether the embedding is trained, alone or with all there is.
+        trains_head: Whether the head is.
     """
 
     base: int
@@ -55,6 +58,9 @@ class ModelSizes:
     layer: int
     outside_layers: int
     base_shapes: tuple[tuple[int, ...], ...]
+    whole: int
+    trains_embedding: bool
+    trains_head: bool
 
     def share(self, ranks: int) -> ModelSizes:
         """Return what a rank has where `ranks` share the base: rows, rounded up; whole adapters."""
@@ -98,13 +104,16 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
 
     from lora import count_parameters, inject, lora_layers
     from lora.linear import LoraLinear
+    from lora.saved_modules import whole_weights
     from models import build
 
     model = build(decoder, device="meta")
     base_shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    whole: dict[str, nn.Parameter] = {}
     if method == "lora":
         asked = lora_config(lora)
+        whole = whole_weights(model, asked.modules_to_save)
         names = inject(model, asked)
         if lora.init_from is None:
             refuse_unmatched(asked, names)
@@ -144,6 +153,9 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         layer=max(layers),
         outside_layers=count.base - sum(layers),
         base_shapes=base_shapes,
+        whole=sum({id(x): x.numel() for x in whole.values()}.values()),
+        trains_embedding=model.model.embed_tokens.weight.requires_grad,
+        trains_head=head.requires_grad,
     )
 
 
