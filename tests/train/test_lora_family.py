@@ -125,6 +125,39 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(
     assert runs.trained_bits(stopped.folder) == runs.trained_bits(whole.folder)
 
 
+# --- other readers ---
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"lora.rank_pattern": {"q_proj": 2}},
+            "ignores rank_pattern, so that its scales are wrong",
+        ),
+        ({"lora.use_dora": True}, "refuses it for use_dora"),
+        (
+            {"lora.modules_to_save": ["lm_head"], "lora.alpha_pattern": {"q_proj": 2}},
+            "refuses it for modules_to_save and ignores alpha_pattern, so that",
+        ),
+        ({"lora.bias": "all"}, "refuses it for bias"),
+        ({"lora.init_lora_weights": "pissa", "lora.use_rslora": True}, ""),
+    ],
+)
+def test_what_vllm_does_not_read_is_said(
+    given: dict[str, Any],
+    words: str,
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = runs.train({**settings, **given}).folder
+    said, report = capsys.readouterr().out, (folder / "report.md").read_text()
+    for text in (said, report):
+        assert ("vLLM" in text) is bool(words)
+        assert f"final/: vLLM {words}" in text or not words
+        assert f"merge {folder} MERGED_MODEL` writes a model that it reads" in text or not words
+
+
 # --- patterns ---
 
 
