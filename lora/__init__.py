@@ -3,6 +3,7 @@
     config.py     what adapters are, in PEFT's words
     linear.py     the adapted layer
     injection.py  which layers get one, its starting value, what is trained
+    saved_modules.py, token_rows.py   embedding and head, or rows, trained beside it
     pissa.py      a start from the principal directions of the weights
     tensors.py    an adapter's tensors under PEFT's names
     adapter.py    PEFT's files, in and out

@@ -27,7 +27,7 @@ from lora.injection import (
 )
 from lora.pissa import of_file
 from lora.saved_modules import is_tied, whole_weights
-from lora.tensors import MAGNITUDE, PREFIX, adapter_tensors, fill_adapter
+from lora.tensors import MAGNITUDE, PREFIX, TOKEN_ROWS, adapter_tensors, fill_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,7 +57,7 @@ _INERT = {
     "task_type",
 }
 # Linear layers are adapted here, by factors of low rank; whatever else there is, PEFT merges.
-_FACTORS = (".lora_A.weight", ".lora_B.weight", MAGNITUDE)
+_FACTORS = (".lora_A.weight", ".lora_B.weight", MAGNITUDE, TOKEN_ROWS)
 _MERGE_IT = "merge the adapter into its base with PEFT and start from the merged model"
 # What is matched of a file's own expressions: enough for a name for each module of any model.
 _MOST_REPETITIONS = 2
@@ -194,6 +194,7 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
     config = adapter_config(model)
     targets = _shortest_targets(model)
     whole = whole_weights(model, config.modules_to_save)
+    rows = config.trainable_token_indices
     if config.init_lora_weights == "pissa":
         config = of_file(config)
     if base_model is None:
@@ -222,6 +223,8 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "layers_pattern": None,
         "exclude_modules": None,
         "lora_bias": False,
+        # Few keys: an older PEFT fails on one that it does not know.
+        **({"trainable_token_indices": list(rows)} if rows else {}),
         # Readers that do not know the key untie what they are given twice.
         **({"ensure_weight_tying": True} if is_tied(model, config.modules_to_save) else {}),
     }
@@ -270,6 +273,9 @@ def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraCon
     whole = values.get("modules_to_save")
     if isinstance(whole, list) and all(isinstance(name, str) for name in whole):
         values["modules_to_save"] = [*dict.fromkeys(name.rpartition(".")[2] for name in whole)]
+    rows = values.get("trainable_token_indices")
+    if isinstance(rows, Mapping) and [name.rpartition(".")[2] for name in rows] == ["embed_tokens"]:
+        (values["trainable_token_indices"],) = rows.values()
     _refuse_other_tensors(tensors, weights=bool(whole))
     targets = values.get("target_modules")
     by_expression = isinstance(targets, str) and targets != ALL_LINEAR

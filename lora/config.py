@@ -38,6 +38,7 @@ class LoraConfig:
         alpha_pattern: Other alphas, likewise.
         use_dora: Train the lengths of the adapted weights' rows beside their directions.
         modules_to_save: Embedding and head that are trained whole (`lora.saved_modules`).
+        trainable_token_indices: Rows of the embedding that are trained (`lora.token_rows`).
         init_lora_weights: How A and B begin: `default` (A drawn, B zero) or `pissa` (`lora.pissa`).
 
     Raises:
@@ -54,6 +55,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
     modules_to_save: Sequence[str] = ()
+    trainable_token_indices: Sequence[int] = ()
     init_lora_weights: str = "default"
 
     def __post_init__(self) -> None:
@@ -81,6 +83,14 @@ class LoraConfig:
             "a list of module names",
         )
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        rows = self.trainable_token_indices
+        _require(
+            isinstance(rows, list | tuple) and all(type(row) is int and row >= 0 for row in rows),
+            "trainable_token_indices",
+            rows,
+            "a list of token ids",
+        )
+        object.__setattr__(self, "trainable_token_indices", tuple(rows))
         _require(
             self.init_lora_weights in STARTS,
             "init_lora_weights",

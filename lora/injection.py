@@ -16,6 +16,7 @@ from lora.config import ALL_LINEAR, LoraConfig
 from lora.linear import LoraLinear
 from lora.pissa import start_from_principal
 from lora.saved_modules import train_whole, whole_weights
+from lora.token_rows import token_rows, train_rows
 
 LEAVE_IT_OUT = f"leave it out, use '{ALL_LINEAR}', or train every weight"
 
@@ -81,7 +82,8 @@ def inject(
             "anew"
         )
     names = target_names(model, config)
-    whole_weights(model, config.modules_to_save)
+    whole = whole_weights(model, config.modules_to_save)
+    train_rows(model, config.trainable_token_indices, list(whole))
     if freeze:
         model.requires_grad_(False)
     for name in names:
@@ -101,6 +103,8 @@ def inject(
     if config.init_lora_weights == "pissa":
         own = {name: x for name, x in lora_layers(model).items() if not x.weight.is_meta}
         start_from_principal(own, start, agree)
+    for rows in token_rows(model).values():
+        rows.trainable_tokens_delta.requires_grad_(True)
     if freeze:
         _unfreeze_biases(model, names, config.bias)
         train_whole(model, config.modules_to_save)
@@ -169,6 +173,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's parameters, tied ones once; it may be on the meta device."""
     parameters = list(model.parameters())
     adapters = [p for layer in lora_layers(model).values() for p in layer.factors().values()]
+    adapters += [rows.trainable_tokens_delta for rows in token_rows(model).values()]
     total = _elements(parameters)
     return ParameterCount(
         trainable=_elements(parameter for parameter in parameters if parameter.requires_grad),

@@ -9,6 +9,7 @@ from files.errors import UserError
 from lora.injection import adapter_config, lora_layers, trained_biases
 from lora.linear import LoraLinear
 from lora.saved_modules import whole_weights
+from lora.token_rows import merge_rows
 
 
 @torch.no_grad()
@@ -51,6 +52,7 @@ def merge(model: nn.Module) -> list[str]:
         weight.data = weight.data.to(dtype)
         if not weight.isfinite().all():
             raise UserError(f"{name}: the trained weight is not finite in {dtype}")
+    merge_rows(model)
     for name, bias in biases.items():
         weight = getattr(model.get_submodule(name.rpartition(".")[0]), "weight", None)
         if isinstance(weight, Tensor):

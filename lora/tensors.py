@@ -11,9 +11,11 @@ from files.errors import UserError
 from lora.injection import adapter_config, lora_layers, trained_biases
 from lora.pissa import from_start
 from lora.saved_modules import is_tied, whole_weights
+from lora.token_rows import ROWS, token_rows
 
 PREFIX = "base_model.model."
 MAGNITUDE = ".lora_magnitude_vector"
+TOKEN_ROWS = f".token_adapter.{ROWS}"
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -21,9 +23,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight`, with DoRA
     `.lora_magnitude_vector`, and under a bias mode `<module>.base_layer.bias` for adapted and
-    `<module>.bias` for other modules; and `<module>.weight` of an embedding or head that is trained
-    whole. Where the weights were changed at the start (PiSSA), factors
-    of twice the rank say the same of the weights as they were: those are copies.
+    `<module>.bias` for other modules; `<module>.weight` of an embedding or head that is trained
+    whole, `<module>.token_adapter.trainable_tokens_delta` of one with trained rows. Where the
+    weights were changed at the start (PiSSA), factors of twice the rank say the same of the weights
+    as they were: those are copies.
 
     Raises:
         UserError: The model carries no adapter.
@@ -45,6 +48,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{kept_in}.bias" if kept_in else f"{PREFIX}bias"] = bias.detach()
     for name, weight in whole_weights(model, adapter_config(model).modules_to_save).items():
         tensors[f"{PREFIX}{name}.weight"] = weight.detach()
+    for name, rows in token_rows(model).items():
+        tensors[f"{PREFIX}{name}{TOKEN_ROWS}"] = rows.trainable_tokens_delta.detach()
     return tensors
 
 

@@ -384,8 +384,11 @@ class CausalLM(nn.Module, ABC):
 
     def head_weight(self) -> Tensor:
         """Return the head's weight, (V, H): the embeddings where they are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        if not self.config.tie_word_embeddings:
+            return self.lm_head.weight
+        embedding = self.model.embed_tokens
+        # One that has trained rows puts them in their places.
+        return embedding.weight if isinstance(embedding, nn.Embedding) else embedding.table()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return logits without dropout: (B, T) int64 rows of T tokens → (B, T, V)."""

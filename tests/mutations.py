@@ -1215,6 +1215,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "lora/token_rows.py",
+        "tests/lora/test_token_rows.py",
+        (
+            "every row learns",
+            "torch.where((place >= 0).unsqueeze(-1), trained.to(x.dtype), x)",
+            "x + trained.to(x.dtype) - x",
+            "test_ours_loads_in_peft_and_here[llama]",
+        ),
+    ),
+    *_of(
         "lora/pissa.py",
         "tests/lora/test_pissa.py",
         (
@@ -1376,10 +1386,16 @@ MUTATIONS = [
             "test_set_dropout_leaves_adapters_their_own",
         ),
         (
-            "a tied model reads a head of its own",
-            "return self.model.embed_tokens.weight if tied else self.lm_head.weight",
-            "return self.model.embed_tokens.weight if not tied else self.model.norm.weight",
+            "an untied model reads its embedding as its head",
+            "if not self.config.tie_word_embeddings:",
+            "if False:",
             "tests/models/test_parity.py::test_variants",
+        ),
+        (
+            "a tied head does not see the rows that are trained",
+            "return embedding.weight if isinstance(embedding, nn.Embedding) else embedding.table()",
+            "return embedding.weight",
+            "tests/lora/test_token_rows.py::test_ours_loads_in_peft_and_here[qwen2]",
         ),
     ),
     *_of(

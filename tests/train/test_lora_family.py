@@ -76,6 +76,23 @@ FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lora.modules_to_save": ["embed_tokens"]},
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
+    "token rows": (
+        {"lora.trainable_token_indices": [70, 71, 72, 75]},
+        {"trainable_token_indices": [70, 71, 72, 75]},
+    ),
+    "all at once": (
+        {
+            "lora.use_dora": True,
+            "lora.use_rslora": True,
+            "lora.trainable_token_indices": [70, 71, 72, 75],
+            "lora.rank_pattern": {"q_proj": 2},
+        },
+        {
+            "use_dora": True,
+            "trainable_token_indices": [70, 71, 72, 75],
+            "rank_pattern": {"q_proj": 2},
+        },
+    ),
     "pissa": ({"lora.init_lora_weights": "pissa"}, {}),
 }
 
@@ -208,7 +225,21 @@ def test_what_a_table_cannot_be_is_refused(
     assert words in refused(main, *runs.arguments(settings), setting, "--plan")
 
 
-# --- LoRA+ ---
+# --- what needs adapters ---
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_full_fine_tuning_has_none_of_it(case: str) -> None:
+    given = FAMILY[case][0]
+    with pytest.raises(UserError, match=r"lora\.\w+ is of adapters, and train\.method=full"):
+        load_config(overrides={**given, "train.method": "full"})
+
+
+def test_an_adapter_to_go_on_from_has_begun() -> None:
+    with pytest.raises(
+        UserError, match="goes on from an adapter, and lora.init_lora_weights=pissa"
+    ):
+        load_config(overrides={"lora.init_from": "somewhere", "lora.init_lora_weights": "pissa"})
 
 
 def test_a_rate_of_b_needs_adapters(refused: Refused) -> None:

@@ -172,6 +172,9 @@ class LoraSettings:
         "embed_tokens, lm_head or both, trained whole beside the adapters, in fp32; a tied pair is "
         "one tensor, whichever is named",
     )
+    trainable_token_indices: tuple[int, ...] | None = key(
+        None, "ids of tokens whose rows of the embedding are trained, and no others", minimum=0
+    )
     init_from: str | None = key(
         None,
         "a PEFT adapter folder to go on from, with its r, lora_alpha, target_modules, use_rslora, "

@@ -134,8 +134,6 @@ UNSUPPORTED = each(
         "loraplus_lr_embedding": "embeddings have no low-rank factors here; one that is trained "
         "has the learning rate of A, optimizer.learning_rate",
         "peft_config": "give the adapter's keys one by one, as lora.r, lora.lora_alpha, …",
-        "trainable_token_indices": "embeddings are not trained beside adapters; train.method=full "
-        "trains all",
         "unfreeze_layers unfrozen_parameters": "train.method is lora or full; there is no choice "
         "of layers",
         # the objective

@@ -84,6 +84,8 @@ def _from_text(key: Key, text: str) -> Any:
         return text == "True"
     if key.table:
         return _table_from_text(text)
+    if key.item is int and re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
+        return [int(item) for item in text.split(",")]
     is_path = key.path in PATH_KEYS
     only_text = key.scalars == {str} and (key.item is None or (is_path and text[:1] != "["))
     if only_text and text[:1] not in ("'", '"'):
@@ -163,7 +165,9 @@ def _list_fault(key: Key, items: list | tuple) -> str:
                 return "holds rows, which train.run.run(config, rows=...) takes from Python"
             if not isinstance(item, str) or not item:
                 return f"holds {shown(item)}"
-        elif isinstance(item, bool) or not isinstance(item, int | float):
+        elif isinstance(item, bool) or not isinstance(
+            item, int if key.item is int else int | float
+        ):
             return f"holds {shown(item)}"
         elif is_too_long(item) or _out_of_range(key, item):
             return f"holds {shown(item)}, which is out of range"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _OF_THE_WEIGHTS = (
     *("r", "lora_alpha", "target_modules", "use_rslora", "bias"),
     *("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"),
+    "trainable_token_indices",
 )
 _ALWAYS_TOLD = 5  # of these
 

@@ -409,6 +409,7 @@ def wants_whole_weights(config: RunConfig) -> str:
     found = {
         "lora.use_dora=true": lora.use_dora,
         "lora.modules_to_save=…": lora.modules_to_save,
+        "lora.trainable_token_indices=…": lora.trainable_token_indices,
         f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights != "default",
     }
     asked = [setting for setting, given in found.items() if given]

@@ -166,8 +166,13 @@ def memory_ledger(
     # linear layers behind it do, in the place of what it gives.
     if sizes.trains_embedding or policy != "none" or makes_inputs_again(config, device):
         saved += saved_by_norm(decoder, stored)
-    of_vocabulary = sizes.trains_head or sizes.trains_embedding
-    head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if of_vocabulary else 0
+    vocabulary = decoder.vocab_size * decoder.hidden_size
+    all_rows = full or sizes.whole
+    head_gradient = (
+        4 * vocabulary if sizes.trains_head or (sizes.trains_embedding and all_rows) else 0
+    )
+    if sizes.trains_head and not all_rows:
+        head_gradient += stored * vocabulary  # a copy with the trained rows in their places
     # A plan without a device may be one for a GPU.
     chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
     logits = min(chunk_rows, tokens) * decoder.vocab_size * (4 + compute)

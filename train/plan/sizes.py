@@ -39,8 +39,8 @@ class ModelSizes:
         outside_layers: Base parameters outside them: embedding, norm, head.
         base_shapes: Shapes of all base parameters.
         whole: Base parameters of the embedding and the head that are trained beside adapters.
-        trains_embedding: Whether the embedding is trained, alone or with all there is.
-        trains_head: Whether the head is.
+        trains_embedding: Whether the embedding is trained, or rows of it.
+        trains_head: Whether the head is, or rows of it.
     """
 
     base: int
@@ -154,7 +154,7 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         outside_layers=count.base - sum(layers),
         base_shapes=base_shapes,
         whole=sum({id(x): x.numel() for x in whole.values()}.values()),
-        trains_embedding=model.model.embed_tokens.weight.requires_grad,
+        trains_embedding=any(p.requires_grad for p in model.model.embed_tokens.parameters()),
         trains_head=head.requires_grad,
     )
 
