@@ -1,5 +1,6 @@
 """Runs with what LoRA has beside its two factors: planned, trained, saved as PEFT reads it."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -117,8 +118,16 @@ def test_what_is_trained_is_counted_and_read_by_peft(
     assert (here - base).abs().max() > 1e-3  # or nothing was trained
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw", "adafactor"])
+QUICK = (("adamw", "none"), ("adafactor", "all"))
+WAYS = [
+    pytest.param(*way, marks=() if way in QUICK else pytest.mark.slow, id="-".join(way))
+    for way in itertools.product(
+        ("adamw", "paged_adamw", "adafactor"), ("none", "lora_only", "all")
+    )
+]
+
+
+@pytest.mark.parametrize(("optimizer", "bias"), WAYS)
 @pytest.mark.parametrize("case", FAMILY)
 def test_stopped_and_resumed_it_ends_in_the_same_bits(
     case: str, optimizer: str, bias: str, settings: dict[str, Any], tmp_path: Path
@@ -237,7 +246,7 @@ def test_full_fine_tuning_has_none_of_it(case: str) -> None:
 
 def test_an_adapter_to_go_on_from_has_begun() -> None:
     with pytest.raises(
-        UserError, match="goes on from an adapter, and lora.init_lora_weights=pissa"
+        UserError, match=r"goes on from an adapter, and lora\.init_lora_weights=pissa"
     ):
         load_config(overrides={"lora.init_from": "somewhere", "lora.init_lora_weights": "pissa"})
 

@@ -166,6 +166,8 @@ def memory_ledger(
     # linear layers behind it do, in the place of what it gives.
     if sizes.trains_embedding or policy != "none" or makes_inputs_again(config, device):
         saved += saved_by_norm(decoder, stored)
+    if sizes.trains_embedding and not full and decoder.embedding_dropout:
+        saved += decoder.hidden_size  # its mask; beside fp32 masters of everything it is little
     vocabulary = decoder.vocab_size * decoder.hidden_size
     all_rows = full or sizes.whole
     head_gradient = (
