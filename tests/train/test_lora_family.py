@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from files.errors import UserError
+from files.tensors import TensorFile
 from lora import load_adapter
 from models import load_model
 from train.config.load import load_config
 from train.config.toml import to_toml
+from train.merge import merge_adapter
 from train.plan.decide import Machine, decide_sharding
 from train.run import main
 
@@ -116,6 +119,30 @@ def test_what_is_trained_is_counted_and_read_by_peft(
     with torch.no_grad():
         base = load_model(model_folder)(TOKENS)
     assert (here - base).abs().max() > 1e-3  # or nothing was trained
+    merge_adapter(outcome.folder, tmp_path / "merged")
+    with torch.no_grad():
+        merged = load_model(tmp_path / "merged")(TOKENS)
+    torch.testing.assert_close(merged, here, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in FAMILY if "pissa" not in case])
+def test_a_run_goes_on_from_any_of_them(
+    case: str, settings: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    first = runs.train({**settings, **FAMILY[case][0]}).folder / "final"
+    del settings["lora.r"]
+    more = {"lora.init_from": str(first), "train.output_dir": str(tmp_path / "more")}
+    # At a learning rate of nothing the run hands out what it began with.
+    outcome = runs.train({**settings, **more, "optimizer.learning_rate": 1e-30})
+    name = "adapter_model.safetensors"
+    with TensorFile(first / name) as one, TensorFile(outcome.folder / "final" / name) as other:
+        assert one.names == other.names
+        for name in one.names:
+            torch.testing.assert_close(one.read(name), other.read(name), rtol=0, atol=1e-25)
+    toml = tomllib.loads((outcome.folder / "config.toml").read_text())["lora"]
+    for key, value in FAMILY[case][0].items():
+        if key != "lora.modules_to_save":  # of a tied pair a file names both
+            assert toml[key.removeprefix("lora.")] == value
 
 
 QUICK = (("adamw", "none"), ("adafactor", "all"))
