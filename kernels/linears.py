@@ -27,8 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.dora import dora_linear
 from kernels.dropout import keep, keep_mask
-from kernels.operands import Made, Operands, compute_dtype, dense, same_autocast, value_of
+from kernels.operands import (
+    Made,
+    Operands,
+    compute_dtype,
+    dense,
+    gradient_product,
+    same_autocast,
+    value_of,
+)
 from kernels.quantised import QuantisedWeight
 from kernels.reference import gelu_tanh
 from kernels.remade import linears_of_remade
@@ -53,6 +62,14 @@ def linears(
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
     value, remake = value_of(x), isinstance(x, Made) and x.remake
+    if any(layer.magnitude is not None for layer in operands):
+        again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)
+        return [
+            dora_linear(one, layer, segments, again)
+            if layer.magnitude is not None
+            else linears(one, [layer], segments)[0]
+            for one, layer in zip(_lowered(value, len(operands)), operands, strict=True)
+        ]
     weights = [layer.weight for layer in operands if isinstance(layer.weight, Tensor)]
     if all(layer.lora_a is None for layer in operands) and len(weights) == len(operands):
         if isinstance(x, Made) and remake and any(weight.requires_grad for weight in weights):
@@ -235,17 +252,6 @@ def quantised_ones(tensors: Sequence[Any]) -> list[QuantisedWeight | None]:
 def _with_product(total: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
     """Return dy W, added to a sum where there is one; made for it, W is nobody's afterwards."""
     return torch.mm(dy, weight) if total is None else total.addmm_(dy, weight)
-
-
-def gradient_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product that a parameter's gradient is.
-
-    On CUDA the fp32 sums of a product in half precision are returned as they are, since parameters
-    that are trained are fp32; other devices have no such product and round them.
-    """
-    if left.device.type in ("cuda", "meta") and left.dtype.itemsize == 2:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right)
 
 
 def _in_groups(values: Sequence[Any], size: int) -> zip[Any]:

@@ -29,6 +29,7 @@ class Operands(NamedTuple):
     scale: float = 1.0  # alpha / r, or alpha / √r
     dropout: float = 0.0  # probability of dropping an element of the adapter's input
     module: int = 0  # `dropout.module_id` of the layer's name: which masks it draws
+    magnitude: Tensor | None = None  # (N,) lengths of the adapted weight's rows (`kernels.dora`)
 
 
 class Made(NamedTuple):
@@ -75,3 +76,14 @@ def same_autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
 def dense(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
     """Return a weight in the type that is computed in; of a quantised one nobody keeps it."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
+
+
+def gradient_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product that a parameter's gradient is.
+
+    On CUDA the fp32 sums of a product in half precision are returned as they are, since parameters
+    that are trained are fp32; other devices have no such product and round them.
+    """
+    if left.device.type in ("cuda", "meta") and left.dtype.itemsize == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)

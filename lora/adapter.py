@@ -12,29 +12,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from files.atomic import write_json
 from files.errors import UserError, did_you_mean
 from files.strict_json import read_json_object
 from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
+from lora.config import ALL_LINEAR, LoraConfig
 from lora.injection import (
-    ALL_LINEAR,
-    LoraConfig,
     adapter_config,
     inject,
     lora_layers,
     target_names,
-    trained_biases,
 )
+from lora.pissa import of_file
+from lora.saved_modules import is_tied, whole_weights
+from lora.tensors import MAGNITUDE, PREFIX, TOKEN_ROWS, adapter_tensors, fill_adapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
 # Keys that become `LoraConfig` fields of the same name and meaning.
-_FIELDS = tuple(field.name for field in dataclasses.fields(LoraConfig))
+_FIELDS = tuple(
+    field.name for field in dataclasses.fields(LoraConfig) if field.name != "init_lora_weights"
+)
 # Keys that narrow the targets; the tensors in the file say exactly what they left over. So they do
 # where the targets are a regular expression, which is not run: it is a stranger's, and may take
 # forever to match.
@@ -56,7 +57,7 @@ _INERT = {
     "task_type",
 }
 # Linear layers are adapted here, by factors of low rank; whatever else there is, PEFT merges.
-_FACTORS = (".lora_A.weight", ".lora_B.weight")
+_FACTORS = (".lora_A.weight", ".lora_B.weight", MAGNITUDE, TOKEN_ROWS)
 _MERGE_IT = "merge the adapter into its base with PEFT and start from the merged model"
 # What is matched of a file's own expressions: enough for a name for each module of any model.
 _MOST_REPETITIONS = 2
@@ -188,59 +189,14 @@ def saved_config(folder: str | Path, model: nn.Module | None = None) -> LoraConf
         raise UserError(f"{folder}: {error}") from None
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's tensors under PEFT's names: live, without gradient history.
-
-    They are `base_model.model.<module>.lora_A.weight` and `.lora_B.weight` and, under a bias mode,
-    `<module>.base_layer.bias` for adapted and `<module>.bias` for other modules.
-
-    Raises:
-        UserError: The model carries no adapter.
-    """
-    layers = lora_layers(model)
-    biases = trained_biases(model)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
-    for name, bias in biases.items():
-        module = name.removesuffix("bias").removesuffix(".")
-        kept_in = f"{module}.base_layer" if module in layers else module
-        tensors[f"{_PREFIX}{kept_in}.bias" if kept_in else f"{_PREFIX}bias"] = bias.detach()
-    return tensors
-
-
-@torch.no_grad()
-def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors with PEFT's names into a model's adapter, each converted to its place's dtype.
-
-    Raises:
-        UserError: Names or shapes are not the adapter's; all that differ are listed, and nothing
-            has been copied.
-    """
-    own = adapter_tensors(model)
-    faults = []
-    if missing := own.keys() - tensors.keys():
-        faults.append(f"missing are {_listed(missing)}")
-    if unexpected := tensors.keys() - own.keys():
-        faults.append(f"unexpected are {_listed(unexpected)}")
-    for name in sorted(own.keys() & tensors.keys()):
-        given, place = tensors[name], own[name]
-        if given.shape != place.shape:
-            faults.append(f"{name} is {list(given.shape)}, not {list(place.shape)}")
-        elif not given.is_floating_point():
-            faults.append(f"{name} holds {given.dtype}, not floating-point numbers")
-    if faults:
-        raise UserError(
-            f"the adapter's tensors do not fit {type(model).__name__}: {'; '.join(faults)}"
-        )
-    for name, place in own.items():
-        place.copy_(tensors[name])
-
-
 def _document(model: nn.Module, base_model: str | None, revision: str | None) -> dict[str, Any]:
     """Return the content of adapter_config.json."""
     config = adapter_config(model)
+    targets = _shortest_targets(model)
+    whole = whole_weights(model, config.modules_to_save)
+    rows = config.trainable_token_indices
+    if config.init_lora_weights == "pissa":
+        config = of_file(config)
     if base_model is None:
         # transformers' models have the first of the two as well; an empty one names nothing.
         base_model = getattr(model, "name_or_path", None) or None
@@ -254,11 +210,11 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": _shortest_targets(model),
+        "target_modules": targets,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": False,
-        "modules_to_save": None,
+        "use_dora": config.use_dora,
+        "modules_to_save": [name.rpartition(".")[2] for name in whole] or None,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "init_lora_weights": True,
@@ -267,6 +223,10 @@ def _document(model: nn.Module, base_model: str | None, revision: str | None) ->
         "layers_pattern": None,
         "exclude_modules": None,
         "lora_bias": False,
+        # Few keys: an older PEFT fails on one that it does not know.
+        **({"trainable_token_indices": list(rows)} if rows else {}),
+        # Readers that do not know the key untie what they are given twice.
+        **({"ensure_weight_tying": True} if is_tied(model, config.modules_to_save) else {}),
     }
 
 
@@ -309,8 +269,14 @@ def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraCon
     if unsupported:
         listed = ", ".join(f"{key}={document[key]!r:.80}" for key in sorted(unsupported))
         raise UserError(f"{CONFIG_FILE}: {listed} is not supported; {_MERGE_IT}")
-    _refuse_other_tensors(tensors)
     values = {key: document[key] for key in _FIELDS if document.get(key) is not None}
+    whole = values.get("modules_to_save")
+    if isinstance(whole, list) and all(isinstance(name, str) for name in whole):
+        values["modules_to_save"] = [*dict.fromkeys(name.rpartition(".")[2] for name in whole)]
+    rows = values.get("trainable_token_indices")
+    if isinstance(rows, Mapping) and [name.rpartition(".")[2] for name in rows] == ["embed_tokens"]:
+        (values["trainable_token_indices"],) = rows.values()
+    _refuse_other_tensors(tensors, weights=bool(whole))
     targets = values.get("target_modules")
     by_expression = isinstance(targets, str) and targets != ALL_LINEAR
     if targets is None or by_expression or any(_is_given(document, key) for key in _SELECTIONS):
@@ -329,13 +295,14 @@ def _is_given(document: Mapping[str, Any], key: str) -> bool:
     return value is not None and value is not False and value not in ("", [], {})
 
 
-def _refuse_other_tensors(names: Iterable[str]) -> None:
-    """Refuse what is neither a factor of a linear layer nor a bias.
+def _refuse_other_tensors(names: Iterable[str], *, weights: bool) -> None:
+    """Refuse what is neither a factor of a linear layer nor a bias, nor one of the `weights` named.
 
     An adapted embedding has factors of another kind, and PEFT writes whole layers beside the
-    factors where they were trained or the vocabulary was resized.
+    factors where the vocabulary was resized.
     """
-    others = sorted(name for name in names if not name.endswith((*_FACTORS, "bias")))
+    known = (*_FACTORS, "bias", *([".weight"] if weights else []))
+    others = sorted(name for name in names if not name.endswith(known))
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
@@ -369,11 +336,7 @@ def _adapted_names(tensors: Iterable[str]) -> Sequence[str]:
     """Return the modules that have an A factor among the tensors."""
     ending = ".lora_A.weight"
     return [
-        name.removeprefix(_PREFIX).removesuffix(ending)
+        name.removeprefix(PREFIX).removesuffix(ending)
         for name in tensors
-        if name.startswith(_PREFIX) and name.endswith(ending)
+        if name.startswith(PREFIX) and name.endswith(ending)
     ]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

@@ -5,103 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from files.errors import UserError, did_you_mean
 from kernels.quantised import QuantisedWeight
+from lora.config import ALL_LINEAR, LoraConfig
 from lora.linear import LoraLinear
+from lora.pissa import start_from_principal
+from lora.saved_modules import train_whole, whole_weights
+from lora.token_rows import token_rows, train_rows
 
-ALL_LINEAR = "all-linear"
 LEAVE_IT_OUT = f"leave it out, use '{ALL_LINEAR}', or train every weight"
-BIAS_MODES = ("none", "lora_only", "all")
-# The largest number of fp16: a scale beyond it cannot be computed with there.
-_MAX_ALPHA = 65504
-_ALPHA_RULE = f"a number above 0, at most {_MAX_ALPHA}"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What the adapters are; the names and meanings are PEFT's.
-
-    Attributes:
-        r: Rank.
-        lora_alpha: The update counts lora_alpha / r.
-        lora_dropout: Probability of dropping an element of an adapter's input, in [0, 1).
-        target_modules: `all-linear` (every linear layer but the output head), another string: a
-            regular expression that must match a module's full name, or names, each of which stands
-            for every module that is called so or ends in `.` and it.
-        use_rslora: Scale by lora_alpha / √r instead.
-        bias: Biases trained beside the adapters: `none`, `lora_only` (those of adapted layers),
-            `all`.
-        rank_pattern: Other ranks, by regular expression for the end of a module's name.
-        alpha_pattern: Other alphas, likewise.
-
-    Raises:
-        UserError: A value is out of its range; the message names the key.
-    """
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    use_rslora: bool = False
-    bias: str = "none"
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require(_is_rank(self.r), "r", self.r, "a whole number from 1 on")
-        _require(_is_alpha(self.lora_alpha), "lora_alpha", self.lora_alpha, _ALPHA_RULE)
-        _require(
-            _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
-            "lora_dropout",
-            self.lora_dropout,
-            "a number from 0 up to, but not including, 1",
-        )
-        _require(isinstance(self.use_rslora, bool), "use_rslora", self.use_rslora, "true or false")
-        if self.bias not in BIAS_MODES:
-            raise UserError(
-                f"lora.bias: {self.bias!r} must be one of {', '.join(BIAS_MODES)}"
-                f"{did_you_mean(str(self.bias), BIAS_MODES)}"
-            )
-        for key, patterns, fits, rule in (
-            ("rank_pattern", self.rank_pattern, _is_rank, "a whole number from 1 on"),
-            ("alpha_pattern", self.alpha_pattern, _is_alpha, _ALPHA_RULE),
-        ):
-            _require(isinstance(patterns, Mapping), key, patterns, "patterns with a number each")
-            for pattern, value in patterns.items():
-                _require(fits(value), f"{key}.{pattern}", value, rule)
-                _compiled(pattern, key)
-        targets = self.target_modules
-        if isinstance(targets, str):
-            if targets != ALL_LINEAR:
-                _compiled(targets, "target_modules")
-            return
-        _require(
-            isinstance(targets, Sequence)
-            and len(targets) > 0
-            and all(isinstance(target, str) and target for target in targets),
-            "target_modules",
-            targets,
-            f"'{ALL_LINEAR}', a regular expression, or at least one module name",
-        )
-        object.__setattr__(self, "target_modules", tuple(targets))
-
-    def rank(self, name: str) -> int:
-        """Return the rank of the adapter of the module called `name`."""
-        return _matching(self.rank_pattern, name, self.r)
-
-    def scale(self, name: str) -> float:
-        """Return what the low-rank product of the module called `name` is multiplied by."""
-        alpha, r = _matching(self.alpha_pattern, name, self.lora_alpha), self.rank(name)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
 @dataclass(frozen=True)
@@ -130,19 +48,28 @@ class ParameterCount:
 
 
 def inject(
-    model: nn.Module, config: LoraConfig, *, seed: int = 42, freeze: bool = True
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    seed: int = 42,
+    freeze: bool = True,
+    start: Mapping[str, Tensor] | None = None,
+    agree: Callable[[Tensor], Tensor] = lambda factor: factor,
 ) -> list[str]:
     """Put an adapter beside every targeted linear layer of `model`, in place.
 
     A is drawn from U(±1/√K) and B is zero, so the model computes what it did. Each A is a pure
-    function of (seed, its name). On the meta device nothing is drawn and no memory is used.
+    function of (seed, its name). On the meta device nothing is drawn and no memory is used. PiSSA's
+    start changes the weights too, and the model computes what it did but for their rounding.
 
     Args:
         model: Any module; what replaces its linear layers keeps the parameters' names.
         config: Ranks, scale, targets, biases.
         seed: Of the draws.
         freeze: Whether all but the adapters, and the biases that `config.bias` names, stop being
-            trained. Biases that are trained become fp32.
+            trained. Biases, embeddings and heads that are trained become fp32.
+        start: Of PiSSA, the tensors of a file whose start is taken; None makes it anew.
+        agree: Of PiSSA, gives a tensor of the first rank to all ranks.
 
     Returns:
         The names of the adapted modules, in the model's order.
@@ -156,6 +83,15 @@ def inject(
             "anew"
         )
     names = target_names(model, config)
+    dense = config.use_dora or config.init_lora_weights != "default"
+    packed = next((m.kind for m in model.modules() if isinstance(m, QuantisedWeight)), None)
+    if dense and packed:
+        raise UserError(
+            f"lora.use_dora and lora.init_lora_weights need weights that are numbers, and this "
+            f"base is in {packed}; use plain adapters, or load it without quantization"
+        )
+    whole = whole_weights(model, config.modules_to_save)
+    train_rows(model, config.trainable_token_indices, list(whole))
     if freeze:
         model.requires_grad_(False)
     for name in names:
@@ -167,27 +103,41 @@ def inject(
             r=config.rank(name),
             scale=config.scale(name),
             dropout=config.lora_dropout,
+            use_dora=config.use_dora,
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
     draw_adapters(model, seed)
+    if config.init_lora_weights == "pissa":
+        own = {name: x for name, x in lora_layers(model).items() if not x.weight.is_meta}
+        start_from_principal(own, start, agree)
+    for rows in token_rows(model).values():
+        rows.trainable_tokens_delta.requires_grad_(True)
     if freeze:
         _unfreeze_biases(model, names, config.bias)
+        train_whole(model, config.modules_to_save)
     model.lora_config = config  # pyright: ignore[reportArgumentType]  # typed for tensors alone
     return names
 
 
 def adapter_factors(model: nn.Module) -> list[str]:
     """Return the names of the parameters that adapters add to a model."""
-    return [f"{name}.{factor}" for name in lora_layers(model) for factor in ("lora_A", "lora_B")]
+    return [
+        f"{name}.{one}" for name, layer in lora_layers(model).items() for one in layer.factors()
+    ]
 
 
 def draw_adapters(model: nn.Module, seed: int) -> None:
-    """Give the adapters of a model their starting values: A is drawn, B is zero."""
+    """Give the adapters of a model their starting values: A is drawn, B is zero.
+
+    DoRA's magnitudes are the lengths that the rows of the weights have.
+    """
     for name, layer in lora_layers(model).items():
         _draw(layer.lora_A, seed, name)
         with torch.no_grad():
             layer.lora_B.zero_()
+            if layer.lora_magnitude_vector is not None and not layer.lora_B.is_meta:
+                layer.lora_magnitude_vector.copy_(layer.row_norms())
 
 
 def target_names(model: nn.Module, config: LoraConfig, *, remedy: str = LEAVE_IT_OUT) -> list[str]:
@@ -233,7 +183,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     A quantised weight counts as the numbers that it stands for.
     """
     parameters = list(model.parameters())
-    adapters = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    adapters = [p for layer in lora_layers(model).values() for p in layer.factors().values()]
+    adapters += [rows.trainable_tokens_delta for rows in token_rows(model).values()]
     quantised = [m.shape for m in model.modules() if isinstance(m, QuantisedWeight)]
     total = _elements(parameters) + sum(map(math.prod, quantised))
     return ParameterCount(
@@ -358,49 +309,3 @@ def _unfreeze_biases(model: nn.Module, names: Sequence[str], mode: str) -> None:
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _matching(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name.
-
-    Source: peft 0.21 `get_pattern_key`.
-    """
-    for pattern, value in patterns.items():
-        if _ending(pattern).match(name):
-            return value
-    return default
-
-
-@lru_cache(maxsize=4096)
-def _ending(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _compiled(pattern: str, key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"lora.{key}: '{pattern}' is no regular expression ({error}); mend it, or give a list "
-            "of module names"
-        ) from None
-
-
-def _require(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise UserError(f"lora.{key}: {value!r:.200} must be {rule}")
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    # An integer may be beyond every float.
-    return -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_alpha(value: object) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and 0 < value <= _MAX_ALPHA

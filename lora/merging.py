@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from files.errors import UserError
 from kernels.quantised import QuantisedWeight
-from lora.injection import lora_layers, trained_biases
+from lora.injection import adapter_config, lora_layers, trained_biases
 from lora.linear import LoraLinear
+from lora.saved_modules import whole_weights
+from lora.token_rows import merge_rows
 
 
 @torch.no_grad()
@@ -16,7 +18,7 @@ def merge(model: nn.Module) -> list[str]:
     """Fold every adapter into its layer's weight, in place, and put the plain layers back.
 
     The sum W + scale · B A is made in fp32 and rounded once, to the weight's dtype; so are trained
-    biases. One weight at a time is held in fp32.
+    biases, and an embedding or head trained whole. One weight at a time is held in fp32.
 
     Args:
         model: A model with adapters.
@@ -32,6 +34,8 @@ def merge(model: nn.Module) -> list[str]:
     layers = lora_layers(model)
     biases = trained_biases(model)
     _refuse_quantised(layers)
+    whole = whole_weights(model, adapter_config(model).modules_to_save)
+    dtype = next(iter(layers.values())).weight.dtype
     _refuse_tied(model, layers)
     for name, layer in layers.items():
         merged = merged_weight(layer)
@@ -46,6 +50,11 @@ def merge(model: nn.Module) -> list[str]:
         plain.weight, plain.bias = layer.weight, layer.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
+    for name, weight in whole.items():
+        weight.data = weight.data.to(dtype)
+        if not weight.isfinite().all():
+            raise UserError(f"{name}: the trained weight is not finite in {dtype}")
+    merge_rows(model)
     for name, bias in biases.items():
         weight = getattr(model.get_submodule(name.rpartition(".")[0]), "weight", None)
         if isinstance(weight, Tensor):
@@ -55,9 +64,16 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def merged_weight(layer: LoraLinear) -> Tensor:
-    """Return W + scale · B A, (N, K), summed in the factors' dtype and rounded to the weight's."""
+    """Return W + scale · B A, (N, K), summed in the factors' dtype and rounded to the weight's.
+
+    DoRA's rows have the lengths of its magnitudes.
+    """
     weight = layer.weight.to(layer.lora_A.dtype)
-    return torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale).to(layer.weight.dtype)
+    merged = torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)
+    if layer.lora_magnitude_vector is not None:
+        ratio = layer.lora_magnitude_vector / torch.linalg.vector_norm(merged, dim=1)
+        merged *= ratio.unsqueeze(1)
+    return merged.to(layer.weight.dtype)
 
 
 def _refuse_quantised(layers: dict[str, LoraLinear]) -> None:

@@ -354,7 +354,8 @@ class CausalLM(nn.Module, ABC):
 
     def embed(self, input_ids: Tensor, segments: Segments) -> Tensor:
         """Return the embeddings of the tokens, (M,) → (M, H)."""
-        return self.model.embed_tokens(input_ids)
+        # Embeddings that are trained beside adapters are fp32, whatever the stream is in.
+        return self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
 
     def hidden_states(
         self, input_ids: Tensor, segments: Segments, cache: KeyValueCache | None = None
@@ -383,15 +384,18 @@ class CausalLM(nn.Module, ABC):
 
     def head_weight(self) -> Tensor:
         """Return the head's weight, (V, H): the embeddings where they are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        if not self.config.tie_word_embeddings:
+            return self.lm_head.weight
+        embedding = self.model.embed_tokens
+        # One that has trained rows puts them in their places.
+        return embedding.weight if isinstance(embedding, nn.Embedding) else embedding.table()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return logits without dropout: (B, T) int64 rows of T tokens → (B, T, V)."""
         count, length = input_ids.shape
         segments = Segments.build([length] * count, device=input_ids.device)
         x = self.hidden_states(input_ids.flatten(), segments)
-        return F.linear(x, self.head_weight()).unflatten(0, (count, length))
+        return F.linear(x, self.head_weight().to(x.dtype)).unflatten(0, (count, length))
 
 
 @dataclass(frozen=True)

@@ -519,6 +519,44 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "kernels/operands.py",
+        "tests/kernels/test_linears.py",
+        (
+            "gradients of adapters on CUDA are rounded to half precision",
+            "return torch.mm(left, right, out_dtype=torch.float32)",
+            "return torch.mm(left, right)",
+            "test_a_gradient_on_cuda_is_the_product_s_fp32_sum",
+        ),
+    ),
+    *_of(
+        "kernels/dora.py",
+        "tests/kernels/test_dora.py",
+        (
+            "DoRA's base sees the dropped input",
+            "y = F.linear(x, w)",
+            "y = F.linear(kept, w)",
+            "test_output_and_gradients_are_the_formulas[0.4-False-False]",
+        ),
+        (
+            "DoRA's magnitudes see no dropout in the backward pass",
+            "turned = F.linear(kept, w)",
+            "turned = F.linear(x, w)",
+            "test_output_and_gradients_are_the_formulas[0.4-False-False]",
+        ),
+        (
+            "DoRA's magnitudes learn nothing from the low-rank part",
+            "turned + scale * (d_lifted * b).sum(1)",
+            "turned",
+            "test_output_and_gradients_are_the_formulas[0.0-False-False]",
+        ),
+        (
+            "DoRA's norms are those of the base",
+            "b_rows, a, alpha=scale",
+            "b_rows, a, alpha=0",
+            "test_norms_are_made_in_blocks",
+        ),
+    ),
+    *_of(
         "kernels/linears.py",
         "tests/kernels/test_linears.py",
         (
@@ -638,12 +676,6 @@ MUTATIONS = [
             "alpha=scale / (1 - p))",
             "alpha=1 / (1 - p))",
             "test_linears_share_an_input",
-        ),
-        (
-            "gradients of adapters on CUDA are rounded to half precision",
-            "return torch.mm(left, right, out_dtype=torch.float32)",
-            "return torch.mm(left, right)",
-            "test_a_gradient_on_cuda_is_the_product_s_fp32_sum",
         ),
         (
             "what could be made again is kept on every device",
@@ -1080,12 +1112,6 @@ MUTATIONS = [
         "lora/injection.py",
         "tests/lora/test_injection.py",
         (
-            "rslora's scale is that without it",
-            "alpha / math.sqrt(r) if self.use_rslora",
-            "alpha / r if self.use_rslora",
-            "test_scale",
-        ),
-        (
             "A is drawn twice as wide",
             "bound = 1.0 / math.sqrt(factor.shape[1])",
             "bound = 2.0 / math.sqrt(factor.shape[1])",
@@ -1147,6 +1173,74 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "lora/config.py",
+        "tests/lora/test_injection.py",
+        (
+            "rslora's scale is that without it",
+            "alpha / math.sqrt(r) if self.use_rslora",
+            "alpha / r if self.use_rslora",
+            "test_scale",
+        ),
+    ),
+    *_of(
+        "lora/tensors.py",
+        "tests/lora/test_adapter.py",
+        (
+            "a tensor that is missing keeps its starting value",
+            "    if missing := own.keys() - tensors.keys():\n",
+            "    if False and (missing := own.keys() - tensors.keys()):\n",
+            "test_every_tensor_that_does_not_fit_is_listed_at_once",
+        ),
+        (
+            "a PiSSA file holds what is trained, not the difference from the start",
+            "a, b = from_start(layer)",
+            "pass",
+            "tests/lora/test_pissa.py::test_a_trained_adapter_is_for_the_unchanged_base",
+        ),
+    ),
+    *_of(
+        "lora/saved_modules.py",
+        "tests/lora/test_saved_modules.py",
+        (
+            "a trained embedding stays in half precision",
+            "weight.data.to(torch.promote_types(weight.dtype, torch.float32))",
+            "weight.data",
+            "test_masters_are_fp32_and_the_stream_is_not",
+        ),
+        (
+            "a tied head has no name in the file",
+            "if isinstance(head, nn.Parameter) and HEAD not in found:",
+            "if False:",
+            "test_ours_loads_in_peft_and_here[tied]",
+        ),
+    ),
+    *_of(
+        "lora/token_rows.py",
+        "tests/lora/test_token_rows.py",
+        (
+            "every row learns",
+            "torch.where((place >= 0).unsqueeze(-1), trained.to(x.dtype), x)",
+            "x + trained.to(x.dtype) - x",
+            "test_ours_loads_in_peft_and_here[llama]",
+        ),
+    ),
+    *_of(
+        "lora/pissa.py",
+        "tests/lora/test_pissa.py",
+        (
+            "PiSSA leaves the weights whole",
+            "alpha=-layer.scale",
+            "alpha=0",
+            "test_the_start_is_peft_s",
+        ),
+        (
+            "a PiSSA file doubles its scale",
+            "lora_alpha=config.lora_alpha * factor,",
+            "lora_alpha=config.lora_alpha,",
+            "test_a_trained_adapter_is_for_the_unchanged_base",
+        ),
+    ),
+    *_of(
         "lora/linear.py",
         "tests/lora/test_injection.py",
         (
@@ -1163,8 +1257,8 @@ MUTATIONS = [
         ),
         (
             "the adapter's product is not scaled in a network that is not ours",
-            "self.lora_B) * self.scale)",
-            "self.lora_B))",
+            "self.lora_B) * self.scale",
+            "self.lora_B)",
             "test_forward_in_a_network_that_is_not_ours",
         ),
         (
@@ -1179,12 +1273,16 @@ MUTATIONS = [
         "tests/lora/test_merging.py",
         (
             "the merged sum is made in the weight's half precision",
-            "    weight = layer.weight.to(layer.lora_A.dtype)\n"
-            "    return torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)"
-            ".to(layer.weight.dtype)",
+            "    merged = torch.addmm(weight, layer.lora_B, layer.lora_A, alpha=layer.scale)",
             "    update = layer.scale * (layer.lora_B @ layer.lora_A)\n"
-            "    return layer.weight + update.to(layer.weight.dtype)",
+            "    merged = layer.weight + update.to(layer.weight.dtype)",
             "test_the_sum_is_made_in_fp32_and_rounded_once",
+        ),
+        (
+            "a merged DoRA weight keeps the lengths of the sum",
+            "merged *= ratio.unsqueeze(1)",
+            "pass",
+            "tests/lora/test_lora_dora.py::test_merged_it_is_peft_s_merged",
         ),
         (
             "the merged sum leaves out the scale",
@@ -1214,12 +1312,6 @@ MUTATIONS = [
     *_of(
         "lora/adapter.py",
         "tests/lora/test_adapter.py",
-        (
-            "a tensor that is missing keeps its starting value",
-            "    if missing := own.keys() - tensors.keys():\n",
-            "    if False and (missing := own.keys() - tensors.keys()):\n",
-            "test_every_tensor_that_does_not_fit_is_listed_at_once",
-        ),
         (
             "a loaded adapter is trained though nobody asked",
             "    if not trainable:\n",
@@ -1294,10 +1386,16 @@ MUTATIONS = [
             "test_set_dropout_leaves_adapters_their_own",
         ),
         (
-            "a tied model reads a head of its own",
-            "return self.model.embed_tokens.weight if tied else self.lm_head.weight",
-            "return self.model.embed_tokens.weight if not tied else self.model.norm.weight",
+            "an untied model reads its embedding as its head",
+            "if not self.config.tie_word_embeddings:",
+            "if False:",
             "tests/models/test_parity.py::test_variants",
+        ),
+        (
+            "a tied head does not see the rows that are trained",
+            "return embedding.weight if isinstance(embedding, nn.Embedding) else embedding.table()",
+            "return embedding.weight",
+            "tests/lora/test_token_rows.py::test_ours_loads_in_peft_and_here[qwen2]",
         ),
     ),
     *_of(
@@ -2070,9 +2168,15 @@ MUTATIONS = [
         ),
         (
             "what does not decay decays",
-            "yield Span(tuple(tensor[split:] for tensor in flat), 0.0)",
-            "yield Span(tuple(tensor[split:] for tensor in flat), self.weight_decay)",
+            "yield Span(some, self.weight_decay if decayed else 0.0, rate=rate)",
+            "yield Span(some, self.weight_decay, rate=rate)",
             "test_weight_decay_alone_shrinks_what_is_decayed_and_nothing_else",
+        ),
+        (
+            "LoRA+ has one rate for A and B",
+            "learning_rate=learning_rate * span.rate,",
+            "learning_rate=learning_rate,",
+            "test_loraplus_has_the_rates_of_peft[adamw-1]",
         ),
         (
             "long parameters all decay",
@@ -2650,7 +2754,7 @@ MUTATIONS = [
         ),
         (
             "the plan thinks that the first norm over frozen embeddings keeps its input",
-            'if full or policy != "none" or',
+            'if sizes.trains_embedding or policy != "none" or',
             'if full or policy == "none" or',
             "test_activations_are_what_autograd_saves",
         ),

@@ -85,13 +85,14 @@ def assemble(
         model = load_shared(config, source, precision, world)
     else:
         model = load_base(config, source, base_dtype(config), device)
-        make_trainable(model, config)
+        make_trainable(model, config, world, resume.checkpoint if resume is not None else None)
     optimizer = build_optimizer(
         config.optimizer.name,
         model,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
+        loraplus_lr_ratio=config.optimizer.loraplus_lr_ratio,
         operations=model.operations,
         sharing=sharing_of(model, world) if world.shards else None,
         rounding_seed=config.train.seed if config.train.masters == "bf16" else None,

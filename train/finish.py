@@ -25,6 +25,7 @@ from train.plan.text import head_rows
 from train.precision import COMPUTE_DTYPES
 from train.process.signals import Signals
 from train.report.page import write_report
+from train.report.readers import note_on_readers
 from train.saving.folder import export
 from train.saving.restore import whole_best
 from train.saving.saver import Saver, load_trained
@@ -127,6 +128,8 @@ def finish(run: Run, records: Records, saver: Saver, reason: str, signals: Signa
     if condition == "finished":
         _write_final(run, saver)
         faultpoint("run.final")
+        if note := note_on_readers(run.folder):
+            records.say(f"note: {note}")
         if run.data.test is not None:
             _evaluate(run, records, "test", run.data.test)
         complete_samples(run, "after")

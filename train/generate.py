@@ -81,7 +81,7 @@ def generate(
     while len(ids) < count:
         segments = Segments.build([len(fed)], device=device, offset=cache.length)
         hidden = model.hidden_states(torch.tensor(fed, device=device), segments, cache)
-        logits = F.linear(hidden[-1], model.head_weight()).cpu()
+        logits = F.linear(hidden[-1], model.head_weight().to(hidden.dtype)).cpu()
         token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if token in stop_ids:
             break

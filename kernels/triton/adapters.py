@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep_limit, mix, signed
-from kernels.linears import gradient_product
+from kernels.operands import gradient_product
 from kernels.triton.dropout import column_keys, kept
 from kernels.triton.inputs import input_tile, tile_arguments
 from kernels.triton.jit import kernel

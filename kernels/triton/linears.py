@@ -23,9 +23,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linears import Again, flattened, gradient_product, made_again, quantised_ones
+from kernels.linears import Again, flattened, made_again, quantised_ones
 from kernels.linears import linears as plain_linears
-from kernels.operands import Made, Operands, compute_dtype, dense, value_of
+from kernels.operands import Made, Operands, compute_dtype, dense, gradient_product, value_of
 from kernels.quantised import QuantisedWeight
 from kernels.segments import Segments
 from kernels.triton.adapters import (
@@ -54,6 +54,7 @@ def linears(
     ranks = [len(layer.lora_a) for layer in operands if layer.lora_a is not None]
     # On a CPU it is interpreted.
     scalar = compute_dtype(value_of(x)).itemsize > 2 and value_of(x).device.type != "cpu"
+    scalar |= any(layer.magnitude is not None for layer in operands)  # DoRA has no kernels
     if scalar or not 1 <= len(ranks) <= MOST_ADAPTERS or max(ranks) > LARGEST_RANK:
         return plain_linears(x, operands, segments)
     again = made_again(x, operands)

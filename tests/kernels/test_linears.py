@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linears as module
 from kernels.dropout import keep_mask, module_id
-from kernels.linears import gradient_product, linears
-from kernels.operands import Operands
+from kernels.linears import linears
+from kernels.operands import Operands, gradient_product
 from kernels.segments import Segments
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}

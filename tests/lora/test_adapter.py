@@ -53,6 +53,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"down_proj": 3},
         },
     ),
+    "dora": ("qwen2", {"target_modules": "all-linear", "use_dora": True, "bias": "lora_only"}),
+    "dora rslora": (
+        "starcoder2",
+        {"target_modules": ["c_fc", "q_proj"], "use_dora": True, "use_rslora": True},
+    ),
 }
 
 
@@ -273,13 +278,13 @@ def test_an_adapter_for_other_modules_is_refused(
     ("key", "value"),
     [
         ("peft_type", "IA3"),
-        ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", 0),
         ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
-        ("trainable_token_indices", [3]),
+        ("trainable_token_indices", 3),
+        ("trainable_token_indices", {"lm_head": [3]}),
         ("layer_replication", [[0, 2]]),
         ("target_parameters", ["experts.weight"]),
         ("a_key_of_tomorrow", {"on": True}),
@@ -381,7 +386,6 @@ def test_peft_on_the_head_or_the_embedding_gets_the_remedy_of_modules_to_save(
     [
         "base_model.model.lm_head.weight",
         "base_model.model.model.embed_tokens.weight",
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
         "v_head.summary.weight",
     ],
 )

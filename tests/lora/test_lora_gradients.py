@@ -23,12 +23,13 @@ Maker = Callable[..., Any]
 
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("use_rslora", "use_dora"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_those_of_peft(
     family: str,
     bias: Any,
     use_rslora: bool,
+    use_dora: bool,
     checkpointing: bool,
     make_theirs: Maker,
     make_ours: Maker,
@@ -36,11 +37,12 @@ def test_gradients_equal_those_of_peft(
 ) -> None:
     theirs = make_theirs(family).double()
     model = make_ours(theirs).double()
-    options: dict[str, Any] = {"r": 4, "lora_alpha": 6, "bias": bias, "use_rslora": use_rslora}
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 6, "bias": bias}
+    options |= {"use_rslora": use_rslora, "use_dora": use_dora}
     inject(model, LoraConfig(**options))
     peft = get_peft_model(theirs, PeftConfig(target_modules="all-linear", **options))
     trained = {
-        name.replace(".default", ""): parameter
+        name.replace(".default", "").replace("vector.weight", "vector"): parameter
         for name, parameter in peft.named_parameters()
         if parameter.requires_grad
     }

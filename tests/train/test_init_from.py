@@ -81,6 +81,10 @@ def test_documents_hold_what_is_trained(
         "target_modules": ["c_fc", "q_proj"],
         "use_rslora": True,
         "bias": "lora_only",
+        "init_lora_weights": "default",
+        "use_dora": False,
+        **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), "none"),
+        "trainable_token_indices": "none",
         "init_from": str(adapter),
     }
     written = json.loads((folder / "final" / "adapter_config.json").read_text())

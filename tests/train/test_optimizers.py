@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.nn import Parameter
 from transformers import (
@@ -124,6 +125,59 @@ def test_adamw_equals_torch(
             torch.testing.assert_close(
                 state[f"{name}.{kind}"], oracle.state[parameter][kind], rtol=1e-5, atol=1e-8
             )
+
+
+@pytest.mark.parametrize("lone", [1, 1 << 20])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_loraplus_has_the_rates_of_peft(
+    name: str, lone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against PEFT's own groups, decay and biases included, for as long as moments remember."""
+    monkeypatch.setattr(flat, "LONE_ELEMENTS", lone)
+    config = LlamaConfig(
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 16),
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_bias=True,
+    )
+    base = LlamaForCausalLM(config)
+    # As many rows as columns: A and B of one shape must not be taken for each other.
+    options = {"r": 16, "target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}
+    theirs = get_peft_model(base, PeftConfig(**options, modules_to_save=["embed_tokens"]))
+    rule = {
+        "adamw": (torch.optim.AdamW, {"loraplus_weight_decay": 0.1}),
+        "adafactor": (
+            StackAdafactor,
+            {
+                "loraplus_weight_decay": 0.1,
+                "scale_parameter": False,
+                "relative_step": False,
+            },
+        ),
+    }[name]
+    oracle = create_loraplus_optimizer(theirs, rule[0], lr=1e-2, loraplus_lr_ratio=16.0, **rule[1])
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    names = {
+        n: n.replace("lora_A.default.weight", "lora_A").replace("lora_B.default.weight", "lora_B")
+        for n in trained
+    }
+
+    class Ours(nn.Module):
+        def named_parameters(self, *_: Any, **__: Any) -> Any:
+            return iter(copies.items())
+
+    copies = {names[n]: Parameter(p.detach().clone()) for n, p in trained.items()}
+    optimizer = build_optimizer(name, Ours(), weight_decay=0.1, loraplus_lr_ratio=16.0)
+    rates = {g["lr"] for g in oracle.param_groups if g["params"]}
+    assert rates == {1e-2, 1e-2 * 16.0}
+    for step in range(1, 5):
+        set_gradients(trained, step)
+        optimizer.clear_gradients()
+        set_gradients(copies, step)
+        oracle.step()
+        optimizer.step(1e-2)
+    for n, parameter in trained.items():
+        torch.testing.assert_close(copies[names[n]], parameter, rtol=2e-6, atol=2e-6)
 
 
 def test_adamw_by_hand() -> None:

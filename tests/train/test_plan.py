@@ -13,12 +13,13 @@ import torch
 
 from files.errors import UserError
 from kernels.segments import Segments
-from lora import LoraConfig, inject
+from lora import inject
 from models import build
 from models.config import DecoderConfig, parse_config
 from models.recompute import POLICIES
 from train.config.load import load_config
 from train.config.schema import RunConfig
+from train.inputs.adapters import lora_config
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.plan.activations import activations_of
 from train.plan.decide import UNKNOWN, Machine
@@ -299,12 +300,24 @@ def test_ledger_of_full_fine_tuning_holds_masters_and_lowered_copies() -> None:
         ("lora", 0.05, "fp32", "eager"),
         ("full", 0.0, "bf16", "sdpa"),
         ("full", 0.0, "fp32", "eager"),
+        ("dora", 0.0, "fp32", "sdpa"),
+        ("dora", 0.05, "bf16", "sdpa"),
+        ("pissa", 0.05, "bf16", "sdpa"),
+        ("embedding", 0.05, "bf16", "sdpa"),
+        ("rows", 0.0, "fp32", "sdpa"),
     ],
 )
 @pytest.mark.parametrize("policy", POLICIES)
 def test_activations_are_what_autograd_saves(
     raw: dict, method: str, dropout: float, precision: str, attention: str, policy: str
 ) -> None:
+    beside = {
+        "dora": {"lora.use_dora": True},
+        "pissa": {"lora.init_lora_weights": "pissa"},
+        "embedding": {"lora.modules_to_save": ["embed_tokens"]},
+        "rows": {"lora.trainable_token_indices": [0, 5]},
+    }.get(method, {})
+    method = "lora" if beside else method
     config = load_config(
         overrides={
             "method": method,
@@ -312,6 +325,7 @@ def test_activations_are_what_autograd_saves(
             "max_length": 128,
             "per_device_train_batch_size": 4,
             "attention": attention,
+            **beside,
         }
     )
     architecture = decoder(raw)
@@ -320,7 +334,7 @@ def test_activations_are_what_autograd_saves(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     if method == "lora":
-        inject(model, LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout))
+        inject(model, lora_config(config.lora))
     model.gradient_checkpointing = policy
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}

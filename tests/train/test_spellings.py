@@ -30,6 +30,7 @@ def refusal(overrides: Any) -> str:
 
 # Names, values and their meaning are those of transformers 5.23 TrainingArguments, TRL SFTConfig
 # and ModelConfig, PEFT LoraConfig, and axolotl's, LLaMA-Factory's and Unsloth's documentation.
+BOTH = ("embed_tokens", "lm_head")
 TAKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("lr", "1e-4", {"optimizer.learning_rate": 1e-4}),
     ("num_epochs", "3", {"train.num_train_epochs": 3.0}),
@@ -46,6 +47,11 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("lora_r", "4", {"lora.r": 4}),
     ("lora_target_modules", "q_proj,v_proj", {"lora.target_modules": ("q_proj", "v_proj")}),
     ("lora_target", "all", {}),
+    ("lora_modules_to_save", "embed_tokens,lm_head", {"lora.modules_to_save": BOTH}),
+    ("additional_target", "embed_tokens,lm_head", {"lora.modules_to_save": BOTH}),
+    ("peft_use_dora", "true", {"lora.use_dora": True}),
+    ("peft_init_lora_weights", "pissa", {"lora.init_lora_weights": "pissa"}),
+    ("peft_init_lora_weights", "true", {}),
     ("lora_target_linear", "true", {}),
     ("load_in_4bit", "true", {"model.quantization": "nf4"}),
     ("load_in_4bit", "false", {}),
@@ -273,9 +279,7 @@ def test_overrides_say_what_they_are() -> None:
         ("trust_remote_code", "never run"),
         ("push_to_hub", "nothing is uploaded"),
         ("hub_model_id", "nothing is uploaded"),
-        ("modules_to_save", "train.method=full"),
-        ("use_dora", "plain LoRA"),
-        ("loraplus_lr_ratio", "optimizer.learning_rate"),
+        ("loraplus_lr_embedding", "optimizer.learning_rate"),
         ("label_smoothing_factor", "cross-entropy"),
         ("flash_attn", "model.attention"),
         ("use_liger_kernel", "train.kernels"),

@@ -105,7 +105,9 @@ def _line_of(text: str, section: str, key: str) -> int:
         header = "[" in line and re.match(r"\s*\[+\s*([\w.\"'-]+)\s*\]+", line)
         if header:
             table = header.group(1)
-            if not section and table.split(".")[0] == key:
+            if (table.split(".")[0] if not section else table) == (
+                f"{section}.{key}" if section else key
+            ):
                 return number
         prefix = "" if table == section else dotted
         if key in line and re.match(rf"\s*{prefix}[\"']?{name}[\"']?\s*[=.]", line):

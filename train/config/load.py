@@ -213,6 +213,13 @@ def _settle_cadences(values: dict[str, Any], given: Mapping[str, Entry]) -> None
         values[per_epoch if steps in given else steps] = None
 
 
+# What asks for something; the plain ones, such as lora.r, stand in every configuration.
+_OF_ADAPTERS = (
+    *("init_lora_weights", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "trainable_token_indices"),
+)
+
+
 def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the keys of settings that contradict each other, with the sentence and the way out."""
     data, evaluation = config.data, config.eval
@@ -249,6 +256,25 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             ("eval.early_stopping_patience", "eval.steps", "eval.per_epoch"),
             "eval.early_stopping_patience counts evaluations, and none is asked for before the "
             "end; set eval.steps or eval.per_epoch",
+        )
+    for name in _OF_ADAPTERS if config.train.method == "full" else ():
+        if getattr(config.lora, name) != KEYS[f"lora.{name}"].default:
+            yield (
+                (f"lora.{name}", "train.method"),
+                f"lora.{name} is of adapters, and train.method=full trains every weight as it is; "
+                f"use train.method=lora, or leave lora.{name} out",
+            )
+    if config.train.method == "full" and config.optimizer.loraplus_lr_ratio is not None:
+        yield (
+            ("optimizer.loraplus_lr_ratio", "train.method"),
+            "optimizer.loraplus_lr_ratio is of the B factors of adapters, and train.method=full "
+            "has none; use train.method=lora or optimizer.loraplus_lr_ratio=none",
+        )
+    if config.lora.init_from is not None and config.lora.init_lora_weights != "default":
+        yield (
+            ("lora.init_from", "lora.init_lora_weights"),
+            "lora.init_from goes on from an adapter, and lora.init_lora_weights="
+            f"{config.lora.init_lora_weights} begins a new one; give one of them",
         )
     if config.train.method == "full" and config.lora.init_from is not None:
         yield (

@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class Table(tuple[tuple[str, float], ...]):
+    """Names with a number each, in the order in which they were written: `dict(table)`."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What one key takes: a line of documentation, words, and bounds for numbers.
 
     `words` are the allowed strings (empty: any string), `aliases` other spellings of them.
-    `minimum` and `maximum` are inclusive, `above` and `below` exclusive. `recommended` is advice,
-    not a check. `on_resume` marks the keys that `--resume` lets change.
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; of a table they bound its
+    numbers, which `whole` wants to be integers. `recommended` is advice, not a check. `on_resume`
+    marks the keys that `--resume` lets change.
     """
 
     doc: str
@@ -29,6 +34,7 @@ class Rule:
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
+    whole: bool = False
     recommended: str = ""
     on_resume: bool = False
 
@@ -49,6 +55,7 @@ class Key:
     scalars: frozenset[type]
     item: type | None
     length: int | None
+    table: bool
     rule: Rule
 
     @property
@@ -72,6 +79,9 @@ class Key:
         if self.item is not None:
             what = "names" if self.item is str else f"numbers{self._bounds()}"
             parts.append(f"a list of {f'{self.length} ' if self.length else ''}{what}")
+        if self.table:
+            number = "an integer" if self.rule.whole else "a number"
+            parts.append(f"a table of names, each with {number}{self._bounds()}")
         if self.optional:
             parts.append("none")
         return ", or ".join(parts)
@@ -101,6 +111,7 @@ def section_keys(section: str, settings: type) -> list[Key]:
                 scalars=frozenset(m for m in members if m in (bool, int, float, str)),
                 item=items[0] if items else None,
                 length=len(items) if items and Ellipsis not in items else None,
+                table=Table in members,
                 rule=field.metadata["rule"],
             )
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from train.config.rules import Key, key, section_keys
+from train.config.rules import Key, Table, key, section_keys
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16"}
 
@@ -151,10 +151,41 @@ class LoraSettings:
     bias: str = key(
         "none", "biases trained beside the adapters", words=("none", "lora_only", "all")
     )
+    init_lora_weights: str = key(
+        "default",
+        "how adapters begin: A drawn and B zero, or pissa: as the principal directions of their "
+        "weights, which are trained in their place (saved with rank 2r, for the unchanged base)",
+        words=("default", "pissa"),
+        aliases={"true": "default"},
+    )
+    use_dora: bool = key(
+        False,
+        "DoRA: the lengths of the adapted weights' rows are trained beside their directions, at "
+        "one to three more products with each weight (in plain PyTorch on every device)",
+    )
+    rank_pattern: Table | None = key(
+        None,
+        "other ranks, by regular expression for the end of a module's name, such as "
+        "{q_proj = 16, 'layers.0.*' = 4}; the first that matches counts",
+        minimum=1,
+        maximum=2**16,
+        whole=True,
+    )
+    alpha_pattern: Table | None = key(
+        None, "other alphas, likewise, over the rank of the module", above=0, maximum=65504
+    )
+    modules_to_save: tuple[str, ...] | None = key(
+        None,
+        "embed_tokens, lm_head or both, trained whole beside the adapters, in fp32; a tied pair is "
+        "one tensor, whichever is named",
+    )
+    trainable_token_indices: tuple[int, ...] | None = key(
+        None, "ids of tokens whose rows of the embedding are trained, and no others", minimum=0
+    )
     init_from: str | None = key(
         None,
-        "a PEFT adapter folder to go on from, with its r, lora_alpha, target_modules, use_rslora "
-        "and bias (lora_dropout is the run's own); none: B = 0",
+        "a PEFT adapter folder to go on from, with its r, lora_alpha, target_modules, use_rslora, "
+        "bias and patterns (lora_dropout is the run's own); none: B = 0",
     )
 
 
@@ -237,6 +268,13 @@ class OptimizerSettings:
         },
     )
     learning_rate: float = key(2e-4, "the peak", above=0, recommended="5e-5 to 2e-4")
+    loraplus_lr_ratio: float | None = key(
+        None,
+        "LoRA+: the learning rate of B (and of trained biases) is so many times that of A; "
+        "none: one rate for both",
+        above=0,
+        recommended="8 to 16, with half the learning rate",
+    )
     weight_decay: float = key(0.0, "decoupled; none on biases and norms", minimum=0)
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's two decay rates", minimum=0, below=1)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)

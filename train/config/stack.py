@@ -44,6 +44,9 @@ RENAMED = each(
         "alpha": "lora.lora_alpha",
         "lora_bias": "lora.bias",
         "lora_r lora_rank rank": "lora.r",
+        "additional_target lora_modules_to_save": "lora.modules_to_save",
+        "peft_init_lora_weights": "lora.init_lora_weights",
+        "peft_use_dora": "lora.use_dora",
         "peft_use_rslora": "lora.use_rslora",
         # data
         "cutoff_len max_seq_len max_seq_length model_max_length sequence_len": "data.max_length",
@@ -123,24 +126,18 @@ UNSUPPORTED = each(
         "trust_remote_code_model": "a model's own code is never run",
         # adapters
         "galore": "optimizer.name is adamw, paged_adamw, adamw_8bit or adafactor",
-        "init_lora_weights": f"A is drawn and B is zero, as PEFT does by default; {LORA_ALONE}",
         "alora_invocation_tokens arrow_config corda_config eva_config kasa_config "
         "layer_replication lora_ga_config lora_on_cpu monteclora_config relora_steps "
-        "runtime_config use_bdlora use_dora velora_config": LORA_ALONE,
-        "ensure_weight_tying lora_modules_to_save modules_to_save": "whole modules are not "
-        "trained beside adapters; train.method=full trains all",
+        "runtime_config use_bdlora velora_config": LORA_ALONE,
+        "ensure_weight_tying": "an embedding and a head that are tied stay one tensor, always",
         "exclude_modules layers_pattern layers_to_transform": "say it as a regular expression in "
         "lora.target_modules",
         "fan_in_fan_out": "the families that are built keep every weight as (out, in)",
         "inference_mode": "an adapter that is trained is trainable",
         "target_parameters": "adapters stand on linear layers, lora.target_modules",
-        "lora_plus loraplus_lr_embedding loraplus_lr_ratio": "A and B have one learning rate, "
-        "optimizer.learning_rate",
-        "alpha_pattern": "all adapters have one alpha, lora.lora_alpha",
-        "rank_pattern": "all adapters have one rank, lora.r",
+        "loraplus_lr_embedding": "embeddings have no low-rank factors here; one that is trained "
+        "has the learning rate of A, optimizer.learning_rate",
         "peft_config": "give the adapter's keys one by one, as lora.r, lora.lora_alpha, …",
-        "trainable_token_indices": "embeddings are not trained beside adapters; train.method=full "
-        "trains all",
         "unfreeze_layers unfrozen_parameters": "train.method is lora or full; there is no choice "
         "of layers",
         # the objective
@@ -258,6 +255,10 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
     "schedule.name": (
         "polynomial|inverse_sqrt|reduce.*|.*restarts|cosine_warmup_with_min_lr",
         "schedules are cosine, linear, constant and wsd, each with a warm-up",
+    ),
+    "lora.init_lora_weights": (
+        r"(?!pissa$)\w+",
+        "adapters begin as A drawn and B zero (default), or as principal directions (pissa)",
     ),
     "model.gradient_checkpointing": ("unsloth", "say model.gradient_checkpointing=offload"),
 }

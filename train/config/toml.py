@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from train.config.rules import Table
 from train.config.schema import KEYS, SECTIONS, RunConfig, keys_in
 
 
@@ -17,6 +18,9 @@ def toml_value(value: object) -> str:
     if isinstance(value, str):
         # JSON's escapes are TOML's, except that TOML wants DEL escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Table):
+        # Quoted: a bare dot would begin a table in the table.
+        return f"{{{', '.join(f'{toml_value(name)} = {toml_value(x)}' for name, x in value)}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     return repr(value)
@@ -31,7 +35,7 @@ def shown(value: object) -> str:
     """Return a value for a message: as TOML, cut where it is long."""
     if isinstance(value, int) and is_too_long(value):
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not isinstance(value, Table):
         items = ["a list" if isinstance(item, list) else shown(item) for item in value[:10]]
         return f"[{', '.join(items)}{', …' if len(value) > 10 else ''}]"
     if isinstance(value, dict):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from files.errors import UserError, did_you_mean
 from train.config.layers import COMMAND_LINE, Entry
-from train.config.rules import Key
+from train.config.rules import Key, Table
 from train.config.schema import PATH_KEYS
 from train.config.stack import UNSUPPORTED_VALUES
 from train.config.toml import is_too_long, shown, toml_value
@@ -29,6 +30,10 @@ def checked(key: Key, entry: Entry) -> Any:
     elif isinstance(value, str):
         _refuse_escapes(key, entry)
         value = _from_text(key, value)
+    if isinstance(value, bool) and bool not in key.scalars:
+        value = key.rule.aliases.get(str(value).lower(), value)
+    if key.table and isinstance(value, Mapping):
+        value = Table(_numbers(value))
     fault = _fault(key, value)
     if fault:
         spelled = f"{entry.spelled}: " if entry.spelled else ""
@@ -39,6 +44,8 @@ def checked(key: Key, entry: Entry) -> Any:
             f"{entry.where}: {spelled}{key.path} = {shown(value)} {fault} "
             f"(it takes {key.allowed()})"
         )
+    if isinstance(value, Table):
+        return value
     if isinstance(value, list | tuple):
         return tuple(float(item) if key.item is float else item for item in value)
     if isinstance(value, float) and float not in key.scalars:
@@ -75,6 +82,10 @@ def _from_text(key: Key, text: str) -> Any:
         return text
     if bool in key.scalars and text in ("True", "False"):
         return text == "True"
+    if key.table:
+        return _table_from_text(text)
+    if key.item is int and re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
+        return [int(item) for item in text.split(",")]
     is_path = key.path in PATH_KEYS
     only_text = key.scalars == {str} and (key.item is None or (is_path and text[:1] != "["))
     if only_text and text[:1] not in ("'", '"'):
@@ -95,6 +106,26 @@ def _from_text(key: Key, text: str) -> Any:
     return value
 
 
+def _table_from_text(text: str) -> Any:
+    """Read `{q_proj = 4}`, JSON's `{"q_proj": 4}`, or `q_proj=4,v_proj=8`; else the text itself."""
+    braced = text if text.strip().startswith("{") else f"{{{text}}}"
+    for read in (json.loads, lambda text: tomllib.loads(f"value = {text}")["value"]):
+        try:
+            return read(braced)
+        except (ValueError, RecursionError):
+            continue
+    return text
+
+
+def _numbers(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the names of a table, which TOML nests at the dots of bare ones, and their numbers."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
 def _fault(key: Key, value: object) -> str:
     """Return what is wrong with a value for a key, or an empty string."""
     if value is None:
@@ -113,6 +144,8 @@ def _fault(key: Key, value: object) -> str:
         if key.rule.words and value not in key.rule.words:
             return f"is not a value of it{did_you_mean(value, key.rule.words)}"
         return "" if str in key.scalars else "is of the wrong type"
+    if isinstance(value, Table):
+        return _table_fault(key, value)
     if isinstance(value, list | tuple) and key.item is not None:
         return _list_fault(key, value)
     return "is of the wrong type"
@@ -132,10 +165,23 @@ def _list_fault(key: Key, items: list | tuple) -> str:
                 return "holds rows, which train.run.run(config, rows=...) takes from Python"
             if not isinstance(item, str) or not item:
                 return f"holds {shown(item)}"
-        elif isinstance(item, bool) or not isinstance(item, int | float):
+        elif isinstance(item, bool) or not isinstance(
+            item, int if key.item is int else int | float
+        ):
             return f"holds {shown(item)}"
         elif is_too_long(item) or _out_of_range(key, item):
             return f"holds {shown(item)}, which is out of range"
+    return ""
+
+
+def _table_fault(key: Key, table: Table) -> str:
+    for name, number in table:
+        if isinstance(number, bool) or not isinstance(
+            number, int if key.rule.whole else int | float
+        ):
+            return f"gives {name} {shown(number)}"
+        if is_too_long(number) or _out_of_range(key, number):
+            return f"gives {name} {shown(number)}, which is out of range"
     return ""
 
 

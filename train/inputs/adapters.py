@@ -8,11 +8,13 @@ what is trained. `lora_dropout` is no property of the weights: the run's own is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files.errors import UserError
+from files.errors import UserError, did_you_mean
 from train.config.load import load_config
+from train.config.rules import Table
 from train.config.schema import LoraSettings, RunConfig
 from train.config.toml import typed
 from train.inputs.known import Unknown
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
     from lora import LoraConfig
     from models.config import DecoderConfig
 
-_OF_THE_WEIGHTS = ("r", "lora_alpha", "target_modules", "use_rslora", "bias")
+_OF_THE_WEIGHTS = (
+    *("r", "lora_alpha", "target_modules", "use_rslora", "bias"),
+    *("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"),
+    "trainable_token_indices",
+)
+_ALWAYS_TOLD = 5  # of these
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
@@ -32,12 +39,31 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     """
     from lora import LoraConfig, saved_config
 
-    values = dataclasses.asdict(settings)
+    values = {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings)}
     folder = values.pop("init_from")
     if folder is None:
-        return LoraConfig(**values)
+        given: dict[str, Any] = {
+            name: dict(value) if isinstance(value, Table) else value
+            for name, value in values.items()
+            if value is not None
+        }
+        return LoraConfig(**given)
     saved = saved_config(Path(folder).expanduser())
     return dataclasses.replace(saved, lora_dropout=settings.lora_dropout)
+
+
+def refuse_unmatched(config: LoraConfig, names: Sequence[str]) -> None:
+    """Refuse a pattern that matches none of the adapted modules: PEFT passes over it in silence.
+
+    Raises:
+        UserError: There is one; the nearest name is given.
+    """
+    for key, pattern in config.unmatched_patterns(names):
+        last = sorted({name.rpartition(".")[2] for name in names})
+        raise UserError(
+            f"lora.{key}: '{pattern}' matches the end of no adapted module's name"
+            f"{did_you_mean(pattern, last)}"
+        )
 
 
 def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | Unknown) -> RunConfig:
@@ -57,7 +83,7 @@ def with_starting_adapter(config: RunConfig, decoder: DecoderConfig | Unknown) -
         return config
     model = None if isinstance(decoder, Unknown) else build(decoder, device="meta")
     saved = saved_config(Path(settings.init_from).expanduser(), model)
-    values: dict[str, Any] = {key: getattr(saved, key) for key in _OF_THE_WEIGHTS}
+    values = {key: _as_setting(getattr(saved, key)) for key in _OF_THE_WEIGHTS}
     written = _written(config)
     if model is None or _mean_the_same(model, saved, settings, "target_modules" in written):
         values["target_modules"] = settings.target_modules
@@ -78,11 +104,21 @@ def starting_adapter_note(config: RunConfig) -> list[str]:
     settings = config.lora
     if settings.init_from is None or config.train.method != "lora":
         return []
-    values = ", ".join(f"{key}={typed(getattr(settings, key))}" for key in _OF_THE_WEIGHTS)
+    has = {key: getattr(settings, key) for key in _OF_THE_WEIGHTS}
+    always = _OF_THE_WEIGHTS[:_ALWAYS_TOLD]
+    told = {key: value for key, value in has.items() if value or key in always}
+    values = ", ".join(f"{key}={typed(value)}" for key, value in told.items())
     return [
         f"lora.init_from={settings.init_from}: goes on from its adapter, with that one's {values}; "
         f"lora_dropout={settings.lora_dropout:g} is this run's own"
     ]
+
+
+def _as_setting(value: Any) -> Any:
+    """Return a field of `LoraConfig` as the key of the configuration has it."""
+    if isinstance(value, Mapping):
+        value = Table(value.items())
+    return None if value == () else value
 
 
 def _mean_the_same(model: Any, saved: LoraConfig, settings: LoraSettings, written: bool) -> bool:

@@ -13,6 +13,8 @@ from files.hub import ModelSource, resolve_model
 from files.tensors import TensorFile
 from kernels.dispatch import operations
 from lora import adapter_factors, draw_adapters, fill_adapter, inject, load_adapter
+from lora.adapter import WEIGHTS_FILE
+from lora.tensors import PREFIX
 from models import build, load_model
 from models.config import DecoderConfig, read_config
 from models.layers import CausalLM, set_dropout
@@ -23,7 +25,7 @@ from train.inputs.adapters import lora_config
 from train.inputs.known import Unknown
 from train.inputs.sharding import place, share_weights
 from train.precision import COMPUTE_DTYPES, Precision
-from train.process.world import World
+from train.process.world import ALONE, World
 
 
 def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
@@ -132,12 +134,28 @@ def _configure(model: CausalLM, config: RunConfig) -> None:
             layer.compile(dynamic=True)
 
 
-def make_trainable(model: CausalLM, config: RunConfig) -> None:
-    """Inject adapters, new or from `lora.init_from`, and freeze the rest; or train every weight."""
+def make_trainable(
+    model: CausalLM, config: RunConfig, world: World = ALONE, checkpoint: Path | None = None
+) -> None:
+    """Inject adapters, new or from `lora.init_from`, and freeze the rest; or train every weight.
+
+    Where a start is made of the weights (`lora.init_lora_weights`), all ranks have that of rank 0,
+    or that of the `checkpoint` that the run goes on from.
+    """
     settings = config.lora
     if config.train.method == "full":
         model.requires_grad_(True)
     elif settings.init_from is not None:
         load_adapter(model, settings.init_from, trainable=True, lora_dropout=settings.lora_dropout)
     else:
-        inject(model, lora_config(settings), seed=config.train.seed)
+        start = None
+        if checkpoint is not None and settings.init_lora_weights == "pissa":
+            with TensorFile(checkpoint / WEIGHTS_FILE) as file:
+                start = {name.removeprefix(PREFIX): file.read(name) for name in file.names}
+        inject(
+            model,
+            lora_config(settings),
+            seed=config.train.seed,
+            start=start,
+            agree=lambda factor: world.sum_(factor if world.first else factor.zero_()),
+        )

@@ -16,6 +16,7 @@ checkpoint of it is a safetensors file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -58,6 +59,18 @@ def embeddings(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter in tables}
 
 
+def boosted_parameters(parameters: Mapping[str, Parameter]) -> list[str]:
+    """Return the names of what LoRA+ trains at its own learning rate.
+
+    They are the B factors and, as PEFT has it, all vectors: trained biases, DoRA's magnitudes. A
+    trained embedding or head keeps the learning rate of A; PEFT's rate of its own is that of
+    low-rank factors of an embedding, which there are none of here.
+
+    Source: Hayou et al. 2024 (LoRA+); peft 0.21 `create_loraplus_optimizer`.
+    """
+    return [name for name, p in parameters.items() if name.endswith("lora_B") or p.ndim == 1]
+
+
 def build_optimizer(
     name: str,
     model: nn.Module,
@@ -65,6 +78,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    loraplus_lr_ratio: float | None = None,
     operations: Operations | None = None,
     sharing: Sharing | None = None,
     rounding_seed: int | None = None,
@@ -73,8 +87,9 @@ def build_optimizer(
     """Return the optimizer of a model's trainable parameters.
 
     `paged_adamw` is `adamw`, whose `moments` the plan may have put into host memory, which changes
-    no number. Adafactor takes neither betas nor eps. The updates are those of `operations` where it
-    has them; with `sharing`, on this rank's rows of every parameter. With `rounding_seed` the
+    no number. Adafactor takes neither betas nor eps. `loraplus_lr_ratio` multiplies the learning
+    rate of what `boosted_parameters` names. The updates are those of `operations` where it has
+    them; with `sharing`, on this rank's rows of every parameter. With `rounding_seed` the
     parameters are masters in bf16, rounded by draws that follow from it.
 
     Raises:
@@ -100,6 +115,8 @@ def build_optimizer(
         "decayed": decayed_parameters(model),
         "sharing": sharing,
     }
+    if loraplus_lr_ratio is not None:
+        common["rates"] = dict.fromkeys(boosted_parameters(trainable), loraplus_lr_ratio)
     adam = {"betas": betas, "eps": eps}
     if name == "adamw_8bit":
         if sharing is not None:

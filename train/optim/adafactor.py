@@ -132,6 +132,7 @@ class Stack:
     # (n, ...) `exp_avg_sq_row` and `exp_avg_sq_col` of matrices, `exp_avg_sq` of vectors.
     state: dict[str, Tensor]
     decayed: bool  # whether weight decay applies
+    rate: float = 1.0  # what the learning rate is multiplied by
 
 
 class Adafactor(Optimizer):
@@ -144,19 +145,21 @@ class Adafactor(Optimizer):
         weight_decay: float = 0.0,
         decayed: Collection[str] | None = None,
         sharing: Sharing | None = None,
+        rates: Mapping[str, float] | None = None,
         kernel: Callable[..., Update] | None = None,
     ) -> None:
         """Allocate the second moments, as zeros beside the parameters; arguments as `AdamW`.
 
         `kernel` is a backend's `adafactor_`, in the place of `adafactor_update` for fp32 matrices.
         """
-        super().__init__(named_parameters, weight_decay, decayed, sharing)
+        super().__init__(named_parameters, weight_decay, decayed, sharing, rates)
         self._kernel = kernel if self.weights.dtype == torch.float32 else None
         self._stacks = [*self._stacks_of_the_buffer()]
         for name, parameter in self.lone.items():
             weight = parameter.detach().unsqueeze(0)
             state = _second_moments(weight, self.state_dtype)
-            self._stacks.append(Stack((name,), weight, None, state, name in self.decayed))
+            rate = self.rates.get(name, 1.0)
+            self._stacks.append(Stack((name,), weight, None, state, name in self.decayed, rate))
 
     def _stacks_of_the_buffer(self) -> Iterator[Stack]:
         """Yield the groups of equal shape, cut where they are longer than a block."""
@@ -171,7 +174,7 @@ class Adafactor(Optimizer):
             ):
                 names = group.names[first : first + count]
                 state = _second_moments(weight, self.state_dtype)
-                yield Stack(names, weight, gradient, state, group.decayed)
+                yield Stack(names, weight, gradient, state, group.decayed, group.rate)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
@@ -198,7 +201,7 @@ class Adafactor(Optimizer):
             gradient,
             *stack.state.values(),
             beta2=beta2,
-            learning_rate=learning_rate,
+            learning_rate=learning_rate * stack.rate,
             weight_decay=self.weight_decay if stack.decayed else 0.0,
             gradient_factor=gradient_factor,
             epsilon=EPSILON,

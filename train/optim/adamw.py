@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class AdamW(Optimizer):
         # Names that weight decay applies to; None takes those for which `decays` holds.
         decayed: Collection[str] | None = None,
         sharing: Sharing | None = None,  # as of `Buffer`
+        rates: Mapping[str, float] | None = None,  # as of `Buffer`
         # A backend's `adamw_`, in the place of `adamw_update` for fp32 parameters.
         kernel: Callable[..., None] | None = None,
         moments: Moments | None = None,  # where the moments lie; None: beside the parameters
@@ -72,7 +74,7 @@ class AdamW(Optimizer):
         Raises:
             ValueError: As `Buffer`.
         """
-        super().__init__(named_parameters, weight_decay, decayed, sharing)
+        super().__init__(named_parameters, weight_decay, decayed, sharing, rates)
         self._kernel = kernel if self.weights.dtype == torch.float32 else None
         self.betas = betas
         self.eps = eps
@@ -98,7 +100,7 @@ class AdamW(Optimizer):
                 begin,
                 tensors,
                 step=self.steps,
-                learning_rate=learning_rate,
+                learning_rate=learning_rate * span.rate,
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=span.weight_decay,
@@ -110,11 +112,17 @@ class AdamW(Optimizer):
         (self._kernel or adamw_update)(*tensors, **given)
 
     def _spans(self) -> Iterator[Span]:
-        """Yield the buffer, what decays and what does not, and the long parameters."""
+        """Yield the buffer, what is updated alike in one piece, and the long parameters."""
         flat = self.weights, self.gradients, self._first, self._second
-        split = max((group.end for group in self.groups if group.decayed), default=0)
-        yield Span(tuple(tensor[:split] for tensor in flat), self.weight_decay)
-        yield Span(tuple(tensor[split:] for tensor in flat), 0.0)
+        kinds = [
+            ([*groups], kind)
+            for kind, groups in groupby(self.groups, lambda g: (g.decayed, g.rate))
+        ]
+        for number, (groups, (decayed, rate)) in enumerate(kinds, start=1):
+            # The last one takes the zeros behind it along.
+            end = groups[-1].end if number < len(kinds) else len(self.weights)
+            some = tuple(tensor[groups[0].first : end] for tensor in flat)
+            yield Span(some, self.weight_decay if decayed else 0.0, rate=rate)
         for name in self.lone:
             yield self._span(name, *self._lone_moments[name])
 
@@ -124,7 +132,8 @@ class AdamW(Optimizer):
         gradient = parameter.grad
         assert gradient is not None
         flat = parameter.view(-1), gradient.reshape(-1), first.view(-1), second.view(-1)
-        return Span(flat, self.weight_decay if name in self.decayed else 0.0, name, row)
+        decay, rate = self.weight_decay if name in self.decayed else 0.0, self.rates.get(name, 1.0)
+        return Span(flat, decay, name, row, rate)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state, live: `<name>.exp_avg` and `<name>.exp_avg_sq`; `steps`."""

@@ -105,6 +105,7 @@ class Group:
     names: tuple[str, ...]  # the parameters' names, n of them
     shape: torch.Size  # the shape of each
     decayed: bool  # whether they are among those that lie first
+    rate: float  # what the learning rate is multiplied by for them
     first: int  # where the first begins
     stride: int  # from the beginning of one to that of the next
 
@@ -125,6 +126,7 @@ class Buffer:
     Attributes:
         parameters: What is trained, by name; of shared ones, this process's rows.
         decayed: Names of the parameters that weight decay applies to.
+        rates: Name → what the learning rate is multiplied by for a parameter, where it is not 1.
         groups: The small parameters in the order of the buffer: those that decay first.
         weights: The buffer, (n,).
         gradients: Their gradients, in the same places, (n,). From the first step on these are the
@@ -142,6 +144,7 @@ class Buffer:
         named_parameters: Mapping[str, Parameter],
         decayed: Collection[str],
         sharing: Sharing | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         """Move the small parameters into the buffer, in place: the objects stay the same.
 
@@ -154,6 +157,7 @@ class Buffer:
         self.parameters = dict(named_parameters)
         _check_masters(self.parameters, self.master_dtypes)
         self.decayed = frozenset(name for name in self.parameters if name in decayed)
+        self.rates = dict(rates or {})
         self.sharing = sharing
         self.sources = {} if sharing is None else sharing.sources
         self.lone = {
@@ -162,7 +166,7 @@ class Buffer:
             if sharing is not None or parameter.numel() > LONE_ELEMENTS
         }
         small = {n: p for n, p in self.parameters.items() if n not in self.lone}
-        self.groups = _groups(small, self.decayed)
+        self.groups = _groups(small, self.decayed, self.rates)
         elements = self.groups[-1].end if self.groups else 0
         like = next(iter(self.parameters.values())).detach()
         self.state_dtype = torch.promote_types(like.dtype, torch.float32)
@@ -282,11 +286,12 @@ class Optimizer(Buffer, ABC):
         weight_decay: float,
         decayed: Collection[str] | None,
         sharing: Sharing | None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         """Begin at step 0; where `decayed` is None, what `decays` holds for decays."""
         if decayed is None:
             decayed = [name for name in named_parameters if decays(name)]
-        super().__init__(named_parameters, decayed, sharing)
+        super().__init__(named_parameters, decayed, sharing, rates)
         self.weight_decay = weight_decay
         self.steps = 0
 
@@ -363,14 +368,17 @@ def _check_masters(parameters: Mapping[str, Parameter], dtypes: Collection[torch
         raise ValueError(f"trained parameters are of one type on one device, not {kinds}")
 
 
-def _groups(small: Mapping[str, Parameter], decayed: Collection[str]) -> list[Group]:
-    """Lay the small parameters out: what decays first, equal shapes side by side."""
-    members: dict[tuple[bool, torch.Size], list[str]] = {}
+def _groups(
+    small: Mapping[str, Parameter], decayed: Collection[str], rates: Mapping[str, float]
+) -> list[Group]:
+    """Lay the small parameters out: what decays first, then by rate, equal shapes side by side."""
+    members: dict[tuple[bool, float, torch.Size], list[str]] = {}
     for name, parameter in small.items():
-        members.setdefault((name in decayed, parameter.shape), []).append(name)
+        kind = (name not in decayed, rates.get(name, 1.0), parameter.shape)
+        members.setdefault(kind, []).append(name)
     groups: list[Group] = []
-    for (decaying, shape), names in sorted(members.items(), key=lambda member: not member[0][0]):
+    for (spared, rate, shape), names in sorted(members.items(), key=lambda member: member[0][:2]):
         stride = math.ceil(shape.numel() / _ALIGNMENT) * _ALIGNMENT
         first = groups[-1].end if groups else 0
-        groups.append(Group(tuple(names), shape, decaying, first, stride))
+        groups.append(Group(tuple(names), shape, not spared, rate, first, stride))
     return groups

@@ -61,6 +61,7 @@ class _Stack:
     # `exp_avg` and `exp_avg_sq`: (n, E), or in 8 bits (n, B, 256) and `…_largest` (n, B).
     state: dict[str, Tensor]
     decayed: bool  # whether weight decay applies
+    rate: float  # what the learning rate is multiplied by
 
     def pieces(self, gradient: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield weight, gradient (n, E) and state in pieces of whole blocks, as views."""
@@ -92,9 +93,10 @@ class AdamW8bit(Optimizer):
         weight_decay: float = 0.0,
         decayed: Collection[str] | None = None,
         embeddings: Collection[str] = (),  # names of parameters whose moments stay fp32
+        rates: Mapping[str, float] | None = None,  # as of `Buffer`
     ) -> None:
         """Allocate the moments, as zeros beside the parameters; other arguments as of `AdamW`."""
-        super().__init__(named_parameters, weight_decay, decayed, None)
+        super().__init__(named_parameters, weight_decay, decayed, None, rates)
         self.betas = betas
         self.eps = eps
         self._stacks: list[_Stack] = []
@@ -109,11 +111,13 @@ class AdamW8bit(Optimizer):
                 weight, gradient = (tensor[begin : begin + len(names)] for tensor in stacked)
                 begin += len(names)
                 state = _moments(weight, is_embedding)
-                self._stacks.append(_Stack(names, weight, gradient, state, group.decayed))
+                kind = group.decayed, group.rate
+                self._stacks.append(_Stack(names, weight, gradient, state, *kind))
         for name, parameter in self.lone.items():
             weight = parameter.detach().view(1, -1)
             state = _moments(weight, name in embeddings)
-            self._stacks.append(_Stack((name,), weight, None, state, name in self.decayed))
+            kind = name in self.decayed, self.rates.get(name, 1.0)
+            self._stacks.append(_Stack((name,), weight, None, state, *kind))
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
@@ -131,7 +135,7 @@ class AdamW8bit(Optimizer):
                 update(
                     *tensors,
                     step=self.steps,
-                    learning_rate=learning_rate,
+                    learning_rate=learning_rate * stack.rate,
                     betas=self.betas,
                     eps=self.eps,
                     weight_decay=self.weight_decay if stack.decayed else 0.0,

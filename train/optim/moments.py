@@ -20,6 +20,7 @@ class Span:
     weight_decay: float
     name: str = ""  # of a parameter
     row: int = 1  # a piece is cut at a multiple of so many elements
+    rate: float = 1.0  # what the learning rate is multiplied by
 
     def starts(self, elements: int) -> range:
         """Return where pieces begin that hold `elements`, or a row, each."""

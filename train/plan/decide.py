@@ -195,6 +195,15 @@ def _refuse_with_quantization(config: RunConfig) -> None:
             f"{asked} with train.compile=true: that has never been tried together; use "
             f"train.compile=false or {none}"
         )
+    lora = config.lora
+    dense = "lora.use_dora=true" if lora.use_dora else ""
+    if lora.init_lora_weights != "default":
+        dense = f"lora.init_lora_weights={lora.init_lora_weights}"
+    if dense:
+        raise UserError(
+            f"{asked} with {dense}: that reads and changes weights which are numbers, not packed "
+            f"ones; use plain adapters, or {none}"
+        )
 
 
 def decide_device(name: str) -> str:
@@ -405,9 +414,19 @@ def decide_sharding(
         needed: Bytes of a step on a rank that has the whole model; None where that is not known.
         machine: A rank's.
         world_size: How many ranks there are.
+
+    Raises:
+        UserError: Ranks are to share weights that the adapters want whole.
     """
     if world_size == 1:
         return None
+    if whole := wants_whole_weights(config):
+        if config.train.sharding == "shard":
+            raise UserError(
+                f"train.sharding=shard with {whole}: it reads weights whole that ranks have rows "
+                "of; use train.sharding=replicate, or plain adapters"
+            )
+        return "replicate"
     if config.train.sharding != "auto":
         return config.train.sharding
     if config.model.quantization is not None:
@@ -416,6 +435,19 @@ def decide_sharding(
     # Blocks of 256 moments would be cut where the ranks' rows are.
     full = config.train.method == "full" and config.optimizer.name != "adamw_8bit"
     return "shard" if full or (too_large and config.train.method == "lora") else "replicate"
+
+
+def wants_whole_weights(config: RunConfig) -> str:
+    """Return the setting of the adapters that no shared base can serve; empty where none is."""
+    lora = config.lora
+    found = {
+        "lora.use_dora=true": lora.use_dora,
+        "lora.modules_to_save=…": lora.modules_to_save,
+        "lora.trainable_token_indices=…": lora.trainable_token_indices,
+        f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights != "default",
+    }
+    asked = [setting for setting, given in found.items() if given]
+    return asked[0] if asked and config.train.method == "lora" else ""
 
 
 def available_memory(device: str) -> int | None:

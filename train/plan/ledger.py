@@ -98,8 +98,10 @@ def memory_ledger(
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass. Quantised ones have their packed bytes, and
-      the largest of them is a tensor for a moment (`ModelSizes.quantised`).
-    - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters.
+      the largest of them is a tensor for a moment (`ModelSizes.quantised`). An embedding or head
+      that is trained beside adapters is 4 bytes a number, and the head has such a copy.
+    - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters; of PiSSA the start of
+      the adapters too, which lies on the host.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
       what is small; Adafactor 4 × (rows + columns) of a matrix. With paging two buffers, of a
       bucket's moments each, are on the device, and the 8 bytes a parameter are the host's.
@@ -111,7 +113,7 @@ def memory_ledger(
       (with adapters in the place of the first one); and c for each parameter of an adapter,
       lowered.
     - loss: a chunk's logits in fp32 and their gradient in c, the gradient of the hidden states,
-      and where the head is trained its gradient in fp32.
+      and where the head or the embedding is trained a gradient of that size in fp32.
     - overhead: gradients that a layer's backward pass holds at a time, two of M × hidden and three
       of its widest tensors, one of which is in passing (two where a kernel makes it: on CUDA and
       where no device is known). There also context and workspace, and 5 % of activations and loss
@@ -153,7 +155,12 @@ def memory_ledger(
     weights = (own.base - quantised) * stored + packed
     if copied:
         weights += (sizes.matmul - quantised) * compute
+    weights += (4 - stored) * sizes.whole
+    if sizes.whole and sizes.trains_head and not copied and compute != 4:
+        weights += compute * decoder.vocab_size * decoder.hidden_size
     adapters = 4 * (sizes.total - sizes.base)
+    if device == "cpu" and _keeps_a_start(config):
+        adapters *= 2
     state = buffer_bytes(own.trainable) if paging else optimizer_bytes(config, own)
     token = activations_of(config, decoder, sizes, (compute, stored), policy, device, longest)
     layers = decoder.num_hidden_layers
@@ -163,9 +170,17 @@ def memory_ledger(
     saved = layers * token.kept + token.again + token.passing
     # The final norm is one more; over frozen embeddings the first one keeps nothing, unless the
     # linear layers behind it do, in the place of what it gives.
-    if full or policy != "none" or makes_inputs_again(config, device):
+    if sizes.trains_embedding or policy != "none" or makes_inputs_again(config, device):
         saved += saved_by_norm(decoder, stored)
-    head_gradient = 4 * decoder.vocab_size * decoder.hidden_size if full else 0
+    if sizes.trains_embedding and not full and decoder.embedding_dropout:
+        saved += decoder.hidden_size  # its mask; beside fp32 masters of everything it is little
+    vocabulary = decoder.vocab_size * decoder.hidden_size
+    all_rows = full or sizes.whole
+    head_gradient = (
+        4 * vocabulary if sizes.trains_head or (sizes.trains_embedding and all_rows) else 0
+    )
+    if sizes.trains_head and not all_rows:
+        head_gradient += stored * vocabulary  # a copy with the trained rows in their places
     # A plan without a device may be one for a GPU.
     chunk_rows = chunk_rows_of(decoder.vocab_size, dtype, device or "cuda")
     logits = min(chunk_rows, tokens) * decoder.vocab_size * (4 + compute)
@@ -243,6 +258,11 @@ def micro_batch_tokens(
     return tokens, longest
 
 
+def _keeps_a_start(config: RunConfig) -> bool:
+    """Return whether adapters, and their files, hold what they began as (`lora.pissa`)."""
+    return config.train.method == "lora" and config.lora.init_lora_weights == "pissa"
+
+
 def disk_bytes(
     config: RunConfig,
     plan: RunPlan | None,
@@ -264,7 +284,9 @@ def disk_bytes(
         # The newest and the best are never deleted, whatever the limit.
         kept = min(kept, max(config.checkpoint.total_limit, 2 if plan.eval_steps else 1))
     width = _SAVED_WIDTHS.get(decoder.torch_dtype or "", 4)
-    result = sizes.base * width if full else 4 * sizes.trainable
+    start = 4 * (sizes.total - sizes.base) if _keeps_a_start(config) else 0
+    checkpoint += start
+    result = sizes.base * width if full else 4 * sizes.trainable + start
     both = result * (2 if plan.eval_steps else 1)
     unlimited = config.checkpoint.total_limit is None
     return {
@@ -281,10 +303,18 @@ SHARE_OF_PEAK = 0.4
 
 
 def flops_per_token(config: RunConfig, sizes: ModelSizes, policy: str | None) -> int:
-    """Return 4 (LoRA) or 6 (full) operations a weight, 2 more recomputing, and the adapters' 6."""
+    """Return 4 (LoRA) or 6 (full) operations a weight, 2 more recomputing, and the adapters' 6.
+
+    DoRA makes one more product with a weight, with dropout three (`kernels.dora`), and the first
+    of these again where it recomputes.
+    """
     per_weight = 6 if config.train.method == "full" else 4
     again = {"mlp": sizes.mlp_matmul, "layers": sizes.matmul, "offload": sizes.matmul}
     twice = 2 * again.get(policy or "none", 0)
+    if config.train.method == "lora" and config.lora.use_dora:
+        dropped = bool(config.lora.lora_dropout)
+        per_weight += 6 if dropped else 2
+        twice *= 2 if dropped else 1
     return per_weight * sizes.matmul + twice + 6 * (sizes.total - sizes.base)
 
 

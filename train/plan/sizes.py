@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from train.config.schema import LoraSettings
-from train.inputs.adapters import lora_config
+from train.inputs.adapters import lora_config, refuse_unmatched
 
 if TYPE_CHECKING:
     from models.config import DecoderConfig
@@ -39,6 +39,9 @@ class ModelSizes:
         outside_layers: Base parameters outside them: embedding, norm, head.
         base_shapes: Shapes of all base parameters.
         linear_shapes: Shapes of the weights of all linear layers but the head: what is quantised.
+        whole: Base parameters of the embedding and the head that are trained beside adapters.
+        trains_embedding: Whether the embedding is trained, or rows of it.
+        trains_head: Whether the head is, or rows of it.
     """
 
     base: int
@@ -57,6 +60,9 @@ class ModelSizes:
     outside_layers: int
     base_shapes: tuple[tuple[int, ...], ...]
     linear_shapes: tuple[tuple[int, ...], ...]
+    whole: int
+    trains_embedding: bool
+    trains_head: bool
 
     def share(self, ranks: int) -> ModelSizes:
         """Return what a rank has where `ranks` share the base: rows, rounded up; whole adapters."""
@@ -111,19 +117,25 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         lora: The adapters, where the method is `lora`.
 
     Raises:
-        UserError: `lora.target_modules` matches nothing.
+        UserError: `lora.target_modules`, or a pattern of ranks or alphas, matches nothing.
     """
     from torch import nn
 
     from lora import count_parameters, inject, lora_layers
     from lora.linear import LoraLinear
+    from lora.saved_modules import whole_weights
     from models import build
 
     model = build(decoder, device="meta")
     base_shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    whole: dict[str, nn.Parameter] = {}
     if method == "lora":
-        inject(model, lora_config(lora))
+        asked = lora_config(lora)
+        whole = whole_weights(model, asked.modules_to_save)
+        names = inject(model, asked)
+        if lora.init_from is None:
+            refuse_unmatched(asked, names)
     named = lora_layers(model)
     adapters = list(named.values())
     in_mlps = [layer for name, layer in named.items() if ".mlp." in name]
@@ -161,6 +173,9 @@ def model_sizes(decoder: DecoderConfig, method: str, lora: LoraSettings) -> Mode
         outside_layers=count.base - sum(layers),
         base_shapes=base_shapes,
         linear_shapes=tuple(tuple(weight.shape) for weight in (*linears, *adapted)),
+        whole=sum({id(x): x.numel() for x in whole.values()}.values()),
+        trains_embedding=any(p.requires_grad for p in model.model.embed_tokens.parameters()),
+        trains_head=head.requires_grad,
     )
 
 

@@ -10,6 +10,7 @@ from files.errors import counted
 from train.log.console import redrawn_text
 from train.log.metrics import METRICS_FILE, Row
 from train.process.command import command
+from train.report.readers import note_on_readers
 from train.report.record import Record
 from train.state import DEVIATIONS, WINDOW
 from train.text import format_loss, numbered
@@ -28,6 +29,7 @@ def notes(record: Record) -> list[str]:
     """Return what a careful reader of the numbers would say, each with the numbers it rests on."""
     candidates = [
         *_notes_on_the_end(record),
+        note_on_readers(record.folder),
         *_notes_on_evaluation(record),
         *_notes_on_steps(record),
     ]

@@ -11,6 +11,8 @@ from files.errors import UserError
 from files.hub import hashed_weights
 from models.weights import weights_files
 from train.config.load import resume_keys
+from train.config.rules import Table
+from train.config.schema import KEYS
 from train.config.toml import flat
 from train.saving.folder import device_name, package_versions
 from train.state import Run
@@ -23,10 +25,7 @@ def identity_document(run: Run) -> dict[str, Any]:
     """
     weights = [] if run.config.model.random_init else weights_files(run.source.folder)
     return {
-        "config": {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in flat(run.config).items()
-        },
+        "config": {key: _as_json(value) for key, value in flat(run.config).items()},
         "data": run.data.fingerprints,
         "model": {
             "commit": run.source.commit,
@@ -41,6 +40,12 @@ def identity_document(run: Run) -> dict[str, Any]:
     }
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Table):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Compare what a checkpoint was trained from with what the resumed run would train from.
 
@@ -53,7 +58,8 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """
     may_change = {*resume_keys(), "train.output_dir", "train.run_name", "model.path"}
     for key, value in now["config"].items():
-        was = saved["config"].get(key)
+        # A key that came later was not there, and what it does by default was done.
+        was = saved["config"].get(key, _as_json(KEYS[key].default))
         if key not in may_change and was != value:
             raise UserError(
                 f"--resume: {key} was {was} and is {value} in config.toml; a resumed run keeps its "
