@@ -3204,6 +3204,34 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/inputs/agreement.py",
+        "tests/reliability/test_agreement.py",
+        (
+            "ranks with other rows train together",
+            '        facts[f"what data.{name} holds"] = holds\n',
+            "",
+            "test_a_rank_that_would_do_another_run_is_refused[other-rows]",
+        ),
+        (
+            "ranks with other settings train together",
+            "        if own != first:",
+            '        if own != first and "." not in name:',
+            "test_a_rank_that_would_do_another_run_is_refused[learning-rate]",
+        ),
+        (
+            "the base models of ranks are taken for alike by their size",
+            "            parts.append(file.read(_SAMPLE_BYTES))\n",
+            "",
+            "test_a_rank_that_would_do_another_run_is_refused[base]",
+        ),
+        (
+            "a node may not have its copies elsewhere",
+            '"model.path", "train.output_dir",',
+            '"train.output_dir",',
+            "test_the_same_files_in_other_places_are_one_run",
+        ),
+    ),
+    *_of(
         "train/process/world.py",
         "tests/train/test_world.py",
         (

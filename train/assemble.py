@@ -15,6 +15,7 @@ from kernels.cpu.process import prepare_process
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
 from train.healing import do_less, is_single, kept_policy
+from train.inputs.agreement import agree_on_weights
 from train.inputs.base_model import base_dtype, find_model, load_base, load_shared, make_trainable
 from train.inputs.dataset import Data
 from train.inputs.sharding import sharing_of
@@ -79,6 +80,7 @@ def assemble(
             data or the base model.
     """
     source = world.first_on_node("weights", lambda: find_model(config, weights=True))
+    agree_on_weights(config, source, world)
     memory = MemoryUse(device)
     precision = Precision(config.train.precision, device)
     if world.shards:

@@ -90,6 +90,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.finish import before_training, finish, opening_panel
     from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
+    from train.inputs.agreement import agree_on_run
     from train.inputs.base_model import find_model
     from train.inputs.dataset import load_data
     from train.kernel_check import vouch
@@ -124,6 +125,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         raise
     plan = plan_run(config, len(data.train), world.size, num_valid=data.num_valid)
 
+    agree_on_run(config, data, decoder, world)
     folder = resume.folder if resume else world.shared_folder(lambda: new_run_folder(config))
     with RunLock(folder) if world.first else contextlib.nullcontext(), Signals() as signals:
         with beginning(folder, new=new and world.first):
