@@ -3204,6 +3204,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/run.py",
+        "tests/train/test_device.py",
+        (
+            "every rank takes room on the first card",
+            "    take_card(decide_device(config.train.device), world)\n",
+            "",
+            "test_a_rank_takes_its_own_card_before_it_asks_for_memory",
+        ),
+    ),
+    *_of(
         "train/inputs/agreement.py",
         "tests/reliability/test_agreement.py",
         (
@@ -3239,6 +3249,12 @@ MUTATIONS = [
             "        if size <= 1:\n",
             "        if size <= 1024:\n",
             "test_torchrun_describes_the_ranks",
+        ),
+        (
+            "what srun starts without torchrun trains once in each process",
+            'environment.get(name, "1") not in',
+            'environment.get(name, "1") in',
+            "test_processes_that_another_launcher_started_are_no_runs",
         ),
         (
             "ranks hear what was said at a start before theirs",

@@ -36,7 +36,7 @@ from train.saving.saver import BackgroundWriter, Saver
 from train.state import EarlyStopping, Run, TrainState
 
 
-def set_up(config: RunConfig, machine: Machine, world: World = ALONE) -> torch.device:
+def set_up(config: RunConfig, machine: Machine) -> torch.device:
     """Set this process up for a run whose configuration is decided, and return its device."""
     assert machine.device is not None
     if machine.device == "cpu":
@@ -50,8 +50,6 @@ def set_up(config: RunConfig, machine: Machine, world: World = ALONE) -> torch.d
         # Every tensor that is about to be written would be filled with NaN before: for tests.
         filling = torch.utils.deterministic
         filling.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    if machine.device == "cuda" and world.size > 1:
-        torch.cuda.set_device(world.local_rank)
     return torch.device(machine.device)
 
 
