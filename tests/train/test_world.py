@@ -1,5 +1,7 @@
 """What the environment says of a run's processes. How they work together: test_ranks.py."""
 
+import socket
+
 import pytest
 
 from files.errors import UserError
@@ -57,6 +59,20 @@ def test_processes_that_another_launcher_started_are_no_runs(name: str) -> None:
     # A batch script's own process is one, whatever was asked for.
     assert World.from_environment({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == ALONE
     assert World.from_environment({**TORCHRUN, name: "2"}).size == 4
+
+
+def test_a_port_that_another_run_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("LATHE_RANK_TIMEOUT_SECONDS", "5")
+        with (
+            pytest.raises(UserError, match="another process has that port: set another MASTER_PO"),
+            World(0, 2).joined(),
+        ):
+            raise AssertionError("nobody was there to meet")
 
 
 def test_alone_everything_is_what_it_is() -> None:

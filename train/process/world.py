@@ -152,9 +152,12 @@ class World:
                 timeout=timeout,
             )
         except RuntimeError as error:
+            remedy = f"see that all {self.size} were started and can reach it"
+            if "EADDRINUSE" in str(error):
+                remedy = "another process has that port: set another MASTER_PORT"
             raise UserError(
                 f"rank {self.rank} of {self.size}: the ranks did not meet at {address}:{port} "
-                f"({_first_line(error)}); see that all {self.size} were started and can reach it"
+                f"({_first_line(error)}); {remedy}"
             ) from None
         world = replace(self, _store=store, _meeting=meeting)
         try:
