@@ -679,8 +679,9 @@ MUTATIONS = [
         ),
         (
             "what could be made again is kept on every device",
-            "again = None if keeps_inputs(value.device) and not remake else",
-            "again = None if True else",
+            "    again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)\n"
+            "    return list(",
+            "    again = None\n    return list(",
             "tests/models/test_layers.py::test_making_the_inputs_of_linears_again_changes_no_bit",
         ),
         (
@@ -3308,6 +3309,44 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/run.py",
+        "tests/train/test_device.py",
+        (
+            "every rank takes room on the first card",
+            "    take_card(decide_device(config.train.device), world)\n",
+            "",
+            "test_a_rank_takes_its_own_card_before_it_asks_for_memory",
+        ),
+    ),
+    *_of(
+        "train/inputs/agreement.py",
+        "tests/reliability/test_agreement.py",
+        (
+            "ranks with other rows train together",
+            '        facts[f"what data.{name} holds"] = holds\n',
+            "",
+            "test_a_rank_that_would_do_another_run_is_refused[other-rows]",
+        ),
+        (
+            "ranks with other settings train together",
+            "        if own != first:",
+            '        if own != first and "." not in name:',
+            "test_a_rank_that_would_do_another_run_is_refused[learning-rate]",
+        ),
+        (
+            "the base models of ranks are taken for alike by their size",
+            "            parts.append(file.read(_SAMPLE_BYTES))\n",
+            "",
+            "test_a_rank_that_would_do_another_run_is_refused[base]",
+        ),
+        (
+            "a node may not have its copies elsewhere",
+            '"model.path", "train.output_dir",',
+            '"train.output_dir",',
+            "test_the_same_files_in_other_places_are_one_run",
+        ),
+    ),
+    *_of(
         "train/process/world.py",
         "tests/train/test_world.py",
         (
@@ -3315,6 +3354,12 @@ MUTATIONS = [
             "        if size <= 1:\n",
             "        if size <= 1024:\n",
             "test_torchrun_describes_the_ranks",
+        ),
+        (
+            "what srun starts without torchrun trains once in each process",
+            'environment.get(name, "1") not in',
+            'environment.get(name, "1") in',
+            "test_processes_that_another_launcher_started_are_no_runs",
         ),
         (
             "ranks hear what was said at a start before theirs",

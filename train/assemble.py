@@ -15,6 +15,7 @@ from kernels.cpu.process import prepare_process
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
 from train.healing import do_less, is_single, kept_policy
+from train.inputs.agreement import agree_on_weights
 from train.inputs.base_model import base_dtype, find_model, load_base, load_shared, make_trainable
 from train.inputs.dataset import Data
 from train.inputs.sharding import sharing_of
@@ -35,7 +36,7 @@ from train.saving.saver import BackgroundWriter, Saver
 from train.state import EarlyStopping, Run, TrainState
 
 
-def set_up(config: RunConfig, machine: Machine, world: World = ALONE) -> torch.device:
+def set_up(config: RunConfig, machine: Machine) -> torch.device:
     """Set this process up for a run whose configuration is decided, and return its device."""
     assert machine.device is not None
     if machine.device == "cpu":
@@ -49,8 +50,6 @@ def set_up(config: RunConfig, machine: Machine, world: World = ALONE) -> torch.d
         # Every tensor that is about to be written would be filled with NaN before: for tests.
         filling = torch.utils.deterministic
         filling.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    if machine.device == "cuda" and world.size > 1:
-        torch.cuda.set_device(world.local_rank)
     return torch.device(machine.device)
 
 
@@ -79,6 +78,7 @@ def assemble(
             data or the base model.
     """
     source = world.first_on_node("weights", lambda: find_model(config, weights=True))
+    agree_on_weights(config, source, world)
     memory = MemoryUse(device)
     precision = Precision(config.train.precision, device)
     if world.shards:

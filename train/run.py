@@ -90,24 +90,26 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.finish import before_training, finish, opening_panel
     from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
+    from train.inputs.agreement import agree_on_run
     from train.inputs.base_model import find_model, with_stored_quantization
     from train.inputs.dataset import load_data
     from train.kernel_check import vouch
     from train.loop import train
-    from train.plan.decide import decide, this_machine
+    from train.plan.decide import decide, decide_device, this_machine
     from train.plan.document import complete
     from train.plan.steps import plan_run
-    from train.process.memory import prepare_allocator
+    from train.process.memory import prepare_allocator, take_card
     from train.process.signals import Signals
     from train.saving.folder import beginning, new_run_folder, write_documents
     from train.survey import print_plan, refuse_early, refuse_model
 
     new = resume is None
     prepare_allocator()
+    take_card(decide_device(config.train.device), world)
     machine = this_machine(config, world)
     refuse_early(config, machine, new=new and world.first)
     asked, config = config, with_whole_paths(decide(config, machine))
-    device = set_up(config, machine, world)
+    device = set_up(config, machine)
     checked = vouch(config, device, resume.folder if resume else None)
 
     try:
@@ -124,6 +126,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         raise
     plan = plan_run(config, len(data.train), world.size, num_valid=data.num_valid)
 
+    agree_on_run(config, data, decoder, world)
     folder = resume.folder if resume else world.shared_folder(lambda: new_run_folder(config))
     with RunLock(folder) if world.first else contextlib.nullcontext(), Signals() as signals:
         with beginning(folder, new=new and world.first):

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from files.errors import UserError
 from train import assemble
 from train.config.load import load_config
 from train.plan.decide import Machine
 from train.process import memory
+from train.process.world import World
+from train.run import execute
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +65,26 @@ def test_the_allocator_is_prepared_before_anything_asks_for_the_device(
     with pytest.raises(InterruptedError):
         execute(load_config())
     assert order == ["allocator", "device"]
+
+
+def test_a_rank_takes_its_own_card_before_it_asks_for_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What comes first makes a context, half a gigabyte, on the card that is current then."""
+    asked: list[object] = []
+
+    def mem_get_info() -> tuple[int, int]:
+        asked.append("memory")
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    config = load_config(overrides={"model.path": "any", "train.device": "cuda"})
+    with pytest.raises(InterruptedError):
+        execute(config, world=World(3, 4, local_rank=1, local_size=2))
+    assert asked == [1, "memory"]
+    with pytest.raises(UserError, match=r"rank 2 of 4 is number 2 on its node .* sees 2 cards"):
+        execute(config, world=World(2, 4, local_rank=2, local_size=4))
+    assert asked == [1, "memory"]

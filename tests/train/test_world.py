@@ -1,5 +1,7 @@
 """What the environment says of a run's processes. How they work together: test_ranks.py."""
 
+import socket
+
 import pytest
 
 from files.errors import UserError
@@ -37,6 +39,7 @@ def test_torchrun_describes_the_ranks() -> None:
         ({"RANK": "two"}, "RANK=two: is no whole number"),
         ({"RANK": None}, "RANK=None: is no whole number"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE=: is no whole number"),
+        ({"RANK": "4"}, "RANK=4 of WORLD_SIZE=4: ranks are 0 to 3"),
     ],
 )
 def test_half_a_description_is_refused(changes: dict[str, str | None], message: str) -> None:
@@ -45,6 +48,31 @@ def test_half_a_description_is_refused(changes: dict[str, str | None], message: 
     }
     with pytest.raises(UserError, match=message):
         World.from_environment(described)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_another_launcher_started_are_no_runs(name: str) -> None:
+    """`srun --ntasks 2 python -m train.run …` would train twice, on the same card."""
+    with pytest.raises(UserError, match=f"{name}=2 without WORLD_SIZE: .* start one torchrun"):
+        World.from_environment({name: "2"})
+    assert World.from_environment({name: "1"}) == ALONE
+    # A batch script's own process is one, whatever was asked for.
+    assert World.from_environment({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == ALONE
+    assert World.from_environment({**TORCHRUN, name: "2"}).size == 4
+
+
+def test_a_port_that_another_run_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("LATHE_RANK_TIMEOUT_SECONDS", "5")
+        with (
+            pytest.raises(UserError, match="another process has that port: set another MASTER_PO"),
+            World(0, 2).joined(),
+        ):
+            raise AssertionError("nobody was there to meet")
 
 
 def test_alone_everything_is_what_it_is() -> None:

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from files.errors import UserError
+from files.errors import UserError, counted
+from train.process.world import World
 
 Result = TypeVar("Result")
 
@@ -34,6 +35,27 @@ def prepare_allocator() -> None:
     """
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def take_card(device: str, world: World) -> None:
+    """Make the card of this rank's number on its node the one that it computes on.
+
+    Call it before anything asks for memory: that would take some of the first card in every rank.
+
+    Raises:
+        UserError: The node has more ranks than cards.
+    """
+    if device != "cuda" or world.size == 1:
+        return
+    cards = torch.cuda.device_count()
+    if world.local_rank >= cards:
+        raise UserError(
+            f"rank {world.rank} of {world.size} is number {world.local_rank} on its node "
+            f"(LOCAL_RANK), where torch sees {counted(cards, 'card')}, numbered from 0: start at "
+            f"most {cards} there (torchrun --nproc-per-node {cards}), or look at "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(world.local_rank)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -40,6 +40,8 @@ _PATIENCE_SECONDS = 24 * 3600.0
 _ROLL_CALL_SECONDS = 3.0
 # Of what gloo, NCCL and torch say of a broken connection.
 _OF_CONNECTIONS = ("Connection", "connection", "gloo", "NCCL", "Timed out", "timeout")
+# How many processes srun, Open MPI and other MPIs have started, which know nothing of ranks.
+_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _FAILED, _FOLDER = "failed", "folder"
 _STORES: dict[tuple[str, int], Store] = {}
 
@@ -75,9 +77,17 @@ class World:
         """Return the world that the environment describes, one process without a description.
 
         Raises:
-            UserError: A variable is missing or is no whole number.
+            UserError: A variable is missing or is not what it must be, or something other than
+                torchrun has started several processes.
         """
         if "WORLD_SIZE" not in environment:
+            for name in _OTHER_LAUNCHERS:
+                if environment.get(name, "1") not in ("", "0", "1"):
+                    raise UserError(
+                        f"{name}={environment[name]} without WORLD_SIZE: each of these processes "
+                        "would do the whole run; start one torchrun on each node, which starts the "
+                        f"ranks, or unset {name} where each is meant to do a run of its own"
+                    )
             return cls()
         size = _number(environment, "WORLD_SIZE", None)
         if size <= 1:
@@ -88,6 +98,8 @@ class World:
                 f"WORLD_SIZE={size} without {' and '.join(missing)}: start the ranks with torchrun"
             )
         rank = _number(environment, "RANK", None)
+        if not 0 <= rank < size:
+            raise UserError(f"RANK={rank} of WORLD_SIZE={size}: ranks are 0 to {size - 1}")
         return cls(
             rank=rank,
             size=size,
@@ -140,9 +152,12 @@ class World:
                 timeout=timeout,
             )
         except RuntimeError as error:
+            remedy = f"see that all {self.size} were started and can reach it"
+            if "EADDRINUSE" in str(error):
+                remedy = "another process has that port: set another MASTER_PORT"
             raise UserError(
                 f"rank {self.rank} of {self.size}: the ranks did not meet at {address}:{port} "
-                f"({_first_line(error)}); see that all {self.size} were started and can reach it"
+                f"({_first_line(error)}); {remedy}"
             ) from None
         world = replace(self, _store=store, _meeting=meeting)
         try:
