@@ -62,8 +62,8 @@ def linears(
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
     value, remake = value_of(x), isinstance(x, Made) and x.remake
+    again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)
     if any(layer.magnitude is not None for layer in operands):
-        again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)
         return [
             dora_linear(one, layer, segments, again)
             if layer.magnitude is not None
@@ -76,7 +76,6 @@ def linears(
             return linears_of_remade(x, operands)
         lowered = _lowered(value, len(operands))
         return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
-    again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)
     return list(_Linears.apply(value, again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 

@@ -146,10 +146,16 @@ def test_a_run_goes_on_from_any_of_them(
 
 
 QUICK = (("adamw", "none"), ("adafactor", "all"))
+POLICY = {
+    "adamw": "layers",
+    "paged_adamw": "offload",
+    "adafactor": "norms",
+    "adamw_8bit": "mlp",
+}
 WAYS = [
     pytest.param(*way, marks=() if way in QUICK else pytest.mark.slow, id="-".join(way))
     for way in itertools.product(
-        ("adamw", "paged_adamw", "adafactor"), ("none", "lora_only", "all")
+        ("adamw", "paged_adamw", "adafactor", "adamw_8bit"), ("none", "lora_only", "all")
     )
 ]
 
@@ -171,7 +177,7 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(
     }
     whole = runs.train(values)
     values["train.output_dir"] = str(tmp_path / "stopped")
-    values["model.gradient_checkpointing"] = True
+    values["model.gradient_checkpointing"] = POLICY[optimizer]
     stopped = runs.train(values, runs.signalled(1, signal.SIGTERM))
     assert stopped.reason == "sigterm"
     runs.resume(stopped.folder)
