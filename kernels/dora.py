@@ -54,6 +54,7 @@ def dora_linear(
     """
     rows = None if segments is None else segments.dropout_rows
     settings = layer.scale, layer.dropout if rows is not None else 0.0, layer.module
+    assert isinstance(layer.weight, Tensor)
     tensors = layer.weight, layer.bias, layer.lora_a, layer.lora_b, layer.magnitude
     return _Dora.apply(x, again, rows, settings, *tensors)  # pyright: ignore[reportReturnType]
 

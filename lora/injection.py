@@ -83,13 +83,7 @@ def inject(
             "anew"
         )
     names = target_names(model, config)
-    dense = config.use_dora or config.init_lora_weights != "default"
-    packed = next((m.kind for m in model.modules() if isinstance(m, QuantisedWeight)), None)
-    if dense and packed:
-        raise UserError(
-            f"lora.use_dora and lora.init_lora_weights need weights that are numbers, and this "
-            f"base is in {packed}; use plain adapters, or load it without quantization"
-        )
+    _refuse_quantised(model, config, names)
     whole = whole_weights(model, config.modules_to_save)
     train_rows(model, config.trainable_token_indices, list(whole))
     if freeze:
@@ -210,6 +204,18 @@ def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in lora_layers(model).items()
         if layer.bias is not None
     }
+
+
+def _refuse_quantised(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> None:
+    """Refuse what is made of the weights' own numbers where they are quantised."""
+    if not config.use_dora and config.init_lora_weights == "default":
+        return
+    for name in names:
+        if isinstance(model.get_submodule(name).weight, QuantisedWeight):
+            raise UserError(
+                f"{name}: its weight is quantised, and lora.use_dora and lora.init_lora_weights "
+                "are made of weights that are not; load the base without, or use plain adapters"
+            )
 
 
 def _refuse_head_and_embedding(model: nn.Module, targets: str | Sequence[str], remedy: str) -> None:

@@ -190,19 +190,19 @@ def _refuse_with_quantization(config: RunConfig) -> None:
             f"{asked} with train.sharding=shard: every rank has the quantised weights whole; use "
             f"train.sharding=auto or replicate, or {none}"
         )
+    for setting, given in (
+        ("lora.use_dora=true", config.lora.use_dora),
+        ("lora.init_lora_weights=pissa", config.lora.init_lora_weights == "pissa"),
+    ):
+        if given:
+            raise UserError(
+                f"{asked} with {setting}: it is made of weights that are not quantised; use {none} "
+                "or plain adapters"
+            )
     if config.train.compile:
         raise UserError(
             f"{asked} with train.compile=true: that has never been tried together; use "
             f"train.compile=false or {none}"
-        )
-    lora = config.lora
-    dense = "lora.use_dora=true" if lora.use_dora else ""
-    if lora.init_lora_weights != "default":
-        dense = f"lora.init_lora_weights={lora.init_lora_weights}"
-    if dense:
-        raise UserError(
-            f"{asked} with {dense}: that reads and changes weights which are numbers, not packed "
-            f"ones; use plain adapters, or {none}"
         )
 
 

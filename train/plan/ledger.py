@@ -98,8 +98,9 @@ def memory_ledger(
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass. Quantised ones have their packed bytes, and
-      the largest of them is a tensor for a moment (`ModelSizes.quantised`). An embedding or head
-      that is trained beside adapters is 4 bytes a number, and the head has such a copy.
+      the largest of them is a tensor for a moment (`ModelSizes.quantised`).
+      An embedding or head that is trained beside adapters is 4 bytes a number, and the head has
+      a lowered copy.
     - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters; of PiSSA the start of
       the adapters too, which lies on the host.
     - optimizer: AdamW 8 bytes a trained parameter, in 8 bits about 2.03 but for embeddings and
