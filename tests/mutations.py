@@ -2520,6 +2520,18 @@ MUTATIONS = [
             "            self._fetch(layer, device)",
             "test_no_policy_changes_a_bit",
         ),
+        (
+            "an input is read before it has come back",
+            "            torch.cuda.current_stream(device).wait_event(there)\n",
+            "            pass\n",
+            "test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them",
+        ),
+        (
+            "an input leaves before it is made",
+            "        self._stream.wait_stream(torch.cuda.current_stream(on_device.device))\n",
+            "",
+            "test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them",
+        ),
     ),
     *_of(
         "kernels/remade.py",

@@ -259,5 +259,4 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
         "polynomial|inverse_sqrt|reduce.*|.*restarts|cosine_warmup_with_min_lr",
         "schedules are cosine, linear, constant and wsd, each with a warm-up",
     ),
-    "model.gradient_checkpointing": ("unsloth", "say model.gradient_checkpointing=offload"),
 }
