@@ -100,8 +100,8 @@ def host_buffer(x: Tensor) -> Tensor:
     if x.device.type == "cuda" and (error := pin(buffer)):
         raise UserError(
             f"model.gradient_checkpointing=offload: {buffer.nbytes / 2**20:,.0f} MiB of host "
-            f"memory for a layer's input cannot be pinned (CUDA error {error}); free memory, raise the "
-            "container's limit, or use model.gradient_checkpointing=layers"
+            f"memory for a layer's input cannot be pinned (CUDA error {error}); free memory, raise "
+            "the container's limit, or use model.gradient_checkpointing=layers"
         )
     return buffer
 
