@@ -12,7 +12,8 @@
 
 From one to the next less is kept and more is computed. Draws have no state, so that what is
 computed again draws the same masks, and every policy gives the same loss and gradients, bit for
-bit.
+bit. Triton's kernels are run again under `layers` and `offload`; the inputs that `norms` and `mlp`
+make again are made by torch's formulas there, which may round a last bit otherwise.
 
 What is computed again is one autograd function around a layer or an MLP (`recomputed`): its forward
 pass keeps nothing but how to get its input, its backward pass computes it with its graph and asks

@@ -2512,7 +2512,7 @@ MUTATIONS = [
             "the layer above is brought back while one is computed again",
             "            self._fetch(layer - 1, device)",
             "            self._fetch(layer, device)",
-            "test_no_policy_changes_a_bit",
+            "test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them",
         ),
         (
             "an input is read before it has come back",
