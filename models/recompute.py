@@ -12,7 +12,8 @@
 
 From one to the next less is kept and more is computed. Draws have no state, so that what is
 computed again draws the same masks, and every policy gives the same loss and gradients, bit for
-bit.
+bit. Triton's kernels are run again under `layers` and `offload`; the inputs that `norms` and `mlp`
+make again are made by torch's formulas there, which may round a last bit otherwise.
 
 What is computed again is one autograd function around a layer or an MLP (`recomputed`): its forward
 pass keeps nothing but how to get its input, its backward pass computes it with its graph and asks
@@ -28,7 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from files.errors import UserError
 from kernels.operands import Made, same_autocast
+from kernels.pinned import pin
 
 POLICIES = ("none", "norms", "mlp", "layers", "offload")  # from the one that keeps the most
 
@@ -89,8 +92,19 @@ def itself(x: Tensor) -> Tensor:
 
 
 def host_buffer(x: Tensor) -> Tensor:
-    """Return room on the host for a tensor like `x`, pinned where CUDA is to copy by itself."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+    """Return room on the host for the elements of a tensor, pinned where CUDA is to copy by itself.
+
+    Raises:
+        UserError: The system does not let go of so much memory.
+    """
+    buffer = torch.empty(x.numel(), dtype=x.dtype)
+    if x.device.type == "cuda" and (error := pin(buffer)):
+        raise UserError(
+            f"model.gradient_checkpointing=offload: {buffer.nbytes / 2**20:,.0f} MiB of host "
+            f"memory for a layer's input cannot be pinned (CUDA error {error}); free memory, raise "
+            "the container's limit, or use model.gradient_checkpointing=layers"
+        )
+    return buffer
 
 
 class HostRing:
@@ -105,11 +119,16 @@ class HostRing:
     copies are in order among themselves, so that no buffer is written before it was read.
 
     Args:
-        place: makes a buffer for a tensor.
+        place: makes a flat buffer for the elements of a tensor.
+        beside: whether copies go on beside the kernels of a device type.
     """
 
-    def __init__(self, place: Callable[[Tensor], Tensor] = host_buffer):
-        self._place = place
+    def __init__(
+        self,
+        place: Callable[[Tensor], Tensor] = host_buffer,
+        beside: Callable[[str], bool] = lambda device: device == "cuda",
+    ):
+        self._place, self._beside = place, beside
         self._buffers: dict[int, Tensor] = {}
         self._shapes: dict[int, torch.Size] = {}
         self._coming: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
@@ -120,7 +139,9 @@ class HostRing:
         x = x.detach()
         buffer = self._buffers.get(layer)
         if buffer is None or buffer.numel() < x.numel() or buffer.dtype != x.dtype:
-            buffer = self._buffers[layer] = self._place(x).flatten()
+            if buffer is not None and self._stream is not None:
+                self._stream.synchronize()  # the old one may be read still
+            buffer = self._buffers[layer] = self._place(x)
         self._shapes[layer] = x.shape
         self._coming.pop(layer, None)  # of a micro-batch that was given up
         self._copy(buffer[: x.numel()].view(x.shape), x, on_device=x)
@@ -146,7 +167,7 @@ class HostRing:
 
     def _copy(self, to: Tensor, of: Tensor, on_device: Tensor) -> torch.cuda.Event | None:
         """Copy, on CUDA beside the kernels and behind those enqueued by now; return when."""
-        if on_device.device.type != "cuda":
+        if not self._beside(on_device.device.type):
             to.copy_(of)
             return None
         self._stream = self._stream or torch.cuda.Stream(on_device.device)

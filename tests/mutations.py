@@ -2415,12 +2415,6 @@ MUTATIONS = [
             "BUFFERS = 3",
             "test_updates_are_adamw_s_bit_for_bit_in_two_buckets_at_a_time",
         ),
-        (
-            "memory that is given back stays pinned",
-            "        weakref.finalize(tensor, cuda.cudaHostUnregister, tensor.data_ptr())\n",
-            "",
-            "test_a_cuda_boundary_has_two_streams_that_last_and_pins_memory_where_it_lies",
-        ),
     ),
     *_of(
         "train/plan/decide.py",
@@ -2622,7 +2616,29 @@ MUTATIONS = [
             "the layer above is brought back while one is computed again",
             "            self._fetch(layer - 1, device)",
             "            self._fetch(layer, device)",
-            "test_no_policy_changes_a_bit",
+            "test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them",
+        ),
+        (
+            "an input is read before it has come back",
+            "            torch.cuda.current_stream(device).wait_event(there)\n",
+            "            pass\n",
+            "test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them",
+        ),
+        (
+            "an input leaves before it is made",
+            "        self._stream.wait_stream(torch.cuda.current_stream(on_device.device))\n",
+            "",
+            "test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them",
+        ),
+    ),
+    *_of(
+        "kernels/pinned.py",
+        "tests/train/test_paged.py",
+        (
+            "memory that is given back stays pinned",
+            "        weakref.finalize(tensor, cuda.cudaHostUnregister, tensor.data_ptr())\n",
+            "        pass\n",
+            "test_a_cuda_boundary_has_two_streams_that_last_and_pins_memory_where_it_lies",
         ),
     ),
     *_of(

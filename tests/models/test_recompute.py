@@ -165,3 +165,60 @@ def test_a_ring_grows_and_forgets_what_was_given_up() -> None:
     assert torch.equal(second(), torch.full((4, 3), 5.0))
     small = ring.send(0, torch.full((1, 3), 7.0))
     assert torch.equal(small(), torch.full((1, 3), 7.0))
+
+
+def test_on_cuda_copies_wait_for_what_they_read_and_readers_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By stand-ins for torch.cuda: no card has run this yet (tests/train/test_on_cuda.py does)."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object = "copies") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} wait for {other.name}")
+
+        def wait_event(self, event: Event) -> None:
+            said.append(f"{self.name} wait for event {event.number}")
+
+        def synchronize(self) -> None:
+            said.append("the host waits")
+
+    class Event:
+        made = 0
+
+        def record(self, stream: Stream) -> None:
+            Event.made += 1
+            self.number = Event.made
+            said.append(f"event {self.number} behind {stream.name}")
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Any:
+        said.append(f"copy on {stream.name}")
+        yield
+
+    kernels = Stream("kernels")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: kernels)
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda self, stream: said.append(f"used by {stream.name}")
+    )
+    ring = HostRing(beside=lambda device: True)
+    copied = ["copies wait for kernels", "copy on copies", "used by copies"]
+    back = [ring.send(layer, torch.full((2, 3), float(layer))) for layer in (0, 1)]
+    sent = [*copied, "event 1 behind copies", *copied, "event 2 behind copies"]
+    assert said == sent
+    said.clear()
+    assert torch.equal(back[1](), torch.full((2, 3), 1.0))
+    # The kernels wait for their own input, and only then the next one sets out: beside them.
+    came = [*copied, "event 3 behind copies", "kernels wait for event 3"]
+    assert said == [*came, *copied, "event 4 behind copies"]
+    said.clear()
+    assert torch.equal(back[0](), torch.zeros(2, 3))
+    assert said == ["kernels wait for event 4"]
+    ring.send(0, torch.ones(4, 3))
+    assert said[1] == "the host waits"  # a buffer is replaced

@@ -48,3 +48,26 @@ def test_loss_and_gradients_are_those_of_the_reference(
     for name, gradient in gradients.items():
         difference = (gradient - other_gradients[name]).norm() / gradient.norm()
         assert difference <= 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"), [("full", "norms"), ("lora", "mlp"), ("full", "layers")]
+)
+def test_policies_change_no_more_than_an_input_s_last_bit(method: str, policy: str) -> None:
+    """Layers run the same kernels again; what is made again otherwise is by torch's formulas."""
+    (batch,) = cut(3, examples=RaggedExamples([3, 11, 5]))
+    sides = []
+    for chosen in ("none", policy):
+        model = model_of("starcoder2", "triton", method)
+        model.gradient_checkpointing = chosen
+        loss = loss_sum(model, batch, torch.device(DEVICE), (42, 7))
+        loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        sides.append((loss.detach(), found))
+    (loss, gradients), (other_loss, other_gradients) = sides
+    assert torch.equal(loss, other_loss)
+    for name, gradient in gradients.items():
+        if policy == "layers":
+            assert torch.equal(gradient, other_gradients[name]), name
+        difference = (gradient - other_gradients[name]).norm() / gradient.norm()
+        assert difference <= 1e-6, name

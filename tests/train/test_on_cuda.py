@@ -204,3 +204,23 @@ def test_the_ledger_is_near_what_a_step_takes(method: str, policy: str) -> None:
     taken = torch.cuda.max_memory_allocated() - before
     named = ledger["total"] - ledger["overhead"]
     assert 0.85 * named <= taken <= ledger["total"], (taken, ledger)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_no_policy_changes_a_bit(method: str, kernels: str) -> None:
+    """Above all `offload`, whose copies go on beside the kernels."""
+    torch.use_deterministic_algorithms(True)
+    on_cuda = operations(kernels, CUDA)
+    if method == "lora":
+        model = adapted(0.1, "llama", torch.float32, operations=on_cuda).to(CUDA)
+    else:
+        model = small_model("llama", operations=on_cuda).to(CUDA)
+    precision = Precision("bf16", CUDA)
+    batch = cut(4, examples=EXAMPLES, max_length=200)
+    expected, gradients = gradient_step(model, batch, precision=precision)
+    for policy in POLICIES[1:]:
+        model.gradient_checkpointing = policy
+        result, found = gradient_step(model, batch, precision=precision)
+        assert result.loss == expected.loss
+        assert all(torch.equal(found[name], gradients[name]) for name in gradients), policy

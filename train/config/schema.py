@@ -59,7 +59,10 @@ class ModelSettings:
         "the MLP too, whole layers, or those with their inputs in host memory; same results, less "
         "memory, more time; true is layers, false none; auto: the cheapest that fits by the plan",
         words=("auto", "none", "norms", "mlp", "layers", "offload"),
-        aliases={"true": "layers", "True": "layers", "false": "none", "False": "none"},
+        aliases={
+            **{"true": "layers", "True": "layers", "false": "none", "False": "none"},
+            "unsloth": "offload",
+        },
         on_resume=True,
     )
 

@@ -258,6 +258,11 @@ def _schedule(value: Any, layer: Mapping[str, Any]) -> Settings:
 # Names, with spaces between, → the keys that they can set, and how their values are read.
 TRANSLATED: dict[str, Spelling] = each(
     {
+        "activation_offloading": _words(
+            "model.gradient_checkpointing",
+            {True: "offload", False: {}},
+            "say model.gradient_checkpointing=offload: layers' inputs in host memory",
+        ),
         "adam_beta1 adam_beta2": (("optimizer.betas",), _betas),
         "adapter": _words(
             "train.method",

@@ -260,5 +260,4 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, str]] = {
         r"(?!pissa$)\w+",
         "adapters begin as A drawn and B zero (default), or as principal directions (pissa)",
     ),
-    "model.gradient_checkpointing": ("unsloth", "say model.gradient_checkpointing=offload"),
 }

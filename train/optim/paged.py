@@ -18,7 +18,6 @@ Masters stay where they are: a step computes with them.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from files.errors import UserError
+from kernels.pinned import pin
 from train.optim.moments import Moments, Piece, Span
 from train.text import size_text
 
@@ -80,23 +80,16 @@ class CudaBoundary:
     def on_host(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return zeros that are page-locked where they lie.
 
-        torch's own pinned memory comes in powers of two, up to twice what is needed.
-
         Raises:
             UserError: The system does not let go of so much memory.
         """
         tensor = torch.zeros(shape, dtype=dtype)
-        if not tensor.numel():
-            return tensor
-        cuda: Any = torch.cuda.cudart()
-        error = int(cuda.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
-        if error:
+        if error := pin(tensor):
             raise UserError(
                 f"optimizer.name=paged_adamw: {size_text(tensor.nbytes)} of host memory cannot be "
                 f"pinned (CUDA error {error}); free memory, raise the container's limit, or use "
                 "optimizer.name=adafactor"
             )
-        weakref.finalize(tensor, cuda.cudaHostUnregister, tensor.data_ptr())
         return tensor
 
     def on_device(self, elements: int, dtype: torch.dtype) -> Tensor:

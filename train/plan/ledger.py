@@ -217,16 +217,12 @@ def ring_bytes(
     lengths: Sequence[int] | None = None,
     world_size: int = 1,
 ) -> int:
-    """Return the host's bytes under `offload`: each layer's input, (M, H), in a buffer of its own.
-
-    torch's allocator of pinned memory rounds each up to a power of two.
-    """
+    """Return the host's bytes under `offload`: a buffer for each layer's input, (M, H)."""
     if policy != "offload":
         return 0
     compute, stored = widths(config, precision)
     tokens, _ = micro_batch_tokens(config, lengths, world_size)
-    buffer = tokens * decoder.hidden_size * max(stored, compute)
-    return decoder.num_hidden_layers * (1 << (buffer - 1).bit_length())
+    return decoder.num_hidden_layers * tokens * decoder.hidden_size * max(stored, compute)
 
 
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:
