@@ -2296,7 +2296,7 @@ MUTATIONS = [
             "test_steps_are_those_of_bitsandbytes",
         ),
         (
-            "weights move by moments of the step before",
+            "the moments that are kept are those of the step before",
             "    adamw_update(parameter, gradient, m, v, **settings)",
             "    adamw_update(parameter, gradient.clone(), m.clone(), v.clone(), **settings)",
             "test_steps_are_those_of_bitsandbytes",
