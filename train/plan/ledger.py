@@ -93,8 +93,8 @@ def memory_ledger(
     """Estimate the bytes that a step holds at its peak, by category.
 
     c is the width of `precision` in bytes, w that of stored base weights (`model.dtype`, else c;
-    `train.masters` where every weight is trained), M the tokens of the largest micro-batch, rounded up where the
-    step rounds them (`kernels.cpu.rounding`).
+    `train.masters` where every weight is trained), M the tokens of the largest micro-batch, rounded
+    up where the step rounds them (`kernels.cpu.rounding`).
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass. Quantised ones have their packed bytes, and
