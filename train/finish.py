@@ -43,6 +43,7 @@ def opening_panel(run: Run, records: Records) -> None:
         targets = lora.target_modules
         named = targets if isinstance(targets, str) else ", ".join(targets)
         method = f"LoRA r={lora.r} alpha={lora.lora_alpha} on {named}"
+    masters = ", bf16 masters" if config.train.masters == "bf16" else ""
     products = library(run.precision.device, COMPUTE_DTYPES[config.train.precision])
     policy = model.gradient_checkpointing
     recomputing = "" if policy == "none" else f", recomputing {policy}"
@@ -50,7 +51,7 @@ def opening_panel(run: Run, records: Records) -> None:
         f"Lathe · {config.train.run_name or config.preset or 'run'}",
         [
             *head_rows(document),
-            ("trained", f"{method}, {config.optimizer.name}, {config.schedule.name}"),
+            ("trained", f"{method}, {config.optimizer.name}, {config.schedule.name}{masters}"),
             (
                 "tokens",
                 f"{counts.tokens:,}, {counts.targets:,} of them targets; "

@@ -90,4 +90,5 @@ def test_zeros_and_numbers_too_small_for_a_reciprocal_stay_finite(signed: bool) 
     back = dequantise_blocks(indices, largest, BLOCK, signed)
     assert back.isfinite().all()
     assert torch.equal(back[0], torch.zeros(BLOCK))
+    assert not back[1][torch.arange(BLOCK) != 7].any()
     assert back.max() <= 3e-39

@@ -17,10 +17,12 @@ from kernels.stochastic_rounding import column_keys, round_to_bf16, row_keys
 from models.config import parse_config
 from models.configs import shipped_config
 from train.config.load import load_config
+from train.inputs.known import NO_DATA
 from train.optim import buffers as flat
 from train.optim import build_optimizer
 from train.optim.buffers import Optimizer, Sharing
 from train.plan.decide import Machine, decide
+from train.plan.document import plan_document
 from train.plan.ledger import memory_ledger
 
 SHAPES = {"a.weight": (24, 40), "b.weight": (24, 40), "c.weight": (7, 3), "a.bias": (24,)}
@@ -186,6 +188,20 @@ def test_starcoder2_15b_with_bf16_masters_and_adafactor_takes_64_gb() -> None:
     fp32 = load_config("starcoder2-15b")
     ledger = memory_ledger(fp32, decoder, device="cuda", policy="layers")
     assert ledger["gradients"] == 4 * parameters
+
+
+@pytest.mark.parametrize(("accumulated", "said"), [(3, 1), (1, 0)])
+def test_the_plan_says_that_sums_of_gradients_are_rounded(accumulated: int, said: int) -> None:
+    config = load_config(
+        overrides={
+            "train.method": "full",
+            "train.masters": "bf16",
+            "train.gradient_accumulation_steps": accumulated,
+        }
+    )
+    document = plan_document(config, NO_DATA, small_model("llama").config)
+    words = f"those of {accumulated} micro-batches are added up in it"
+    assert sum(words in warning for warning in document["warnings"]) == said
 
 
 def test_gradients_and_weights_of_a_model_in_bf16_are_what_the_ledger_counts() -> None:

@@ -16,7 +16,7 @@ from train.config.load import load_config
 from train.config.toml import flat
 from train.optim import rounded
 
-STEPS, EVERY = 60, 20
+STEPS, EVERY = 45, 15
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_rounded_by_chance_they_train_as_fp32_ones_and_to_the_nearest_they_do_no
             "eval.per_epoch": None,
             "eval.early_stopping_patience": None,
             "eval.samples": 0,
-            "data.max_length": 96,
+            "data.max_length": 64,
             "train.per_device_train_batch_size": 4,
             "train.gradient_accumulation_steps": 1,
             "data.test": None,

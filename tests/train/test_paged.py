@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import runs
 import torch
-from small import small_model
+from small import small_config, small_model
 from steps import EXAMPLES, cut, one_step
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -30,6 +30,7 @@ from train.plan import document
 from train.plan.decide import Machine, decide_paging
 from train.plan.document import plan_document
 from train.plan.ledger import memory_ledger
+from train.plan.text import render_plan
 
 HOST = "host"
 QUEUES = (FETCH, COMPUTE, STORE, HOST)
@@ -254,18 +255,19 @@ def test_nothing_is_fetched_before_the_gradient_is_known_to_be_finite(
 def test_it_pages_where_a_card_s_memory_asks_for_it() -> None:
     config = load_config(overrides={"optimizer.name": "paged_adamw"})
     gpu = Machine("cuda", 100)
-    assert decide_paging(config, 101, gpu) == (True, "101 B needed without it, 100 B there")
-    assert decide_paging(config, 100, gpu)[0] is False
-    assert decide_paging(config, 101, Machine("cpu", 100))[0] is False
-    assert decide_paging(config, 101, Machine(None, None))[0] is None
-    assert decide_paging(config, None, gpu)[0] is None
+    assert decide_paging(config, 101, 1, gpu) == (True, "101 B needed without it, 100 B there")
+    assert decide_paging(config, 100, 1, gpu)[0] is False
+    assert decide_paging(config, 101, 1, Machine("cpu", 100))[0] is False
+    assert decide_paging(config, 101, 1, Machine(None, None))[0] is None
+    assert decide_paging(config, None, 1, gpu)[0] is None
+    assert decide_paging(config, 101, 0, gpu)[0] is False
     plain_adamw = load_config(overrides={"optimizer.name": "adamw"})
-    assert decide_paging(plain_adamw, 101, gpu)[0] is False
+    assert decide_paging(plain_adamw, 101, 1, gpu)[0] is False
 
 
 def test_the_plan_says_what_paging_saves() -> None:
-    """A model of 400,000 parameters, on a card that has room for all but the moments."""
-    decoder = small_model("llama", vocab_size=512, hidden_size=256).config
+    """A model of 19 million parameters, on a card that has room for all but a byte."""
+    decoder = small_config("llama", vocab_size=4096, hidden_size=1024, intermediate_size=1024)
     config = load_config(
         overrides={
             "train.method": "full",
@@ -290,11 +292,15 @@ def test_the_plan_says_what_paging_saves() -> None:
     tight = planned(beside["total"] - 1)
     assert tight["paging"] is True
     assert tight["host_memory"] == 8 * parameters
-    # So small a model is one bucket, of which there are two buffers.
-    assert tight["memory"]["optimizer"] == buffer_bytes(parameters) == 2 * 8 * parameters
+    # Two buffers, each of both moments of a bucket.
+    buffers = 2 * 2 * 4 * paged.BUCKET_ELEMENTS
+    assert tight["memory"]["optimizer"] == buffer_bytes(parameters) == buffers
+    assert tight["paging_saves"] == roomy["paging_saves"] == 8 * parameters - buffers > 0
+    assert "paging" in render_plan(roomy)
+    assert render_plan(tight).count("of the device's") == 1
     for name in ("weights", "gradients", "activations"):
         assert tight["memory"][name] == beside[name]
-    assert buffer_bytes(7_000_000_000) == 2 * 2 * 4 * paged.BUCKET_ELEMENTS
+    assert buffer_bytes(1000) == 2 * 2 * 4 * 1000
     assert roomy["disk"] == tight["disk"]
 
 

@@ -211,7 +211,7 @@ class Adafactor(Optimizer):
     def _rule(self, stack: Stack) -> Callable[..., Update]:
         """Return what updates a stack."""
         weight = stack.weight
-        if weight.ndim == 2:
+        if weight.ndim < 3:
             return adafactor_update_vectors
         takes = weight.ndim == 3 and weight.numel() and weight[0].is_contiguous()
         return self._kernel if self._kernel and takes else adafactor_update

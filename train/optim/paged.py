@@ -30,8 +30,9 @@ from kernels.pinned import pin
 from train.optim.moments import Moments, Piece, Span
 from train.text import size_text
 
-# Of a bucket: two moments of it are 128 MiB at fp32, about 5 ms on PCIe 4.
-BUCKET_ELEMENTS = 1 << 24
+# Both moments of a bucket are 32 MiB at fp32: more than a millisecond on PCIe 4, beside which the
+# start of a transfer is nothing, and little enough for adapters to gain by it.
+BUCKET_ELEMENTS = 1 << 22
 BUFFERS = 2
 
 # The queues: to the device, on it, and back.

@@ -381,7 +381,7 @@ def decide_recomputing(
 
 
 def decide_paging(
-    config: RunConfig, needed: int | None, machine: Machine
+    config: RunConfig, needed: int | None, saves: int, machine: Machine
 ) -> tuple[bool | None, str]:
     """Return whether `paged_adamw` keeps its moments in host memory and, in words, why.
 
@@ -390,6 +390,7 @@ def decide_paging(
     Args:
         config: What is asked.
         needed: Bytes of a step with moments beside the parameters; None where that is not known.
+        saves: Bytes fewer with moments in host memory.
         machine: Where it runs.
     """
     if config.optimizer.name != "paged_adamw":
@@ -401,7 +402,7 @@ def decide_paging(
     if machine.device != "cuda" or machine.memory is None:
         return False, f"{machine.device} has no memory of its own"
     there = f"{size_text(needed)} needed without it, {size_text(machine.memory)} there"
-    return needed > machine.memory, there
+    return saves > 0 and needed > machine.memory, there
 
 
 def decide_sharding(

@@ -37,7 +37,6 @@ from train.plan.ledger import (
     disk_bytes,
     memory_ledger,
     micro_batch_tokens,
-    optimizer_bytes,
     ring_bytes,
     widths,
 )
@@ -194,18 +193,17 @@ def _memory_of(
     ledger: dict[str, Any] = dict.fromkeys((*MEMORY_CATEGORIES, "total"))
     other: dict[str, Any] | None = None
     totals: dict[str, int] | None = None
-    host = offloaded = 0
+    host = offloaded = saves = 0
     if decoder is None:
-        paging, paging_reason = decide_paging(config, None, machine)
+        paging, paging_reason = decide_paging(config, None, 0, machine)
         policy, reason = decide_recomputing(config, None, machine)
         sharding = decide_sharding(config, None, machine, world_size)
     else:
-        sizes = model_sizes(decoder, config.train.method, config.lora)
         estimate = functools.partial(
             memory_ledger,
             config,
             decoder,
-            sizes,
+            model_sizes(decoder, config.train.method, config.lora),
             precision=_counted_precision(config),
             device=machine.device,
             lengths=lengths,
@@ -225,12 +223,13 @@ def _memory_of(
             other = dict(estimate(policy="layers"))
         precision = _counted_precision(config)
         offloaded = ring_bytes(config, decoder, precision, policy, lengths, world_size)
-        paging, paging_reason = decide_paging(config, ledger["total"], machine)
+        paged = ledger
+        if config.optimizer.name == "paged_adamw":
+            paged = dict(estimate(policy=policy or "none", paging=True))
+            saves = ledger["optimizer"] - paged["optimizer"]
+        paging, paging_reason = decide_paging(config, ledger["total"], saves, machine)
         if paging:
-            host = optimizer_bytes(
-                config, sizes.share(world_size) if sharding == "shard" else sizes
-            )
-            ledger = dict(estimate(policy=policy or "none", paging=True))
+            host, ledger = ledger["optimizer"], paged
     total, there = ledger["total"], machine.memory
     return {
         "sharding": sharding,
@@ -238,6 +237,7 @@ def _memory_of(
         "gradient_checkpointing_because": reason,
         "paging": paging,
         "paging_because": paging_reason,
+        "paging_saves": saves,
         "memory": ledger,
         "memory_recomputing": other,
         "memory_by_policy": totals,

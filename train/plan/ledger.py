@@ -93,8 +93,8 @@ def memory_ledger(
     """Estimate the bytes that a step holds at its peak, by category.
 
     c is the width of `precision` in bytes, w that of stored base weights (`model.dtype`, else c;
-    4 where every weight is trained), M the tokens of the largest micro-batch, rounded up where the
-    step rounds them (`kernels.cpu.rounding`).
+    `train.masters` where every weight is trained), M the tokens of the largest micro-batch, rounded
+    up where the step rounds them (`kernels.cpu.rounding`).
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass. Quantised ones have their packed bytes, and
@@ -228,9 +228,8 @@ def ring_bytes(
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:
     """Return the bytes of a number that is computed with, and of a stored base weight."""
     full = config.train.method == "full"
-    return _WIDTHS[precision], _WIDTHS[config.train.masters] if full else _WIDTHS[
-        config.model.dtype or precision
-    ]
+    stored = config.train.masters if full else config.model.dtype or precision
+    return _WIDTHS[precision], _WIDTHS[stored]
 
 
 def micro_batch_tokens(

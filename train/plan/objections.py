@@ -37,7 +37,7 @@ def objections(
         *_of_the_data(config, document, data),
         *(_of_the_steps(config, document, plan) if plan else []),
         *_of_the_room(config, document),
-        *_of_the_bits(config, machine),
+        *_of_the_bits(config, document, machine),
     ]
 
 
@@ -63,14 +63,22 @@ def _of_the_model(
     return found
 
 
-def _of_the_bits(config: RunConfig, machine: Machine) -> list[str]:
-    if machine.device != "cuda" or config.train.deterministic:
-        return []
-    return [
-        "on CUDA the backward pass of flash attention adds up by atomics, in no fixed order: a "
-        "resumed run goes on exactly, but not bit for bit; train.deterministic=true repeats every "
-        "bit"
-    ]
+def _of_the_bits(config: RunConfig, document: Mapping[str, Any], machine: Machine) -> list[str]:
+    found = []
+    micro_batches = document["micro_batches_per_step"] or config.train.gradient_accumulation_steps
+    if config.train.masters == "bf16" and micro_batches > 1:
+        found.append(
+            f"train.masters=bf16 keeps gradients in bf16, and those of {micro_batches} "
+            "micro-batches are added up in it: another cut of a step rounds otherwise, and one "
+            "micro-batch a step not at all"
+        )
+    if machine.device == "cuda" and not config.train.deterministic:
+        found.append(
+            "on CUDA the backward pass of flash attention adds up by atomics, in no fixed order: a "
+            "resumed run goes on exactly, but not bit for bit; train.deterministic=true repeats "
+            "every bit"
+        )
+    return found
 
 
 def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:

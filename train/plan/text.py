@@ -130,9 +130,10 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{name} {size_text(total)}" + (f" ({_AGAIN[name]})" if name in _AGAIN else "")
             for name, total in document["memory_by_policy"].items()
         )
-        if document["paging"]:
-            host = size_text(document["host_memory"])
-            rows["paging"] = f"{host} of moments in host memory ({document['paging_because']})"
+        if (saves := document["paging_saves"]) > 0:
+            words = {None: "not decided", True: "on", False: "off"}
+            told = f"moments in host memory save {size_text(saves)} of the device's"
+            rows["paging"] = f"{words[document['paging']]} ({document['paging_because']}): {told}"
     kernels = document["kernels"]
     rows["kernels"] = _KERNELS.get(kernels) or str(kernels)
     if sent := document["communication_bytes"]:
