@@ -72,10 +72,12 @@ def _activation_forward(
         z = input_tile(
             x_ptr, other_ptr, None, bias_ptr, None, None, row, column, there, inside, width, KIND
         )
-        tl.store(out_ptr + at + column[None, :], z, mask=there[:, None] & inside[None, :])
+        mask = there[:, None] & inside[None, :]  # without one, z would be made twice: see below
+        tl.store(out_ptr + at + column[None, :], z, mask=mask)
         if DROPS:
             keys = column_keys(column, module_key)
-            z = tl.where(kept(row_keys[:, None], keys[None, :], limit), z, 0.0).to(z.dtype)
+            mask = kept(row_keys[:, None], keys[None, :], limit)
+        z = tl.where(mask, z, 0.0).to(z.dtype)
         a_at = rank[:, None] * width + column[None, :]
         a = tl.load(a_ptr + a_at, mask=inside[None, :], other=0.0)
         total = tl.dot(z, tl.trans(a), total, input_precision="ieee")
@@ -115,22 +117,27 @@ def _activation_backward(
     a_at = rank[:, None] * width + column[None, :]
     a = tl.load(a_ptr + a_at, mask=inside[None, :], other=0.0)
     kind = d_x_ptr.dtype.element_ty
-    total = tl.zeros((RANK, BLOCK_COLUMNS), dtype=tl.float32)
+    bias = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_COLUMNS, RANK), dtype=tl.float32)
     first = part * rows_each
     stop = tl.minimum(first + rows_each, rows)
     for start in range(first, stop, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         there = row < stop
-        both = there[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        # Tiles are turned, (columns, rows), and so is what comes of the first product: else the
+        # compiler makes each element twice, where that product leaves it and for the second one.
+        both = inside[:, None] & there[None, :]
+        at = column[:, None] + row.to(tl.int64)[None, :] * width
         low_at = row.to(tl.int64)[:, None] * RANK + rank[None, :]
         d_low = tl.load(d_low_ptr + low_at, mask=there[:, None], other=0.0)
-        d_out = tl.dot(d_low, a, input_precision="ieee")
+        d_out = tl.trans(tl.dot(d_low, a, input_precision="ieee"))
         mask = both
         if DROPS:
             row_keys = tl.load(rows_ptr + row, mask=there, other=0).to(tl.uint32, bitcast=True)
-            mask = kept(row_keys[:, None], keys[None, :], limit)
-            d_out = tl.where(mask, d_out, 0.0)
+            mask = kept(row_keys[None, :], keys[:, None], limit)
+        d_out = tl.where(mask, d_out, 0.0)
         d_out += tl.load(d_out_ptr + at, mask=both, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=both, other=0.0).to(tl.float32)
         if KIND == SWIGLU:
@@ -138,16 +145,13 @@ def _activation_backward(
             z, d_x, d_up = swiglu_gradients(x, up, d_out)
             tl.store(d_other_ptr + at, d_up.to(kind), mask=both)
         else:
-            if bias_ptr is not None:
-                x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            x += bias[:, None]
             z, d_x = gelu_gradient(x, d_out)
         tl.store(d_x_ptr + at, d_x.to(kind), mask=both)
-        z = z.to(kind)
-        if DROPS:
-            z = tl.where(mask, z, 0.0).to(kind)
-        total = tl.dot(tl.trans(d_low), z, total, input_precision="ieee")
-    out = d_a_ptr + (part * RANK + rank).to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(out, total, mask=inside[None, :])
+        z = tl.where(mask, z.to(kind), 0.0).to(kind)
+        total = tl.dot(z, d_low, total, input_precision="ieee")
+    out = d_a_ptr + column[:, None] + (part * RANK + rank).to(tl.int64)[None, :] * width
+    tl.store(out, total, mask=inside[:, None])
 
 
 def activated(

@@ -63,15 +63,17 @@ _KINDS: dict[Callable[..., Tensor], tuple[int, tuple[int, ...]]] = {
 @triton.jit
 def gelu(x):
     """Return GELU in its tanh form, x · sigmoid(2·√(2/π)·(x + 0.044715·x³)), of fp32."""
-    return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    return x * tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
 
 
 @triton.jit
 def gelu_gradient(x, d_out):
     """Return GELU of fp32 x and the gradient of x."""
-    sigmoid = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
-    slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
-    return x * sigmoid, d_out * (sigmoid + x * sigmoid * (1.0 - sigmoid) * slope)
+    square = x * x
+    sigmoid = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+    slope = 1.5957691216057308 + 3.0 * 0.07135481627260025 * square
+    out = x * sigmoid
+    return out, d_out * (sigmoid + (out - out * sigmoid) * slope)
 
 
 @triton.jit

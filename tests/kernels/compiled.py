@@ -150,6 +150,8 @@ def compiled(steps: Iterator[tuple[str, Step]]) -> Iterator[dict[str, Any]]:
                 "card": name,
                 "precision": step.dtype,
                 "kernel": launch.name,
+                "tile": launch.options.get("BLOCK_ROWS", 1)
+                * launch.options.get("BLOCK_COLUMNS", 1),
                 **dataclasses.asdict(binary),
                 "faults": binary.faults(card, half=step.dtype != "fp32"),
             }
