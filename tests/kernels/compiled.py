@@ -115,12 +115,13 @@ _RAGGED = (611, 402, 90)
 
 
 def odd_steps() -> Iterator[tuple[str, Step]]:
-    """Yield (card, step): both half precisions on every card; on one, large ranks and Adafactor."""
+    """Yield (card, step): both half precisions on every card; on one large ranks, all weights."""
     for card in CARDS:
         yield card, Step(_STARCODER2 | _DROPS, "bf16", 12, 0.1, _RAGGED)
         yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
     yield "sm_89", Step(_QWEN2, "bf16", 64, 0.1, _RAGGED)
     yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
+    yield "sm_80", Step(_STARCODER2, "bf16", 0, 0.0, _RAGGED)
 
 
 def steps_of_presets() -> Iterator[tuple[str, Step]]:
