@@ -68,6 +68,8 @@ def linears(
 
 
 class _Linears(torch.autograd.Function):
+    """Without x the one layer makes it: of `again`'s sources, which follow the layer's tensors."""
+
     @staticmethod
     def forward(
         ctx: Any,
