@@ -168,6 +168,7 @@ class Binary:
         threads: Of a program.
         products: Whether it multiplies matrices (`tl.dot`).
         tensor_cores: `wgmma`, `mma` or None.
+        exponentials: Instructions that take a power of two.
     """
 
     registers: int
@@ -177,6 +178,7 @@ class Binary:
     threads: int
     products: bool
     tensor_cores: str | None
+    exponentials: int = 0
 
     def faults(self, card: Card, half: bool) -> list[str]:
         """Return which limits of `card` are broken; `half`: the products are of half precision."""
@@ -213,6 +215,7 @@ def look_into(compiled: Any) -> Binary:
         threads=32 * compiled.metadata.num_warps,
         products="tt.dot" in compiled.asm["ttir"],
         tensor_cores=cores[0] if cores else None,
+        exponentials=ptx.count("ex2.approx"),
     )
 
 

@@ -154,7 +154,7 @@ class Counting(TorchDispatchMode):
             return LOSS
         if sizes is not None and kind != ATTENTION and min(sizes) > self.most_rank:
             return PRODUCTS
-        if "gelu" in name:
+        if any(part in name for part in ("gelu", "swiglu", "activation")):
             return ACTIVATION
         by_row = any(x.dim() > 1 and len(x) == self.rows for x in tensors)
         if name == "add" and by_row:

@@ -32,6 +32,8 @@ from kernels.segments import Segments
 from kernels.triton import launch as triton_launch
 
 GAIN = 0.98  # of the defaults' time
+_OF_ADAPTERS = ("low_rank", "input_gradient", "adapter_gradient", "through_b")
+_OF_ADAPTERS += ("activation_forward", "activation_backward")
 Workload = tuple[Callable[[], Results], Callable[[], object]]  # compared, timed
 
 
@@ -59,8 +61,10 @@ def candidates(kernel: str) -> Iterator[dict[str, int]]:
 
 def workloads(kernel: str, room: Room) -> list[Workload]:
     """Return what a kernel is compared and timed at."""
-    if kernel in ("low_rank", "input_gradient", "adapter_gradient", "through_b"):
+    if kernel in _OF_ADAPTERS:
         sizes = ((3072, 1, 16), (12_288, 1, 16), (1536, 2, 32), (3072, 3, 16))
+        if kernel.startswith("activation"):
+            sizes = ((12_288, 1, 16), (8960, 1, 32))
         drops = (0.0,) if kernel == "through_b" else (0.0, 0.1)  # no mask is read there
         calls = [_linears(room, kernel, *size, p) for size in sizes for p in drops]
     elif kernel == "cross_entropy":
@@ -79,7 +83,7 @@ def workloads(kernel: str, room: Room) -> list[Workload]:
 def _linears(
     room: Room, kernel: str, width: int, count: int, rank: int, p: float
 ) -> Callable[[], Results]:
-    adapters = triton("adapters")
+    adapters, activations = triton("adapters"), triton("activations")
     m, k = room.rows(8192), room.size(width)
     x = room.draw(m, k)
     factors = [(room.draw(rank, k), room.draw(k, rank)) for _ in range(count)]
@@ -88,10 +92,24 @@ def _linears(
     dys = [room.draw(m, k) for _ in range(count)]
     rows = Segments.build([m], device=room.device, examples=[0], draw=(42, 1)).dropout_rows
     draws = adapters.Draws([(p, module) for module in range(count)], rows)
+    of_gelu = triton("inputs").gelu_again, (x, None)
     return {
         "low_rank": lambda: {"low": adapters.low_rank_product(x, a, draws)},
         "input_gradient": lambda: {"dx": adapters.input_gradient(d_low, a, draws)},
         "adapter_gradient": lambda: {"dA": adapters.adapter_gradient(None, [x], d_low, draws)},
+        "activation_forward": lambda: dict(
+            zip("zs", activations.activated(*of_gelu, a, draws), strict=True)
+        ),
+        # The gradient that arrives is overwritten.
+        "activation_backward": lambda: dict(
+            zip(
+                ("dA", "dx"),
+                activations.activation_gradients(
+                    *(*of_gelu, dys[0].clone(), d_low, a, draws), needs_bias=False
+                )[:2],
+                strict=True,
+            )
+        ),
         "through_b": lambda: dict(
             zip(("ds", "dB"), adapters.through_b(dys, b, low, [1.0] * count), strict=True)
         ),

@@ -36,13 +36,20 @@ class Made(NamedTuple):
     """An activation that is made from tensors which are kept for its own backward pass anyway.
 
     Linears that read it may keep the sources in its place and make it again in their backward pass.
+    Where a backend's linears can make it forward too, and return the gradients of its sources, it
+    is not made before one of them reads it, and they need not ask for its value.
     """
 
-    value: Tensor  # (M, K)
-    again: Callable[..., Tensor]  # of the sources: what `value` was, outside autograd
+    made: Tensor | Callable[..., Tensor]  # (M, K), or what makes it of the sources, for autograd
+    again: Callable[..., Tensor]  # of the sources: what `value` is, outside autograd
     sources: tuple[Tensor | None, ...]
     # Made again on every device, for the gradients of weights too, not only where that is faster.
     remake: bool = False
+
+    @property
+    def value(self) -> Tensor:
+        """The activation, (M, K); what is not made yet is made for whoever asks."""
+        return self.made if isinstance(self.made, Tensor) else self.made(*self.sources)
 
     @classmethod
     def by(cls, function: Callable[..., Tensor], *sources: Tensor) -> Made:

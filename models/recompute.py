@@ -68,7 +68,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.autocast = same_autocast(x)
         if kept is None:
             ctx.save_for_backward(*made.sources)
-        return run(made._replace(value=x))
+        return run(made._replace(made=x))
 
     @staticmethod
     @once_differentiable

@@ -926,22 +926,22 @@ MUTATIONS = [
             "_KINDS.get(again, (0, (0,)))",
             "test_what_the_kernels_cannot_make_is_kept",
         ),
-    ),
-    *_of(
-        "kernels/triton/elementwise.py",
-        "tests/kernels/test_triton.py",
         (
             "SwiGLU's derivative leaves out a term",
             "sigmoid * (1.0 + gate * (1.0 - sigmoid))",
             "sigmoid * (1.0 + gate)",
-            "test_activations",
+            "tests/kernels/test_triton.py::test_activations",
         ),
         (
             "GELU's slope has a third of its cubic term",
-            "(1.0 + 3.0 * 0.044715 * x * x)",
-            "(1.0 + 0.044715 * x * x)",
-            "test_activations",
+            "3.0 * 0.07135481627260025",
+            "0.07135481627260025",
+            "tests/kernels/test_triton.py::test_activations",
         ),
+    ),
+    *_of(
+        "kernels/triton/elementwise.py",
+        "tests/kernels/test_triton.py",
         (
             "rotary in Triton reads the rows of a slice as if they were its own",
             "        x.stride(0),\n",
@@ -1030,8 +1030,66 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "kernels/triton/activations.py",
+        "tests/kernels/test_triton_activations.py",
+        (
+            "an activation's adapter reads what it dropped",
+            "mask = kept(row_keys[:, None], keys[None, :], limit)",
+            "mask = mask & (row_keys[:, None] == row_keys[:, None])",
+            "test_an_activation_inside_the_layer_that_reads_it",
+        ),
+        (
+            "the gradient of an activation passes where the adapter dropped it",
+            "d_out = tl.where(mask, d_out, 0.0)",
+            "d_out = tl.where(both, d_out, 0.0)",
+            "test_an_activation_inside_the_layer_that_reads_it",
+        ),
+        (
+            "A's gradient has the part of an activation that was dropped",
+            "tl.where(mask, z.to(kind), 0.0)",
+            "tl.where(both, z.to(kind), 0.0)",
+            "test_an_activation_inside_the_layer_that_reads_it",
+        ),
+        (
+            "an activation is differentiated without the bias before it",
+            "x += bias[:, None]",
+            "x += 0.0 * bias[:, None]",
+            "test_an_activation_inside_the_layer_that_reads_it",
+        ),
+        (
+            "rows at the seam of two programs count twice in an activation's A",
+            "stop = tl.minimum(first + rows_each, rows)",
+            "stop = tl.minimum(first + rows_each + 10, rows)",
+            "test_rows_that_several_programs_share",
+        ),
+        (
+            "the bias before an activation gets no gradient",
+            "if bias is not None and needs_bias:",
+            "if bias is not None and not needs_bias:",
+            "test_an_activation_inside_the_layer_that_reads_it",
+        ),
+        (
+            "each element of an activation is made in two places",
+            'tl.trans(tl.dot(d_low, a, input_precision="ieee"))',
+            'tl.dot(tl.trans(a), tl.trans(d_low), input_precision="ieee")',
+            "tests/kernels/test_compiled.py::test_an_activation_is_made_once_an_element",
+        ),
+    ),
+    *_of(
         "kernels/triton/linears.py",
         "tests/kernels/test_triton_linears.py",
+        (
+            "an activation is made beside the layer that could make it",
+            "again[0] in ACTIVATIONS",
+            "again[0] in ()",
+            "tests/kernels/test_triton_activations.py::test_an_activation_inside_the_layer_that_reads_it",
+        ),
+        (
+            "one of two layers makes the activation that both read",
+            "and len(operands) == 1 and",
+            "and len(operands) >= 1 and",
+            "tests/kernels/test_triton_activations.py::test_an_activation_that_others_read_is_made_for_them",
+        ),
         (
             "the large product is written over the small one",
             "dx.addmm_(dy, dense(weight, dx.dtype))",
@@ -1052,8 +1110,8 @@ MUTATIONS = [
         ),
         (
             "adapters in fp32 are unrolled on a card that has no tensor cores for them",
-            "scalar = compute_dtype(value_of(x)).itemsize > 2 and",
-            "scalar = compute_dtype(value_of(x)).itemsize > 4 and",
+            "scalar = dtype.itemsize > 2 and",
+            "scalar = dtype.itemsize > 4 and",
             "tests/kernels/test_compiled.py::test_adapters_in_fp32_are_left_to_the_plain_form",
         ),
     ),

@@ -331,14 +331,15 @@ class Draws:
         keys = [signed(mix(module)) for _, module in settings] + [0] * spare
         limits = [keep_limit(p) for p, _ in settings] + [0] * spare
         self.arguments = (rows if self.drops else None, *keys, *limits)
+        self.of_first = (self.arguments[0], keys[0], limits[0])
 
     def options(self, name: str, device: torch.device, count: int, rank: int) -> dict[str, int]:
         """Return the options of a launch."""
-        return {"COUNT": count, "DROPS": self.drops, **_tiles(name, device, rank, full=64)}
+        return {"COUNT": count, "DROPS": self.drops, **tiles_of(name, device, rank)}
 
 
-def _tiles(name: str, device: torch.device, rank: int, full: int) -> dict[str, int]:
-    """Return rank, tile, warps: for large ranks half the tile, or twice the warps."""
+def tiles_of(name: str, device: torch.device, rank: int, full: int = 64) -> dict[str, int]:
+    """Return rank, tile, warps: above rank `full` half the tile, or twice the warps."""
     tiles = launch(name, device)
     if name == "adapter_gradient" and rank > 32:  # with fewer its sums spill
         tiles["num_warps"] *= 2
@@ -419,7 +420,7 @@ def through_b(
             d_low[:, j].addmm_(dy, b_j, beta=0, alpha=scale)
             torch.mul(gradient_product(dy.t(), low_rank[:, j]), scale, out=d_b_j)
         return d_low, d_b
-    tiles = _tiles("through_b", b.device, rank, full=SMALLEST_DOT)
+    tiles = tiles_of("through_b", b.device, rank, full=SMALLEST_DOT)
     spare = MOST_ADAPTERS - count
     columns = [*widths, *[0] * spare]
     pointers = [*grads, *[grads[0]] * spare]

@@ -30,7 +30,13 @@ from torch.autograd.function import once_differentiable
 
 from kernels.operands import Made, Operands
 from kernels.segments import Segments
-from kernels.triton.inputs import gelu, gelu_again, swiglu_again
+from kernels.triton.inputs import (
+    gelu,
+    gelu_again,
+    gelu_gradient,
+    swiglu_again,
+    swiglu_gradients,
+)
 from kernels.triton.jit import kernel
 from kernels.triton.launch import launch
 from kernels.triton.linears import linears
@@ -126,9 +132,7 @@ def _swiglu_backward(
     gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
     d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    d_gate = d_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    d_up = d_out * gate * sigmoid
+    _, d_gate, d_up = swiglu_gradients(gate, up, d_out)
     tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
     tl.store(d_up_ptr + at, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
 
@@ -159,8 +163,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Made:
-    """Return silu(gate) · up, element by element: two (M, I) → (M, I)."""
-    return Made(_SwiGLU.apply(gate, up), swiglu_again, (gate, up))  # pyright: ignore
+    """Return silu(gate) · up, element by element: two (M, I) → (M, I); its reader makes it."""
+    return Made(_SwiGLU.apply, swiglu_again, (gate, up))  # pyright: ignore
 
 
 @triton.jit
@@ -189,9 +193,7 @@ def _gelu_backward(
     at = tl.program_id(0).to(tl.int64) * width + column
     x = _biased(x_ptr, bias_ptr, at, column, inside, HAS_BIAS)
     d_out = tl.load(d_out_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2·√(2/π)
-    slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * x * x)
-    d_x = d_out * (sigmoid + x * sigmoid * (1.0 - sigmoid) * slope)
+    _, d_x = gelu_gradient(x, d_out)
     tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
 
 
@@ -241,8 +243,8 @@ def linear_gelu(
 ) -> Made:
     """Return GELU of one layer's output, as `kernels.linears.linear_gelu`: (M, K) → (M, I).
 
-    The bias comes in with the activation, which reads the output anyway. `linears` is the operation
-    that the layer itself goes through.
+    The bias comes in with the activation, which reads the output anyway; its reader makes it.
+    `linears` is the operation that the layer itself goes through.
     """
     (widened,) = linears(x, [layer._replace(bias=None)], segments)
-    return Made(gelu_tanh(widened, layer.bias), gelu_again, (widened, layer.bias))
+    return Made(gelu_tanh, gelu_again, (widened, layer.bias))

@@ -45,16 +45,16 @@ def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 _READ = tl.constexpr(0)
-_GELU = tl.constexpr(1)
-_SWIGLU = tl.constexpr(2)
+GELU = tl.constexpr(1)
+SWIGLU = tl.constexpr(2)
 _LAYER_NORM = tl.constexpr(3)
 _RMS_NORM = tl.constexpr(4)
 
 # Of each kind its number and where `input_tile` takes its sources: (x, other, weight, bias, mean,
 # inverse).
 _KINDS: dict[Callable[..., Tensor], tuple[int, tuple[int, ...]]] = {
-    gelu_again: (_GELU.value, (0, 3)),
-    swiglu_again: (_SWIGLU.value, (0, 1)),
+    gelu_again: (GELU.value, (0, 3)),
+    swiglu_again: (SWIGLU.value, (0, 1)),
     layer_norm_again: (_LAYER_NORM.value, (0, 2, 3, 4, 5)),
     rms_norm_again: (_RMS_NORM.value, (0, 2, 5)),
 }
@@ -63,7 +63,25 @@ _KINDS: dict[Callable[..., Tensor], tuple[int, tuple[int, ...]]] = {
 @triton.jit
 def gelu(x):
     """Return GELU in its tanh form, x · sigmoid(2·√(2/π)·(x + 0.044715·x³)), of fp32."""
-    return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    return x * tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+
+
+@triton.jit
+def gelu_gradient(x, d_out):
+    """Return GELU of fp32 x and the gradient of x."""
+    square = x * x
+    sigmoid = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+    slope = 1.5957691216057308 + 3.0 * 0.07135481627260025 * square
+    out = x * sigmoid
+    return out, d_out * (sigmoid + (out - out * sigmoid) * slope)
+
+
+@triton.jit
+def swiglu_gradients(gate, up, d_out):
+    """Return silu(gate) · up, all in fp32, and the gradients of gate and up."""
+    sigmoid = tl.sigmoid(gate)
+    d_gate = d_out * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return gate * sigmoid * up, d_gate, d_out * gate * sigmoid
 
 
 @triton.jit
@@ -89,10 +107,10 @@ def input_tile(
         out = x
     else:
         exact = x.to(tl.float32)
-        if KIND == _SWIGLU:
+        if KIND == SWIGLU:
             exact = exact * tl.sigmoid(exact)
             exact *= tl.load(other_ptr + at, mask=both, other=0.0).to(tl.float32)
-        elif KIND == _GELU:
+        elif KIND == GELU:
             if bias_ptr is not None:
                 exact += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
             exact = gelu(exact)

@@ -33,6 +33,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "low_rank": _TILE,
     "input_gradient": _TILE,
     "adapter_gradient": _TILE,
+    "activation_forward": _TILE,
+    "activation_backward": {**_TILE, "BLOCK_ROWS": 32, "num_stages": 2},
     # Many columns, for few parts of ds; above rank 16 half as many.
     "through_b": {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 512, "num_warps": 8, "num_stages": 2},
     # Not arguments of the launch: elements of a row a warp, backward programs a multiprocessor.

@@ -8,8 +8,10 @@ products are those of `kernels/triton/adapters.py`. Of each sum the small produc
 and the large one added to it in cuBLAS's own epilogue: y = c·s Bᵀ, then y += x Wᵀ, and in the
 backward pass dx = (ds A) ⊙ D, then dx += dy W, so that y and dx are not read and written once more.
 Kept for the backward pass are s and, once for all layers, x or what it is made of: then the kernel
-that reads x makes the tile that it needs (`kernels/triton/inputs.py`). A quantised weight is kept
-as it is, and made a tensor for one product at a time.
+that reads x makes the tile that it needs (`kernels/triton/inputs.py`). One layer alone that reads
+an activation makes it forward too, and returns the gradients of what it is made of: then x is no
+node of autograd's graph (`kernels/triton/activations.py`). A quantised weight is kept as it is, and
+made a tensor for one product at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from kernels.linears import linears as plain_linears
 from kernels.operands import Made, Operands, compute_dtype, dense, gradient_product, value_of
 from kernels.quantised import QuantisedWeight
 from kernels.segments import Segments
+from kernels.triton.activations import ACTIVATIONS, activated, activation_gradients
 from kernels.triton.adapters import (
     LARGEST_RANK,
     MOST_ADAPTERS,
@@ -52,37 +55,51 @@ def linears(
     thousands of scalar ones, where cuBLAS has tiles for them. That is left to the plain form.
     """
     ranks = [len(layer.lora_a) for layer in operands if layer.lora_a is not None]
-    # On a CPU it is interpreted.
-    scalar = compute_dtype(value_of(x)).itemsize > 2 and value_of(x).device.type != "cpu"
+    read = x.sources[0] if isinstance(x, Made) else x
+    assert read is not None
+    dtype = compute_dtype(read)
+    scalar = dtype.itemsize > 2 and read.device.type != "cpu"  # on a CPU it is interpreted
     scalar |= any(layer.magnitude is not None for layer in operands)  # DoRA has no kernels
     if scalar or not 1 <= len(ranks) <= MOST_ADAPTERS or max(ranks) > LARGEST_RANK:
         return plain_linears(x, operands, segments)
     again = made_again(x, operands)
     if again is not None and tile_arguments(*again) is None:
         again = None
+    if again is not None and again[0] in ACTIVATIONS and len(operands) == 1 and read.dtype == dtype:
+        return list(_Linears.apply(None, again, *flattened(operands, segments), *again[1]))  # pyright: ignore[reportGeneralTypeIssues]
     return list(_Linears.apply(value_of(x), again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _Linears(torch.autograd.Function):
+    """Without x the one layer makes it: of `again`'s sources, which follow the layer's tensors."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x: Tensor | None,
         again: Again | None,
         rows: Tensor | None,
         settings: list[tuple[float, float, int]],
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        dtype = compute_dtype(x)
-        ctx.input_dtype = x.dtype
-        layers = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+        ctx.activates = x is None
+        function, sources = again or (None, (x,))
+        read = sources[0] if x is None else x
+        assert read is not None
+        dtype = compute_dtype(read)
+        ctx.input_dtype = read.dtype
+        layers = [tensors[4 * i : 4 * i + 4] for i in range(len(settings))]
         adapted = [i for i, layer in enumerate(layers) if layer[2] is not None]
         factors = [(a, b) for *_, a, b in layers if a is not None and b is not None]
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(dtype).contiguous()
+        with torch.autocast(read.device.type, enabled=False):
             a, b = stacked_factors(factors, dtype)
             draws = Draws([settings[i][1:] for i in adapted], rows)
-            low_rank = low_rank_product(x, a, draws)
+            if x is None:
+                assert function is not None
+                x, low_rank = activated(function, sources, a, draws)
+            else:
+                x = x.to(dtype).contiguous()
+                low_rank = low_rank_product(x, a, draws)
             scales = [settings[i][0] / (1 - settings[i][1]) for i in adapted]
             b_parts = b.split([len(b_j) for _, b_j in factors])
             small = zip(low_rank.unbind(1), b_parts, scales, strict=True)
@@ -101,8 +118,10 @@ class _Linears(torch.autograd.Function):
                 else:
                     y = torch.addmm(bias, s, b_j.t(), alpha=scale)
                 outputs.append(y.addmm_(x, dense(weight, dtype).t()))
-        ctx.again, sources = again or (None, (x,))
-        ctx.quantised = quantised_ones(tensors)
+        if function is None:
+            sources = (x,)
+        ctx.again = function
+        ctx.quantised = quantised_ones(tensors[: 4 * len(settings)])
         kept = [weight if isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(rows, a, b, low_rank, *kept, *sources)
         ctx.settings, ctx.adapted, ctx.scales = settings, adapted, scales
@@ -122,9 +141,23 @@ class _Linears(torch.autograd.Function):
         draws = Draws([ctx.settings[i][1:] for i in ctx.adapted], rows)
         of_adapted = [grads[i] for i in ctx.adapted]
         d_low_rank, d_b = through_b(of_adapted, b, low_rank, ctx.scales)
-        d_a = adapter_gradient(ctx.again, sources, d_low_rank, draws)
-        d_bs = d_b.split([dy.shape[1] for dy in of_adapted])
+        dx = input_gradient(d_low_rank, a, draws) if needs_x else None
+        if needs_x or ctx.activates:
+            pairs = zip(weights, ctx.quantised, strict=True)
+            kept = [weight if quantised is None else quantised for weight, quantised in pairs]
+            for dy, weight in _narrow_ones_joined(grads, kept):
+                weight = dense(weight, dy.dtype)
+                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
         found: list[Tensor | None] = [None] * len(needed)
+        if ctx.activates:
+            assert dx is not None
+            d_a, *found[4 * len(grads) :] = activation_gradients(
+                ctx.again, sources, dx, d_low_rank, a, draws, needs_bias=needed[-1]
+            )
+            dx = None
+        else:
+            d_a = adapter_gradient(ctx.again, sources, d_low_rank, draws)
+        d_bs = d_b.split([dy.shape[1] for dy in of_adapted])
         for i, rank, d_a_j, d_b_j in zip(ctx.adapted, ctx.ranks, d_a, d_bs, strict=True):
             found[4 * i + 2 : 4 * i + 4] = d_a_j[:rank], d_b_j[:, :rank]
         for i, dy in enumerate(grads):
@@ -132,13 +165,6 @@ class _Linears(torch.autograd.Function):
                 found[4 * i] = gradient_product(dy.t(), sources[0])
             if needed[4 * i + 1]:
                 found[4 * i + 1] = dy.sum(0, dtype=ctx.dtypes[4 * i + 1])
-        dx = None
-        if needs_x:
-            dx = input_gradient(d_low_rank, a, draws)
-            pairs = zip(weights, ctx.quantised, strict=True)
-            kept = [weight if quantised is None else quantised for weight, quantised in pairs]
-            for dy, weight in _narrow_ones_joined(grads, kept):
-                dx.addmm_(dy, dense(weight, dx.dtype))
         cast = [
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(found, ctx.dtypes, strict=True)

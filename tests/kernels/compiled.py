@@ -122,7 +122,7 @@ _RAGGED = (611, 402, 90)
 
 
 def odd_steps() -> Iterator[tuple[str, Step]]:
-    """Yield (card, step): both half precisions on every card; on one, large ranks and Adafactor."""
+    """Yield (card, step): both half precisions on every card; on one large ranks, all weights."""
     for card in CARDS:
         yield card, Step(_STARCODER2 | _DROPS, "bf16", 12, 0.1, _RAGGED)
         yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
@@ -130,6 +130,7 @@ def odd_steps() -> Iterator[tuple[str, Step]]:
     yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
     for card, kind in itertools.product(CARDS, KINDS):
         yield card, Step(_QWEN2, "bf16", 12, 0.0, _RAGGED, quantization=kind)
+    yield "sm_80", Step(_STARCODER2, "bf16", 0, 0.0, _RAGGED)
 
 
 def steps_of_presets() -> Iterator[tuple[str, Step]]:
@@ -159,6 +160,8 @@ def compiled(steps: Iterator[tuple[str, Step]]) -> Iterator[dict[str, Any]]:
                 "card": name,
                 "precision": step.dtype,
                 "kernel": launch.name,
+                "tile": launch.options.get("BLOCK_ROWS", 1)
+                * launch.options.get("BLOCK_COLUMNS", 1),
                 **dataclasses.asdict(binary),
                 "faults": binary.faults(card, half=step.dtype != "fp32"),
             }

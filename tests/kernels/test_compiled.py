@@ -55,6 +55,14 @@ def test_every_kernel_is_within_the_limits_of_a_card(
     assert "wgmma" in used if card == "sm_90" else used == {"mma"}
 
 
+def test_an_activation_is_made_once_an_element(binaries: list[dict[str, Any]]) -> None:
+    """A chain between two products is easily made for the registers of either."""
+    found = [b for b in binaries if b["kernel"].startswith("activations.")]
+    assert len(found) >= 12
+    for binary in found:
+        assert binary["exponentials"] * binary["threads"] == binary["tile"], binary
+
+
 def test_no_kernel_is_left_out(launched: dict[str, Any]) -> None:
     assert launched["launched"] == launched["kernels"]
 

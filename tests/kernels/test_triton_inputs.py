@@ -29,7 +29,7 @@ def exact_norm(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Made:
-    return Made(elementwise.gelu_tanh(x, bias), inputs.gelu_again, (x, bias))
+    return Made(elementwise.gelu_tanh, inputs.gelu_again, (x, bias))
 
 
 # How an input is made, by our kernels and exactly, and how many axes each of its sources has.
@@ -67,7 +67,8 @@ def test_an_input_is_made_again_and_not_kept(kind: str, dtype: torch.dtype) -> N
     kept = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add(tensor.data_ptr())
+        if tensor.shape == (ROWS, WIDTH):
+            kept.add(tensor.data_ptr())
         return tensor
 
     def operands(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Operands]:
@@ -79,8 +80,7 @@ def test_an_input_is_made_again_and_not_kept(kind: str, dtype: torch.dtype) -> N
         x = ours(*leaves[:count])
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = tuple(linears.linears(x, operands(*leaves[count:]), segments))
-        assert x.value.data_ptr() not in kept
-        assert leaves[0].data_ptr() in kept
+        assert kept == {leaf.data_ptr() for leaf in leaves[:count] if leaf.dim() == 2}
         return outputs
 
     def plain_form(*leaves: Tensor) -> tuple[Tensor, ...]:
