@@ -138,9 +138,7 @@ def assemble(
         # Not before: a resume that is refused changes nothing.
         warnings += settle(saver, resume)
     if ran_out and (how := do_less(run, single=is_single(run))):
-        warnings.append(
-            f"a rank ran out of memory before: all goes on with {how}; the gradient is the same"
-        )
+        warnings.append(f"a rank ran out of memory before: all goes on with {how}")
     for warning in warnings:
         records.say(warning)
     if world.first:  # while the first steps are done

@@ -42,14 +42,15 @@ def do_less(run: Run, *, single: bool) -> str | None:
     state, model = run.state, run.model
     if not single:
         state.micro_batch_divisor *= 2
-        return f"micro-batches 1/{state.micro_batch_divisor} of their configured size"
+        size = f"1/{state.micro_batch_divisor} of their configured size"
+        return f"micro-batches {size}; the gradient is the same"
     possible = possible_policies(run.config, run.precision.device.type)
     present = POLICIES.index(model.gradient_checkpointing)
     stronger = next((policy for policy in possible if POLICIES.index(policy) > present), None)
     if stronger is None:
         return None
     state.gradient_checkpointing = model.gradient_checkpointing = stronger
-    return f"model.gradient_checkpointing={stronger}"
+    return f"model.gradient_checkpointing={stronger}; the gradient is the same"
 
 
 def is_single(run: Run) -> bool:
@@ -123,7 +124,7 @@ def try_longest(run: Run, records: Records) -> None:
         how = do_less(run, single=not run.world.any(len(largest.examples) > 1)[0])
         if how is None:
             raise _does_not_fit(run, what, largest.num_tokens)
-        records.say(f"{what}: out of memory; all goes on with {how}; the gradient is the same")
+        records.say(f"{what}: out of memory; all goes on with {how}")
 
 
 def longest_step(run: Run, batches: StepBatches) -> int:

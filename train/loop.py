@@ -119,13 +119,9 @@ def step_that_fits(
         if result.skipped != "out of memory":
             return result
         several = any(len(micro_batch.examples) > 1 for micro_batch in batch)
-        how = do_less(run, single=not run.world.any(several)[0])
-        if how is None:
+        if (how := do_less(run, single=not run.world.any(several)[0])) is None:
             raise step_does_not_fit(saver, step, batch)
-        records.say(
-            f"out of memory at step {step}: it is done again, and all goes on, with {how}; the "
-            "gradient is the same"
-        )
+        records.say(f"out of memory at step {step}: it is done again, and all goes on, with {how}")
 
 
 def advance(state: TrainState, result: StepResult) -> float | None:

@@ -25,7 +25,6 @@ from train.plan.decide import (
     UNKNOWN,
     Machine,
     attention_kernels,
-    available_memory,
     decide,
     decide_attention,
     decide_device,
@@ -39,6 +38,7 @@ from train.plan.decide import (
     this_machine,
 )
 from train.plan.ledger import micro_batch_tokens
+from train.process.room import available_memory
 from train.run import execute
 from train.survey import print_plan
 

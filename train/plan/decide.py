@@ -8,16 +8,14 @@ known is None: of a plan made where the run is not to be, `UNKNOWN` is the machi
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
 from train.plan.cards import CARDS
+from train.process.room import available_memory
 from train.process.world import ALONE, World
 from train.text import size_text
 
@@ -449,40 +447,3 @@ def wants_whole_weights(config: RunConfig) -> str:
     }
     asked = [setting for setting, given in found.items() if given]
     return asked[0] if asked and config.train.method == "lora" else ""
-
-
-def available_memory(device: str) -> int | None:
-    """Return the bytes that a run may use: a CUDA card's memory, or the RAM that is free now.
-
-    None where the system does not tell.
-    """
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info()[1]
-    limits = [bytes_ for bytes_ in (_free_ram(), _cgroup_room()) if bytes_ is not None]
-    return min(limits, default=None)
-
-
-def _free_ram() -> int | None:
-    try:
-        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        told = None
-    if told:
-        return int(told.group(1)) * 1024
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return None
-
-
-def _cgroup_room() -> int | None:
-    """Return what a container's limit still allows."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = (folder / "memory.current").read_text().strip()
-    except OSError:
-        return None
-    return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None

@@ -11,8 +11,9 @@ from files.errors import counted
 from train.config.schema import RunConfig
 from train.inputs.adapters import starting_adapter_note
 from train.inputs.known import KnownData, Unknown
-from train.plan.decide import Machine, available_memory, decide_attention
+from train.plan.decide import Machine, decide_attention
 from train.plan.steps import RunPlan
+from train.process.room import available_memory
 from train.text import size_text
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lora import count_parameters, fill_adapter
 from models.weights import fill
 from train.inputs.base_model import base_dtype
 from train.inputs.sharding import place, reshard
-from train.plan.decide import available_memory
+from train.process.room import available_memory
 from train.saving.checkpoints import Checkpoints, room_on_disk
 from train.saving.folder import (
     export,
