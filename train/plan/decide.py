@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
 from train.plan.cards import CARDS
+from train.plan.refusals import refuse_moments, refuse_with_quantization, wants_whole_weights
 from train.process.room import available_memory
 from train.process.world import ALONE, World
 from train.text import size_text
@@ -115,7 +116,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             in, or quantised and trained, shared or compiled; or the kernels cannot run there, or
             they or what is asked of activations not with `train.compile`.
     """
-    _refuse_with_quantization(config)
+    refuse_with_quantization(config)
     precision = decide_precision(config.train.precision, machine.device, machine.capability)
     stored, agreeing = config.model.dtype, (None, "fp32", precision)
     if config.train.method == "lora" and precision != "auto" and stored not in agreeing:
@@ -132,7 +133,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             "kernels here: that has never been tried together; use train.compile=false or "
             "train.kernels=reference"
         )
-    _refuse_moments(config, precision)
+    refuse_moments(config, precision)
     policy = config.model.gradient_checkpointing
     if config.train.compile and policy not in ("auto", *possible_policies(config, None)):
         raise UserError(
@@ -143,65 +144,6 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
         config.train, precision=precision, micro_batch_tokens=decide_micro_batch_tokens(config)
     )
     return dataclasses.replace(config, train=settings)
-
-
-def _refuse_moments(config: RunConfig, precision: str) -> None:
-    """Refuse masters and optimizers that do not go with what is trained, or with each other."""
-    full, name = config.train.method == "full", config.optimizer.name
-    if name == "adamw_8bit" and full and config.train.sharding == "shard":
-        raise UserError(
-            "optimizer.name=adamw_8bit with train.sharding=shard: its blocks of 256 would be cut "
-            "where the ranks' rows are, and the result depend on their number; use "
-            "train.sharding=replicate, or optimizer.name=adafactor"
-        )
-    if config.train.masters == "fp32":
-        return
-    if not full:
-        raise UserError(
-            "train.masters=bf16 with train.method=lora: adapters are small and keep fp32 masters; "
-            "use train.masters=fp32 (how the frozen base is stored says model.dtype)"
-        )
-    if precision not in ("bf16", "auto"):
-        raise UserError(
-            f"train.masters=bf16 with train.precision={precision}: the masters are the very "
-            "weights that are computed with; use train.precision=bf16, or train.masters=fp32"
-        )
-    if name == "adamw_8bit":
-        raise UserError(
-            "train.masters=bf16 with optimizer.name=adamw_8bit: only adamw, paged_adamw and "
-            "adafactor round masters by chance; use one of these, or train.masters=fp32"
-        )
-
-
-def _refuse_with_quantization(config: RunConfig) -> None:
-    """Refuse what does not go with quantised weights."""
-    asked, none = f"model.quantization={config.model.quantization}", "model.quantization=none"
-    if config.model.quantization is None:
-        return
-    if config.train.method == "full":
-        raise UserError(
-            f"{asked} with train.method=full: quantised weights are frozen and cannot be trained; "
-            f"use train.method=lora, or {none} with the model's original weights"
-        )
-    if config.train.sharding == "shard":
-        raise UserError(
-            f"{asked} with train.sharding=shard: every rank has the quantised weights whole; use "
-            f"train.sharding=auto or replicate, or {none}"
-        )
-    for setting, given in (
-        ("lora.use_dora=true", config.lora.use_dora),
-        ("lora.init_lora_weights=pissa", config.lora.init_lora_weights == "pissa"),
-    ):
-        if given:
-            raise UserError(
-                f"{asked} with {setting}: it is made of weights that are not quantised; use {none} "
-                "or plain adapters"
-            )
-    if config.train.compile:
-        raise UserError(
-            f"{asked} with train.compile=true: that has never been tried together; use "
-            f"train.compile=false or {none}"
-        )
 
 
 def decide_device(name: str) -> str:
@@ -434,16 +376,3 @@ def decide_sharding(
     # Blocks of 256 moments would be cut where the ranks' rows are.
     full = config.train.method == "full" and config.optimizer.name != "adamw_8bit"
     return "shard" if full or (too_large and config.train.method == "lora") else "replicate"
-
-
-def wants_whole_weights(config: RunConfig) -> str:
-    """Return the setting of the adapters that no shared base can serve; empty where none is."""
-    lora = config.lora
-    found = {
-        "lora.use_dora=true": lora.use_dora,
-        "lora.modules_to_save=…": lora.modules_to_save,
-        "lora.trainable_token_indices=…": lora.trainable_token_indices,
-        f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights != "default",
-    }
-    asked = [setting for setting, given in found.items() if given]
-    return asked[0] if asked and config.train.method == "lora" else ""

@@ -1,0 +1,81 @@
+"""Settings that do not go with each other whatever the machine: one sentence each, and the way out.
+
+`train.plan.decide` asks before anything is decided. This module never imports torch.
+"""
+
+from __future__ import annotations
+
+from files.errors import UserError
+from train.config.schema import RunConfig
+
+
+def refuse_moments(config: RunConfig, precision: str) -> None:
+    """Refuse masters and optimizers that do not go with what is trained, or with each other."""
+    full, name = config.train.method == "full", config.optimizer.name
+    if name == "adamw_8bit" and full and config.train.sharding == "shard":
+        raise UserError(
+            "optimizer.name=adamw_8bit with train.sharding=shard: its blocks of 256 would be cut "
+            "where the ranks' rows are, and the result depend on their number; use "
+            "train.sharding=replicate, or optimizer.name=adafactor"
+        )
+    if config.train.masters == "fp32":
+        return
+    if not full:
+        raise UserError(
+            "train.masters=bf16 with train.method=lora: adapters are small and keep fp32 masters; "
+            "use train.masters=fp32 (how the frozen base is stored says model.dtype)"
+        )
+    if precision not in ("bf16", "auto"):
+        raise UserError(
+            f"train.masters=bf16 with train.precision={precision}: the masters are the very "
+            "weights that are computed with; use train.precision=bf16, or train.masters=fp32"
+        )
+    if name == "adamw_8bit":
+        raise UserError(
+            "train.masters=bf16 with optimizer.name=adamw_8bit: only adamw, paged_adamw and "
+            "adafactor round masters by chance; use one of these, or train.masters=fp32"
+        )
+
+
+def refuse_with_quantization(config: RunConfig) -> None:
+    """Refuse what does not go with quantised weights."""
+    asked, none = f"model.quantization={config.model.quantization}", "model.quantization=none"
+    if config.model.quantization is None:
+        return
+    if config.train.method == "full":
+        raise UserError(
+            f"{asked} with train.method=full: quantised weights are frozen and cannot be trained; "
+            f"use train.method=lora, or {none} with the model's original weights"
+        )
+    if config.train.sharding == "shard":
+        raise UserError(
+            f"{asked} with train.sharding=shard: every rank has the quantised weights whole; use "
+            f"train.sharding=auto or replicate, or {none}"
+        )
+    for setting, given in (
+        ("lora.use_dora=true", config.lora.use_dora),
+        ("lora.init_lora_weights=pissa", config.lora.init_lora_weights == "pissa"),
+    ):
+        if given:
+            raise UserError(
+                f"{asked} with {setting}: it is made of weights that are not quantised; use {none} "
+                "or plain adapters"
+            )
+    if config.train.compile:
+        raise UserError(
+            f"{asked} with train.compile=true: that has never been tried together; use "
+            f"train.compile=false or {none}"
+        )
+
+
+def wants_whole_weights(config: RunConfig) -> str:
+    """Return the setting of the adapters that no shared base can serve; empty where none is."""
+    lora = config.lora
+    found = {
+        "lora.use_dora=true": lora.use_dora,
+        "lora.modules_to_save=…": lora.modules_to_save,
+        "lora.trainable_token_indices=…": lora.trainable_token_indices,
+        f"lora.init_lora_weights={lora.init_lora_weights}": lora.init_lora_weights != "default",
+    }
+    asked = [setting for setting, given in found.items() if given]
+    return asked[0] if asked and config.train.method == "lora" else ""
