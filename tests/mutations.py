@@ -1450,7 +1450,8 @@ MUTATIONS = [
             "a Qwen3's heads divide its width where the file says nothing",
             '"head_dim": 128',
             '"head_dim": None',
-            "tests/models/test_config.py::test_qwen3_s_head_dim_is_its_own_key",
+            "tests/models/test_null_and_zero.py::"
+            "test_an_absent_or_null_key_is_what_transformers_makes_of_it",
         ),
         (
             "every layer of a Qwen3 sees all",
@@ -1820,7 +1821,7 @@ MUTATIONS = [
             "the plan's rate is that of the next step",
             "            step - 1,\n            warmup_steps=self.warmup_steps",
             "            step,\n            warmup_steps=self.warmup_steps",
-            "test_learning_rate_of_the_first_step_is_zero_with_warmup",
+            "tests/train/test_loop.py::test_it_does_what_the_plan_says_in_this_order",
         ),
         (
             "the last step does not evaluate unless it falls due",
@@ -1878,7 +1879,7 @@ MUTATIONS = [
             "an update is made though the loss is not finite",
             "if not (math.isfinite(norm) and math.isfinite(mean)):",
             "if not math.isfinite(norm):",
-            "test_a_loss_that_is_not_finite_counts_though_its_gradient_is",
+            "tests/train/test_step_faults.py::test_nothing_changes_where_a_number_is_not_finite",
         ),
         (
             "an attempt that overflowed leaves its gradient to the next",

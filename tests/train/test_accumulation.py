@@ -23,7 +23,6 @@ from kernels.segments import Segments
 from lora import LoraConfig, inject
 from lora.linear import LoraLinear
 from models.layers import CausalLM, Dropout
-from train import step
 from train.evaluate import evaluate
 from train.loss import exact_sum
 from train.optim.adamw import AdamW
@@ -198,16 +197,6 @@ def test_every_place_draws_masks_of_its_own(
     assert drawn == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
-def test_gradient_checkpointing_changes_no_bit(family: str) -> None:
-    model = adapted(0.1, family)
-    result, gradients = gradient_step(model, cut(2))
-    model.gradient_checkpointing = True
-    again, recomputed = gradient_step(model, cut(2))
-    assert again.loss == result.loss
-    assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
-
-
 def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
     """Not the mean of micro-batch means, which overweights short examples."""
     model = adapted()
@@ -245,15 +234,6 @@ def test_the_gradient_is_that_of_the_token_mean() -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     for name, expected in zip(names, torch.autograd.grad(total / targets, parameters), strict=True):
         assert (gradients[name] - expected).norm() <= 1e-12 * expected.norm(), name
-
-
-def test_the_last_window_of_an_epoch_is_a_mean_over_its_own_targets() -> None:
-    """A window of three micro-batches where others have four is divided by what it holds."""
-    model = adapted()
-    assert_same(
-        gradient_step(model, cut(1, indices=[0, 1, 2])),
-        gradient_step(model, cut(3, indices=[0, 1, 2])),
-    )
 
 
 def test_clipping_sees_the_whole_gradient_once_and_after_unscaling() -> None:
@@ -371,20 +351,6 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(scaled: bool)
     assert optimizer.steps == 0
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
-
-
-def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loss_sum = step.loss_sum
-    monkeypatch.setattr(step, "loss_sum", lambda *given: loss_sum(*given) + float("inf"))
-    model = adapted()
-    before = [p.detach().clone() for p in model.parameters()]
-    result, optimizer = adamw_step(model)
-    assert (result.skipped, result.loss) == ("non-finite", float("inf"))
-    assert 0 < result.grad_norm < float("inf")
-    assert optimizer.steps == 0
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_the_head_s_own_gradient_is_under_the_scaler_too() -> None:
