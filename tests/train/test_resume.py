@@ -37,11 +37,6 @@ from train.saving.resume import _is_finished
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
     every_step = {"lora.lora_dropout": 0.1, "eval.steps": 2, "checkpoint.steps": 1}
     values = {"train.max_steps": STEPS, **every_step, **changes}
