@@ -81,6 +81,13 @@ def cache(tmp_path: Path, common_cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the Hub away, and what this machine has of it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Return what gives a command arguments that it refuses, and returns its one sentence."""
 

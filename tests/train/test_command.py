@@ -70,6 +70,7 @@ def test_every_command_s_complaint_is_one_sentence(
     assert "--help" in refused(COMMANDS[name], *arguments.split())
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -93,7 +94,6 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
 ) -> None:
     """Before the network is blamed, or a file that would be in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     said = refused(COMMANDS[name], *arguments.split())
     assert "no such folder" in said.partition("cannot be reached")[0]

@@ -659,14 +659,10 @@ def test_named_files_must_be_there(tmp_path: Path) -> None:
         print_plan(load_config(overrides={"model.path": str(tmp_path / "missing")}))
 
 
-def offline(*_: object, **__: object) -> None:
-    raise UserError("the hub is away")
-
-
+@pytest.mark.usefixtures("offline")
 def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("train.survey.find_model", offline)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "x"}\n' * 40)
     config = load_config("llama2-7b", overrides={"data.train": str(rows), "valid_fraction": 0.2})
@@ -681,15 +677,14 @@ def test_rows_are_counted_where_the_tokenizer_cannot_be_had(
         print_plan(load_config("llama2-7b", overrides={"data.train": str(tmp_path / "gone.jsonl")}))
 
 
+@pytest.mark.usefixtures("offline")
 def test_the_claim_stands_in_where_the_data_set_cannot_be_had(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("train.survey.find_model", offline)
-    monkeypatch.setattr("train.survey.read_rows", offline)
     print_plan(load_config("starcoder2-3b"), as_json=True)
     document = json.loads(capsys.readouterr().out)
     assert (document["num_examples"], document["total_steps"]) == (20000, 2502)
-    assert any("the hub is away" in warning for warning in document["warnings"])
+    assert any("HF_HUB_OFFLINE is set" in warning for warning in document["warnings"])
 
 
 def test_an_architecture_is_read_from_a_folder(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ In fp64 two orders of summation of n terms differ by about n·2⁻⁵³ relative
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from data.batch import MicroBatch, micro_batches
 from data.order import balanced_shares
+from files.faults import listening
 from models.layers import CausalLM
 from train import step
 from train.evaluate import evaluate
@@ -137,21 +139,16 @@ def test_shares_are_as_many_examples_as_the_plan_says_and_like_in_tokens() -> No
     assert max(tokens) - min(tokens) <= 10 < max(plain) - min(plain)
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, fault: Callable[[MicroBatch], Tensor | None]) -> None:
-    """Let the loss of a micro-batch be what `fault` returns, where it returns something."""
-    honest = step.loss_sum
-
-    def loss_sum(model: CausalLM, micro_batch: MicroBatch, *rest: Any) -> Tensor:
-        spoiled, loss = fault(micro_batch), honest(model, micro_batch, *rest)
-        return loss if spoiled is None else loss * spoiled
-
-    monkeypatch.setattr(step, "loss_sum", loss_sum)
-
-
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    poisoned(monkeypatch, lambda part: torch.tensor(torch.nan) if 7 in part.examples else None)
+    honest = step.loss_sum
+
+    def loss_sum(model: CausalLM, micro_batch: MicroBatch, *rest: Any) -> Tensor:
+        loss = honest(model, micro_batch, *rest)
+        return loss * torch.nan if 7 in micro_batch.examples else loss
+
+    monkeypatch.setattr(step, "loss_sum", loss_sum)
     for size in (1, 2, 6):
         ranks = on_ranks(size, one_step)
         assert {result.skipped for result, _ in ranks} == {"non-finite"}
@@ -161,15 +158,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(
         assert 7 in at_fault[0]
 
 
-def test_memory_that_does_not_suffice_on_one_rank_stops_the_step_on_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fault(part: MicroBatch) -> None:
-        if 10 in part.examples:
+def test_memory_that_does_not_suffice_on_one_rank_stops_the_step_on_all() -> None:
+    passed = itertools.count()
+
+    def fault(name: str) -> None:
+        if name == "step.micro_batch" and next(passed) == 4:
             raise torch.OutOfMemoryError("out of memory")
 
-    poisoned(monkeypatch, fault)
-    ranks = on_ranks(3, one_step)
+    with listening(fault):
+        ranks = on_ranks(3, one_step)
     assert {result.skipped for result, _ in ranks} == {"out of memory"}
     assert not any(seen for _, seen in ranks)
 
