@@ -1861,7 +1861,7 @@ MUTATIONS = [
             "the mean of micro-batch means",
             "(loss * (scale / targets)).backward()",
             "(loss * (scale / len(batch) / max(1, micro_batch.num_targets))).backward()",
-            "test_the_gradient_is_that_of_the_token_mean",
+            "test_loss_and_gradient_are_those_of_the_token_mean_of_the_whole_step",
         ),
         (
             "clipping measures the gradient with its loss scale",

@@ -198,20 +198,22 @@ def test_every_place_draws_masks_of_its_own(
     assert drawn == expected
 
 
-def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
-    """Not the mean of micro-batch means, which overweights short examples."""
+def test_loss_and_gradient_are_those_of_the_token_mean_of_the_whole_step() -> None:
+    """Against autograd over one dense computation; not the mean of micro-batch means."""
     model = adapted()
-    result, _ = gradient_step(model, cut(2))
-    total, targets = 0.0, 0
-    with torch.no_grad():
-        for example in EXAMPLES.examples:
-            ids = torch.from_numpy(example.input_ids).long()
-            labels = torch.from_numpy(example.labels).long()
-            logits = model(ids[None])[0]
-            total += F.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
-            targets += int((labels[1:] != -100).sum())
+    result, gradients = gradient_step(model, cut(2))
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for example in EXAMPLES.examples:
+        ids, labels = (torch.from_numpy(a).long() for a in (example.input_ids, example.labels))
+        logits = model(ids[None])[0]
+        total = total + F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+        targets += int((labels[1:] != -100).sum())
     assert result.targets == targets
-    assert result.loss == pytest.approx(total / targets, rel=1e-12)
+    assert result.loss == pytest.approx(total.item() / targets, rel=1e-12)
+    expected = torch.autograd.grad(total / targets, list(trained(model).values()))
+    for (name, gradient), exact in zip(gradients.items(), expected, strict=True):
+        assert (gradient - exact).norm() <= 1e-12 * exact.norm(), name
+    # Which overweights short examples.
     means = [gradient_step(model, cut(1, indices=[i]))[0].loss for i in range(8)]
     assert abs(sum(means) / 8 - result.loss) > 1e-3
 
@@ -219,22 +221,6 @@ def test_the_loss_is_the_token_mean_of_the_whole_step() -> None:
 def test_losses_are_added_up_in_fp64() -> None:
     """2^24 + 1 is the first whole number that fp32 does not have."""
     assert exact_sum([torch.tensor(2.0**24), torch.tensor(1.0)]) == 2.0**24 + 1
-
-
-def test_the_gradient_is_that_of_the_token_mean() -> None:
-    """Against autograd over one dense computation of the same mean."""
-    model = adapted()
-    _, gradients = gradient_step(model, cut(4))
-    total, targets = torch.zeros((), dtype=torch.float64), 0
-    for example in EXAMPLES.examples:
-        ids, labels = (torch.from_numpy(a).long() for a in (example.input_ids, example.labels))
-        logits = model(ids[None])[0]
-        total = total + F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
-        targets += int((labels[1:] != -100).sum())
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for name, expected in zip(names, torch.autograd.grad(total / targets, parameters), strict=True):
-        assert (gradients[name] - expected).norm() <= 1e-12 * expected.norm(), name
 
 
 def test_clipping_sees_the_whole_gradient_once_and_after_unscaling() -> None:
