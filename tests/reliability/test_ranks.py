@@ -375,6 +375,7 @@ def wait_for(there: Callable[[], bool], run: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
     values: dict[str, Any], tmp_path: Path
