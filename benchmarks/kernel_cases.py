@@ -64,13 +64,14 @@ def _pointwise(
     return Case(part, text, sides, lambda _: problem.exact(literal), gigabytes=gigabytes)
 
 
-def norm(rows: int, hidden: int, centred: bool, room: Room) -> Case:
-    """The residual addition and the norm behind it, frozen, as a layer of a LoRA run has it."""
+def norm(rows: int, hidden: int, centred: bool, room: Room, *, frozen: bool = True) -> Case:
+    """The residual addition and the norm behind it; frozen, as a layer of a LoRA run has it."""
     m, h = room.rows(rows), room.size(hidden)
     leaves = {"x": room.draw(m, h), "change": room.draw(m, h), "weight": 1 + room.draw(h) / 8}
     if centred:
         leaves["bias"] = room.draw(h)
-    problem = Problem(leaves, ["x", "change"], [room.draw(m, h) for _ in range(2)])
+    needed = ["x", "change"] if frozen else list(leaves)
+    problem = Problem(leaves, needed, [room.draw(m, h) for _ in range(2)])
 
     def layer_norm(x: Tensor, change: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
         total = x + change

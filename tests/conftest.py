@@ -81,6 +81,13 @@ def cache(tmp_path: Path, common_cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the Hub away, and what this machine has of it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Return what gives a command arguments that it refuses, and returns its one sentence."""
 
@@ -97,22 +104,15 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a StarCoder2-style folder: config.json with dropout 0.1, a byte tokenizer, weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from byte_tokenizer import write_byte_tokenizer
 
     from models.weights import save_model
 
     folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    special = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
     model = small_model("starcoder2", vocab_size=257, **DROPOUTS)
     save_model(model, folder, config=model.config)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    end = "<|endoftext|>"
+    write_byte_tokenizer(folder, end, bos_token=end, unk_token=end)
     return folder
 
 

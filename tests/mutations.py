@@ -1606,7 +1606,8 @@ MUTATIONS = [
             "a Qwen3's heads divide its width where the file says nothing",
             '"head_dim": 128',
             '"head_dim": None',
-            "tests/models/test_config.py::test_qwen3_s_head_dim_is_its_own_key",
+            "tests/models/test_null_and_zero.py::"
+            "test_an_absent_or_null_key_is_what_transformers_makes_of_it",
         ),
         (
             "every layer of a Qwen3 sees all",
@@ -1976,7 +1977,7 @@ MUTATIONS = [
             "the plan's rate is that of the next step",
             "            step - 1,\n            warmup_steps=self.warmup_steps",
             "            step,\n            warmup_steps=self.warmup_steps",
-            "test_learning_rate_of_the_first_step_is_zero_with_warmup",
+            "tests/train/test_loop.py::test_it_does_what_the_plan_says_in_this_order",
         ),
         (
             "the last step does not evaluate unless it falls due",
@@ -2016,7 +2017,7 @@ MUTATIONS = [
             "the mean of micro-batch means",
             "(loss * (scale / targets)).backward()",
             "(loss * (scale / len(batch) / max(1, micro_batch.num_targets))).backward()",
-            "test_the_gradient_is_that_of_the_token_mean",
+            "test_loss_and_gradient_are_those_of_the_token_mean_of_the_whole_step",
         ),
         (
             "clipping measures the gradient with its loss scale",
@@ -2034,7 +2035,7 @@ MUTATIONS = [
             "an update is made though the loss is not finite",
             "if not (math.isfinite(norm) and math.isfinite(mean)):",
             "if not math.isfinite(norm):",
-            "test_a_loss_that_is_not_finite_counts_though_its_gradient_is",
+            "tests/train/test_step_faults.py::test_nothing_changes_where_a_number_is_not_finite",
         ),
         (
             "an attempt that overflowed leaves its gradient to the next",

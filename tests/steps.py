@@ -1,7 +1,7 @@
 """What tests of one training step share: eight ragged examples, a cut of them, and the step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from small import RaggedExamples
@@ -21,6 +21,8 @@ EXAMPLES: Any = RaggedExamples([3, 40, 7, 22, 15, 2, 31, 9])
 
 class GradientsOnly(AdamW):
     """An optimizer that keeps the gradient it is given and touches no weight."""
+
+    seen: ClassVar[dict[str, torch.Tensor]] = {}  # where no step was made
 
     def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
         self.seen = {

@@ -36,6 +36,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "src" / name).mkdir(parents=True)
         (folder / "src" / name / "__init__.py").write_text(decoy)
     shutil.copytree(folder / "src" / "models", folder / "models")
+    rows = [{"text": f"def f{i}(x):\n    return x + {i}\n"} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bin").mkdir()
     script = folder / "bin" / "lathe"
     script.write_text(SCRIPT)
@@ -67,8 +69,6 @@ SMALL = ("data.train=rows.jsonl", "train.max_steps=2", "effective_batch_size=4",
 
 def test_every_command_works_where_nearly_everything_bears_our_names(project: Path) -> None:
     """And what a run prints to be typed next is typed next, as it stands."""
-    rows = [{"text": f"def f{i}(x):\n    return x + {i}\n"} for i in range(12)]
-    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = ROOT / "data" / "demo" / "base"
     settings = (f"model.path={base}", *SMALL, "data.valid_fraction=0.2", "run_name=it's one")
 
@@ -105,8 +105,7 @@ def test_our_folders_are_ours_whatever_python_s_path_is(
 
 
 @pytest.mark.parametrize("path", ["src", ""])
-def test_children_are_immune_too(project: Path, path: str) -> None:
-    """The child that renders chat templates; the three runs of --prove-resume start alike."""
+def test_the_child_that_renders_chat_templates_is_immune_too(project: Path, path: str) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     base = project / "chat base"
     shutil.copytree(ROOT / "data" / "demo" / "base", base, dirs_exist_ok=True)
@@ -116,14 +115,20 @@ def test_children_are_immune_too(project: Path, path: str) -> None:
     settings = ("model.path=chat base", "data.train=chat.jsonl", "data.format=messages")
     shown = lathe(project, "show-data", *settings, "--json", PYTHONPATH=path).stdout
     assert json.loads(shown)["text"].startswith("user: a")
-    if path:  # the one that holds packages named like ours
-        proof = lathe(
-            project, *settings, "--prove-resume", "1", "effective_batch_size=1", PYTHONPATH=path
-        )
-        assert "resume is exact on this machine" in proof.stdout
 
 
-@pytest.mark.parametrize("name", ["run", "show-data", "generate", "merge", "report"])
+@pytest.mark.slow
+def test_the_runs_of_a_proof_are_immune_too(project: Path) -> None:
+    """Its three runs are started like the child that renders chat templates."""
+    base = f"model.path={ROOT / 'data' / 'demo' / 'base'}"
+    proof = lathe(project, base, *SMALL, "--prove-resume", "1", PYTHONPATH="src")
+    assert "resume is exact on this machine" in proof.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run", "show-data", *(pytest.param(n, marks=pytest.mark.slow) for n in ("generate", "merge"))],
+)
 def test_help_says_what_was_typed(project: Path, name: str) -> None:
     typed = "lathe" if name == "run" else f"lathe {name}"
     assert lathe(project, name, "--help").stdout.startswith(f"usage: {typed} ")

@@ -6,7 +6,6 @@ import json
 import pytest
 from tokenizers import Tokenizer as Library
 
-from data.batch import Batching, micro_batches
 from data.demo.build import (
     CHAT_TEMPLATE,
     DEMO,
@@ -17,8 +16,6 @@ from data.demo.build import (
     main,
     standard_library,
 )
-from data.examples import load_examples
-from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 
 SOURCE = '''
@@ -100,32 +97,6 @@ def test_tokenizer(rows):
     strange = "naïve — 漢字 🙂\t\r\n\x00 1234567890"
     assert tokenizer.decode(tokenizer.encode(strange)) == strange
     assert len(tokenizer.encode("1234567890")) == 10, "digits stand alone"
-
-
-def test_the_shipped_rows_make_batches():
-    tokenizer = Tokenizer.load(DEMO / "base")
-    prompt_format = PromptFormat(
-        format="template",
-        prompt_template="Problem:\n{input}\n\nSolution:\n",
-        completion_template="{solution}",
-    )
-    examples = load_examples(
-        str(DEMO / "valid.jsonl"),
-        split_column=None,
-        split="valid",
-        tokenizer=tokenizer,
-        prompt_format=prompt_format,
-        max_length=512,
-        on_overflow="truncate",
-        cache_root=None,
-    )
-    batches = micro_batches(
-        examples,
-        range(len(examples)),
-        Batching(micro_batch_size=8, layout="unpadded", max_length=512, pad_id=tokenizer.pad_id),
-    )
-    assert sum(batch.num_tokens for batch in batches) == examples.counts.tokens
-    assert examples.counts.examples == 80
 
 
 def test_functions_without_their_docstrings():

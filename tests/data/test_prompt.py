@@ -146,38 +146,6 @@ def test_messages_without_an_answer_at_the_end_or_the_beginning(tokenizer):
     assert nothing.trained == ()
 
 
-def test_system_turn_unless_the_row_has_one(tokenizer):
-    prompt_format = PromptFormat(format="messages", system_prompt="S")
-    plain = prompt_format.render(row(messages=TURNS[:2]), tokenizer)
-    assert plain.text == chatml(("system", "S"), ("user", "Q1"), ("assistant", "A1"))
-    own = [turn("system", "Mine"), *TURNS[:2]]
-    kept = prompt_format.render(row(messages=own), tokenizer)
-    assert kept.text == chatml(("system", "Mine"), ("user", "Q1"), ("assistant", "A1"))
-
-
-def test_conversations_are_messages(tokenizer):
-    turns = [
-        {"from": "system", "value": "S"},
-        {"from": "human", "value": "Q1"},
-        {"from": "gpt", "value": "A1"},
-    ]
-    prompt_format = PromptFormat(format="messages")
-    rendered = prompt_format.render(row(conversations=turns), tokenizer)
-    same = [turn("system", "S"), turn("user", "Q1"), turn("assistant", "A1")]
-    assert rendered == prompt_format.render(row(messages=same), tokenizer)
-    assert rendered == prompt_format.render(row(conversations=same), tokenizer)
-
-
-def test_completion_may_be_messages(tokenizer):
-    prompt_format = PromptFormat(format="completion", system_prompt="S")
-    rendered = prompt_format.render(row(prompt=TURNS[:1], completion=TURNS[1:2]), tokenizer)
-    before = chatml(("system", "S"), ("user", "Q1")) + "<|im_start|>assistant\n"
-    assert rendered.text == before + "A1<|im_end|>\n"
-    assert spans(rendered) == ((before, "A1<|im_end|>\n"),)
-    assert rendered.chat and rendered.prompt == len(before)
-    assert prompt_format.generation_prompt({"prompt": TURNS[:1]}, tokenizer) == before
-
-
 @pytest.mark.parametrize(
     ("prompt_format", "values"),
     [
@@ -271,13 +239,6 @@ def test_rows_that_are_refused_name_file_and_line(tokenizer, settings, values, m
         PromptFormat(**settings).render(Row(values, "rows.jsonl:7"), tokenizer)
 
 
-def test_a_refusal_of_the_chat_template_names_file_and_line(tokenizer_folder):
-    template = "{{ raise_exception('roles must alternate') }}"
-    tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="refuses"))
-    with pytest.raises(UserError, match=r"^rows\.jsonl:7: .*roles must alternate"):
-        PromptFormat(format="messages").render(row(messages=TURNS), tokenizer)
-
-
 def test_rows_rendered_together_are_those_rendered_alone(tokenizer):
     """Rows of texts and of messages may stand side by side, each with its own prefixes."""
     prompt_format = PromptFormat(format="completion", system_prompt="S")
@@ -303,13 +264,3 @@ def test_the_row_that_a_chat_template_refuses_is_named_among_others(tokenizer_fo
     rows = [Row({"messages": TURNS[:length]}, f"rows.jsonl:{length}") for length in (1, 2, 3)]
     with pytest.raises(UserError, match=r"^rows\.jsonl:2: .*too many"):
         PromptFormat(format="messages", completion_only=False).render_rows(rows, tokenizer)
-
-
-def test_tool_calls_need_no_content(tokenizer_folder):
-    template = (
-        "{% for m in messages %}{{ m.role }}{{ m.content or m.tool_calls | tojson }};{% endfor %}"
-    )
-    tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}, name="tools"))
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    rendered = PromptFormat(format="messages").render(row(messages=[TURNS[0], call]), tokenizer)
-    assert rendered.text == 'userQ1;assistant[{"name": "f"}];'

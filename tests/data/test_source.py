@@ -338,33 +338,6 @@ def test_parquet_without_pyarrow_says_what_to_install(
 # --- folders -------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_data_files_is_read_in_order_of_names(tmp_path: Path) -> None:
-    write(tmp_path / "b.jsonl", '{"text":"b"}\n')
-    write(tmp_path / "a.jsonl", '{"text":"a"}\n')
-    write(tmp_path / ".hidden.jsonl", "bad")
-    write(tmp_path / "dataset_infos.json", '{"not": "rows"}')
-    write(tmp_path / "README.md", "words")
-    assert [row.where for row in read_rows(tmp_path)] == [
-        f"{tmp_path}/a.jsonl:1",
-        f"{tmp_path}/b.jsonl:1",
-    ]
-
-
-def test_names_that_speak_of_splits_choose_the_files(tmp_path: Path) -> None:
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation", "test"):
-        write(tmp_path / f"{name}.jsonl", '{"text":"a"}\n')
-
-    def chosen(split: str | None) -> list[str]:
-        return [file.path.name for file in open_source(tmp_path, split).files]
-
-    assert chosen("train") == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
-    assert chosen("valid") == chosen("validation") == ["validation.jsonl"]
-    assert chosen("test") == ["test.jsonl"]
-    assert len(chosen(None)) == 4
-    (tmp_path / "test.jsonl").unlink()
-    assert "no files of the split 'test' (it has: train, valid)" in refusal(tmp_path, split="test")
-
-
 def test_a_split_column_rules_over_file_names(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", '{"split":"train"}\n{"split":"test"}\n')
     assert [line for _, line in lines_of(tmp_path, split_column="split", split="train")] == [1]
@@ -374,12 +347,6 @@ def test_files_without_a_word_of_splits_are_training_rows(tmp_path: Path) -> Non
     write(tmp_path / "rows.jsonl", '{"text":"a"}\n')
     assert len(lines_of(tmp_path, split="train")) == 1
     assert "no files of the split 'test' (it has: rows)" in refusal(tmp_path, split="test")
-
-
-def test_formats_are_not_mixed(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", '{"text":"a"}\n')
-    write(tmp_path / "a.csv", "text\na\n")
-    assert "several formats (.csv, .jsonl)" in refusal(tmp_path)
 
 
 def test_a_source_tree_is_a_row_a_file(tmp_path: Path) -> None:

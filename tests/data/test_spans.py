@@ -594,11 +594,6 @@ def test_turns_are_counted_once_for_pieces_and_subsets(tmp_path: Path) -> None:
 
 # --- traces that others leave --------------------------------------------------------------------
 
-NO_TOOLS = CHATML.replace(
-    "{%- for message in messages %}",
-    "{%- for message in messages if message.role in ('user', 'assistant') %}",
-)
-
 
 @pytest.mark.parametrize(
     "messages",
@@ -625,7 +620,7 @@ NO_TOOLS = CHATML.replace(
 )
 def test_what_others_say_alike_is_no_trace(tmp_path: Path, messages: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="leaves no trace"):
-        trained(tmp_path, NO_TOOLS, messages)
+        trained(tmp_path, IGNORES, messages)
 
 
 def test_a_tool_that_is_described_has_not_been_called(tmp_path: Path) -> None:
@@ -633,12 +628,12 @@ def test_a_tool_that_is_described_has_not_been_called(tmp_path: Path) -> None:
     messages = [turns("Q")[0], {"role": "assistant", "content": "I do.", "tool_calls": [call]}]
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     with pytest.raises(UserError, match=r"turn 2 \(assistant\) leaves no trace"):
-        trained(tmp_path, "{{- tools | tojson }}" + NO_TOOLS, messages, tools=[tool])
+        trained(tmp_path, "{{- tools | tojson }}" + IGNORES, messages, tools=[tool])
 
 
 def test_the_same_words_twice_are_two_traces(tmp_path: Path) -> None:
     messages = turns("hi", "hi", "hi there, hi", "hi")
-    assert trained(tmp_path, NO_TOOLS, messages) == ["hi<|im_end|>", "hi<|im_end|>"]
+    assert trained(tmp_path, IGNORES, messages) == ["hi<|im_end|>", "hi<|im_end|>"]
     assert trained(tmp_path, SILENT, messages) == ["hi<|im_end|>", "hi<|im_end|>"]
     system = [{"role": "system", "content": "hi"}, *messages]
     assert len(trained(tmp_path, LLAMA2, system, eos="</s>", bos="<s>")) == 2

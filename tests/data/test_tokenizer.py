@@ -177,27 +177,6 @@ def test_chat_template_precedence(tokenizer_folder):
         assert Tokenizer.load(folder).render_chat(MESSAGES) == expected
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ cycler.__init__.__globals__.os.popen('id') }}", "unsafe"),
-        ("{{ messages[9]['role'] }}", "undefined|no element"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ messages + 1 }}", "concatenate"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion|overflow"),
-        ("{% for m in messages %}{{ m.content }}", "cannot be parsed, at its line 1"),
-        ("{% generation %}", "cannot be parsed"),
-    ],
-)
-def test_a_template_that_fails_is_one_sentence(tokenizer_folder, template, message):
-    tokenizer = Tokenizer.load(tokenizer_folder({"chat_template": template}))
-    with pytest.raises(UserError, match=message):
-        tokenizer.render_chat(MESSAGES)
-
-
 def test_messages_without_a_template_say_what_to_do(tokenizer_folder):
     with pytest.raises(UserError, match=r"no chat template.*chat_template\.jinja"):
         Tokenizer.load(tokenizer_folder()).render_chat(MESSAGES)

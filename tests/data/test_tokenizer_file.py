@@ -21,12 +21,6 @@ TEXTS = [
 ]
 
 
-def byte_level(text: str) -> str:
-    """Return a text as byte-level tokens write it: every byte a printable letter."""
-    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return splitter.pre_tokenize_str(text)[0][0]
-
-
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTES = {token: number for number, token in enumerate([*ALPHABET, "Ġd", "Ġde", "re"])}
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "d", "▁d"]

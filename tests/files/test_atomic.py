@@ -18,8 +18,6 @@ from files import atomic
 from files.atomic import replacing, sha256_file, write_json, write_text
 from files.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def umask() -> Iterator[None]:

@@ -1,12 +1,12 @@
 """Compile the Triton kernels of whole steps for cards that are not here, and say what they take.
 
-    python -m tests.kernels.compiled [--all | --launches] [--json]
+    python -m tests.kernels.compiled [--all | --card NAME | --launches] [--json]
 
 A step is that of a model of one layer on the meta device: forward, loss, backward and update, by
 the code that a run goes through. Without `--all` two models of odd sizes have every kernel in most
-of its variants, for `test_compiled.py`. With it they have the sizes of all presets, adapted with
-dropout and without and trained in full, in both half precisions: some minutes. With `--launches`
-nothing is compiled: one JSON object says what is launched.
+of its variants, for `test_compiled.py`, on every card or the one named. With it they have the sizes
+of all presets, adapted with dropout and without and trained in full, in both half precisions: some
+minutes. With `--launches` nothing is compiled: one JSON object says what is launched.
 
 It exits with 1 where a kernel breaks a limit of `benchmarks.absent_card`. For another version of
 Triton, in a folder of its own: pip install --no-deps --target FOLDER triton==3.6.0, then
@@ -201,6 +201,9 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(launched()))
         return 0
     steps = steps_of_presets() if "--all" in arguments else odd_steps()
+    if "--card" in arguments:
+        card = arguments[arguments.index("--card") + 1]
+        steps = (pair for pair in steps if pair[0] == card)
     binaries = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.dropout import module_id
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
-MODULE = module_id("model.layers.0.self_attn.attention_dropout")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,8 @@ from against_fp64 import DTYPES, bound, compare, draw, layers_of, poisoned, slow
 from interpreted import DEVICE
 from torch import Tensor
 
+from benchmarks import kernel_cases
+from benchmarks.case import TRITON, Case, Room
 from kernels import linears as plain
 from kernels import reference
 from kernels.dropout import Draw, keep_mask, module_id
@@ -22,6 +27,38 @@ from kernels.triton import dropout, elementwise, launch, loss, norms
 
 SHAPES = [(37, 130), *map(slow, [(3, 7), (16, 64), (5, 1025)])]
 WIDE = [(5, 1025), *map(slow, [(1, 2), (3, 7), (16, 64), (37, 130), (3, 2000)])]
+
+
+# --- the cases of the benchmarks, at small shapes -------------------------------------------------
+
+# A norm behind an addition, with or without a mean; queries and keys that are rotated.
+ADDED = [(37, 130, centred) for centred in (False, True)]
+ADDED += [slow(*shape, c) for shape in ((3, 7), (16, 64), (5, 1025)) for c in (False, True)]
+HEADS = [(6, 2, 20), slow(1, 1, 2), slow(3, 3, 8), slow(12, 4, 64)]
+
+
+def check(make: Callable[[Room], Case], dtype: torch.dtype, terms: int) -> None:
+    """Compare what Triton's side of a case gives, gradients too, with the case's exact results."""
+    case = make(Room(torch.device(DEVICE), dtype, dry=False))
+    ours, exact = case.sides[TRITON](0.0).results(), case.exact(0.0)
+    assert ours.keys() == exact.keys()
+    for name, value in exact.items():
+        assert ours[name].isfinite().all(), name
+        difference = (ours[name].double() - value).abs().max() / value.abs().max()
+        assert difference <= bound(dtype, terms), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden", "centred"), ADDED)
+def test_norms_with_an_addition(rows: int, hidden: int, centred: bool, dtype: torch.dtype) -> None:
+    case = partial(kernel_cases.norm, rows, hidden, centred, frozen=False)
+    check(case, dtype, 4 * (rows + hidden))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv", "d"), HEADS)
+def test_rotary(heads: int, kv: int, d: int, dtype: torch.dtype) -> None:
+    check(partial(kernel_cases.rotary, 11, heads, kv, d), dtype, 2)
 
 
 # --- norms ---------------------------------------------------------------------------------------
@@ -69,24 +106,6 @@ def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
         inputs,
         4 * sum(shape),  # the mean, of size 3, is taken out in fp32
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("centred", [False, True])
-def test_norms_with_an_addition(shape: tuple[int, int], dtype: torch.dtype, centred: bool) -> None:
-    inputs = [draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)]
-    inputs += [draw(shape[1], dtype=dtype, seed=i) for i in ((2, 3) if centred else (2,))]
-
-    def exact(x: Tensor, change: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
-        # The sum is part of the residual stream, in the stream's type: rounded here too.
-        total = x + change + ((x + change).to(dtype).double() - (x + change)).detach()
-        if centred:
-            return total, F.layer_norm(total, (shape[1],), weight, *bias, 1e-5)
-        return total, exact_rms(total, weight)
-
-    ours = norms.add_layer_norm if centred else norms.add_rms_norm
-    compare(lambda *tensors: values(ours(*tensors, 1e-5)), exact, inputs, 4 * sum(shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,22 +182,6 @@ def test_a_frozen_weight_s_gradient_is_not_made() -> None:
 
 
 # --- rotary and activations ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("heads", "kv", "d"), [(6, 2, 20), slow(1, 1, 2), slow(3, 3, 8), slow(12, 4, 64)]
-)
-def test_rotary(heads: int, kv: int, d: int, dtype: torch.dtype) -> None:
-    angles = torch.arange(11)[:, None] * torch.rand(d // 2, generator=torch.manual_seed(3))
-    angles = torch.cat((angles, angles), -1).to(DEVICE)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def exact(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.rotary(q, k, cos.double(), sin.double())
-
-    inputs = [draw(11, heads, d, dtype=dtype), draw(11, kv, d, dtype=dtype, seed=1)]
-    compare(lambda q, k: elementwise.rotary(q, k, cos, sin), exact, inputs, 2)
 
 
 def test_rotary_takes_slices_of_wider_rows() -> None:

@@ -84,13 +84,6 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     assert ours.rope == RopeConfig()
 
 
-def test_the_tie_default_is_the_familys() -> None:
-    ties = {
-        family: parse_config({"model_type": family}, "x").tie_word_embeddings for family in FAMILIES
-    }
-    assert ties == {family: family == "starcoder2" for family in FAMILIES}
-
-
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_dialects_are_one_config_and_agree_with_transformers(
@@ -180,11 +173,6 @@ def test_mistral_slides_in_every_layer_unless_its_window_is_null() -> None:
     assert windows(sliding_window=None, layer_types=["full_attention"] * 3) == [None] * 3
 
 
-def test_qwen3_s_head_dim_is_its_own_key() -> None:
-    assert parsed(model_type="qwen3").head_dim == 128
-    assert parsed(model_type="qwen3", head_dim=20).head_dim == 20
-
-
 def test_starcoder2_keys() -> None:
     config = parse_config(
         {
@@ -205,13 +193,6 @@ def test_starcoder2_keys() -> None:
         0.2,
         0.3,
     )
-
-
-def test_head_dim_is_given_or_derived_and_null_counts_as_absent() -> None:
-    assert parsed().head_dim == 16
-    assert parsed(head_dim=None).head_dim == 16
-    assert parsed(head_dim=32).head_dim == 32
-    assert parsed(num_key_value_heads=None).num_key_value_heads == 4
 
 
 def test_token_ids() -> None:

@@ -24,9 +24,14 @@ def model_of(family: str, backend: str, method: str) -> CausalLM:
     return adapted(0.1, family, torch.float32, operations=chosen, **own).to(DEVICE)
 
 
+# Between them every kernel and every place that one stands in; interpreted, each takes seconds.
+QUICK = [("qwen2", "full", False), ("qwen3", "lora", False), ("starcoder2", "lora", True)]
+REST = [(f, m, False) for f in FAMILIES for m in ("lora", "full") if (f, m, False) not in QUICK]
+
+
 @pytest.mark.parametrize(
     ("family", "method", "checkpointing"),
-    [*((f, m, False) for f in FAMILIES for m in ("lora", "full")), ("starcoder2", "lora", True)],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
 )
 def test_loss_and_gradients_are_those_of_the_reference(
     family: str, method: str, checkpointing: bool

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
+from byte_tokenizer import write_byte_tokenizer
 from mutations import (
     Mutator,
     mutate_bytes,
@@ -25,8 +26,6 @@ from mutations import (
     one_of,
 )
 from small import FAMILIES, SMALL, small_model
-from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 import data.chat
 import train.config.layers as config_layers
@@ -209,15 +208,7 @@ _TOKENIZERS: dict[Path, Tokenizer] = {}
 
 def write_tokenizer(folder: Path) -> None:
     """Write a byte tokenizer with a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet])}
-    tokenizer = LibraryTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<|endoftext|>", "chat_template": _TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_byte_tokenizer(folder, "<|endoftext|>", chat_template=_TEMPLATE)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
+import pytest
 from runs import arguments
 from trials import MAX_SECONDS, outcome, settings
 
@@ -43,14 +44,10 @@ def goes_on(process: subprocess.Popen[bytes], log: Path) -> None:
     wait_until(lambda: log.read_text().count("\nstep ") >= 2, process)
 
 
-def left_alone(arguments: list[str], place: Path) -> list[int]:
-    return [began(*arguments, log=place / "log").wait()]
-
-
-def killed_by_the_clock(arguments: list[str], place: Path) -> list[int]:
-    """Kill a run three times, each time some moments after it has begun to train."""
+def killed_by_the_clock(kills: int, arguments: list[str], place: Path) -> list[int]:
+    """Kill a run that often, each time some moments after it has begun to train."""
     draw, codes, command = Random(3), [], arguments
-    for number in range(3):
+    for number in range(kills):
         log = place / f"log-{number}"
         process = began(*command, log=log)
         goes_on(process, log)
@@ -58,24 +55,24 @@ def killed_by_the_clock(arguments: list[str], place: Path) -> list[int]:
         process.kill()
         codes.append(process.wait())
         command = ["--resume", str(place / "run")]
-    return [*codes, began(*command, log=place / "log-3").wait()]
+    return [*codes, began(*command, log=place / "log").wait()]
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_command_killed_by_the_clock_ends_in_the_same_bits(
-    model_folder: Path, rows_file: Path, tmp_path: Path, record_property: Record
+    kills: int, model_folder: Path, rows_file: Path, tmp_path: Path, record_property: Record
 ) -> None:
     """Checkpoints are far apart, so that steps are done again."""
     changes = {"train.max_steps": 50, "checkpoint.steps": 10, "eval.steps": 20, "log.steps": 1}
     values = settings(model_folder, rows_file, **changes)
-    places = {act: tmp_path / act.__name__ for act in (killed_by_the_clock, left_alone)}
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
     with ThreadPoolExecutor(2) as pool:
         jobs = []
-        for act, place in places.items():
+        for kills_of_it, place in ((kills, killed), (0, alone)):
             place.mkdir()
-            given = {**values, "train.output_dir": place / "run"}
-            jobs.append(pool.submit(act, arguments(given), place))
-    assert jobs[0].result() == [-signal.SIGKILL] * 3 + [0]
+            given = arguments({**values, "train.output_dir": place / "run"})
+            jobs.append(pool.submit(killed_by_the_clock, kills_of_it, given, place))
+    assert jobs[0].result() == [-signal.SIGKILL] * kills + [0]
     assert jobs[1].result() == [0]
-    killed, alone = (outcome(place / "run") for place in places.values())
-    record_property("kills of the command by the clock", 3)
-    assert killed == alone
+    record_property("kills of the command by the clock", kills)
+    assert outcome(killed / "run") == outcome(alone / "run")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -13,23 +14,19 @@ from targets import TARGETS, Target
 
 from files.errors import UserError
 
-IN_CI, IN_SLOW_TESTS = 2_000, 100_000
+SLOW = pytest.mark.slow
 
 
-def check(number: int, record_property) -> None:
+@pytest.mark.parametrize(
+    "number", [1_000, pytest.param(2_000, marks=SLOW), pytest.param(100_000, marks=SLOW)]
+)
+def test_mutated_files_end_in_one_sentence_or_are_read(
+    number: int, cache: Path, record_property: Callable[[str, object], None]
+) -> None:
     failures = run_cases(cases(number))
     record_property("fuzz cases", number)
     record_property("fuzz failures", len(failures))
     assert not failures, "\n".join(map(str, distinct(failures)))
-
-
-def test_mutated_files_end_in_one_sentence_or_are_read(cache: Path, record_property) -> None:
-    check(IN_CI, record_property)
-
-
-@pytest.mark.slow
-def test_many_mutated_files(cache: Path, record_property) -> None:
-    check(IN_SLOW_TESTS, record_property)
 
 
 def test_every_target_reads_its_own_good_files(cache: Path, tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ def test_a_run_passes_every_point(untouched: Reference) -> None:
     assert {name for name, _ in untouched.points} == FAULT_POINTS
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(None, marks=SLOW)], ids=["some", "every"])
+@pytest.mark.parametrize(
+    "number",
+    [12, pytest.param(40, marks=SLOW), pytest.param(None, marks=SLOW)],
+    ids=["few", "some", "every"],
+)
 def test_a_run_killed_at_a_point_loses_nothing(
     untouched: Reference, number: int | None, tmp_path: Path, record_property: Record
 ) -> None:

@@ -14,11 +14,6 @@ from train.saving import saver
 from train.saving.saver import BackgroundWriter
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 def test_a_job_runs_while_the_caller_goes_on() -> None:
     writer, gate, done = BackgroundWriter(), threading.Event(), []
     writer.submit(lambda: (gate.wait(10), done.append("first")))

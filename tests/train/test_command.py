@@ -1,12 +1,13 @@
 """How commands are called and what they answer, whichever of them it is."""
 
+import runpy
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import ROOT, python
+from children import ROOT
 from runs import Refused
 
 from files.errors import counted, note
@@ -69,6 +70,7 @@ def test_every_command_s_complaint_is_one_sentence(
     assert "--help" in refused(COMMANDS[name], *arguments.split())
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -92,7 +94,6 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
 ) -> None:
     """Before the network is blamed, or a file that would be in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "runs" / "demo-1").mkdir(parents=True)
     said = refused(COMMANDS[name], *arguments.split())
     assert "no such folder" in said.partition("cannot be reached")[0]
@@ -100,12 +101,15 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
         assert "did you mean 'demo-1'?" in said
 
 
-def test_evaluate_says_what_it_is_and_what_to_do_instead() -> None:
+def test_evaluate_says_what_it_is_and_what_to_do_instead(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """It used to end with 0 and no word, as if it had evaluated something."""
-    done = python("-m", "train.evaluate", "runs/a", code=2)
-    assert done.stdout == ""
-    assert "-m train.evaluate` is not built yet" in done.stderr
-    assert "eval.steps" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(SystemExit, match=r"^2$"):
+        runpy.run_path(evaluate.__file__, run_name="__main__")
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "evaluate` is not built yet" in said.err and "eval.steps" in said.err
 
 
 @pytest.mark.parametrize(

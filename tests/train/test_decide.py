@@ -272,11 +272,6 @@ ROW_FIELDS = ("text", "content", "input", "solution", "output")
 OF_THE_MOMENT = ("available_memory", "gradient_checkpointing_because")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -377,9 +372,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
 
 
 BY_TOKENS = {"micro_batch_tokens": "auto"}
-CASES = [(name, {}) for name in preset_names()] + [
-    (name, BY_TOKENS) for name in ("demo", "llama2-7b", "qwen2.5-coder-1.5b")
-]
+# Of each family one, of demo's and of each column's kind one; the other presets are slow.
+QUICK = {"codellama-7b", "default", "demo", "qwen2.5-coder-1.5b", "starcoder2-3b"}
+CASES = [
+    pytest.param(name, {}, marks=[] if name in QUICK else pytest.mark.slow)
+    for name in preset_names()
+] + [(name, BY_TOKENS) for name in ("demo", "llama2-7b")]
 
 
 @pytest.mark.parametrize(("name", "more"), CASES, ids=str)

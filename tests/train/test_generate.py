@@ -1,15 +1,13 @@
 """Generation: transformers' when greedy, true to the distribution when drawn; the command."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import BYTES, write_byte_tokenizer
 from runs import Refused
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
@@ -30,8 +28,7 @@ from train.generate import (
     token_probabilities,
 )
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-EOS = len(ALPHABET)
+EOS = len(BYTES)
 VOCABULARY = EOS + 1
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -65,23 +62,12 @@ def reference_model(family: str) -> Any:
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of single bytes and an EOS."""
-    vocabulary = {character: index for index, character in enumerate(ALPHABET)}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder that transformers wrote, with a tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     reference_model("Qwen2").save_pretrained(folder)
-    save_tokenizer(folder)
+    write_byte_tokenizer(folder, "<eos>", [*BYTES, "<eos>"])
     return folder
 
 

@@ -22,11 +22,6 @@ TEXT = '{\n "eos_token_id" : [0, 98],"a_key_of_tomorrow": null}\n'
 CPU, FP32 = torch.device("cpu"), torch.float32
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 @pytest.fixture(scope="module")
 def base(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"

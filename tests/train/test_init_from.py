@@ -32,11 +32,6 @@ from train.saving import prove
 TARGETS = ["q_proj", "c_fc"]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 def make_adapter(folder: Path, base: Path, **options: Any) -> Path:
     model = load_model(base)
     settings = {"r": 3, "lora_alpha": 7.5, "lora_dropout": 0.4, "target_modules": TARGETS}

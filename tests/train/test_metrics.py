@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +176,6 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(
         metrics.close()
     expected = [(step, 1.0 if step <= resume_step else 2.0) for step in range(1, 5)]
     assert scalars(tmp_path)["train/loss"] == expected
-
-
-def test_a_missing_tensorboard_is_one_sentence_with_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"log\.tensorboard=false"):
-        Metrics(tmp_path, tensorboard=True)
-    Metrics(tmp_path, tensorboard=False).close()
 
 
 def test_neither_torch_nor_tensorboard_is_imported_before_it_is_wanted(tmp_path: Path) -> None:

@@ -37,11 +37,6 @@ from train.saving.resume import _is_finished
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
     every_step = {"lora.lora_dropout": 0.1, "eval.steps": 2, "checkpoint.steps": 1}
     values = {"train.max_steps": STEPS, **every_step, **changes}
@@ -90,6 +85,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert outcome.reason == "sigterm"
     assert outcome.exit_code == 143
     assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    assert whole.reason == ("early_stopping" if "early" in name else "completed")
     if whole.reason == "completed":
         outcome = resume(run, signalled(2, signal.SIGINT))  # its own second, the run's fourth
         assert (outcome.reason, outcome.exit_code) == ("sigint", 130)
@@ -98,14 +94,6 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert trained_bits(run) == trained_bits(whole.folder)
     assert rows_of(run) == rows_of(whole.folder)
     assert last_state(run) == last_state(whole.folder)
-
-
-def test_early_stopping_does_stop_in_its_variant(
-    model_folder: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    changes = VARIANTS["early stopping counting, eager"]
-    outcome = train(settings(model_folder, rows_file, tmp_path / "run", **changes))
-    assert outcome.reason == "early_stopping"
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +149,6 @@ def test_a_resume_goes_on_with_the_loss_scale(
     assert last_state(run)["scaler"] == {"scale": 8.0, "good_steps": 2}
     resume(run, **{"train.max_steps": 4})
     assert last_state(run)["scaler"] == {"scale": 16.0, "good_steps": 1}
-
-
-def test_more_steps_may_be_asked_for(run_copy: Path) -> None:
-    assert main(["--resume", str(run_copy), f"max_steps={STEPS + 2}"]) == 0
-    rows = [row for row in rows_of(run_copy) if row["kind"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 3))
 
 
 def earlier_schedules(run: Path) -> list[dict[str, Any]]:
@@ -237,17 +219,6 @@ def damage_file(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_taken(
-    run_copy: Path, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    last = run_copy / "checkpoints" / f"step-{STEPS:08d}"
-    damage_file(last / "optimizer.safetensors")
-    (run_copy / "status.json").unlink()
-    assert main(["--resume", str(run_copy)]) == 0
-    assert "sha256 mismatch" in capsys.readouterr().out
-    assert trained_bits(run_copy) == trained_bits(finished)
-
-
 def test_a_damaged_checkpoint_that_was_named_is_an_error(run_copy: Path, refused: Refused) -> None:
     place = run_copy / "checkpoints" / "step-00000004"
     damage_file(place / "adapter_model.safetensors")
@@ -271,18 +242,6 @@ def test_an_edited_configuration_is_refused_with_both_values(
     config.write_text(config.read_text().replace("lora_alpha = 32", "lora_alpha = 16"))
     error = refused(main, "--resume", str(run_copy))
     assert "lora.lora_alpha was 32 and is 16" in error
-
-
-def test_other_data_is_refused(
-    run_copy: Path, rows_file: Path, tmp_path: Path, refused: Refused
-) -> None:
-    (run_copy / "status.json").unlink()
-    other = tmp_path / "train.jsonl"
-    other.write_text((rows_file / "train.jsonl").read_text().replace("a", "b", 1))
-    config = run_copy / "config.toml"
-    config.write_text(config.read_text().replace(str(rows_file / "train.jsonl"), str(other)))
-    error = refused(main, "--resume", str(run_copy))
-    assert "data.train" in error
 
 
 def test_other_threads_are_warned_about() -> None:
@@ -357,7 +316,8 @@ def test_a_refused_resume_changes_nothing(
         }
 
     before = state()
-    refused(main, "--resume", str(run_copy / "checkpoints" / "step-00000003"))
+    error = refused(main, "--resume", str(run_copy / "checkpoints" / "step-00000003"))
+    assert "data.train was " in error
     assert state() == before
 
 
@@ -374,13 +334,6 @@ def test_best_is_not_lost_between_two_renames(
 ) -> None:
     (run_copy / "status.json").unlink()
     (run_copy / "best").rename(run_copy / ".trash-best")
-    assert main(["--resume", str(run_copy)]) == 0
-    assert trained_bits(run_copy) == trained_bits(finished)
-
-
-def test_best_is_made_again_from_its_checkpoint(run_copy: Path, finished: Path) -> None:
-    (run_copy / "status.json").unlink()
-    damage_file(run_copy / "best" / "adapter_model.safetensors")
     assert main(["--resume", str(run_copy)]) == 0
     assert trained_bits(run_copy) == trained_bits(finished)
 
@@ -449,6 +402,8 @@ def test_another_base_model_of_the_same_size_is_refused(
     config.write_text(config.read_text().replace(str(model_folder), str(other)))
     error = refused(main, "--resume", str(run_copy))
     assert "another base model (its files are not those that the run began with)" in error
+    shutil.copy(model_folder / "model.safetensors", other)
+    assert main(["--resume", str(run_copy)]) == 0
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"state": ["finished"]}', "3"])

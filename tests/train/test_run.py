@@ -19,11 +19,6 @@ from train.run import main, run
 from train.text import size_text
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 def arguments(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
     """Return the arguments of a run of 6 steps of 8 examples, two epochs."""
     changes = {

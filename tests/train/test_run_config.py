@@ -311,48 +311,18 @@ def test_bare_keys_resolve_where_they_are_unique() -> None:
                 resolve_key(key.name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lora_r",
-        "lora_alpha",
-        "num_epochs",
-        "epochs",
-        "batch_size",
-        "warmup_ratio",
-        "learning_rate",
-        "eval_batch_size",
-        "attn_implementation",
-        "optim",
-        "lr_scheduler_type",
-        "bf16",
-        "fp16",
-        "save_total_limit",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "max_seq_length",
-        "max_length",
-        "model_name_or_path",
-        "output_dir",
-        "group_by_length",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "lora_dropout",
-        "target_modules",
-        "weight_decay",
-        "max_grad_norm",
-        "gradient_checkpointing",
-        "seed",
-        "warmup_steps",
-        "max_steps",
-        "run_name",
-        "early_stopping_patience",
-        "load_best_model_at_end",
-    ],
-)
+SPELLED = """
+lora_r lora_alpha num_epochs epochs batch_size warmup_ratio learning_rate eval_batch_size
+attn_implementation optim lr_scheduler_type bf16 fp16 save_total_limit logging_steps
+eval_steps save_steps max_seq_length max_length model_name_or_path output_dir
+group_by_length num_train_epochs per_device_train_batch_size per_device_eval_batch_size
+gradient_accumulation_steps lora_dropout target_modules weight_decay max_grad_norm
+gradient_checkpointing seed warmup_steps max_steps run_name early_stopping_patience
+load_best_model_at_end
+"""
+
+
+@pytest.mark.parametrize("name", SPELLED.split())
 def test_every_spelling_of_the_seeds_is_known(name: str) -> None:
     try:
         assert resolve_key(name) in KEYS

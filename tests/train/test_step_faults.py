@@ -351,11 +351,6 @@ def test_a_loss_alone_that_is_not_finite_is_no_good_step_of_the_scaler(
 # Whole runs
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(cache: Path) -> None:
-    """Keep tokenised rows out of the user's cache."""
-
-
 def settings(model_folder: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """Return a run whose dropout does not depend on the cut: its attention is written out."""
     values = {

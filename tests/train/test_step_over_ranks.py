@@ -10,6 +10,7 @@ In fp64 two orders of summation of n terms differ by about n·2⁻⁵³ relative
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,55 +19,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import RaggedExamples, small_model
+from small import RaggedExamples, adapted, small_model
+from steps import FP32, batching, gradient_step
 from torch import Tensor
 
-from data.batch import Batching, MicroBatch, micro_batches
+from data.batch import MicroBatch, micro_batches
 from data.order import balanced_shares
-from lora import LoraConfig, inject
+from files.faults import listening
 from models.layers import CausalLM
 from train import step
 from train.evaluate import evaluate
-from train.optim.adamw import AdamW
 from train.plan.steps import rank_shares
-from train.precision import LossScaler, Precision
+from train.precision import LossScaler
 from train.process.world import World
 from train.state import StepResult
-from train.step import train_step
 
-CPU = torch.device("cpu")
 # 25 examples, as the seed of StarCoder2-15B has them.
-LENGTHS = [
-    3,
-    40,
-    7,
-    22,
-    15,
-    2,
-    31,
-    9,
-    17,
-    5,
-    48,
-    12,
-    26,
-    8,
-    33,
-    4,
-    19,
-    28,
-    11,
-    6,
-    37,
-    14,
-    23,
-    10,
-    44,
-]
-EXAMPLES = RaggedExamples(LENGTHS)
-BATCHING = Batching(
-    micro_batch_size=2, micro_batch_tokens=None, layout="unpadded", max_length=48, pad_id=0
-)
+LENGTHS = "3 40 7 22 15 2 31 9 17 5 48 12 26 8 33 4 19 28 11 6 37 14 23 10 44"
+EXAMPLES = RaggedExamples([int(length) for length in LENGTHS.split()])
+BATCHING = batching(2)
 
 
 class Together:
@@ -104,38 +75,18 @@ def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
         return list(threads.map(work, worlds))
 
 
-class GradientsOnly(AdamW):
-    """An optimizer that keeps the gradient it is given and touches no weight."""
-
-    def step(self, learning_rate: float, gradient_factor: float = 1.0) -> None:
-        del learning_rate
-        self.seen = {
-            name: p.grad.clone() * gradient_factor
-            for name, p in self.parameters.items()
-            if p.grad is not None
-        }
-
-
 def model_of(method: str, dropout: float) -> CausalLM:
     rates = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), dropout)
-    model = small_model("starcoder2", torch.float64, **rates)
-    if method == "full":
-        return model.requires_grad_(True)
-    inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout), seed=3)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.double()
-            if name.endswith("lora_B"):  # away from 0, or A has no gradient
-                parameter.data.normal_(0, 0.1, generator=generator)
-    return model
+    if method == "lora":
+        return adapted(dropout, **rates)
+    return small_model("starcoder2", torch.float64, **rates).requires_grad_(True)
 
 
-def share_of(world: World, indices: list[int], batching: Batching = BATCHING) -> list[MicroBatch]:
-    if world.size == 1:
-        return micro_batches(EXAMPLES, indices, batching)
-    mine = balanced_shares(EXAMPLES.lengths[indices], world.size)[world.rank]
-    return micro_batches(EXAMPLES, np.array(indices)[mine], batching)
+def share_of(world: World, indices: list[int]) -> list[MicroBatch]:
+    if world.size > 1:
+        mine = balanced_shares(EXAMPLES.lengths[indices], world.size)[world.rank]
+        indices = [indices[number] for number in mine]
+    return micro_batches(EXAMPLES, indices, BATCHING)
 
 
 def one_step(
@@ -144,22 +95,10 @@ def one_step(
     dropout: float = 0.0,
     examples: int = 25,
     scaler: LossScaler | None = None,
-    batching: Batching = BATCHING,
 ) -> tuple[StepResult, dict[str, Tensor]]:
+    batch = share_of(world, list(range(examples)))
     model = model_of(method, dropout)
-    optimizer = GradientsOnly({n: p for n, p in model.named_parameters() if p.requires_grad})
-    result = train_step(
-        model,
-        optimizer,
-        share_of(world, list(range(examples)), batching),
-        learning_rate=1e-3,
-        max_grad_norm=0.5,
-        precision=Precision("fp32", CPU),
-        scaler=scaler,
-        draw=(42, 7),
-        world=world,
-    )
-    return result, getattr(optimizer, "seen", {})
+    return gradient_step(model, batch, max_grad_norm=0.5, scaler=scaler, world=world)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -200,21 +139,16 @@ def test_shares_are_as_many_examples_as_the_plan_says_and_like_in_tokens() -> No
     assert max(tokens) - min(tokens) <= 10 < max(plain) - min(plain)
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, fault: Callable[[MicroBatch], Tensor | None]) -> None:
-    """Let the loss of a micro-batch be what `fault` returns, where it returns something."""
-    honest = step.loss_sum
-
-    def loss_sum(model: CausalLM, micro_batch: MicroBatch, *rest: Any) -> Tensor:
-        spoiled, loss = fault(micro_batch), honest(model, micro_batch, *rest)
-        return loss if spoiled is None else loss * spoiled
-
-    monkeypatch.setattr(step, "loss_sum", loss_sum)
-
-
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    poisoned(monkeypatch, lambda part: torch.tensor(torch.nan) if 7 in part.examples else None)
+    honest = step.loss_sum
+
+    def loss_sum(model: CausalLM, micro_batch: MicroBatch, *rest: Any) -> Tensor:
+        loss = honest(model, micro_batch, *rest)
+        return loss * torch.nan if 7 in micro_batch.examples else loss
+
+    monkeypatch.setattr(step, "loss_sum", loss_sum)
     for size in (1, 2, 6):
         ranks = on_ranks(size, one_step)
         assert {result.skipped for result, _ in ranks} == {"non-finite"}
@@ -224,15 +158,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(
         assert 7 in at_fault[0]
 
 
-def test_memory_that_does_not_suffice_on_one_rank_stops_the_step_on_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fault(part: MicroBatch) -> None:
-        if 10 in part.examples:
+def test_memory_that_does_not_suffice_on_one_rank_stops_the_step_on_all() -> None:
+    passed = itertools.count()
+
+    def fault(name: str) -> None:
+        if name == "step.micro_batch" and next(passed) == 4:
             raise torch.OutOfMemoryError("out of memory")
 
-    poisoned(monkeypatch, fault)
-    ranks = on_ranks(3, one_step)
+    with listening(fault):
+        ranks = on_ranks(3, one_step)
     assert {result.skipped for result, _ in ranks} == {"out of memory"}
     assert not any(seen for _, seen in ranks)
 
@@ -259,14 +193,12 @@ def test_an_overflow_on_one_rank_halves_the_scale_of_all(monkeypatch: pytest.Mon
     assert {scaler.scale for scaler in scalers} == {2.0**14}
 
 
-def test_an_evaluation_over_ranks_is_the_token_mean_of_the_whole_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_evaluation_over_ranks_is_the_token_mean_of_the_whole_set() -> None:
     model = model_of("lora", 0.0)
-    alone = evaluate(model, EXAMPLES, BATCHING, Precision("fp32", CPU))
+    alone = evaluate(model, EXAMPLES, BATCHING, FP32)
     for size in (2, 3, 30):
         for result in on_ranks(
-            size, lambda world: evaluate(model, EXAMPLES, BATCHING, Precision("fp32", CPU), world)
+            size, lambda world: evaluate(model, EXAMPLES, BATCHING, FP32, world)
         ):
             assert result.loss == pytest.approx(alone.loss, rel=1e-14)
             assert result.targets == alone.targets
