@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from files.errors import UserError
 from files.tensors import TensorFile
-from lora import load_adapter
+from lora import LoraConfig, inject, load_adapter
 from models import load_model
 from train.config.load import load_config
 from train.config.toml import to_toml
@@ -265,6 +265,31 @@ def test_what_a_table_cannot_be_is_refused(
 ) -> None:
     assert words in refused(main, *runs.arguments(settings), setting)
     assert words in refused(main, *runs.arguments(settings), setting, "--plan")
+
+
+# --- quantised weights ---
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("case", FAMILY)
+def test_over_quantised_weights_it_is_trained_or_refused(
+    case: str, kind: str, settings: dict[str, Any]
+) -> None:
+    values = {**settings, **FAMILY[case][0], "model.quantization": kind}
+    setting = "lora.init_lora_weights" if case == "pissa" else "lora.use_dora"
+    if setting not in FAMILY[case][0]:
+        assert runs.train(values).reason == "completed"
+        return
+    with pytest.raises(
+        UserError, match=rf"model\.quantization={kind} with {setting}=.* plain adapt"
+    ):
+        runs.train(values)
+
+
+def test_a_quantised_weight_takes_plain_adapters_alone(model_folder: Path) -> None:
+    model = load_model(model_folder, quantization="nf4")
+    with pytest.raises(UserError, match="its weight is quantised, and lora"):
+        inject(model, LoraConfig(use_dora=True))
 
 
 # --- what needs adapters ---
