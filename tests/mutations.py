@@ -2226,8 +2226,8 @@ MUTATIONS = [
         ),
         (
             "what does not decay decays",
-            "yield Span(some, self.weight_decay if decayed else 0.0, rate=rate)",
-            "yield Span(some, self.weight_decay, rate=rate)",
+            "yield Span(some, self.weight_decay if first.decayed else 0.0, rate=first.rate)",
+            "yield Span(some, self.weight_decay, rate=first.rate)",
             "test_weight_decay_alone_shrinks_what_is_decayed_and_nothing_else",
         ),
         (

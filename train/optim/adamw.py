@@ -114,15 +114,13 @@ class AdamW(Optimizer):
     def _spans(self) -> Iterator[Span]:
         """Yield the buffer, what is updated alike in one piece, and the long parameters."""
         flat = self.weights, self.gradients, self._first, self._second
-        kinds = [
-            ([*groups], kind)
-            for kind, groups in groupby(self.groups, lambda g: (g.decayed, g.rate))
-        ]
-        for number, (groups, (decayed, rate)) in enumerate(kinds, start=1):
+        kinds = [[*same] for _, same in groupby(self.groups, lambda g: (g.decayed, g.rate))]
+        for number, same in enumerate(kinds, start=1):
+            first, last = same[0], same[-1]
             # The last one takes the zeros behind it along.
-            end = groups[-1].end if number < len(kinds) else len(self.weights)
-            some = tuple(tensor[groups[0].first : end] for tensor in flat)
-            yield Span(some, self.weight_decay if decayed else 0.0, rate=rate)
+            end = last.end if number < len(kinds) else len(self.weights)
+            some = tuple(tensor[first.first : end] for tensor in flat)
+            yield Span(some, self.weight_decay if first.decayed else 0.0, rate=first.rate)
         for name in self.lone:
             yield self._span(name, *self._lone_moments[name])
 
