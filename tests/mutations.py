@@ -3373,6 +3373,34 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/plan/fitting.py",
+        "tests/train/test_fitting.py",
+        (
+            "a smaller micro-batch makes another step",
+            'settings["train.gradient_accumulation_steps"] = steps',
+            'settings["train.gradient_accumulation_steps"] = train.gradient_accumulation_steps',
+            "test_a_way_that_is_named_is_one",
+        ),
+        (
+            "a way that does not fit is named",
+            "fit = [way for way in ways if way.needed <= there]",
+            "fit = ways",
+            "test_a_way_that_is_named_is_one",
+        ),
+        (
+            "the slowest way is named",
+            "same = [way for way in fit if not way.changes]",
+            "same = [way for way in fit if not way.changes and way.slower > 1.5]",
+            "test_the_fastest_way_is_taken_and_its_time_is_the_work_it_adds",
+        ),
+        (
+            "a layer that is computed again costs no time",
+            "computing = tokens * flops_per_token(config, sizes, policy)",
+            'computing = tokens * flops_per_token(config, sizes, "none")',
+            "test_the_fastest_way_is_taken_and_its_time_is_the_work_it_adds",
+        ),
+    ),
+    *_of(
         "train/run.py",
         "tests/reliability/test_ranks.py",
         (

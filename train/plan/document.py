@@ -9,7 +9,6 @@ to look at). `train.plan.text` makes text of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,20 +25,15 @@ from train.plan.decide import (
     decide_attention,
     decide_device,
     decide_kernels,
-    decide_paging,
-    decide_recomputing,
-    decide_sharding,
-    possible_policies,
 )
+from train.plan.fitting import fitting
 from train.plan.ledger import (
-    MEMORY_CATEGORIES,
     compute_estimate,
     disk_bytes,
-    memory_ledger,
     micro_batch_tokens,
-    ring_bytes,
     widths,
 )
+from train.plan.memory import counted_precision, memory_of
 from train.plan.objections import objections
 from train.plan.sharing import rank_facts
 from train.plan.sizes import model_sizes
@@ -141,9 +135,9 @@ def plan_document(
             document["attention"] = attention_kernels(
                 known, "cuda", precision, longest, p, config.model.attention
             )
-    document |= _memory_of(config, known, machine, lengths, world_size)
+    document |= memory_of(config, known, machine, lengths, world_size)
     policy = document["gradient_checkpointing"]
-    of_a_number = widths(config, _counted_precision(config))
+    of_a_number = widths(config, counted_precision(config))
     document |= rank_facts(config, lengths, document, known, sizes, of_a_number)
     document |= {
         "disk": disk_bytes(config, plan, sizes, known),
@@ -152,6 +146,9 @@ def plan_document(
         "claims": [claim_row(claim, value) for claim, value in check_claims(preset)],
         "departures": list(preset.departures) if preset else [],
     }
+    document["fitting"] = None
+    if known is not None and machine.memory is not None:
+        document["fitting"] = fitting(config, known, machine, lengths, world_size)
     document["warnings"] = objections(config, document, plan, data, decoder, machine)
     return document
 
@@ -177,77 +174,3 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
         else None,
         "earlier_schedules": [],
     }
-
-
-def _memory_of(
-    config: RunConfig,
-    decoder: DecoderConfig | None,
-    machine: Machine,
-    lengths: Sequence[int] | None,
-    world_size: int,
-) -> dict[str, Any]:
-    """Return the ledger of one rank; where recomputing is not decided, without and with it.
-
-    Beside it stand the totals under each policy that is possible there.
-    """
-    ledger: dict[str, Any] = dict.fromkeys((*MEMORY_CATEGORIES, "total"))
-    other: dict[str, Any] | None = None
-    totals: dict[str, int] | None = None
-    host = offloaded = saves = 0
-    if decoder is None:
-        paging, paging_reason = decide_paging(config, None, 0, machine)
-        policy, reason = decide_recomputing(config, None, machine)
-        sharding = decide_sharding(config, None, machine, world_size)
-    else:
-        estimate = functools.partial(
-            memory_ledger,
-            config,
-            decoder,
-            model_sizes(decoder, config.train.method, config.lora),
-            precision=_counted_precision(config),
-            device=machine.device,
-            lengths=lengths,
-            world_size=world_size,
-        )
-        setting = config.model.gradient_checkpointing
-        possible = possible_policies(config, machine.device)
-        # A layer that is computed again costs less than one that is sent again and again.
-        allowed = possible if setting == "auto" else (setting,)
-        least = min(estimate(policy=policy)["total"] for policy in allowed)
-        sharding = decide_sharding(config, least, machine, world_size)
-        estimate = functools.partial(estimate, sharding=sharding)
-        totals = {policy: estimate(policy=policy)["total"] for policy in possible}
-        policy, reason = decide_recomputing(config, totals, machine)
-        ledger = dict(estimate(policy=policy or "none"))
-        if policy is None:
-            other = dict(estimate(policy="layers"))
-        precision = _counted_precision(config)
-        offloaded = ring_bytes(config, decoder, precision, policy, lengths, world_size)
-        paged = ledger
-        if config.optimizer.name == "paged_adamw":
-            paged = dict(estimate(policy=policy or "none", paging=True))
-            saves = ledger["optimizer"] - paged["optimizer"]
-        paging, paging_reason = decide_paging(config, ledger["total"], saves, machine)
-        if paging:
-            host, ledger = ledger["optimizer"], paged
-    total, there = ledger["total"], machine.memory
-    return {
-        "sharding": sharding,
-        "gradient_checkpointing": policy,
-        "gradient_checkpointing_because": reason,
-        "paging": paging,
-        "paging_because": paging_reason,
-        "paging_saves": saves,
-        "memory": ledger,
-        "memory_recomputing": other,
-        "memory_by_policy": totals,
-        "offloaded_memory": offloaded,
-        "host_memory": host,
-        "available_memory": there,
-        "fits": None if total is None or there is None else total <= there,
-    }
-
-
-def _counted_precision(config: RunConfig) -> str:
-    """Return the precision to count with: without a device the plan may be one for a GPU."""
-    return "bf16" if config.train.precision == "auto" else config.train.precision

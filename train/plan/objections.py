@@ -96,6 +96,10 @@ def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
             }[document["sharding"]]
             adapters = "lower lora.r, " if config.train.method == "lora" else ""
             remedy = f"{ranks}, {adapters}or take a smaller model: batches are not what fills it"
+        if ways := (document["fitting"] or {"ways": []})["ways"]:
+            settings = " ".join(f"{key}={value}" for key, value in ways[0]["settings"].items())
+            same = "" if ways[0]["changes"] else " (results are the same)"
+            remedy = f"add {settings}{same}, or {remedy}"
         found.append(
             f"memory: does not fit: about {size_text(total)} needed, {size_text(available)} there; "
             f"{remedy}"

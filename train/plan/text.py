@@ -122,6 +122,7 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         if other := document["memory_recomputing"]:
             without = f" without recomputing, {size_text(other['total'])} with it"
         rows[f"memory{rank}"] = f"about {size_text(memory['total'])}{without}: {parts}"
+        rows |= _fitting_rows(document)
         policy = document["gradient_checkpointing"] or "not decided"
         rows["recomputing"] = f"{policy} ({document['gradient_checkpointing_because']})"
         if offloaded := document["offloaded_memory"]:
@@ -153,6 +154,37 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         tokens = f"{compute['tokens_are']} {compute['tokens']:,} tokens"
         rows["work"] = tokens + (estimate if hours >= 0.05 else "")
     return [*rows.items()]
+
+
+def _fitting_rows(document: Mapping[str, Any]) -> dict[str, str]:
+    """Say whether the run fits, with what it would, and what would do for it."""
+    found = document["fitting"]
+    if found is None:
+        return {}
+    room = size_text(document["available_memory"])
+    rows: dict[str, str] = {}
+    for way in found["ways"]:
+        name = "or with" if rows else "fits with" if way["settings"] else "fits"
+        rows[name] = f"{_way_text(way)} of {room}"
+        if way["settings"]:
+            changes = " and ".join(way["changes"])
+            result = f"another result: {changes}" if changes else "the same result"
+            rows[name] += f"; {result}; a step predicted {way['slower']:.2f} × as long as with room"
+    if found["ways"]:
+        return rows
+    would = []
+    if (least := found["least"]) is not None:
+        would.append(f"the least of all settings is {_way_text(least)}")
+        if card := found["would_fit"]["card"]:
+            would.append(f"which fits --gpu {card}")
+        if ranks := found["would_fit"]["ranks"]:
+            would.append(f"as asked it fits on {ranks} such cards (--ranks {ranks})")
+    return {"does not fit": f"{room} are there; {', '.join(would) or 'nothing here needs less'}"}
+
+
+def _way_text(way: Mapping[str, Any]) -> str:
+    settings = " ".join(f"{key}={value}" for key, value in way["settings"].items())
+    return f"{settings or 'as it is'}: {size_text(way['needed'])}"
 
 
 def _claim_line(claim: Mapping[str, Any]) -> str:
