@@ -32,13 +32,13 @@ def loss_sum(
     It is a sum, not a mean, so that the micro-batches of a step add up to the step's loss whatever
     the cut.
     """
-    rows, head = len(micro_batch.input_ids), model.head_weight()
+    rows, stream = len(micro_batch.input_ids), compute_dtype(model.model.norm.weight)
     segments = Segments.build(
         micro_batch.lengths,
         device=device,
         padded_length=micro_batch.padded_length,
         examples=micro_batch.examples,
-        multiple=row_multiple(rows, device, compute_dtype(head)),
+        multiple=row_multiple(rows, device, stream),
         draw=draw,
     )
     input_ids = F.pad(micro_batch.input_ids, (0, segments.tail))
@@ -46,7 +46,7 @@ def loss_sum(
     hidden = model.hidden_states(uploaded(input_ids, device), segments)
     return model.operations.linear_cross_entropy(
         hidden,
-        head,
+        model.head_weight(),  # of ranks that share it, whole by now
         uploaded(targets, device),
         gradient_scale=gradient_scale,
         rows=uploaded(micro_batch.target_rows, device),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from against_fp64 import slow
 from interpreted import TRITON
 
 pytestmark = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
+CARDS = ("sm_80", "sm_89", "sm_90")
 
 
 def compiled(*arguments: str) -> Any:
@@ -33,14 +33,20 @@ def compiled(*arguments: str) -> Any:
 
 
 @pytest.fixture(scope="module")
+def binaries() -> list[dict[str, Any]]:
+    return compiled()
+
+
+@pytest.fixture(scope="module")
 def launched() -> dict[str, Any]:
     return compiled("--launches")
 
 
-# The card with the least shared memory in the quick tests; to compile for one takes long.
-@pytest.mark.parametrize("card", ["sm_89", slow("sm_80"), slow("sm_90")])
-def test_every_kernel_is_within_the_limits_of_a_card(card: str) -> None:
-    there = compiled("--card", card)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_kernel_is_within_the_limits_of_a_card(
+    binaries: list[dict[str, Any]], card: str
+) -> None:
+    there = [binary for binary in binaries if binary["card"] == card]
     assert {binary["precision"] for binary in there} == {"bf16", "fp16"}
     assert len(there) > 25
     assert not [binary for binary in there if binary["faults"]]

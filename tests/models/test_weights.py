@@ -535,7 +535,7 @@ def test_loading_never_holds_more_than_the_model_and_one_shard(
         **SIZES,
         "model_type": "llama",
         "tie_word_embeddings": True,
-        "vocab_size": 8192,
+        "vocab_size": 4096,
         "hidden_size": 512,
         "intermediate_size": 2048,
         "num_hidden_layers": 6,

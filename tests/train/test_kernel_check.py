@@ -70,7 +70,7 @@ def without_decay(*tensors: Tensor, weight_decay: float, **options: Any) -> None
 
 def of_no_number(x: Tensor, weight: Tensor, eps: float) -> Made:
     made = reference.rms_norm(x, weight, eps)
-    return made._replace(value=made.value * float("nan"))
+    return made._replace(made=made.value * float("nan"))
 
 
 def without_drawing(x: Tensor, change: Tensor, draw: Draw | None = None) -> Tensor:

@@ -128,7 +128,8 @@ def load_shared(
 def _configure(model: CausalLM, config: RunConfig) -> None:
     if config.model.dropout is not None:
         set_dropout(model, config.model.dropout)
-    model.gradient_checkpointing = config.model.gradient_checkpointing
+    policy = config.model.gradient_checkpointing
+    model.gradient_checkpointing = "none" if policy == "auto" else policy  # outside of a run
     if config.train.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
