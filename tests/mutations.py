@@ -2799,7 +2799,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/plan/document.py",
+        "train/plan/memory.py",
         "tests/train/test_plan_over_ranks.py",
         (
             "a base that fits with recomputing is shared",

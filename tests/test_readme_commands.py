@@ -133,6 +133,12 @@ def test_every_shape_of_row_has_its_line(place: Path) -> None:
     assert all(any(f"data.train={name}" in command for command in COOKBOOK) for name in shapes)
 
 
+def test_whether_it_fits_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fits, other = commands(section("## Will it fit?"))
+    assert lathe(fits) == 0 and "fits           as it is" in capsys.readouterr().out
+    assert lathe(other) in (0, 2) and "fits" in capsys.readouterr().out
+
+
 def test_the_commands_around_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plan, show, train, resume, generate, merge, report and TensorBoard, in README's order."""
     run = place / "runs" / "mine"
@@ -175,6 +181,7 @@ def test_every_command_is_run_somewhere() -> None:
             "## Your own rows",
             "## Plan, train, resume, use",
             "## Presets",
+            "## Will it fit?",
         )
         for command in commands(section(title))
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from train.plan.decide import Machine, decide
 from train.plan.document import plan_document
 from train.plan.ledger import find_decoder_config
 from train.plan.text import render_plan
+from train.text import size_text
 
 GB = 10**9
 
@@ -133,6 +135,32 @@ def test_the_command_says_it_and_ends_with_2(capsys: pytest.CaptureFixture[str])
     assert way["settings"]["model.quantization"] == "nf4"
     settings = [f"{key}={value}" for key, value in way["settings"].items()]
     assert run.main([*asked, "10GB", *settings]) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "preset", "memory", "ranks", "changes"),
+    [
+        (0, "llama2-7b", 24, 1, {}),
+        (0, "llama2-7b", 16, 1, {"model.quantization": "nf4"}),
+        (1, "starcoder2-7b-lora", 24, 1, {}),
+        (1, "starcoder2-7b-lora", 24, 1, {"model.quantization": "nf4"}),
+        (2, "starcoder2-15b", 80, 6, {}),
+        (3, "starcoder2-15b", 141, 1, {"train.masters": "bf16"}),
+        (4, "starcoder2-15b", 80, 1, {"train.masters": "bf16", "per_device_train_batch_size": 1}),
+        (5, "starcoder2-7b", 80, 1, {"optimizer.name": "paged_adamw"}),
+    ],
+)
+def test_readme_says_what_the_plan_says(
+    row: int, preset: str, memory: int, ranks: int, changes: dict[str, Any]
+) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| preset | card | as it is asked | and |\n|---|---|---|---|\n")[1]
+    line = table.splitlines()[row]
+    document = document_of(preset, memory * GB, ranks, **changes)
+    assert document["fits"] is True
+    assert f"`{preset}`" in line and f"{size_text(document['memory']['total'])}" in line
+    policy = document["gradient_checkpointing"]
+    assert ("computed again" in line) >= (policy in ("layers", "mlp"))
 
 
 def test_without_known_memory_nothing_is_said() -> None:
