@@ -73,7 +73,7 @@ def linears(
     weights = [layer.weight for layer in operands if isinstance(layer.weight, Tensor)]
     if all(layer.lora_a is None for layer in operands) and len(weights) == len(operands):
         if isinstance(x, Made) and remake and any(weight.requires_grad for weight in weights):
-            return linears_of_remade(x, operands)
+            return linears_of_remade(x._replace(made=value), operands)
         lowered = _lowered(value, len(operands))
         return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
     return list(_Linears.apply(value, again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
