@@ -2574,8 +2574,10 @@ MUTATIONS = [
         ),
         (
             "recomputing is decided where no device is known",
-            'None, "auto: no device is known yet"\n    if machine.memory is None:\n        return "none"',
-            'False, "auto: no device is known yet"\n    if machine.memory is None:\n        return "none"',
+            'None, "auto: no device is known yet"\n'
+            '    if machine.memory is None:\n        return "none"',
+            'False, "auto: no device is known yet"\n'
+            '    if machine.memory is None:\n        return "none"',
             "test_recomputing_only_where_memory_needs_it",
         ),
         (
