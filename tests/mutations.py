@@ -2665,7 +2665,7 @@ MUTATIONS = [
             "backward the layer above is sent for",
             "following = layer + 1 if upwards else layer - 1",
             "following = layer + 1",
-            "test_each_layer_comes_once_a_pass_in_the_order_of_the_pass",
+            "test_each_layer_is_sent_for_while_the_one_before_computes",
         ),
         (
             "a place is taken to hold what it held",
