@@ -309,6 +309,7 @@ def test_fifteen_billion_parameters_fit_24_gb_and_the_plan_says_how() -> None:
     assert "of frozen layers in host memory, two on the device" in text
     (way,) = [way for way in document["fitting"]["ways"] if not way["changes"]]
     assert way["needed"] == document["memory"]["total"]
+    assert way["slower"] >= 1 and "step predicted" in text
 
 
 def test_auto_streams_only_where_the_strongest_policy_does_not_suffice() -> None:
