@@ -8,6 +8,7 @@ end to end, or come one at a time; only speed and memory differ.
     operands.py    what a linear layer, adapted or not, hands to `linears`
     dropout.py     masks as a pure function of (seed, step, example, position, module, column)
     quantised.py   weights in four and eight bits, and how they become tensors again
+    streamed.py    weights in host memory, brought layer by layer
     linears.py attention.py loss.py reference.py      every operation in plain PyTorch: the truth
     varlen.py      flash attention over documents end to end, where a GPU has it
     cpu/           what makes a CPU fast

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from kernels.dora import dora_linear
 from kernels.dropout import keep, keep_mask
 from kernels.operands import (
+    HeldWeight,
     Made,
     Operands,
     compute_dtype,
@@ -38,10 +39,10 @@ from kernels.operands import (
     same_autocast,
     value_of,
 )
-from kernels.quantised import QuantisedWeight
 from kernels.reference import gelu_tanh
 from kernels.remade import linears_of_remade
 from kernels.segments import Segments
+from kernels.streamed import StreamedWeight
 
 # A function and what it makes the input of; see `Made`.
 Again = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
@@ -70,9 +71,10 @@ def linears(
             else linears(one, [layer], segments)[0]
             for one, layer in zip(_lowered(value, len(operands)), operands, strict=True)
         ]
-    weights = [layer.weight for layer in operands if isinstance(layer.weight, Tensor)]
-    if all(layer.lora_a is None for layer in operands) and len(weights) == len(operands):
-        if isinstance(x, Made) and remake and any(weight.requires_grad for weight in weights):
+    whole = all(isinstance(layer.weight, Tensor | StreamedWeight) for layer in operands)
+    if whole and all(layer.lora_a is None for layer in operands):
+        trained = [layer for layer in operands if layer.weight.requires_grad]
+        if isinstance(x, Made) and remake and trained:
             return linears_of_remade(x._replace(made=value), operands)
         lowered = _lowered(value, len(operands))
         return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
@@ -118,6 +120,8 @@ def flattened(operands: Sequence[Operands], segments: Segments | None) -> tuple[
 
 def _plain(x: Tensor, layer: Operands) -> Tensor:
     weight, bias = layer.weight, layer.bias
+    if isinstance(weight, StreamedWeight):
+        return _Streamed.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
     assert isinstance(weight, Tensor)
     if bias is not None and not torch.is_autocast_enabled(x.device.type):
         bias = bias.to(x.dtype)
@@ -153,6 +157,27 @@ class _Lowered(torch.autograd.Function):
         return total, None, None
 
 
+class _Streamed(torch.autograd.Function):
+    """A frozen layer alone whose weight is on the device while it is multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: StreamedWeight, bias: Tensor | None) -> Tensor:
+        dtype = compute_dtype(x)
+        ctx.weight, ctx.dtype = weight, x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(dtype)
+            return F.linear(x.to(dtype), weight.dense(dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as the decorator has it
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return torch.mm(dy, ctx.weight.dense(dy.dtype)).to(ctx.dtype), None, None
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -161,11 +186,11 @@ class _Linears(torch.autograd.Function):
         again: Again | None,
         rows: Tensor | None,
         settings: list[tuple[float, float, int]],
-        *tensors: Tensor | QuantisedWeight | None,
+        *tensors: Tensor | HeldWeight | None,
     ) -> tuple[Tensor, ...]:
         dtype = compute_dtype(x)
         ctx.input_dtype = x.dtype
-        ctx.quantised = quantised_ones(tensors)
+        ctx.held = held_ones(tensors)
         saved: list[Tensor | None] = []
         outputs: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
@@ -207,8 +232,8 @@ class _Linears(torch.autograd.Function):
         found: list[Tensor | None] = []
         dx: Tensor | None = None
         groups = _in_groups(saved, 5), _in_groups(needed, 4)
-        for dy, quantised, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(
-            grads, ctx.quantised, ctx.settings, *groups, strict=True
+        for dy, held, (scale, p, module), (weight, a, b, low_rank, mask), needs in zip(
+            grads, ctx.held, ctx.settings, *groups, strict=True
         ):
             if dy is None:
                 found += [None] * 4
@@ -217,9 +242,7 @@ class _Linears(torch.autograd.Function):
             found.append(gradient_product(dy.t(), x) if needs_weight else None)
             found.append(dy.sum(0) if needs_bias else None)
             if needs_x:
-                dx = _with_product(
-                    dx, dy, weight if quantised is None else quantised.dense(dy.dtype)
-                )
+                dx = _with_product(dx, dy, weight if held is None else held.dense(dy.dtype))
             if a is None:
                 found += [None] * 2
                 continue
@@ -243,8 +266,8 @@ class _Linears(torch.autograd.Function):
         return (None if dx is None else dx.to(ctx.input_dtype), None, None, None, *cast)
 
 
-def quantised_ones(tensors: Sequence[Any]) -> list[QuantisedWeight | None]:
-    """Return of (weight, bias, A, B) a layer each weight that is quantised: no tensor to save."""
+def held_ones(tensors: Sequence[Any]) -> list[HeldWeight | None]:
+    """Return of (weight, bias, A, B) a layer each weight that is no tensor to save."""
     return [None if isinstance(weight, Tensor) else weight for weight in tensors[::4]]
 
 

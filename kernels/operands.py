@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from kernels.quantised import QuantisedWeight
+from kernels.streamed import StreamedWeight
+
+HeldWeight = QuantisedWeight | StreamedWeight  # no tensor: made one where it is multiplied by
 
 
 class Operands(NamedTuple):
     """y = x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ, the last term only where A and B are given."""
 
-    weight: Tensor | QuantisedWeight  # (N, K)
+    weight: Tensor | HeldWeight  # (N, K)
     bias: Tensor | None = None  # (N,)
     lora_a: Tensor | None = None  # (r, K)
     lora_b: Tensor | None = None  # (N, r)
@@ -80,8 +83,8 @@ def same_autocast(x: Tensor) -> Callable[[], AbstractContextManager[object]]:
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
-def dense(weight: Tensor | QuantisedWeight, dtype: torch.dtype) -> Tensor:
-    """Return a weight in the type that is computed in; of a quantised one nobody keeps it."""
+def dense(weight: Tensor | HeldWeight, dtype: torch.dtype) -> Tensor:
+    """Return a weight in the type that is computed in; nobody keeps that of a held one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.operands import Made, Operands, compute_dtype, same_autocast
+from kernels.operands import Made, Operands, compute_dtype, dense, same_autocast
 
 
 def linears_of_remade(x: Made, operands: Sequence[Operands]) -> list[Tensor]:
@@ -27,9 +27,9 @@ def linears_of_remade(x: Made, operands: Sequence[Operands]) -> list[Tensor]:
     dtype = compute_dtype(x.value)
     # Lowered outside, so that a gradient arrives in the type of the product and is cast behind it.
     parts = [
-        None if tensor is None else tensor.to(dtype)
-        for layer in operands
-        for tensor in (layer.weight, layer.bias)
+        part
+        for weight, bias, *_ in operands
+        for part in (dense(weight, dtype), None if bias is None else bias.to(dtype))
     ]
     return list(_Linears.apply(x.value, x.again, x.sources, dtype, *parts))  # pyright: ignore[reportGeneralTypeIssues]
 

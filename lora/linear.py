@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kernels.dora import weight_norms
 from kernels.dropout import module_id
 from kernels.operands import Operands
+from kernels.streamed import StreamedWeight
 
 
 class LoraLinear(nn.Module):
@@ -33,9 +34,12 @@ class LoraLinear(nn.Module):
             weight (`lora.pissa`).
         plain: The layer it replaced, alone in a tuple so that it is no submodule: its weights would
             appear in the state twice.
+        streamed: Stands for a weight that lies in host memory while it is not multiplied by.
 
     Source: Hu et al. 2021 (LoRA).
     """
+
+    streamed: StreamedWeight | None = None
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class LoraLinear(nn.Module):
     def operands(self) -> Operands:
         """Return the layer's tensors for `Operations.linears`."""
         return Operands(
-            self.weight,
+            self.streamed or self.weight,
             self.bias,
             self.lora_A,
             self.lora_B,

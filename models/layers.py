@@ -26,6 +26,7 @@ from kernels.dispatch import operations as choose_operations
 from kernels.dropout import Draw, module_id
 from kernels.operands import Made, Operands
 from kernels.segments import Segments
+from kernels.streamed import StreamedWeight
 from models.cache import KeyValueCache
 from models.keys import DecoderConfig, Reader
 from models.recompute import POLICIES, HostRing, itself, recomputed
@@ -36,11 +37,16 @@ ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "flash_attention_2": "sdpa", "eager
 
 
 class Linear(nn.Linear):
-    """A linear layer that offers its tensors to `Operations.linears`."""
+    """A linear layer that offers its tensors to `Operations.linears`.
+
+    `streamed` stands for a weight that lies in host memory while it is not multiplied by.
+    """
+
+    streamed: StreamedWeight | None = None
 
     def operands(self) -> Operands:
         """Return weight and bias; an adapted layer returns its factors as well."""
-        return Operands(self.weight, self.bias)
+        return Operands(self.streamed or self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

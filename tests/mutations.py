@@ -2574,8 +2574,10 @@ MUTATIONS = [
         ),
         (
             "recomputing is decided where no device is known",
-            '        return None, "auto: no device is known yet"\n',
-            '        return False, "auto: no device is known yet"\n',
+            'None, "auto: no device is known yet"\n'
+            '    if machine.memory is None:\n        return "none"',
+            'False, "auto: no device is known yet"\n'
+            '    if machine.memory is None:\n        return "none"',
             "test_recomputing_only_where_memory_needs_it",
         ),
         (
@@ -2648,6 +2650,82 @@ MUTATIONS = [
             'remake = policy in ("norms", "mlp")',
             'remake = policy == "norms"',
             "test_each_policy_keeps_less_than_the_one_before",
+        ),
+    ),
+    *_of(
+        "kernels/linears.py",
+        "tests/train/test_streaming.py",
+        (
+            "layers without adapters add their gradients in another order where they are streamed",
+            "isinstance(layer.weight, Tensor | StreamedWeight)",
+            "isinstance(layer.weight, Tensor)",
+            "test_streamed_layers_give_the_bits_of_resident_ones[qwen2-lowered-some]",
+        ),
+    ),
+    *_of(
+        "kernels/streamed.py",
+        "tests/train/test_streaming.py",
+        (
+            "a layer is read before it came",
+            "            self._transfers.wait(self._arrivals[place])\n",
+            "",
+            "test_a_pass_that_was_given_up_leaves_nothing_behind",
+        ),
+        (
+            "backward the layer above is sent for",
+            "following = layer + 1 if upwards else layer - 1",
+            "following = layer + 1",
+            "test_each_layer_is_sent_for_while_the_one_before_computes",
+        ),
+        (
+            "a place is taken to hold what it held",
+            "        if self._holds[place] != layer:",
+            "        if self._holds[place] is None:",
+            "test_a_pass_that_was_given_up_leaves_nothing_behind",
+        ),
+        (
+            "a copy does not wait for the kernels that read its place",
+            "        self._stream.wait_stream(torch.cuda.current_stream(self.device))\n",
+            "",
+            "test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer",
+        ),
+        (
+            "host memory is not pinned",
+            "if error := pin(tensor):",
+            "if error := 0:",
+            "test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer",
+        ),
+        (
+            "a parameter keeps its memory beside the stream's",
+            "parameter.data = place.copy_(parameter.data)",
+            "place.copy_(parameter.data)",
+            "test_weights_keep_their_names_and_numbers",
+        ),
+    ),
+    *_of(
+        "train/plan/decide.py",
+        "tests/train/test_streaming.py",
+        (
+            "layers are streamed where they need not be",
+            'return saves > 0 and needed > machine.memory, f"auto: {there}"',
+            'return saves > 0, f"auto: {there}"',
+            "test_auto_streams_only_where_the_strongest_policy_does_not_suffice",
+        ),
+        (
+            "who streams and who shares is decided apart",
+            ' or config.model.stream_layers == "true":',
+            ":",
+            "test_auto_streams_only_where_the_strongest_policy_does_not_suffice",
+        ),
+    ),
+    *_of(
+        "train/plan/sizes.py",
+        "tests/train/test_streaming.py",
+        (
+            "one layer is counted on the device",
+            "return numbers, 2 * -(-numbers // layers) * stored + lowered",
+            "return numbers, -(-numbers // layers) * stored + lowered",
+            "test_fifteen_billion_parameters_fit_24_gb_and_the_plan_says_how",
         ),
     ),
     *_of(
@@ -3743,8 +3821,8 @@ MUTATIONS = [
         "tests/train/test_quantization.py",
         (
             "ranks share quantised weights where they do not fit",
-            'if config.model.quantization is not None:\n        return "replicate"\n',
-            'if False:\n        return "replicate"\n',
+            "if config.model.quantization is not None or config.model.stream_layers",
+            "if config.model.stream_layers",
             "test_ranks_have_quantised_weights_whole",
         ),
     ),

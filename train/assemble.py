@@ -19,6 +19,7 @@ from train.inputs.agreement import agree_on_weights
 from train.inputs.base_model import base_dtype, find_model, load_base, load_shared, make_trainable
 from train.inputs.dataset import Data
 from train.inputs.sharding import sharing_of
+from train.inputs.streaming import stream_layers
 from train.log.records import Records
 from train.log.samples import samples_so_far
 from train.optim import build_optimizer
@@ -84,8 +85,11 @@ def assemble(
     if world.shards:
         model = load_shared(config, source, precision, world)
     else:
-        model = load_base(config, source, base_dtype(config), device)
+        streams = config.model.stream_layers == "true"
+        model = load_base(config, source, base_dtype(config), device, on_host=streams)
         make_trainable(model, config, world, resume.checkpoint if resume is not None else None)
+        if streams:
+            stream_layers(model, device)
     optimizer = build_optimizer(
         config.optimizer.name,
         model,

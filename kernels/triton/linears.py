@@ -25,10 +25,17 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linears import Again, flattened, made_again, quantised_ones
+from kernels.linears import Again, flattened, held_ones, made_again
 from kernels.linears import linears as plain_linears
-from kernels.operands import Made, Operands, compute_dtype, dense, gradient_product, value_of
-from kernels.quantised import QuantisedWeight
+from kernels.operands import (
+    HeldWeight,
+    Made,
+    Operands,
+    compute_dtype,
+    dense,
+    gradient_product,
+    value_of,
+)
 from kernels.segments import Segments
 from kernels.triton.activations import ACTIVATIONS, activated, activation_gradients
 from kernels.triton.adapters import (
@@ -121,7 +128,7 @@ class _Linears(torch.autograd.Function):
         if function is None:
             sources = (x,)
         ctx.again = function
-        ctx.quantised = quantised_ones(tensors[: 4 * len(settings)])
+        ctx.held = held_ones(tensors[: 4 * len(settings)])
         kept = [weight if isinstance(weight, Tensor) else None for weight in weights]
         ctx.save_for_backward(rows, a, b, low_rank, *kept, *sources)
         ctx.settings, ctx.adapted, ctx.scales = settings, adapted, scales
@@ -143,8 +150,8 @@ class _Linears(torch.autograd.Function):
         d_low_rank, d_b = through_b(of_adapted, b, low_rank, ctx.scales)
         dx = input_gradient(d_low_rank, a, draws) if needs_x else None
         if needs_x or ctx.activates:
-            pairs = zip(weights, ctx.quantised, strict=True)
-            kept = [weight if quantised is None else quantised for weight, quantised in pairs]
+            pairs = zip(weights, ctx.held, strict=True)
+            kept = [weight if held is None else held for weight, held in pairs]
             for dy, weight in _narrow_ones_joined(grads, kept):
                 weight = dense(weight, dy.dtype)
                 dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
@@ -173,8 +180,8 @@ class _Linears(torch.autograd.Function):
 
 
 def _narrow_ones_joined(
-    grads: Sequence[Tensor], weights: Sequence[Tensor | QuantisedWeight]
-) -> list[tuple[Tensor, Tensor | QuantisedWeight]]:
+    grads: Sequence[Tensor], weights: Sequence[Tensor | HeldWeight]
+) -> list[tuple[Tensor, Tensor | HeldWeight]]:
     """Return each layer's dy and W, those of a few hundred features as one.
 
     A product with as few features as grouped keys and values have takes less time than reading and

@@ -26,7 +26,7 @@ from train.optim import buffers as flat
 from train.optim import build_optimizer, paged, rounded
 from train.optim.buffers import Optimizer
 from train.optim.paged import COMPUTE, FETCH, STORE, CudaBoundary, PagedMoments, buffer_bytes
-from train.plan import document
+from train.plan import memory
 from train.plan.decide import Machine, decide_paging
 from train.plan.document import plan_document
 from train.plan.ledger import memory_ledger
@@ -337,7 +337,7 @@ def test_a_paged_run_that_is_stopped_and_resumed_is_a_resident_one(
         return boundaries[-1]
 
     monkeypatch.setattr(assemble, "CudaBoundary", boundary)
-    monkeypatch.setattr(document, "decide_paging", lambda *_: (True, "for a test"))
+    monkeypatch.setattr(memory, "decide_paging", lambda *_: (True, "for a test"))
     run = tmp_path / "stopped"
     given = runs.settings(model_folder, rows_file, run, **values)
     assert runs.train(given, runs.signalled(1, signal.SIGTERM)).reason == "sigterm"

@@ -181,7 +181,12 @@ def test_the_text_says_what_a_rank_does() -> None:
     [
         ("starcoder2-15b", 1, {}, "start more ranks (torchrun), which can share the model"),
         ("starcoder2-15b", 2, {}, "start more ranks, or take a smaller model"),
-        ("starcoder2-15b-lora", 2, {"train__sharding": "replicate"}, "set train.sharding=shard"),
+        (
+            "starcoder2-15b-lora",
+            2,
+            {"train__sharding": "replicate", "model__stream_layers": False},
+            "set train.sharding=shard",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(

@@ -568,6 +568,7 @@ def test_a_preset_extends_another() -> None:
 def test_only_length_cadence_and_logging_may_change_on_resume() -> None:
     assert set(resume_keys()) == {
         "model.gradient_checkpointing",
+        "model.stream_layers",
         "train.num_train_epochs",
         "train.max_steps",
         "train.sharding",

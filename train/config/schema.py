@@ -65,6 +65,14 @@ class ModelSettings:
         },
         on_resume=True,
     )
+    stream_layers: str = key(
+        "auto",
+        "the frozen layers of a LoRA run in pinned host memory, on the device two at a time; same "
+        "results, less memory, more time; auto: on CUDA, where the run does not fit otherwise",
+        words=("auto", "true", "false"),
+        aliases={"True": "true", "False": "false"},
+        on_resume=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,21 @@ def base_dtype(config: RunConfig) -> torch.dtype:
 
 
 def load_base(
-    config: RunConfig, source: ModelSource, dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    on_host: bool = False,
 ) -> CausalLM:
-    """Return the base model on its device, from its files or, with `model.random_init`, drawn."""
+    """Return the base model on its device, from its files or, with `model.random_init`, drawn.
+
+    `on_host` leaves it in host memory, with the operations of its device, to be streamed from there
+    (`train.inputs.streaming`).
+    """
     backend = operations(config.train.kernels, device)
+    if on_host:
+        device = torch.device("cpu")
     if not config.model.random_init:
         model = load_model(
             source.folder,

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
 from train.plan.cards import CARDS
-from train.plan.refusals import refuse_moments, refuse_with_quantization, wants_whole_weights
+from train.plan.refusals import (
+    refuse_moments,
+    refuse_with_quantization,
+    wants_whole_weights,
+    why_not_streamed,
+)
 from train.process.room import available_memory
 from train.process.world import ALONE, World
 from train.text import size_text
@@ -114,9 +119,13 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
     Raises:
         UserError: The base would be stored in a half precision other than the one that is computed
             in, or quantised and trained, shared or compiled; or the kernels cannot run there, or
-            they or what is asked of activations not with `train.compile`.
+            they or what is asked of activations not with `train.compile`; or its layers cannot be
+            streamed.
     """
     refuse_with_quantization(config)
+    streams = config.model.stream_layers == "true"
+    if streams and (because := why_not_streamed(config, machine.device)):
+        raise UserError(f"model.stream_layers=true {because}")
     precision = decide_precision(config.train.precision, machine.device, machine.capability)
     stored, agreeing = config.model.dtype, (None, "fp32", precision)
     if config.train.method == "lora" and precision != "auto" and stored not in agreeing:
@@ -345,6 +354,38 @@ def decide_paging(
     return saves > 0 and needed > machine.memory, there
 
 
+def decide_streaming(
+    config: RunConfig, needed: int | None, saves: int, machine: Machine, sharding: str | None
+) -> tuple[bool | None, str]:
+    """Return whether frozen layers stay in host memory and, in words, why; None if not known.
+
+    `auto` does on a CUDA card whose memory does not suffice under the policy that needs the least,
+    unless the ranks share the weights, which sends less.
+
+    Args:
+        config: What is asked.
+        needed: The least bytes of a step whose layers stay on the device; None where not known.
+        saves: Bytes fewer with layers in host memory.
+        machine: Where it runs.
+        sharding: What `decide_sharding` gave.
+    """
+    setting = config.model.stream_layers
+    if setting != "auto":
+        return setting == "true", "as set"
+    if because := why_not_streamed(config, machine.device):
+        return False, f"auto: not {because.partition(';')[0]}"
+    if sharding == "shard":
+        return False, "auto: the ranks share the weights"
+    if needed is None:
+        return None, "auto: the model is not known yet"
+    if machine.device is None:
+        return None, "auto: no device is known yet"
+    if machine.memory is None:
+        return False, "auto: this system does not tell its memory"
+    there = f"at least {size_text(needed)} needed without it, {size_text(machine.memory)} there"
+    return saves > 0 and needed > machine.memory, f"auto: {there}"
+
+
 def decide_sharding(
     config: RunConfig, needed: int | None, machine: Machine, world_size: int
 ) -> str | None:
@@ -370,7 +411,7 @@ def decide_sharding(
         return "replicate"
     if config.train.sharding != "auto":
         return config.train.sharding
-    if config.model.quantization is not None:
+    if config.model.quantization is not None or config.model.stream_layers == "true":
         return "replicate"
     too_large = needed is not None and machine.memory is not None and needed > machine.memory
     # Blocks of 256 moments would be cut where the ranks' rows are.

@@ -55,19 +55,20 @@ def complete(
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Return the completed configuration of a run, and the plan's document.
 
-    Gradient checkpointing is decided here, by the plan's memory ledger; what was decided before (a
-    resume) stays. All ranks decide as rank 0 does.
+    Gradient checkpointing and where layers lie are decided here, by the plan's memory ledger; what
+    was decided before (a resume) stays. All ranks decide as rank 0 does.
     """
     document = plan_document(config, KnownData.of(data), decoder, machine, world.size)
     document["earlier_schedules"] = list(earlier)
-    names = ("gradient_checkpointing", "sharding", "paging")
+    names = ("gradient_checkpointing", "sharding", "paging", "streaming")
     decided = world.told("decided", lambda: json.dumps({name: document[name] for name in names}))
     document |= json.loads(decided)
-    checkpointing = document["gradient_checkpointing"]
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, gradient_checkpointing=checkpointing),
+    model = dataclasses.replace(
+        config.model,
+        gradient_checkpointing=document["gradient_checkpointing"],
+        stream_layers="true" if document["streaming"] else "false",
     )
+    config = dataclasses.replace(config, model=model)
     return config, document
 
 

@@ -85,12 +85,17 @@ def fitting(
         return memory_of(decide(changed, machine), decoder, machine, lengths, ranks)
 
     asked = needed(config)
-    if asked["memory"]["total"] <= there:
-        return {"ways": [_told(Way({}, asked["memory"]["total"], 1.0, ()))], "least": None}
+    total, streams = asked["memory"]["total"], bool(asked["streaming"])
+    if total <= there and not streams:
+        return {"ways": [_told(Way({}, total, 1.0, ()))], "least": None}
     setting = config.model.gradient_checkpointing
     roomy = {"gradient_checkpointing": "none" if setting == "auto" else setting, "paging": False}
+    roomy["streaming"] = False
     before = _seconds(config, decoder, asked | roomy, machine, lengths, world_size)
     ways = []
+    if streams:  # `auto` takes what is slower than other settings may be
+        after = _seconds(config, decoder, asked, machine, lengths, world_size)
+        ways.append(Way({}, total, after / before, ()))
     for settings in _combinations(config, machine):
         changed = _with(config, settings)
         try:
@@ -189,6 +194,7 @@ def _seconds(
     - the operations of `flops_per_token`, at the share of its peak that the plan counts with;
     - quantised weights are read and written as 16-bit ones in each pass of each micro-batch;
     - moments in host memory come and go once a step, over the card's link to the host;
+    - layers in host memory come twice a micro-batch, beside the computing, as far as that lasts;
     - layers' inputs in host memory go and come once, beside the computing, as far as that lasts.
     """
     card = _card(machine)
@@ -207,6 +213,9 @@ def _seconds(
         seconds += passes * (packed + compute * sizes.matmul) / card.bandwidth
     if memory["paging"]:
         seconds += 2 * memory["host_memory"] / card.host_bytes
+    if memory["streaming"]:
+        sent = 2 * micro_batches_of(config, tokens, share) * memory["streamed_memory"]
+        seconds += max(0.0, sent / card.host_bytes - computing)
     if policy == "offload":
         rows, _ = micro_batch_tokens(config, lengths, world_size)
         sent = 2 * memory["offloaded_memory"] * max(1.0, tokens / rows)

@@ -89,6 +89,7 @@ def memory_ledger(
     world_size: int = 1,
     sharding: str | None = None,
     paging: bool = False,
+    streaming: bool = False,
 ) -> dict[str, int]:
     """Estimate the bytes that a step holds at its peak, by category.
 
@@ -98,7 +99,8 @@ def memory_ledger(
 
     - weights: base × w; where w ≠ c also c for each weight of a linear layer, because autocast
       keeps its lowered copy until the backward pass. Quantised ones have their packed bytes, and
-      the largest of them is a tensor for a moment (`ModelSizes.quantised`).
+      the largest of them is a tensor for a moment (`ModelSizes.quantised`). Of layers in host
+      memory two are on the device, of which nobody keeps a copy (`ModelSizes.streamed`).
       An embedding or head that is trained beside adapters is 4 bytes a number, and the head has
       a lowered copy.
     - adapters, gradients: 4 bytes a parameter, 2 a gradient of bf16 masters; of PiSSA the start of
@@ -132,6 +134,7 @@ def memory_ledger(
         world_size: Ranks that share a step.
         sharding: How they have the model: `replicate` or `shard`; None where there is one.
         paging: Whether AdamW's moments lie in host memory.
+        streaming: Whether the matrices of the layers do.
     """
     from kernels.cpu.rounding import document_multiple, row_multiple
     from kernels.loss import chunk_rows_of
@@ -150,12 +153,14 @@ def memory_ledger(
         longest += -longest % document_multiple(device, dtype)
     # Layers that are shared and trained are gathered in what they compute with.
     copied = stored != compute and not (shared and full)
-    quantised, packed = 0, 0
+    held, on_device = 0, 0
     if config.model.quantization is not None:
-        quantised, packed = sizes.quantised(config.model.quantization, compute, device)
-    weights = (own.base - quantised) * stored + packed
+        held, on_device = sizes.quantised(config.model.quantization, compute, device)
+    elif streaming:
+        held, on_device = sizes.streamed(decoder.num_hidden_layers, stored, compute)
+    weights = (own.base - held) * stored + on_device
     if copied:
-        weights += (sizes.matmul - quantised) * compute
+        weights += (sizes.matmul - held) * compute
     weights += (4 - stored) * sizes.whole
     if sizes.whole and sizes.trains_head and not copied and compute != 4:
         weights += compute * decoder.vocab_size * decoder.hidden_size
@@ -223,6 +228,11 @@ def ring_bytes(
     compute, stored = widths(config, precision)
     tokens, _ = micro_batch_tokens(config, lengths, world_size)
     return decoder.num_hidden_layers * tokens * decoder.hidden_size * max(stored, compute)
+
+
+def streamed_bytes(sizes: ModelSizes, decoder: DecoderConfig, stored: int) -> int:
+    """Return the host's bytes of streamed layers, `stored` bytes a number."""
+    return sizes.streamed(decoder.num_hidden_layers, stored, stored)[0] * stored
 
 
 def widths(config: RunConfig, precision: str) -> tuple[int, int]:

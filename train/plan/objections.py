@@ -110,6 +110,13 @@ def _of_the_room(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
             f"memory: optimizer.name=paged_adamw pins {size_text(host)} of host memory, and "
             f"{size_text(on_host)} are free; use optimizer.name=adafactor or adamw_8bit"
         )
+    held = document["streamed_memory"]
+    on_host = available_memory("cpu") if held else None
+    if on_host is not None and held > on_host:
+        found.append(
+            f"memory: model.stream_layers pins {size_text(held)} of host memory, and "
+            f"{size_text(on_host)} are free where this plan is made; use model.quantization=nf4"
+        )
     free, needed = _free_disk(config), document["disk"]["total"]
     if needed is not None and free is not None and needed > free:
         found.append(

@@ -68,6 +68,36 @@ def refuse_with_quantization(config: RunConfig) -> None:
         )
 
 
+def why_not_streamed(config: RunConfig, device: str | None) -> str:
+    """Return what forbids `model.stream_layers`, and the way out; empty where nothing does."""
+    train, off = config.train, "or model.stream_layers=false"
+    if train.method == "full":
+        return (
+            f"with train.method=full: weights that are trained stay; use train.method=lora, {off}"
+        )
+    if config.model.quantization is not None:
+        return (
+            f"with model.quantization={config.model.quantization}: packed weights stay on the "
+            f"device; use model.quantization=none, {off}"
+        )
+    if train.sharding == "shard":
+        return (
+            "with train.sharding=shard: every rank streams whole layers; use "
+            f"train.sharding=replicate, {off}"
+        )
+    if train.compile:
+        return (
+            "with train.compile=true: compiled layers take their weights for tensors that stay; "
+            f"use train.compile=false, {off}"
+        )
+    if config.lora.use_dora or config.lora.init_lora_weights == "pissa":
+        setting = "use_dora=true" if config.lora.use_dora else "init_lora_weights=pissa"
+        return f"with lora.{setting}: it reads weights beside the pass; use plain adapters, {off}"
+    if device not in (None, "cuda"):
+        return f"on {device}: its memory is the host's, so nothing would be gained; leave it out"
+    return ""
+
+
 def wants_whole_weights(config: RunConfig) -> str:
     """Return the setting of the adapters that no shared base can serve; empty where none is."""
     lora = config.lora

@@ -96,6 +96,17 @@ class ModelSizes:
         piece = 6 * min(largest, PIECE_ON_A_CPU) if device == "cpu" else 0
         return sum(map(math.prod, self.linear_shapes)), sum(parts) + largest * compute + piece
 
+    def streamed(self, layers: int, stored: int, compute: int) -> tuple[int, int]:
+        """Return how many numbers lie in host memory, and the bytes of them on the device.
+
+        Those are two of the `layers`, and the largest matrix once more where it is lowered from
+        `stored` bytes a number to `compute`.
+        """
+        numbers = sum(map(math.prod, self.linear_shapes))
+        largest = max(map(math.prod, self.linear_shapes), default=0)
+        lowered = largest * compute if stored != compute else 0
+        return numbers, 2 * -(-numbers // layers) * stored + lowered
+
     @property
     def trainable_percent(self) -> float:
         """Trainable share of base and adapters together, in percent: what PEFT prints."""

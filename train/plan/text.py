@@ -135,6 +135,9 @@ def _cost_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
             words = {None: "not decided", True: "on", False: "off"}
             told = f"moments in host memory save {size_text(saves)} of the device's"
             rows["paging"] = f"{words[document['paging']]} ({document['paging_because']}): {told}"
+        if streamed := document["streamed_memory"]:
+            told = f"{size_text(streamed)} of frozen layers in host memory, two on the device"
+            rows["streaming"] = f"on ({document['streaming_because']}): {told}"
     kernels = document["kernels"]
     rows["kernels"] = _KERNELS.get(kernels) or str(kernels)
     if sent := document["communication_bytes"]:
@@ -166,7 +169,7 @@ def _fitting_rows(document: Mapping[str, Any]) -> dict[str, str]:
     for way in found["ways"]:
         name = "or with" if rows else "fits with" if way["settings"] else "fits"
         rows[name] = f"{_way_text(way)} of {room}"
-        if way["settings"]:
+        if way["settings"] or way["slower"] > 1:
             changes = " and ".join(way["changes"])
             result = f"another result: {changes}" if changes else "the same result"
             rows[name] += f"; {result}; a step predicted {way['slower']:.2f} × as long as with room"
