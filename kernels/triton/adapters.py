@@ -341,7 +341,7 @@ class Draws:
 def tiles_of(name: str, device: torch.device, rank: int, full: int = 64) -> dict[str, int]:
     """Return rank, tile, warps: above rank `full` half the tile, or twice the warps."""
     tiles = launch(name, device)
-    if name == "adapter_gradient" and rank > 32:  # with fewer its sums spill
+    if name in ("adapter_gradient", "input_gradient") and rank > 32:  # with fewer they spill
         tiles["num_warps"] *= 2
     if rank > full:
         tiles["BLOCK_COLUMNS"] = max(SMALLEST_DOT, tiles["BLOCK_COLUMNS"] // 2)

@@ -37,6 +37,8 @@ from kernels.triton.inputs import layer_norm_again, rms_norm_again
 from kernels.triton.jit import kernel
 from kernels.triton.launch import block_of, norm_programs, norm_warps
 
+_WIDEST_DROPPED = 4096  # elements of a row
+
 
 @kernel("module_key", "limit")
 def _forward(
@@ -217,12 +219,15 @@ class _Norm(torch.autograd.Function):
         programs = norm_programs(rows, total.device)
         d_x = torch.empty_like(total)
         d_change = d_x if has_change else None
-        if draw is not None:
+        block = block_of(width)
+        # Beside two sums of columns the registers of a program do not hold the keys of a wide row.
+        apart = draw if needs_weight and centred and block > _WIDEST_DROPPED else None
+        drawn = None if apart is not None else draw
+        if drawn is not None:
             d_change = torch.empty_like(total, dtype=ctx.change_dtype)
         partial = (programs, width)
         d_weight = total.new_empty(partial, dtype=torch.float32) if needs_weight else None
         d_bias = torch.empty_like(d_weight) if needs_weight and centred else None
-        block = block_of(width)
         _backward[(programs,)](
             total,
             weight,
@@ -234,17 +239,19 @@ class _Norm(torch.autograd.Function):
             d_change,
             d_weight,
             d_bias,
-            *draw_arguments(draw),
+            *draw_arguments(drawn),
             rows,
             width,
             triton.cdiv(rows, programs),
             HAS_D_TOTAL=d_total is not None,
-            DROPS=draw is not None,
+            DROPS=drawn is not None,
             CENTRED=centred,
             NEEDS_WEIGHT=needs_weight,
             BLOCK=block,
             num_warps=norm_warps(block, total.device),
         )
+        if apart is not None:
+            d_change = add_dropped(None, d_x.to(ctx.change_dtype), apart)
         return (
             d_x,
             d_change,
