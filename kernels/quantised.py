@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.blockwise import dynamic_map
+
 KINDS = ("nf4", "int8")
 BLOCK = 64  # numbers with one absmax
 NESTED_BLOCK = 256  # absmax with one of their own
@@ -189,27 +191,12 @@ def scales(weight: QuantisedWeight) -> Tensor:
 def nested_table(weight: QuantisedWeight) -> Tensor:
     """Return the map of the absmax of an nf4 weight's blocks, (256,) fp32."""
     own = weight.nested_map
-    return dynamic_map(place_of_tables(weight.packed)) if own is None else own
+    return dynamic_map(True, place_of_tables(weight.packed)) if own is None else own
 
 
 def place_of_tables(packed: Tensor) -> torch.device:
     """Return where a weight's tables lie; on meta if it does, whatever device is pretended."""
     return torch.device("meta") if packed.is_meta else packed.device
-
-
-@functools.cache
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """Return the 256 values of the absmax, (256,) fp32 ascending, from -0.993 to 1.
-
-    Decade by decade below 1, each has twice the values of the one below it, the middles of equal
-    parts. Source: Dettmers 2015, dynamic trees; bitsandbytes `create_dynamic_map`.
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1)
-        middles = 10.0 ** (decade - 6) * ((bounds[:-1] + bounds[1:]) / 2)
-        values += [middles, -middles]
-    return torch.cat(values).sort().values.to(device)
 
 
 @functools.cache
@@ -257,7 +244,7 @@ def _nf4(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the places of values in `dynamic_map`, uint8, and the absmax of their blocks."""
-    table = dynamic_map()
+    table = dynamic_map(True)
     steps = torch.arange(_STEPS) / ((_STEPS - 1) / 2) - 1
     nearest = torch.bucketize(steps, (table[:-1] + table[1:]) / 2).to(torch.uint8)
     padded = torch.cat((values, values.new_zeros(-len(values) % NESTED_BLOCK)))

@@ -22,7 +22,8 @@ from torch import Tensor
 from files.errors import UserError
 from files.strict_json import parse_json_object
 from files.tensors import TensorFile, TensorInfo
-from kernels.quantised import BLOCK, NESTED_BLOCK, dynamic_map, nf4_map
+from kernels.blockwise import dynamic_map
+from kernels.quantised import BLOCK, NESTED_BLOCK, nf4_map
 
 Places = dict[str, tuple[Path, TensorInfo]]
 
@@ -45,7 +46,7 @@ class Stored:
             parts["packed"] = parts["packed"].view(-1).view(torch.uint8)
         if self.offset is not None:
             parts["nested_offset"] = torch.tensor(self.offset)
-            if torch.equal(parts["nested_map"], dynamic_map()):
+            if torch.equal(parts["nested_map"], dynamic_map(True)):
                 del parts["nested_map"]
         return parts
 

@@ -11,7 +11,6 @@ from kernels import quantised as module
 from kernels.quantised import (
     QuantisedWeight,
     dequantise,
-    dynamic_map,
     quantised,
     quantised_shapes,
     scales,
@@ -59,10 +58,6 @@ def weight_of(value: torch.Tensor, kind: str) -> QuantisedWeight:
     return QuantisedWeight(
         kind, tuple(value.shape), value.dtype, quantised(value, kind), dequantise
     )
-
-
-def test_the_map_of_the_absmax_is_bitsandbytes_s(oracle: ModuleType) -> None:
-    assert torch.equal(dynamic_map(), oracle.create_dynamic_map())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

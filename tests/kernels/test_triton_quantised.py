@@ -7,6 +7,7 @@ import torch
 from interpreted import DEVICE, TRITON
 
 from kernels import quantised as plain
+from kernels.blockwise import dynamic_map
 from kernels.dispatch import operations
 from kernels.linears import linears
 from kernels.operands import Operands
@@ -44,7 +45,7 @@ def test_absmax_that_are_not_quantised_again_and_a_map_of_its_own() -> None:
     made = operations("triton", DEVICE).dequantise
     plainer = QuantisedWeight("nf4", (48, 520), torch.float32, parts, made)
     torch.testing.assert_close(plainer.dense(torch.float32), usual.dense(torch.float32))
-    own = weight((48, 520), "nf4", nested_map=plain.dynamic_map().to(DEVICE) * 0.5)
+    own = weight((48, 520), "nf4", nested_map=dynamic_map(True).to(DEVICE) * 0.5)
     expected = plain.dequantise(own, torch.float32)
     torch.testing.assert_close(own.dense(torch.float32), expected)
     assert not torch.equal(expected, usual.dense(torch.float32))
