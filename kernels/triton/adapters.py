@@ -29,7 +29,7 @@ from torch import Tensor
 from kernels.dropout import keep_limit, mix, signed
 from kernels.operands import gradient_product
 from kernels.triton.dropout import column_keys, kept
-from kernels.triton.inputs import input_tile, tile_arguments
+from kernels.triton.inputs import LAYER_NORM, input_tile, tile_arguments
 from kernels.triton.jit import kernel
 from kernels.triton.launch import launch
 
@@ -41,6 +41,7 @@ LARGEST_RANK = 128
 # `through_b` writes and reads 8 · R bytes of parts of ds for BLOCK_COLUMNS elements of dy, and has
 # room for R · BLOCK_COLUMNS sums: from rank 64 on, reading dy twice is less.
 _LARGEST_RANK_IN_ONE_PASS = 32
+_MOST_REGISTERS = 128  # of a thread: 16 warps, the most that are tuned, then fill a multiprocessor
 
 
 @triton.jit
@@ -178,9 +179,10 @@ def _adapter_gradient(
     limit = _select(j, limit_0, limit_1, limit_2)
     total = tl.zeros((RANK, BLOCK_COLUMNS), dtype=tl.float32)
     first = part * rows_each
-    for start in range(first, tl.minimum(first + rows_each, rows), BLOCK_ROWS):
+    stop = tl.minimum(first + rows_each, rows)
+    for start in range(first, stop, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        there = row < tl.minimum(first + rows_each, rows)
+        there = row < stop
         x = input_tile(
             x_ptr,
             other_ptr,
@@ -388,6 +390,8 @@ def adapter_gradient(
     pointers, kind = found
     (rows, width), (_, count, rank) = first.shape, d_low_rank.shape
     options = draws.options("adapter_gradient", first.device, count, rank)
+    if rank > 64 or kind == LAYER_NORM.value:  # the assembler takes fewer by itself, and spills
+        options["maxnreg"] = _MOST_REGISTERS
     parts = max(1, min(16, rows // 512))
     out = first.new_empty(parts, count, rank, width, dtype=torch.float32)
     grid = count, triton.cdiv(width, options["BLOCK_COLUMNS"]), parts

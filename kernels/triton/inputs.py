@@ -47,7 +47,7 @@ def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 _READ = tl.constexpr(0)
 GELU = tl.constexpr(1)
 SWIGLU = tl.constexpr(2)
-_LAYER_NORM = tl.constexpr(3)
+LAYER_NORM = tl.constexpr(3)
 _RMS_NORM = tl.constexpr(4)
 
 # Of each kind its number and where `input_tile` takes its sources: (x, other, weight, bias, mean,
@@ -55,7 +55,7 @@ _RMS_NORM = tl.constexpr(4)
 _KINDS: dict[Callable[..., Tensor], tuple[int, tuple[int, ...]]] = {
     gelu_again: (GELU.value, (0, 3)),
     swiglu_again: (SWIGLU.value, (0, 1)),
-    layer_norm_again: (_LAYER_NORM.value, (0, 2, 3, 4, 5)),
+    layer_norm_again: (LAYER_NORM.value, (0, 2, 3, 4, 5)),
     rms_norm_again: (_RMS_NORM.value, (0, 2, 5)),
 }
 
@@ -117,7 +117,7 @@ def input_tile(
         else:
             weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
             inverse = tl.load(inverse_ptr + row, mask=there, other=0.0)[:, None]
-            if KIND == _LAYER_NORM:
+            if KIND == LAYER_NORM:
                 bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
                 mean = tl.load(mean_ptr + row, mask=there, other=0.0)[:, None]
                 exact = (exact - mean) * inverse * weight + bias

@@ -126,7 +126,7 @@ def odd_steps() -> Iterator[tuple[str, Step]]:
     for card in CARDS:
         yield card, Step(_STARCODER2 | _DROPS, "bf16", 12, 0.1, _RAGGED)
         yield card, Step(_QWEN2, "fp16", 12, 0.0, _RAGGED)
-    yield "sm_89", Step(_QWEN2, "bf16", 64, 0.1, _RAGGED)
+    yield "sm_89", Step(_QWEN2, "bf16", 128, 0.0, _RAGGED)
     yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
     for card, kind in itertools.product(CARDS, KINDS):
         yield card, Step(_QWEN2, "bf16", 12, 0.0, _RAGGED, quantization=kind)
