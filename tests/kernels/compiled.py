@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before anything imports triton
@@ -41,7 +40,10 @@ from kernels.triton.jit import Kernel
 from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
+from models.configs import shipped_config
 from models.quantised import outline
+from train.config.layers import preset_names
+from train.config.presets import read_preset
 from train.optim import build_optimizer
 from train.plan.cards import Card
 
@@ -135,7 +137,9 @@ def odd_steps() -> Iterator[tuple[str, Step]]:
 
 def steps_of_presets() -> Iterator[tuple[str, Step]]:
     """Yield (card, step) for the architectures of all presets."""
-    for path in sorted(Path("models/configs").glob("*.json")):
+    presets = map(read_preset, preset_names())
+    paths = {shipped_config(preset.config.model.path or "") for preset in presets} - {None}
+    for path in sorted(path for path in paths if path):
         model = json.loads(path.read_text(encoding="utf-8"))
         lengths = (1024,) * 7 + (1000,)
         for card in CARDS:
