@@ -2903,8 +2903,8 @@ MUTATIONS = [
         "tests/train/test_plan_over_ranks.py",
         (
             "a plan of what cannot start ends well",
-            "code = 2 if document",
-            "code = 0 if document",
+            "code = 2 if all(",
+            "code = 0 if all(",
             "test_a_plan_of_what_cannot_start_ends_with_2",
         ),
     ),
@@ -3460,6 +3460,22 @@ MUTATIONS = [
             "reason = agreed(run.world, signals, overdue=False)[0] or reason",
             "agreed(run.world, signals, overdue=False)",
             "test_a_signal_after_the_last_step_is_answered",
+        ),
+    ),
+    *_of(
+        "train/plan/rent.py",
+        "tests/train/test_rent.py",
+        (
+            "a second card costs nothing",
+            "[h * price * hired for h in hours]",
+            "[h * price for h in hours]",
+            "test_several_cards_cost_several_times_an_hour",
+        ),
+        (
+            "every card is the first",
+            "machine_elsewhere(config, card, None), world_size)",
+            "machine_elsewhere(config, cards[0], None), world_size)",
+            "test_time_is_work_over_peak_and_cost_is_time_times_price",
         ),
     ),
     *_of(

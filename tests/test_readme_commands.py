@@ -134,9 +134,10 @@ def test_every_shape_of_row_has_its_line(place: Path) -> None:
 
 
 def test_whether_it_fits_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fits, other = commands(section("## Will it fit?"))
+    fits, other, rent = commands(section("## Will it fit?"))
     assert lathe(fits) == 0 and "fits           as it is" in capsys.readouterr().out
     assert lathe(other) in (0, 2) and "fits" in capsys.readouterr().out
+    assert lathe(rent) == 0 and "to rent by" in capsys.readouterr().out
 
 
 def test_the_commands_around_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,15 +173,9 @@ def _answer(arguments: Arguments, world: World) -> int:
         return _go_on(place, overrides, world).exit_code
     config = load_config(arguments.preset, arguments.config_file, arguments.overrides)
     if arguments.plan:
-        from train.plan.decide import machine_elsewhere
-        from train.survey import print_plan
+        from train.survey import answer_plan
 
-        if not world.first:
-            return 0
-        gpu, memory = arguments.gpu, arguments.memory
-        machine = machine_elsewhere(config, gpu, memory) if gpu or memory else None
-        ranks = arguments.ranks or world.size
-        return print_plan(config, as_json=arguments.json, ranks=ranks, machine=machine)
+        return answer_plan(config, arguments, world.size) if world.first else 0
     if arguments.prove_resume is not None:
         from train.saving.prove import prove_resume
 

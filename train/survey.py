@@ -16,6 +16,7 @@ from files.hub import resolve_model
 from models import build
 from models.config import DecoderConfig
 from models.weights import check_weights
+from train.config.command_line import Arguments
 from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
 from train.inputs.adapters import with_starting_adapter
@@ -23,9 +24,10 @@ from train.inputs.base_model import find_model, with_stored_quantization
 from train.inputs.dataset import load_data, prompt_format, refuse_without_valid
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.log.metrics import require_tensorboard
-from train.plan.decide import Machine, decide, machine_to_plan_for, this_machine
+from train.plan.decide import Machine, decide, machine_elsewhere, machine_to_plan_for, this_machine
 from train.plan.document import plan_document
 from train.plan.ledger import find_decoder_config, is_hub_id
+from train.plan.rent import render_rent, rent_document
 from train.plan.text import render_plan
 from train.saving.folder import run_folder
 from train.show_data import first_example
@@ -64,20 +66,39 @@ def refuse_model(config: RunConfig, decoder: DecoderConfig | Unknown) -> None:
         check_weights(folder, build(decoder, device="meta"))
 
 
+def answer_plan(config: RunConfig, asked: Arguments, ranks: int) -> int:
+    """Answer `--plan` of a command line as `print_plan` does; `ranks` are those started."""
+    gpu = next(iter(asked.gpu), None)
+    machine = machine_elsewhere(config, gpu, asked.memory) if gpu or asked.memory else None
+    cards = asked.gpu if len(asked.gpu) > 1 or asked.price else ()
+    return print_plan(
+        config,
+        as_json=asked.json,
+        ranks=asked.ranks or ranks,
+        machine=machine,
+        cards=cards,
+        prices=asked.price,
+    )
+
+
 def print_plan(
     config: RunConfig,
     *,
     as_json: bool = False,
     ranks: int | None = None,
     machine: Machine | None = None,
+    cards: Sequence[str] = (),
+    prices: Sequence[float] = (),
 ) -> int:
     """Answer `--plan`: print the plan as text, or as one JSON object and nothing else.
 
-    Returns the exit code: 2 where the memory that is known does not suffice, else 0.
+    Returns the exit code: 2 where the memory that is known does not suffice (of several cards on
+    none), else 0.
 
     Data and tokenizer are read where they can be had; where the hub cannot be reached, the plan
     counts with the rows that the seed states, and says what to pass instead. It is a plan for
-    `machine`, or for this one (`machine_to_plan_for`).
+    `machine`, or for this one (`machine_to_plan_for`); with `cards`, for each of these, at their
+    `prices` an hour (`train.plan.rent`).
 
     Raises:
         UserError: What would end the run before its first step, or a row or config.json that is not
@@ -90,14 +111,21 @@ def print_plan(
     config = with_stored_quantization(with_starting_adapter(config, decoder), decoder)
     data = _look_at_data(config, decoder)
     ranks = ranks or 1
-    machine = machine or machine_to_plan_for(config, ranks)
-    document = plan_document(config, data, decoder, machine, ranks)
-    code = 2 if document["fits"] is False else 0
+    if cards:
+        document = rent_document(config, data, decoder, cards, prices, ranks)
+        fit = [row["fits"] for row in document["cards"]]
+        text = render_rent(document)
+    else:
+        machine = machine or machine_to_plan_for(config, ranks)
+        document = plan_document(config, data, decoder, machine, ranks)
+        fit = [document["fits"]]
+        text = render_plan(document)
+    code = 2 if all(there is False for there in fit) else 0
     if as_json:
         print(json.dumps(document, allow_nan=False, indent=2))
         return code
-    print(render_plan(document))
-    if isinstance(data, KnownData) and not isinstance(data.lengths, Unknown):
+    print(text)
+    if not cards and isinstance(data, KnownData) and not isinstance(data.lengths, Unknown):
         print(f"An example, as it will be trained\n{first_example(config)}")
     return code
 

@@ -124,10 +124,10 @@ def test_a_machine_without_an_accelerator_plans_for_one_unless_the_cpu_is_named(
 @pytest.mark.parametrize(
     ("gpu", "memory", "expected"),
     [
-        ("4090", None, Machine("cuda", 24 * 10**9, (8, 9))),
-        ("A100 40GB", None, Machine("cuda", 40 * 10**9, (8, 0))),
+        ("4090", None, Machine("cuda", 24 * 10**9, (8, 9), "4090")),
+        ("A100 40GB", None, Machine("cuda", 40 * 10**9, (8, 0), "a100-40gb")),
         (None, 10**10, Machine("cuda", 10**10, (8, 0))),
-        ("h100", 10**10, Machine("cuda", 10**10, (9, 0))),
+        ("h100", 10**10, Machine("cuda", 10**10, (9, 0), "h100")),
     ],
 )
 def test_a_gpu_that_is_planned_for_need_not_be_here(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from files.errors import UserError, did_you_mean, note
+from files.errors import UserError, counted, did_you_mean, note
 from train.config.layers import preset_names
 from train.config.presets import read_preset
 from train.config.schema import KEYS
@@ -33,6 +34,7 @@ OPTIONS = (
         "--ranks",
         "--memory",
         "--gpu",
+        "--price",
         "--resume",
         "--prove-resume",
     ),
@@ -87,7 +89,8 @@ class Arguments:
     json: bool = False  # the plan as one JSON object
     ranks: int | None = None  # ranks to plan for; None is one
     memory: int | None = None  # bytes of the GPU to plan for
-    gpu: str | None = None  # name of the GPU to plan for
+    gpu: tuple[str, ...] = ()  # names of the GPUs to plan for
+    price: tuple[float, ...] = ()  # of one of them an hour: one for all, or one each
     resume: str | None = None  # folder of a run or of one checkpoint to go on from
     # Steps before the kill of a proof that resume is exact; None proves nothing.
     prove_resume: int | None = None
@@ -123,7 +126,15 @@ def _parser() -> CommandParser:
         "--memory", metavar="SIZE", help="with --plan: for a GPU of so much memory, such as 24GB"
     )
     parser.add_argument(
-        "--gpu", metavar="NAME", help="with --plan: for a GPU by its name, such as a100 or 4090"
+        "--gpu",
+        metavar="NAME[,NAME…]",
+        help="with --plan: for a GPU by its name, such as 4090; of several, what each would take",
+    )
+    parser.add_argument(
+        "--price",
+        metavar="P[,P…]",
+        help="with --gpu: what one costs an hour, one price for all or one each; says what a run "
+        "costs",
     )
     parser.add_argument(
         "--resume", metavar="FOLDER", help="go on with a run, or from one of its checkpoints"
@@ -157,6 +168,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         values["preset"] = EMBEDDED_PRESET
     if values["memory"] is not None:
         values["memory"] = _bytes(values["memory"])
+    values["gpu"] = tuple(name.strip() for name in (values["gpu"] or "").split(",") if name.strip())
+    values["price"] = _prices(values["price"] or "", len(values["gpu"]))
     arguments = Arguments(**values, overrides=overrides)
     _check(arguments)
     return arguments
@@ -173,9 +186,12 @@ def _with_steps_before_kill(argv: Sequence[str]) -> list[str]:
 
 
 def _check(arguments: Arguments) -> None:
-    for option in ("json", "ranks", "memory", "gpu"):
+    for option in ("json", "ranks", "memory", "gpu", "price"):
         if getattr(arguments, option) and not arguments.plan:
             raise UserError(f"--{option} goes with --plan; add --plan")
+    if arguments.memory and (len(arguments.gpu) > 1 or arguments.price):
+        option = "--price" if arguments.price else "several --gpu"
+        raise UserError(f"--memory is one card's, and cannot be given with {option}")
     if arguments.ranks is not None and arguments.ranks < 1:
         raise UserError(f"--ranks {arguments.ranks}: a plan needs at least 1 rank")
     if arguments.prove_resume is not None:
@@ -207,6 +223,24 @@ def _bytes(text: str) -> int:
         raise UserError(f"--memory {text}: must be a size such as 24GB, 22.5GiB or 24")
     power = "KMGT".index((found.group(2) or "G").upper()) + 1
     return int(number * (1024 if found.group(3) else 1000) ** power)
+
+
+def _prices(text: str, cards: int) -> tuple[float, ...]:
+    """Return the prices of `1.5,0.35`, one for all cards or one each."""
+    try:
+        prices = tuple(float(price) for price in text.split(",")) if text else ()
+    except ValueError:
+        prices = (math.nan,)
+    if not all(0 <= price < math.inf for price in prices):
+        raise UserError(f"--price {text}: must be numbers such as 1.50 or 1.50,0.35")
+    if prices and not cards:
+        raise UserError("--price is what one --gpu costs an hour; name the cards with --gpu")
+    if len(prices) not in (0, 1, cards):
+        raise UserError(
+            f"--price {text}: has {len(prices)} prices for {counted(cards, 'card')}; give one for "
+            "all, or one each"
+        )
+    return prices
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, str]:

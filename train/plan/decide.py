@@ -43,11 +43,13 @@ class Machine:
         device: `cpu`, `cuda` or `mps`; None where it is not known.
         memory: Bytes that a run may use there; None where that is not known.
         capability: Compute capability of a CUDA card that is planned for and need not be here.
+        card: Its name in `train.plan.cards`, where that was given.
     """
 
     device: str | None
     memory: int | None
     capability: tuple[int, int] | None = None
+    card: str | None = None
 
 
 UNKNOWN = Machine(None, None)
@@ -93,13 +95,14 @@ def machine_elsewhere(config: RunConfig, gpu: str | None, memory: int | None) ->
         )
     if gpu is None:
         return Machine("cuda", memory, AMPERE)
-    card = CARDS.get(gpu.lower().replace(" ", "-"))
+    name = gpu.lower().replace(" ", "-")
+    card = CARDS.get(name)
     if card is None:
         raise UserError(
             f"--gpu {gpu}: is not one of {', '.join(CARDS)}{did_you_mean(gpu, CARDS)}; give the "
             "memory of any other with --memory"
         )
-    return Machine("cuda", memory or card.memory, card.capability)
+    return Machine("cuda", memory or card.memory, card.capability, name)
 
 
 def _share(device: str, ranks: int) -> Machine:

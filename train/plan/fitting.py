@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
 from train.config.schema import KEYS, RunConfig
-from train.plan.cards import CARDS, Card
+from train.plan.cards import CARDS
 from train.plan.decide import Machine, decide
 from train.plan.ledger import SHARE_OF_PEAK, flops_per_token, micro_batch_tokens, widths
 from train.plan.memory import counted_precision, memory_of
@@ -47,12 +47,14 @@ class Way:
     Attributes:
         settings: Key → value, none of them where the run fits as it is asked.
         needed: Bytes of a rank.
-        slower: Predicted time of a step over that of the run as asked on a card with room for it.
+        seconds: Predicted time of a step, at `SHARE_OF_PEAK`.
+        slower: That over the time of the run as asked on a card with room for it.
         changes: What they change of the result, in words; empty where nothing.
     """
 
     settings: Settings
     needed: int
+    seconds: float
     slower: float
     changes: tuple[str, ...]
 
@@ -86,16 +88,16 @@ def fitting(
 
     asked = needed(config)
     total, streams = asked["memory"]["total"], bool(asked["streaming"])
+    as_asked = _seconds(config, decoder, asked, machine, lengths, world_size)
     if total <= there and not streams:
-        return {"ways": [_told(Way({}, total, 1.0, ()))], "least": None}
+        return {"ways": [_told(Way({}, total, as_asked, 1.0, ()))], "least": None}
     setting = config.model.gradient_checkpointing
     roomy = {"gradient_checkpointing": "none" if setting == "auto" else setting, "paging": False}
     roomy["streaming"] = False
     before = _seconds(config, decoder, asked | roomy, machine, lengths, world_size)
     ways = []
     if streams:  # `auto` takes what is slower than other settings may be
-        after = _seconds(config, decoder, asked, machine, lengths, world_size)
-        ways.append(Way({}, total, after / before, ()))
+        ways.append(Way({}, total, as_asked, as_asked / before, ()))
     for settings in _combinations(config, machine):
         changed = _with(config, settings)
         try:
@@ -113,7 +115,7 @@ def fitting(
             for key, value in settings.items()
             if key in _CHANGES and value != "paged_adamw"
         )
-        ways.append(Way(settings, memory["memory"]["total"], after / before, changes))
+        ways.append(Way(settings, memory["memory"]["total"], after, after / before, changes))
     fit = [way for way in ways if way.needed <= there]
     same = [way for way in fit if not way.changes]
     other = [way for way in fit if way.changes]
@@ -197,7 +199,7 @@ def _seconds(
     - layers in host memory come twice a micro-batch, beside the computing, as far as that lasts;
     - layers' inputs in host memory go and come once, beside the computing, as far as that lasts.
     """
-    card = _card(machine)
+    card = CARDS[machine.card or "a100"]  # of one that only the memory is known of, an A100's
     sizes = model_sizes(decoder, config.train.method, config.lora)
     batch = effective_batch_size(config, world_size)
     share = rank_shares(batch, world_size)[0]
@@ -221,13 +223,3 @@ def _seconds(
         sent = 2 * memory["offloaded_memory"] * max(1.0, tokens / rows)
         seconds += max(0.0, sent / card.host_bytes - computing)
     return seconds
-
-
-def _card(machine: Machine) -> Card:
-    """Return the card that is planned for; of one that only the memory is known of, an A100."""
-    same = (
-        card
-        for card in CARDS.values()
-        if (card.memory, card.capability) == (machine.memory, machine.capability)
-    )
-    return next(same, CARDS["a100"])
