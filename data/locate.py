@@ -2,9 +2,10 @@
 
 * A file: itself, rows of data or not a file that can be read.
 * A folder, by all files below it, hidden ones left out. Files that hold rows are data (`.jsonl`,
-  `.csv`, `.parquet`; `.json` where there are none of these and no sources, because `package.json`
-  and `dataset_infos.json` hold no rows); what is beside them in most data sets says nothing (README
-  and LICENSE, `.md`, `.yaml`, `.toml`, pictures, …); everything else is a source file. So
+  `.csv`, `.parquet`, and `.jsonl.gz` or `.csv.zst`; `.json` where there are none of these and no
+  sources, because `package.json` and `dataset_infos.json` hold no rows); what is beside them in
+  most data sets says nothing (README and LICENSE, `.md`, `.yaml`, `.toml`, pictures, …); everything
+  else is a source file. So
     - data, and no sources: a data set, read by configuration and split as on the Hub, or as its
       README's `data_files` say;
     - no data: a tree of source files, a row for each;
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data.packed import ending_of, kind_of_rows
 from data.rows_in_memory import ROWS_PREFIX, find_rows
 from data.splits import (
     canonical_split,
@@ -56,7 +58,9 @@ _DOCUMENTS = re.compile(
     re.IGNORECASE,
 )
 # Rows, but in a form that is not read.
-_PACKED = re.compile(r".*\.((jsonl?|csv|parquet)\.(gz|bz2|xz|zst|zip)|arrow)", re.IGNORECASE)
+_PACKED = re.compile(
+    r".*\.((jsonl?|csv|parquet)\.(bz2|xz|zip)|parquet\.(gz|zst)|arrow)", re.IGNORECASE
+)
 _WILDCARDS = re.compile(r"[*?[]")
 
 
@@ -145,10 +149,11 @@ def _open_one(spec: str, split: str | None) -> Source:
         raise UserError(
             f"{spec}: neither a regular file nor a folder; save the rows to a file first"
         )
-    if path.suffix.lower() not in SUFFIXES:
+    if kind_of_rows(path) not in SUFFIXES:
         raise UserError(
             f"{spec}: files ending in '{path.suffix}' are not read; the rows must be in one of "
-            f"{', '.join(SUFFIXES)} (unpacked), or pass the folder of source files"
+            f"{', '.join(SUFFIXES)} (the first three also as .gz or .zst), or pass the folder of "
+            "source files"
         )
     return Source(spec, (SourceFile(path, spec),))
 
@@ -238,7 +243,7 @@ def _data_among(names: Sequence[str], spec: str, pattern: str) -> list[str]:
     """
     kinds: dict[str, list[str]] = {"data": [], ".json": [], "packed": [], "source": []}
     for name in names:
-        suffix, last = PurePosixPath(name).suffix.lower(), PurePosixPath(name).name
+        suffix, last = kind_of_rows(name), PurePosixPath(name).name
         if _PACKED.fullmatch(last):
             kinds["packed"].append(name)
         elif suffix in SUFFIXES and not _DOCUMENTS.fullmatch(last):
@@ -268,7 +273,7 @@ def _as_globs(names: Sequence[str], pattern: str) -> str:
     """Return the value of `data.train` that reads these files, or most of them."""
     if len(names) == 1:
         return f"'{os.path.join(pattern, glob.escape(names[0]))}'"
-    endings = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in names)
+    endings = Counter(ending_of(name) or PurePosixPath(name).name for name in names)
     globs = [
         os.path.join(pattern, "**", f"{'*' if ending.startswith('.') else ''}{ending}")
         for ending, _ in endings.most_common(3)
@@ -277,7 +282,7 @@ def _as_globs(names: Sequence[str], pattern: str) -> str:
 
 
 def _of_one_format(names: Sequence[str], spec: str) -> list[str]:
-    suffixes = sorted({PurePosixPath(name).suffix.lower() for name in names})
+    suffixes = sorted(set(map(ending_of, names)))
     if len(suffixes) > 1:
         raise UserError(
             f"{spec}: holds data files of several formats ({', '.join(suffixes)}), which may be "
@@ -397,8 +402,8 @@ def _data_files_of_hub(names: Sequence[str], spec: str) -> list[str]:
     found = [
         name
         for name in names
-        if PurePosixPath(name).suffix.lower() in SUFFIXES
+        if kind_of_rows(name) in SUFFIXES
         and not any(part.startswith(".") for part in PurePosixPath(name).parts)
     ]
-    better = [name for name in found if PurePosixPath(name).suffix.lower() != ".json"]
+    better = [name for name in found if kind_of_rows(name) != ".json"]
     return _of_one_format(better or found, spec)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.messages import CONVERSATION_COLUMNS, ROLE_KEYS
+from data.packed import kind_of_rows, open_file, opened
 from files.errors import UserError, did_you_mean, listed
 from files.strict_json import parse_json_at
 
@@ -34,7 +35,7 @@ def read_file(path: Path, name: str, columns: list[str] | None) -> Iterator[Valu
         UserError: A row, or the file, breaks a rule.
     """
     _refuse_pointer(path, name)
-    match path.suffix.lower():
+    match kind_of_rows(path):
         case ".jsonl":
             yield from _read_jsonl(path, name)
         case ".json":
@@ -47,7 +48,7 @@ def read_file(path: Path, name: str, columns: list[str] | None) -> Iterator[Valu
 
 def _refuse_pointer(path: Path, name: str) -> None:
     """Raise where a file is the stand-in that git leaves for a large file it did not fetch."""
-    with _opened(path, name) as file:
+    with open_file(path, name) as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UserError(
                 f"{name}: holds no rows, only git's pointer to them, because the repository "
@@ -57,7 +58,7 @@ def _refuse_pointer(path: Path, name: str) -> None:
 
 def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, line with its end), split at line feeds only; none exceeds the cap."""
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         number = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -67,13 +68,6 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             yield number, _decode(line, where)
-
-
-def _opened(path: Path, name: str):
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -152,7 +146,7 @@ def _one_document(where: str) -> UserError:
 
 def _read_json(path: Path, name: str, columns: Sequence[str] | None) -> Iterator[Values]:
     """Read a list of objects, an object that holds one, JSON Lines, or one row."""
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         data = file.read().removeprefix(_BYTE_ORDER_MARK)
     try:
         text = data.decode("utf-8")

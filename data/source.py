@@ -10,6 +10,7 @@ Which files a specification stands for is the business of `data.locate`. A file 
 * `.json`: a list of objects; an object that holds one such list, under any key, as in
   `{"data": [...]}`; JSON Lines; or one row;
 * `.csv`: a header line, and a row on each further one;
+* any of these packed, as `.jsonl.gz` or `.csv.zst`;
 * `.parquet`;
 * any other text file of a source tree: `{"text": content, "path": path below the folder}`.
 """

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 
+from data.packed import ending_of
 from files.errors import UserError, counted, did_you_mean, listed, note
 
 SPLIT_NAMES = {
@@ -68,7 +69,7 @@ def split_labels(name: str) -> tuple[str, set[str]]:
     `python/train_sft-00000-of-00003.parquet` → `("train_sft", {"train"})`.
     """
     path = PurePosixPath(name)
-    label = _SHARD_NUMBER.sub("", path.stem)
+    label = _SHARD_NUMBER.sub("", path.name[: len(path.name) - len(ending_of(name))])
     words = [*re.split(r"[^a-z0-9]+", label.lower()), *(part.lower() for part in path.parts[:-1])]
     return label, {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
 

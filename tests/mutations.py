@@ -3463,6 +3463,22 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/packed.py",
+        "tests/data/test_packed.py",
+        (
+            "what is packed is read as it lies there",
+            'if packing.endswith(".gz"):',
+            'if packing.endswith(".gzip"):',
+            "test_what_was_packed_is_read",
+        ),
+        (
+            "a damaged file ends in a traceback",
+            "except (OSError, EOFError, zlib.error) as error:",
+            "except (OSError, zlib.error) as error:",
+            "test_what_cannot_be_unpacked_is_said",
+        ),
+    ),
+    *_of(
         "train/plan/rent.py",
         "tests/train/test_rent.py",
         (

@@ -1,6 +1,7 @@
 """Every command of README is run: here, or where `ELSEWHERE` says."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -80,6 +81,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
     writer.writeheader()
     writer.writerows(rows)
     _write(tmp_path / "rows.csv", table.getvalue())
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(table.getvalue().encode()))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     _write(tmp_path / "clone" / "README.md", "---\nlicense: mit\n---\nA data set.\n")
     (tmp_path / "clone" / "data").mkdir()

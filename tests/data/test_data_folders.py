@@ -260,9 +260,9 @@ def test_a_tree_without_data_is_one_of_sources(tmp_path: Path, names: list[str])
 @pytest.mark.parametrize(
     "names",
     [
-        ["data/train.jsonl.gz", "README.md"],
+        ["data/train.jsonl.bz2", "README.md"],
         ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"],
-        ["train.jsonl", "test.jsonl.zst"],
+        ["train.jsonl", "test.jsonl.xz"],
     ],
 )
 def test_rows_in_a_form_that_is_not_read_are_no_sources(tmp_path: Path, names: list[str]) -> None:
