@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +56,7 @@ class PromptFormat:
         completion_only: Train the completion (the assistant's turns) alone. None: where there is a
             prompt before it.
         append_eos: Put EOS after the text, and train it.
+        train_on: Of a conversation's answers `all` are trained, or the `last`.
 
     Raises:
         UserError: A value that is not allowed, or one that lacks another.
@@ -68,6 +69,7 @@ class PromptFormat:
     system_prompt: str | None = None
     completion_only: bool | None = None
     append_eos: bool = True
+    train_on: str = "all"
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -89,6 +91,16 @@ class PromptFormat:
                 "data.completion_only=true needs a prompt that can be told from the completion: "
                 "use data.format=template with data.prompt_template, instruction, completion or "
                 "messages"
+            )
+
+        if self.train_on not in ("all", "last"):
+            raise UserError(f"data.train_on: '{self.train_on}' is not one of all, last")
+        if self.train_on == "last" and (
+            self.format != "messages" or not self.trains_completion_only
+        ):
+            raise UserError(
+                "data.train_on=last chooses among the answers of a conversation: use it with "
+                "data.format=messages and without data.completion_only=false"
             )
 
     @property
@@ -265,7 +277,7 @@ class PromptFormat:
         messages, left_out = without_weights(messages)
         whole = self._with_system_turn(messages, values)
         added = len(whole) - len(messages)
-        return Chat(
+        chat = Chat(
             row.where,
             whole,
             frozenset(turn + added for turn in left_out),
@@ -275,6 +287,10 @@ class PromptFormat:
             added=added,
             variables=read_variables(values),
         )
+        if self.train_on == "last":
+            trained = [turn for turn in chat.answers if turn not in chat.left_out]
+            chat = replace(chat, left_out=chat.left_out.union(trained[:-1]))
+        return chat
 
     def _generation_values(self, values: str | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a text as the columns of the prompt."""

@@ -3463,6 +3463,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/prompt.py",
+        "tests/data/test_spans.py",
+        (
+            "the last answer is the conversation's, trained by its row or not",
+            "trained = [turn for turn in chat.answers if turn not in chat.left_out]",
+            "trained = chat.answers",
+            "test_the_last_answer_alone_is_what_weights_on_the_others_leave",
+        ),
+    ),
+    *_of(
         "data/packed.py",
         "tests/data/test_packed.py",
         (

@@ -320,6 +320,22 @@ def test_a_message_is_kept_out_of_the_loss(tmp_path: Path, off: dict, on: dict) 
     assert (again["input_ids"], again["labels"]) == (one["input_ids"], one["labels"])
 
 
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, QWEN3, GATHERED])
+def test_the_last_answer_alone_is_what_weights_on_the_others_leave(
+    tmp_path: Path, template: str
+) -> None:
+    messages = turns("Q1", "A1", "Q2", "A2", "Q3", "A3")
+    one = row(tmp_path, template, {"messages": messages}, "data.train_on=last")
+    messages[1]["weight"] = messages[3]["weight"] = 0
+    other = row(tmp_path, template, {"messages": messages})
+    assert one["labels"] == other["labels"]
+    assert [part[:2] for part in map(str.strip, one["trained"])] == ["A3"]
+    assert one["left_out_turns"] == 2
+    messages[3]["weight"], messages[5]["weight"] = 1, 0  # of those that the row trains
+    before = row(tmp_path, template, {"messages": messages}, "data.train_on=last")
+    assert [part[:2] for part in map(str.strip, before["trained"])] == ["A2"]
+
+
 def test_a_template_does_not_see_weights(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m | tojson }}" + "<|im_end|>{% endfor %}"
     one = row(tmp_path, template, {"messages": turns("Q", "A", train=False)[:1] + turns("Q", "A")})

@@ -57,6 +57,7 @@ DEFAULTS = {
     "data.completion_template": None,
     "data.system_prompt": None,
     "data.completion_only": None,
+    "data.train_on": "all",
     "data.append_eos": True,
     "data.max_length": 1024,
     "data.on_overflow": "truncate",
@@ -357,6 +358,11 @@ def test_alpha_may_be_a_fraction_and_stays_what_was_written() -> None:
     ("overrides", "words"),
     [
         ({"completion_only": "true"}, ["data.completion_only", "data.format=text"]),
+        ({"train_on": "last"}, ["data.train_on=last", "data.format=messages"]),
+        (
+            {"train_on": "last", "data.format": "messages", "completion_only": "false"},
+            ["data.train_on=last", "without data.completion_only=false"],
+        ),
         ({"data.format": "template"}, ["data.completion_template"]),
         ({"split_column": "split", "data.valid": "v.jsonl"}, ["data.split_column", "data.valid"]),
         ({"split_column": "split", "data.test": "t.jsonl"}, ["data.split_column", "data.test"]),

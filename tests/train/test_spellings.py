@@ -86,6 +86,7 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("dataset_name", "owner/name", {"data.train": "hub:owner/name"}),
     ("dataset_name", "rows.jsonl", {"data.train": "rows.jsonl"}),
     ("dataset_text_field", "content", {"data.text_field": "content"}),
+    ("mask_history", "false", {}),
     ("train_on_inputs", "true", {"data.completion_only": False}),
     ("lr_scheduler_type", "linear", {"schedule.name": "linear"}),
     ("lr_scheduler_type", "constant_with_warmup", {"schedule.name": "constant"}),
@@ -106,6 +107,11 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("random_state", "7", {"train.seed": 7}),
     ("train_sampling_strategy", "group_by_length", {"data.group_by_length": True}),
 ]
+
+
+def test_history_is_masked_where_there_is_one() -> None:
+    asked = {"mask_history": "true", "data.format": "messages"}
+    assert load_config(overrides=asked).data.train_on == "last"
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), TAKEN)
@@ -382,7 +388,7 @@ def test_values_that_say_nothing_here(settings: dict, expected: dict) -> None:
         ({"data.format": "sharegpt"}, "data.format=messages"),
         ({"data.format": "alpaca"}, "data.format=instruction"),
         ({"data.format": "chatml"}, "data.format=messages"),
-        ({"mask_history": "true"}, '"train": false'),
+        ({"roles_to_train": "assistant"}, "data.train_on"),
         ({"pad_token": "<pad>"}, "model's tokenizer"),
         ({"min_lr": "1e-6"}, "schedule.min_lr_ratio"),
         ({"max_samples": "100"}, "train.max_steps"),

@@ -230,6 +230,13 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "neither; use data.format=template, instruction, completion or messages, or "
             "completion_only=none",
         )
+    if data.train_on == "last" and (data.format != "messages" or data.completion_only is False):
+        yield (
+            ("data.train_on", "data.format", "data.completion_only"),
+            "data.train_on=last chooses among the answers of a conversation, and there is no "
+            "choice here; use data.format=messages without data.completion_only=false, or "
+            "data.train_on=all",
+        )
     if data.format == "template" and data.completion_template is None:
         yield (
             ("data.format", "data.completion_template"),

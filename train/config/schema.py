@@ -239,6 +239,11 @@ class DataSettings:
     completion_only: bool | None = key(
         None, "labels on the completion alone; none: wherever there is a prompt and a completion"
     )
+    train_on: str = key(
+        "all",
+        "of the assistant's turns in messages: all are trained, or the last alone",
+        words=("all", "last"),
+    )
     append_eos: bool = key(True, "the end-of-text token after each row, trained; cut rows get none")
     max_length: int = key(
         1024, "tokens of an example", minimum=2, recommended="the least that holds your rows"

@@ -341,6 +341,9 @@ TRANSLATED: dict[str, Spelling] = each(
             {True: "longest", "longest": "longest", "max_length": "max_length"},
             "say data.batching=max_length, longest or unpadded",
         ),
+        "mask_history": _words(
+            "data.train_on", {True: "last", False: "all"}, "say data.train_on=last or all"
+        ),
         "peft_type": _words("", {"LORA": {}}, f"say train.method=lora: {LORA_ALONE}"),
         "quantization_method": _words("", {"bnb": {}, "bitsandbytes": {}}, QUANTISED),
         "report_to": (("log.tensorboard",), _report),

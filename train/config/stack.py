@@ -97,7 +97,10 @@ _KERNELS = "the fused operations are this project's own: train.kernels"
 BEST = "the best state is the one with the lowest loss on the valid set"
 LORA_ALONE = "adapters are plain LoRA (lora.use_rslora=true for its scaling)"
 _CURVES = "curves are TensorBoard's and report.md's; metrics.jsonl has every step"
-_EACH_ANSWER = 'each answer of an assistant is trained; {"train": false} on a message leaves it out'
+_EACH_ANSWER = (
+    "the answers of an assistant are trained, all or the last (data.train_on); "
+    '{"train": false} on a message leaves it out'
+)
 _LOSS_ALONE = "evaluation is the loss on data.valid and data.test"
 _ALL_IS_LOGGED = "every step stands in metrics.jsonl, whatever is shown (log.steps)"
 
@@ -176,7 +179,7 @@ UNSUPPORTED = each(
         "formatting_func": "say it as data.prompt_template and data.completion_template with "
         "{column} placeholders",
         "pad_to_multiple_of": "lengths are rounded where the device needs it, without a setting",
-        "mask_history roles_to_train": _EACH_ANSWER,
+        "roles_to_train": _EACH_ANSWER,
         "max_samples": "all rows are read; train.max_steps bounds a run, or give a shorter file",
         "pad_token": "special tokens are those of the model's tokenizer, and unpadded rows need "
         "no pad token",

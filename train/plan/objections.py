@@ -164,7 +164,7 @@ def _of_the_data(
             "untrained: the chat template leaves nothing of them in the text (train.show_data "
             "shows what it leaves)",
         ),
-        ("left_out_turns", "kept out of the loss by their rows (weight 0, or train false)"),
+        ("left_out_turns", "kept out of the loss (weight 0, train false, or data.train_on=last)"),
         (
             "thoughtless_turns",
             "trained without their thinking, which the chat template leaves out of the text",
