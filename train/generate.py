@@ -220,7 +220,9 @@ def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
         model = load_base(config, base, dtype, device)
         load_adapter(model, trained)
     elif (trained / "config.json").is_file():
-        source = trained
+        # A checkpoint has no tokenizer of its own.
+        whole = (trained / "tokenizer.json").is_file()
+        source = trained if whole else find_model(config, weights=False).folder
         model = load_model(trained, dtype=dtype, device=device)
     else:
         source = find_model(config, weights=False).folder
