@@ -104,9 +104,8 @@ def _take_nf4(name: str, shape: tuple[int, ...], places: Places) -> Stored | str
         if state.get(key) != value:
             return f"its {key} is {state.get(key)!s:.60}, and must be {value}; {_REMEDY}"
     offset = state.get("nested_offset")
-    if nested and (
-        type(offset) not in (float, int) or abs(offset) > torch.finfo(torch.float32).max
-    ):
+    of_fp32 = isinstance(offset, float | int) and abs(offset) <= torch.finfo(torch.float32).max
+    if nested and (not of_fp32 or isinstance(offset, bool)):
         return f"its nested_offset is {offset!s:.60}, and must be a number of fp32; {_REMEDY}"
     blocks = -(-math.prod(shape) // BLOCK)
     sizes = {"absmax": (blocks, torch.uint8 if nested else torch.float32)}
