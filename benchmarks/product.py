@@ -16,11 +16,16 @@ from benchmarks import harness
 from benchmarks.fixtures import ACCUMULATION, BATCH, MAX_LENGTH, MODELS, Fixture
 from data.batch import Batching, MicroBatch, micro_batches
 from data.examples import Example
+from models import build
+from models.config import parse_config
+from models.weights import initialise
 from train import assemble, finish, loop  # which `run` imports only when it begins
 from train.batches import StepBatches
 from train.config.load import load_config
+from train.inputs.base_model import base_dtype, make_trainable
 from train.loss import loss_sum
 from train.optim import build_optimizer
+from train.plan.ledger import memory_ledger
 from train.plan.steps import plan_run
 from train.precision import Precision
 from train.process.memory import within_memory

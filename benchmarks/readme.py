@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import data, harness, kernels, versus_peft
+from benchmarks import data, harness, kernels, memory, versus_peft
 
 DOCUMENTS = tuple(harness.ROOT / place / "README.md" for place in ("", "benchmarks", "kernels"))
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "data": data.table,
     "kernels": kernels.table,
     "gpu": versus_peft.gpu_table,
+    "memory": memory.table,
 }
 # Tables that are made of another one's records.
 _RECORDS = {"ratios": "versus_peft"}

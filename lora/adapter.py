@@ -6,6 +6,7 @@ is written here loads there and in vLLM.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from files.atomic import write_json
 from files.errors import UserError, did_you_mean
 from files.strict_json import read_json_object
-from files.tensors import TensorFile, TensorInfo, read_header, write_tensors
+from files.tensors import TensorFile, write_tensors
 from lora.config import ALL_LINEAR, LoraConfig
 from lora.injection import (
     adapter_config,
@@ -27,7 +28,14 @@ from lora.injection import (
 )
 from lora.pissa import of_file
 from lora.saved_modules import is_tied, whole_weights
-from lora.tensors import MAGNITUDE, PREFIX, TOKEN_ROWS, adapter_tensors, fill_adapter
+from lora.tensors import (
+    MAGNITUDE,
+    PREFIX,
+    TOKEN_ROWS,
+    adapter_tensors,
+    fill_adapter,
+    fitted,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -169,24 +177,29 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def saved_config(folder: str | Path, model: nn.Module | None = None) -> LoraConfig:
-    """Return what `load_adapter` would inject from an adapter's folder, without reading tensors.
+    """Return what `load_adapter` would inject from an adapter's folder.
 
     Args:
         folder: What `save_adapter` or PEFT wrote.
-        model: The base model, which may be on the meta device, where the targets are to be checked.
+        model: The base model, which may be on the meta device, where the adapter is to fit it; it
+            stays as it is.
 
     Raises:
-        UserError: As `load_adapter`, as far as configuration and targets go.
+        UserError: As `load_adapter`; without a model, as far as the configuration goes.
     """
     document = read_adapter_config(folder)
-    header = read_header(Path(folder) / WEIGHTS_FILE)
-    try:
-        config = _lora_config(document, header.tensors)
-        if model is not None:
-            _check_targets(model, config, header.tensors)
-        return config
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+    with TensorFile(Path(folder) / WEIGHTS_FILE) as file:
+        tensors = {name: file.read(name) for name in file.names}
+        try:
+            config = _lora_config(document, tensors)
+            if model is not None:
+                _check_targets(model, config, tensors)
+                model = copy.deepcopy(model)
+                inject(model, config)
+                fitted(model, tensors)
+            return config
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
 
 
 def _document(model: nn.Module, base_model: str | None, revision: str | None) -> dict[str, Any]:
@@ -241,9 +254,7 @@ def _shortest_targets(model: nn.Module) -> list[str]:
     return sorted(suffixes if meant == adapted else adapted)
 
 
-def _check_targets(
-    model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor | TensorInfo]
-) -> None:
+def _check_targets(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Refuse targets that take no adapter, and a rank beyond the tensors': it would take memory."""
     largest = max(
         (max(tensor.shape) for tensor in tensors.values() if 0 not in tensor.shape), default=0
@@ -274,7 +285,10 @@ def _lora_config(document: Mapping[str, Any], tensors: Iterable[str]) -> LoraCon
     if isinstance(whole, list) and all(isinstance(name, str) for name in whole):
         values["modules_to_save"] = [*dict.fromkeys(name.rpartition(".")[2] for name in whole)]
     rows = values.get("trainable_token_indices")
-    if isinstance(rows, Mapping) and [name.rpartition(".")[2] for name in rows] == ["embed_tokens"]:
+    if isinstance(rows, Mapping):
+        if [name.rpartition(".")[2] for name in rows] != ["embed_tokens"]:
+            given = f"trainable_token_indices={rows!r:.80}"
+            raise UserError(f"{CONFIG_FILE}: {given} is not supported; {_MERGE_IT}")
         (values["trainable_token_indices"],) = rows.values()
     _refuse_other_tensors(tensors, weights=bool(whole))
     targets = values.get("target_modules")

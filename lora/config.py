@@ -110,6 +110,10 @@ class LoraConfig:
             for pattern, value in patterns.items():
                 _require(fits(value), f"{key}.{pattern}", value, rule)
                 _compiled(pattern, key)
+        if self.init_lora_weights == "pissa":
+            for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+                rule = f"at most {_MAX_ALPHA // 2} under pissa, whose files say twice as much"
+                _require(2 * alpha <= _MAX_ALPHA, "lora_alpha", alpha, rule)
         targets = self.target_modules
         if isinstance(targets, str):
             if targets != ALL_LINEAR:

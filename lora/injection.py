@@ -103,8 +103,7 @@ def inject(
         setattr(model.get_submodule(parent), leaf, layer)
     draw_adapters(model, seed)
     if config.init_lora_weights == "pissa":
-        own = {name: x for name, x in lora_layers(model).items() if not x.weight.is_meta}
-        start_from_principal(own, start, agree)
+        start_from_principal(lora_layers(model), start, agree)
     for rows in token_rows(model).values():
         rows.trainable_tokens_delta.requires_grad_(True)
     if freeze:

@@ -43,7 +43,7 @@ def start_from_principal(
     """Let adapters begin as the principal directions of their weights, which lose these.
 
     Args:
-        layers: Name → layer, with weights.
+        layers: Name → layer; of those on the meta device the ranks are looked at alone.
         saved: `<name>.lora_A.weight` and `.lora_B.weight` of a file whose start is taken; None
             makes it anew.
         agree: Gives a factor of the first rank to all ranks; they might differ in a last bit.
@@ -59,6 +59,8 @@ def start_from_principal(
                 f"{list(layer.weight.shape)} has {most} principal directions; lower lora.r, or "
                 "give it a rank of its own (lora.rank_pattern)"
             )
+        if layer.weight.is_meta:
+            continue
         if saved is not None:
             a = saved[f"{name}.lora_A.weight"][r:]
             b = -saved[f"{name}.lora_B.weight"][:, r:]

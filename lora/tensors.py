@@ -61,6 +61,25 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         UserError: Names or shapes are not the adapter's; all that differ are listed, and nothing
             has been copied.
     """
+    own = fitted(model, tensors)
+    for name, layer in lora_layers(model).items():
+        if layer.start is None:
+            continue
+        a, b = (f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+        r = len(layer.lora_A)
+        if not (
+            torch.equal(own[a][r:].cpu(), tensors[a][r:].to(own[a].dtype).cpu())
+            and torch.equal(own[b][:, r:].cpu(), tensors[b][:, r:].to(own[b].dtype).cpu())
+        ):
+            raise UserError(f"{name}: the adapter began as other principal directions (PiSSA)")
+        own[a], own[b] = layer.lora_A.detach(), layer.lora_B.detach()
+        tensors = {**tensors, a: tensors[a][:r], b: tensors[b][:, :r]}
+    for name, place in own.items():
+        place.copy_(tensors[name])
+
+
+def fitted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `adapter_tensors`; refuse those that `fill_adapter` would, on the meta device too."""
     own = adapter_tensors(model)
     faults = []
     if missing := own.keys() - tensors.keys():
@@ -82,20 +101,7 @@ def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"the adapter's tensors do not fit {type(model).__name__}: {'; '.join(faults)}"
         )
     _refuse_two_of_one(model, tensors)
-    for name, layer in lora_layers(model).items():
-        if layer.start is None:
-            continue
-        a, b = (f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
-        r = len(layer.lora_A)
-        if not (
-            torch.equal(own[a][r:].cpu(), tensors[a][r:].to(own[a].dtype).cpu())
-            and torch.equal(own[b][:, r:].cpu(), tensors[b][:, r:].to(own[b].dtype).cpu())
-        ):
-            raise UserError(f"{name}: the adapter began as other principal directions (PiSSA)")
-        own[a], own[b] = layer.lora_A.detach(), layer.lora_B.detach()
-        tensors = {**tensors, a: tensors[a][:r], b: tensors[b][:, :r]}
-    for name, place in own.items():
-        place.copy_(tensors[name])
+    return own
 
 
 def _refuse_two_of_one(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

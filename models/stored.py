@@ -91,9 +91,11 @@ def _take_nf4(name: str, shape: tuple[int, ...], places: Places) -> Stored | str
         for part in ("packed", "absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)
         if (key := name if part == "packed" else f"{name}.{part}") in places
     }
-    state = parse_json_object(
-        bytes(read_tensor(taken[_STATE][0], f"{name}.{_STATE}").tolist()), f"{name}.{_STATE}"
-    )
+    path, info = taken[_STATE]
+    if info.dtype != torch.uint8 or len(info.shape) != 1:
+        return f"its quant_state is no row of bytes; {_REMEDY}"
+    told = bytes(read_tensor(path, f"{name}.{_STATE}").tolist())
+    state = parse_json_object(told, f"{path}: {name}.{_STATE}")
     nested = "nested_absmax" in taken or "nested_quant_map" in taken
     wanted: dict[str, Any] = {"shape": list(shape), "blocksize": BLOCK, "quant_type": "nf4"}
     if nested:
@@ -102,8 +104,9 @@ def _take_nf4(name: str, shape: tuple[int, ...], places: Places) -> Stored | str
         if state.get(key) != value:
             return f"its {key} is {state.get(key)!s:.60}, and must be {value}; {_REMEDY}"
     offset = state.get("nested_offset")
-    if nested and (not isinstance(offset, float | int) or not math.isfinite(offset)):
-        return f"its nested_offset is {offset!s:.60}, and must be a number; {_REMEDY}"
+    of_fp32 = isinstance(offset, float | int) and abs(offset) <= torch.finfo(torch.float32).max
+    if nested and (not of_fp32 or isinstance(offset, bool)):
+        return f"its nested_offset is {offset!s:.60}, and must be a number of fp32; {_REMEDY}"
     blocks = -(-math.prod(shape) // BLOCK)
     sizes = {"absmax": (blocks, torch.uint8 if nested else torch.float32)}
     sizes["quant_map"] = (16, torch.float32)
@@ -114,8 +117,9 @@ def _take_nf4(name: str, shape: tuple[int, ...], places: Places) -> Stored | str
         info = taken[part][1] if part in taken else None
         if info is None or info.shape != (count,) or info.dtype != dtype:
             return f"its {part} is not there, or not {count} numbers of {dtype}; {_REMEDY}"
-    if taken["packed"][1].num_bytes != -(-math.prod(shape) // 2):
-        return f"it has {taken['packed'][1].num_bytes} bytes, of {shape[0]} × {shape[1]} numbers"
+    packed = taken["packed"][1].num_bytes if "packed" in taken else 0
+    if packed != -(-math.prod(shape) // 2):
+        return f"it has {packed} bytes, of {shape[0]} × {shape[1]} numbers; {_REMEDY}"
     if not torch.equal(read_tensor(taken["quant_map"][0], f"{name}.quant_map"), nf4_map()):
         return f"its quant_map is not that of nf4; {_REMEDY}"
     parts = {"packed": name, "absmax": f"{name}.absmax"}
@@ -136,11 +140,11 @@ def _take_int8(name: str, shape: tuple[int, ...], places: Places) -> Stored | st
     scb, form = f"{layer}SCB", f"{layer}weight_format"
     if scb not in places:
         return None
-    if form in places and read_tensor(places.pop(form)[0], form).item() != 0:
+    if form in places and read_tensor(places.pop(form)[0], form).any():
         return "its weight_format is one of old cards, not rows; use the model's original weights"
     packed, absmax = places.pop(name, None), places.pop(scb)
     if packed is None or packed[1].shape != shape or packed[1].dtype != torch.int8:
         return f"it is not there, or not {shape[0]} × {shape[1]} numbers of int8; {_REMEDY}"
-    if math.prod(absmax[1].shape) != shape[0] or absmax[1].dtype != torch.float32:
+    if absmax[1].shape != shape[:1] or absmax[1].dtype != torch.float32:
         return f"its SCB is not one fp32 number a row; {_REMEDY}"
     return Stored("int8", {"packed": (packed[0], name), "absmax": (absmax[0], scb)}, None)

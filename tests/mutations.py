@@ -1298,6 +1298,12 @@ MUTATIONS = [
         "lora/pissa.py",
         "tests/lora/test_pissa.py",
         (
+            "the plan does not see that a weight has fewer directions than ranks",
+            "        if r > most:\n",
+            "        if r > most and not layer.weight.is_meta:\n",
+            "test_more_ranks_than_directions_are_refused",
+        ),
+        (
             "PiSSA leaves the weights whole",
             "alpha=-layer.scale",
             "alpha=0",
@@ -1382,6 +1388,13 @@ MUTATIONS = [
     *_of(
         "lora/adapter.py",
         "tests/lora/test_adapter.py",
+        (
+            "the plan does not compare a starting adapter's tensors",
+            "                fitted(model, tensors)\n",
+            "",
+            "tests/train/test_init_from.py"
+            "::test_tensors_that_do_not_fit_the_base_are_refused_by_the_plan_too",
+        ),
         (
             "a loaded adapter is trained though nobody asked",
             "    if not trainable:\n",
@@ -3410,6 +3423,12 @@ MUTATIONS = [
         "train/merge.py",
         "tests/train/test_merge.py",
         (
+            "another program's config.toml ends a merge",
+            "with contextlib.suppress(UserError):",
+            "with contextlib.nullcontext():",
+            "test_another_program_s_config_beside_the_adapter_is_not_asked",
+        ),
+        (
             "tokenizer files of two models are mixed",
             "    places = [tokenizer / name for name in _TOKENIZER_FILES]\n",
             "    places = [\n"
@@ -3507,6 +3526,12 @@ MUTATIONS = [
     *_of(
         "train/plan/fitting.py",
         "tests/train/test_fitting.py",
+        (
+            "a plan for one rank is refused for what many may not",
+            "if ranks > world_size and may)",
+            "if ranks > world_size)",
+            "test_a_plan_for_one_rank_is_not_refused_for_what_many_may_not",
+        ),
         (
             "a smaller micro-batch makes another step",
             'settings["train.gradient_accumulation_steps"] = steps',
@@ -3815,6 +3840,18 @@ MUTATIONS = [
             'if torch.equal(parts["nested_map"], dynamic_map(True)):',
             "if True:",
             "test_a_map_of_the_absmax_of_its_own_is_kept",
+        ),
+        (
+            "a packed weight that is not there is looked into",
+            'num_bytes if "packed" in taken else 0',
+            "num_bytes",
+            "test_parts_that_do_not_fit_are_refused",
+        ),
+        (
+            "an offset beyond fp32 is taken",
+            "abs(offset) <= torch.finfo(torch.float32).max",
+            "True",
+            "test_parts_that_do_not_fit_are_refused",
         ),
         (
             "a layout of old cards is read as rows",

@@ -220,7 +220,9 @@ def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
         model = load_base(config, base, dtype, device)
         load_adapter(model, trained)
     elif (trained / "config.json").is_file():
-        source = trained
+        # A checkpoint has no tokenizer of its own.
+        whole = (trained / "tokenizer.json").is_file()
+        source = trained if whole else find_model(config, weights=False).folder
         model = load_model(trained, dtype=dtype, device=device)
     else:
         source = find_model(config, weights=False).folder
@@ -297,7 +299,8 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> No
 def _parser() -> CommandParser:
     parser = CommandParser(
         "generate",
-        description="Complete a prompt with a run's final model, an adapter, or a model folder.",
+        description="Complete a prompt with a run's final model, an adapter, or a model folder. "
+        "The base lies whole on the device, also of a run that streamed its layers.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="a run's folder, or one of its checkpoints")

@@ -8,6 +8,7 @@ otherwise or there are no others; what it was folded into is said.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections import Counter
@@ -94,7 +95,8 @@ def _trained_over(adapter: Path) -> str | None:
     """Return what the base was quantised as in the run that the adapter lies in, if it was."""
     for folder in list(adapter.resolve().parents)[:2]:
         if (folder / "config.toml").is_file():
-            return load_config(file=folder / "config.toml").model.quantization
+            with contextlib.suppress(UserError):  # another program's
+                return load_config(file=folder / "config.toml").model.quantization
     return None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from small import small_config
 from torch import nn
 
 from files.errors import UserError
@@ -23,6 +24,7 @@ from lora import (
     pissa,
     save_adapter,
 )
+from models import build
 
 Maker = Callable[..., Any]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -148,6 +150,16 @@ def test_more_ranks_than_directions_are_refused(make_theirs: Maker, make_ours: M
     ours = make_ours(make_theirs("llama"))
     with pytest.raises(UserError, match=r"the rank of .*q_proj is 33, .* has 32 principal direct"):
         inject(ours, LoraConfig(r=33, init_lora_weights="pissa", target_modules=["q_proj"]))
+    plan = build(small_config("llama"), device="meta")
+    with pytest.raises(UserError, match=r"the rank of .*q_proj is 33, .* has 32 principal direct"):
+        inject(plan, LoraConfig(r=33, init_lora_weights="pissa", target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("given", [{"lora_alpha": 40000}, {"alpha_pattern": {"q_proj": 40000}}])
+def test_a_scale_that_a_file_cannot_say_is_refused_before_the_run(given: dict[str, Any]) -> None:
+    LoraConfig(**given)
+    with pytest.raises(UserError, match=r"lora_alpha: 40000 must be at most 32752 under pissa"):
+        LoraConfig(**given, init_lora_weights="pissa")
 
 
 def test_magnitudes_of_principal_directions_are_refused() -> None:

@@ -20,6 +20,7 @@ from models.recompute import POLICIES
 from train.config.load import load_config
 from train.optim import OPTIMIZERS
 from train.plan.decide import Machine, decide
+from train.run import main
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -71,6 +72,63 @@ def test_what_is_not_allowed_is_refused_in_one_sentence(method: str) -> None:
             assert "\n" not in str(error) and "; " in str(error), combination
         else:
             assert allowed(combination), combination
+
+
+# What is refused beside these, each with what makes it so.
+FULL, STREAMED = {"train.method": "full"}, {"model.stream_layers": "true"}
+REFUSED: list[dict[str, Any]] = [
+    {"optimizer.name": "adamw_8bit", "train.sharding": "shard", **FULL},
+    {"train.masters": "bf16", "train.precision": "fp32", **FULL},
+    {"model.quantization": "nf4", "train.sharding": "shard"},
+    {"model.quantization": "nf4", "train.compile": True},
+    {"model.dtype": "fp16", "train.precision": "bf16"},
+    {"model.gradient_checkpointing": "mlp", "train.compile": True},
+    {"optimizer.loraplus_lr_ratio": 16, **FULL},
+    {"lora.init_lora_weights": "pissa", "lora.use_dora": True},
+    {"lora.init_lora_weights": "pissa", "lora.r": 33},
+    {"lora.init_lora_weights": "pissa", "lora.lora_alpha": 40000},
+    {"lora.modules_to_save": ["norm"]},
+    {"lora.modules_to_save": ["lm_head"], "lora.trainable_token_indices": 3},
+    {"lora.trainable_token_indices": 257},
+    {"lora.rank_pattern": "{q_porj = 2}"},
+    {"lora.init_from": "nowhere"},
+    *(
+        {**STREAMED, **with_it}
+        for with_it in (
+            {},
+            FULL,
+            {"model.quantization": "int8"},
+            {"train.sharding": "shard"},
+            {"train.compile": True},
+            {"lora.use_dora": True},
+            {"lora.init_lora_weights": "pissa"},
+        )
+    ),
+]
+
+
+def first_of_each_sentence() -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for combination in (one for one in ALL if not allowed(one)):
+        try:
+            decide(load_config(overrides=settings(combination)), Machine("cpu", None))
+        except UserError as error:
+            found.setdefault(str(error), settings(combination))
+    return list(found.values())
+
+
+def test_the_command_refuses_each_with_2_and_leaves_nothing(
+    model_folder: Path, rows_file: Path, tmp_path: Path, refused: runs.Refused
+) -> None:
+    given = runs.arguments(runs.settings(model_folder, rows_file, tmp_path / "run"))
+    sentences = set()
+    for changes in (*first_of_each_sentence(), *REFUSED):
+        asked = [*given, *runs.arguments(changes)]
+        told = refused(main, *asked)
+        assert told == refused(main, *asked, "--plan"), changes
+        assert not (tmp_path / "run").exists(), changes
+        sentences.add(told)
+    assert len(sentences) >= len(REFUSED) + 8
 
 
 RUN = [combination for combination in ALL if allowed(combination)]

@@ -128,6 +128,14 @@ def test_settings_that_do_not_go_with_the_run_are_not_named() -> None:
     assert "model.quantization" not in least["settings"]
 
 
+def test_a_plan_for_one_rank_is_not_refused_for_what_many_may_not() -> None:
+    """How many ranks would do is asked of a run whose adapters no shared base can serve."""
+    asked = {"lora.use_dora": True, "train.sharding": "shard"}
+    document = document_of("llama2-7b", 1 * GB, **asked)
+    assert document["fits"] is False
+    assert document["fitting"]["would_fit"]["ranks"] is None
+
+
 def test_the_command_says_it_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     resident = "model.stream_layers=false"
     asked = ["--preset", "llama2-7b", resident, "--plan", "--json", "--memory"]

@@ -347,6 +347,23 @@ def test_a_run_of_full_fine_tuning_needs_no_base(
     assert completed(capsys, "--run", tmp_path, "--prompt", "def f(") == expected
 
 
+def test_a_checkpoint_of_full_fine_tuning_has_the_tokenizer_of_its_base(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"model.path": str(base), "train.method": "full"}
+    (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
+
+    def fill(folder: Path) -> dict[str, str]:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_bytes((base / name).read_bytes())
+        return {}
+
+    replace_folder(tmp_path / "checkpoints" / "step-00000002", fill)
+    expected = greedy(base, "def f(", max_new_tokens=12, stop_ids=[EOS])
+    for place in (tmp_path, tmp_path / "checkpoints" / "step-00000002"):
+        assert completed(capsys, "--run", place, "--prompt", "def f(") == expected
+
+
 def test_bad_input_is_one_sentence(
     base: Path, adapter: Path, tmp_path: Path, refused: Refused
 ) -> None:

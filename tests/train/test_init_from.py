@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from data.tokenizer import Tokenizer
 from files.errors import UserError
+from files.tensors import TensorFile, write_tensors
 from lora import LoraConfig, inject, save_adapter
+from lora.adapter import WEIGHTS_FILE
+from lora.tensors import PREFIX
 from models import load_model
 from models.config import read_config
 from train.config.load import load_config
@@ -30,6 +33,7 @@ from train.saving import prove
 
 # StarCoder2's layers, in two others' words than the defaults'.
 TARGETS = ["q_proj", "c_fc"]
+MIDDLE = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def make_adapter(folder: Path, base: Path, **options: Any) -> Path:
@@ -272,3 +276,43 @@ def test_an_adapter_for_the_head_is_told_so(
     error = capsys.readouterr().err
     assert f"error: {adapter}: lora.target_modules: 'lm_head' is the output head" in error
     assert "merge the adapter into its base with PEFT and start from the merged model" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.pop(f"{PREFIX}lm_head.weight"), "missing are base_model.model.lm_head.weight"),
+        (lambda t: t[f"{PREFIX}lm_head.weight"].zero_(), "the adapter holds two that differ"),
+        (lambda t: t.update({MIDDLE: t[MIDDLE][:, 1:]}), "is [3, 31], not [3, 32]"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_base_are_refused_by_the_plan_too(
+    change: Any,
+    told: str,
+    settings: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    refused: runs.Refused,
+) -> None:
+    """The head of a tied base, as PEFT writes it without ensure_weight_tying; another width."""
+    folder = make_adapter(tmp_path / "tied", model_folder, modules_to_save=["embed_tokens"])
+    with TensorFile(folder / WEIGHTS_FILE) as file:
+        tensors = {name: file.read(name).clone() for name in file.names}
+    change(tensors)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    asked = [*settings, f"lora.init_from={folder}"]
+    assert told in refused(main, *asked)
+    assert told in refused(main, *asked, "--plan")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_the_head_are_refused_with_a_way_out(
+    settings: list[str], adapter: Path, refused: runs.Refused
+) -> None:
+    path = adapter / "adapter_config.json"
+    rows = {"embed_tokens": [3], "lm_head": [3]}
+    document = json.loads(path.read_text()) | {"trainable_token_indices": rows}
+    path.write_text(json.dumps(document))
+    error = refused(main, *settings, "--plan")
+    assert "trainable_token_indices={'embed_tokens': [3], 'lm_head': [3]} is not supported" in error
+    assert "merge the adapter into its base with PEFT" in error

@@ -94,6 +94,14 @@ def test_the_folder_is_a_model_in_the_dtype_of_the_checkpoint(
         assert torch.equal(file.read(f"{module}.weight"), expected_weight(base, adapter, module))
 
 
+def test_another_program_s_config_beside_the_adapter_is_not_asked(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (adapter.parent / "config.toml").write_text('title = "a site"\n[server]\nport = 3\n')
+    assert main([str(adapter), str(tmp_path / "out")]) == 0
+    assert "merged 14 layers" in capsys.readouterr().out
+
+
 def test_transformers_loads_it_and_computes_what_the_adapted_model_does(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

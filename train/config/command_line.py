@@ -168,8 +168,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         values["preset"] = EMBEDDED_PRESET
     if values["memory"] is not None:
         values["memory"] = _bytes(values["memory"])
-    values["gpu"] = tuple(name.strip() for name in (values["gpu"] or "").split(",") if name.strip())
-    values["price"] = _prices(values["price"] or "", len(values["gpu"]))
+    cards = tuple(name.strip() for name in (values["gpu"] or "").split(",") if name.strip())
+    if values["gpu"] is not None and not cards:
+        raise UserError(f"--gpu {values['gpu']}: names no card, such as a100 or 4090")
+    values["gpu"], values["price"] = cards, _prices(values["price"], len(cards))
     arguments = Arguments(**values, overrides=overrides)
     _check(arguments)
     return arguments
@@ -218,17 +220,18 @@ def _check(arguments: Arguments) -> None:
 def _bytes(text: str) -> int:
     """Return the bytes of a size such as `24GB`, `22.5 GiB` or `24` (GB, as cards are sold)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(i?)B?)?", text.strip(), re.IGNORECASE)
-    number = float(found.group(1)) if found else 0.0
-    if not found or not 0 < number < 1e6:
+    number, prefix, binary = found.groups() if found else ("0", None, None)
+    power = "KMGT".index((prefix or "G").upper()) + 1
+    count = float(number) * (1024 if binary else 1000) ** power
+    if not 1 <= count < 1e18:
         raise UserError(f"--memory {text}: must be a size such as 24GB, 22.5GiB or 24")
-    power = "KMGT".index((found.group(2) or "G").upper()) + 1
-    return int(number * (1024 if found.group(3) else 1000) ** power)
+    return int(count)
 
 
-def _prices(text: str, cards: int) -> tuple[float, ...]:
+def _prices(text: str | None, cards: int) -> tuple[float, ...]:
     """Return the prices of `1.5,0.35`, one for all cards or one each."""
     try:
-        prices = tuple(float(price) for price in text.split(",")) if text else ()
+        prices = tuple(float(price) for price in text.split(",")) if text is not None else ()
     except ValueError:
         prices = (math.nan,)
     if not all(0 <= price < math.inf for price in prices):

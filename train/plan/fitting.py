@@ -20,6 +20,7 @@ from train.plan.cards import CARDS
 from train.plan.decide import Machine, decide
 from train.plan.ledger import SHARE_OF_PEAK, flops_per_token, micro_batch_tokens, widths
 from train.plan.memory import counted_precision, memory_of
+from train.plan.refusals import wants_whole_weights
 from train.plan.sharing import micro_batches_of
 from train.plan.sizes import model_sizes
 from train.plan.steps import effective_batch_size, rank_shares
@@ -125,7 +126,9 @@ def fitting(
         return {"ways": [_told(way) for way in found], "least": None}
     least = min(ways, key=lambda way: way.needed)
     cards = sorted(CARDS.items(), key=lambda card: (card[1].memory, card[1].peak_flops))
-    enough = (ranks for ranks in _RANKS if ranks > world_size)
+    # Adapters that no shared base can serve are refused on many ranks, and planned on one.
+    may = world_size > 1 or config.train.sharding != "shard" or not wants_whole_weights(config)
+    enough = (ranks for ranks in _RANKS if ranks > world_size and may)
     return {
         "ways": [],
         "least": _told(least),
