@@ -18,6 +18,7 @@ from train.process.command import command
 from train.report.against_plan import claims, plan_against_actual
 from train.report.notes import events, notes
 from train.report.plots import draw_plots
+from train.report.predictions import predicted_against_measured
 from train.report.record import Record, read_record
 from train.text import (
     fenced,
@@ -54,6 +55,7 @@ def render_report(record: Record, plots: Sequence[Path] | None) -> str:
         _curves(record, plots),
         _evaluations(record),
         plan_against_actual(record),
+        predicted_against_measured(record),
         _bullets("Warned before the run", record.plan.get("warnings") or []),
         claims(record),
         _speed(record),
@@ -121,7 +123,7 @@ def _evaluations(record: Record) -> str:
     for row in record.valid:
         step, loss, beside = row["step"], row["loss"], record.train_loss_beside(row)
         train = "—" if beside is None else format_loss(beside) + ("" if step else " (step 1)")
-        change = "" if before is None or loss is None else f"{loss / before - 1:+.1%}"
+        change = "" if not before or loss is None else f"{loss / before - 1:+.1%}"
         best = "best" if row is record.best else ""
         rows.append((f"{step:,}", _epoch(record, step), train, format_loss(loss), change, best))
         before = loss if loss is not None else before
