@@ -75,7 +75,7 @@ OTHER_COMMANDS = {
     "show-data": "the rows as they will be trained, before a weight is read",
     "generate": "complete a prompt with what a run has trained",
     "merge": "fold an adapter into its base model",
-    "report": "write a run's report again",
+    "report": "write a run's report again; compare several",
 }
 
 
