@@ -25,8 +25,11 @@ INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _NO_MODEL = ("adapter_model.safetensors", "optimizer.safetensors")
 _PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt)")
-# Configuration, tokenizer and chat template; merges.txt and vocab.txt are old tokenizers' files.
-_SMALL = re.compile(r".+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
+# Configuration, tokenizer and chat template; merges.txt and vocab.txt are old tokenizers' files;
+# card and licence are for the card of what is trained.
+_SMALL = re.compile(
+    r".+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt|README\.md|LICEN[CS]E(\.txt|\.md)?"
+)
 # Chat templates with names of their own, where transformers 5 keeps them.
 _NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 # A repository id: `owner/name`, or the bare `name` of the Hub's oldest models.

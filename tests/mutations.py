@@ -3884,6 +3884,129 @@ MUTATIONS = [
             "test_what_is_certain_is_taken_and_said",
         ),
     ),
+    # --- what follows a run ----------------------------------------------------------------------
+    *_of(
+        "files/folders.py",
+        "tests/train/test_card.py",
+        (
+            "a card of the user's goes with the folder that is written anew",
+            "        if (target / CARD).is_file():\n",
+            "        if False:\n",
+            "test_a_card_that_was_changed_is_the_user_s",
+        ),
+        (
+            "a card makes a whole folder a damaged one",
+            "- {MANIFEST, CARD}",
+            "- {MANIFEST}",
+            "test_peft_and_transformers_load_the_folder_as_its_card_says",
+        ),
+    ),
+    *_of(
+        "train/report/card.py",
+        "tests/train/test_card.py",
+        (
+            "a card that somebody changed is written over",
+            "    if path.exists() and not is_ours(path):\n",
+            "    if False:\n",
+            "test_a_card_that_was_changed_is_the_user_s",
+        ),
+        (
+            "a folder of this machine is named as a base that the Hub knows",
+            "        base_model=base if known else None,\n",
+            "        base_model=base,\n",
+            "test_a_folder_is_no_base_that_the_hub_knows",
+        ),
+        (
+            "the file's title rules over what the base's card says",
+            "    if card is not None:\n",
+            '    if card is not None and find("LICENSE") is None:\n',
+            "test_a_licence_is_read_and_never_invented",
+        ),
+        (
+            "the losses are those of the last evaluation, whatever final/ holds",
+            'if row["step"] == step and row["loss"] is not None]\n    # The test',
+            'if row["loss"] is not None]\n    # The test',
+            "test_losses_are_those_of_the_weights_in_final",
+        ),
+        (
+            "rows are named with the folders they lie in",
+            "or Path(spec).name}",
+            "or spec}",
+            "test_a_folder_is_no_base_that_the_hub_knows",
+        ),
+    ),
+    *_of(
+        "train/report/compare.py",
+        "tests/train/test_compare.py",
+        (
+            "losses over other rows are compared",
+            "    elif len(targets) > 1:\n",
+            "    elif len(targets) > 2:\n",
+            "test_losses_over_other_rows_are_not_compared",
+        ),
+        (
+            "the highest loss wins",
+            'key=lambda one: one[1]["loss"])',
+            'key=lambda one: -one[1]["loss"])',
+            "test_the_lowest_loss_wins_where_the_rows_are_the_same",
+        ),
+        (
+            "a key that an older run does not know differs from its default",
+            '"preset": record.config.get("preset"), **defaults}',
+            '"preset": record.config.get("preset")}',
+            "test_only_what_differs_is_listed_with_what_surrounds_the_run",
+        ),
+        (
+            "a file of the user's is written over",
+            "    if not ours and (",
+            "    if False and (",
+            "test_the_command_writes_the_text_and_the_picture_where_it_is_told",
+        ),
+    ),
+    *_of(
+        "train/report/costs.py",
+        "tests/train/test_report.py",
+        (
+            "the operations of all ranks are one rank's",
+            "        predicted = flops / ranks / (",
+            "        predicted = flops / (",
+            "test_predicted_against_measured_on_a_card",
+        ),
+        (
+            "a card is known by a part of its name",
+            'if set(name.split("-")) <= set(words)]',
+            'if any(word.startswith(name.split("-")[0]) for word in words)]',
+            "test_the_card_is_known_by_its_device_s_name",
+        ),
+        (
+            "what is predicted is for all steps, whatever was done",
+            "    done = record.step / record.total_steps if",
+            "    done = 1.0 if",
+            "test_predicted_against_measured_on_a_card",
+        ),
+    ),
+    *_of(
+        "train/report/notes.py",
+        "tests/train/test_report.py",
+        (
+            "the train loss is compared with where it began",
+            "    low = min(range(TENTHS), key=means.__getitem__)\n",
+            "    low = TENTHS - 1\n",
+            "test_a_train_loss_that_ends_above_its_lowest_has_diverged",
+        ),
+        (
+            "one wild step is called unstable",
+            "    if len(far) > max(1, OFTEN_FAR * len(norms)):\n",
+            "    if len(far) > 0:\n",
+            "test_wild_gradient_norms_are_told_with_their_share",
+        ),
+        (
+            "a run that goes on is told that it never reached its peak",
+            'record.status.get("state") not in ("finished", "failed"):\n        return\n    top',
+            'record.status.get("state") is None:\n        return\n    top',
+            "test_a_peak_that_was_never_reached_and_too_few_steps_are_told",
+        ),
+    ),
 ]
 
 

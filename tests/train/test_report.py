@@ -10,10 +10,10 @@ from made_up import CONFIG, make_run, rewrite, rows_of
 
 from files.errors import UserError
 from train.report.__main__ import main
+from train.report.costs import card_of
 from train.report.notes import events, notes
 from train.report.page import render_report, write_report
 from train.report.plots import running_mean
-from train.report.predictions import card_of
 from train.report.record import read_record
 
 pytestmark = pytest.mark.usefixtures("matplotlib")

@@ -1,10 +1,12 @@
-"""What the plan predicted beside what was measured, in a run's report: memory, time, disk."""
+"""What a run took, in its report: time, memory, disk, and what the plan had predicted of them."""
 
 from __future__ import annotations
 
 import re
+import statistics
 from typing import Any
 
+from files.errors import counted
 from train.plan.cards import CARDS, Card
 from train.plan.ledger import SHARE_OF_PEAK
 from train.report.record import Record
@@ -77,6 +79,33 @@ def predicted_against_measured(record: Record) -> str:
         sentences.append("The plan predicts no time for this device: it knows cards alone.")
     table = markdown_table(("", "predicted", "measured", "ratio"), rows, "lrrr")
     return "\n\n".join(["## Predicted against measured", table, " ".join(sentences)]).strip()
+
+
+def speed_and_memory(record: Record) -> str:
+    """Return the section of what was measured."""
+    seconds = [row["seconds"] for row in record.train]
+    if not sum(seconds):
+        return ""
+    tokens, targets = (sum(row[name] for row in record.train) for name in ("tokens", "targets"))
+    evaluating = sum(row.get("seconds") or 0.0 for row in record.valid + record.test)
+    median = format_seconds(statistics.median(seconds))
+    throughput, trained = tokens / sum(seconds), targets / sum(seconds)
+    rows = [
+        ("tokens trained on", f"{tokens:,} ({counted(targets, 'target')})"),
+        ("throughput", f"{throughput:,.0f} tokens/s, {trained:,.0f} targets/s"),
+        ("step", f"median {median}, slowest {format_seconds(max(seconds))}"),
+        ("time in steps", format_duration(sum(seconds))),
+    ]
+    if evaluating:
+        rows.append(("time in evaluation", format_duration(evaluating)))
+    if peak := record.status.get("peak_memory_bytes"):
+        rows.append(("peak memory", size_text(peak)))
+        before = record.status.get("memory_before_bytes")
+        if before and record.environment.get("device") == "cpu":
+            whole = f"{size_text(peak)}: {size_text(before)} before the model was loaded (Python, "
+            whole += "torch, libraries, rows), then model and training, and freed memory that is "
+            rows[-1] = ("peak memory of the process", f"{whole}kept for the next step")
+    return "## Speed and memory\n\n" + markdown_table(("", ""), rows)
 
 
 def card_of(record: Record) -> Card | None:
