@@ -5,6 +5,7 @@
     lathe generate …   `train.generate`
     lathe merge …      `train.merge`
     lathe report …     `train.report`
+    lathe push …       `train.publish.push`
     lathe evaluate …   `train.evaluate`
 
 Nearly every project has a `train.py`, a `data.py` or a folder `models`. Where those are importable
@@ -27,6 +28,7 @@ COMMANDS = {
     "generate": "train.generate",
     "merge": "train.merge",
     "report": "train.report.__main__",
+    "push": "train.publish.push",
     "evaluate": "train.evaluate",
 }
 

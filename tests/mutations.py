@@ -3902,6 +3902,40 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/publish/push.py",
+        "tests/train/test_push.py",
+        (
+            "what is to be private goes where everybody sees it",
+            "        if private and not hidden:\n",
+            "        if False:\n",
+            "test_a_run_is_pushed_where_it_is_told_and_only_there",
+        ),
+        (
+            "a repository that is to be private is made public",
+            "private=True if private else None",
+            "private=None",
+            "test_a_run_is_pushed_where_it_is_told_and_only_there",
+        ),
+        (
+            "a card of theirs on the Hub is written over",
+            "        return not is_ours(Path(",
+            "        return False and not is_ours(Path(",
+            "test_a_run_is_pushed_where_it_is_told_and_only_there",
+        ),
+        (
+            "a damaged folder is pushed",
+            "    if (problem := damage(final)) is not None:\n",
+            "    if (problem := damage(final)) is None:\n        pass\n    elif False:\n",
+            "test_what_cannot_be_pushed_is_refused_in_one_sentence",
+        ),
+        (
+            "the Hub is asked without a token",
+            "    if get_token() is None:\n",
+            "    if False:\n",
+            "test_without_a_token_nobody_is_asked",
+        ),
+    ),
+    *_of(
         "train/report/card.py",
         "tests/train/test_card.py",
         (

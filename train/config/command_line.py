@@ -76,6 +76,7 @@ OTHER_COMMANDS = {
     "generate": "complete a prompt with what a run has trained",
     "merge": "fold an adapter into its base model",
     "report": "write a run's report again; compare several",
+    "push": "upload what a finished run trained to the Hub",
 }
 
 

@@ -88,7 +88,7 @@ QUANTISED = (
     "the base is quantised in bitsandbytes' formats alone: say model.quantization=nf4 or int8"
 )
 _RANKS = "the ranks are torchrun's, and train.sharding says how they share a model"
-_NO_HUB = "nothing is uploaded: final/ holds what `hf upload` takes"
+_NO_HUB = "no run uploads anything: `lathe push RUN` does, after it"
 _ATTENTION = "say model.attention=auto: unpadded rows run in torch's own fused attention"
 _ANSWERS_ALONE = "models are trained on given answers alone, with the cross-entropy of their tokens"
 _LOADER = "rows are tokenised once, before training, and read from a memory map"
