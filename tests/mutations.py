@@ -3902,6 +3902,28 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/publish/export_metrics.py",
+        "tests/train/test_export_metrics.py",
+        (
+            "a tracker is left open",
+            "    finally:\n        trackio.finish()\n",
+            "    finally:\n        pass\n",
+            "test_a_tracker_gets_every_step_in_order",
+        ),
+        (
+            "the test loss stands in the place of the valid loss",
+            'EVAL_TAGS[row["split"]].split("/")[0]',
+            '"eval"',
+            "test_a_csv_has_a_line_a_step",
+        ),
+        (
+            "a file of the user's is written over",
+            "        if options.out.exists():\n",
+            "        if False:\n",
+            "test_a_csv_has_a_line_a_step",
+        ),
+    ),
+    *_of(
         "train/publish/push.py",
         "tests/train/test_push.py",
         (

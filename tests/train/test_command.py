@@ -14,7 +14,7 @@ from files.errors import counted, note
 from train import evaluate, generate, merge, run, show_data
 from train.process import command as command_module
 from train.process.command import command
-from train.publish import push
+from train.publish import export_metrics, push
 from train.report import __main__ as report
 
 Main = Callable[[list[str]], int]
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Main] = {
     "merge": merge.main,
     "report": report.main,
     "push": push.main,
+    "export-metrics": export_metrics.main,
     "evaluate": evaluate.main,
 }
 
@@ -65,6 +66,7 @@ def test_what_may_be_given_several_times_still_may() -> None:
         ("merge", "a"),
         ("report", ""),
         ("push", ""),
+        ("export-metrics", "runs/demo"),
     ],
 )
 def test_every_command_s_complaint_is_one_sentence(

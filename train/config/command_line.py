@@ -77,6 +77,7 @@ OTHER_COMMANDS = {
     "merge": "fold an adapter into its base model",
     "report": "write a run's report again; compare several",
     "push": "upload what a finished run trained to the Hub",
+    "export-metrics": "give a run's metrics to another tracker, or as CSV",
 }
 
 

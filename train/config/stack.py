@@ -96,7 +96,10 @@ _HUB_ENVIRONMENT = "set it in the environment as huggingface_hub reads it"
 _KERNELS = "the fused operations are this project's own: train.kernels"
 BEST = "the best state is the one with the lowest loss on the valid set"
 LORA_ALONE = "adapters are plain LoRA (lora.use_rslora=true for its scaling)"
-_CURVES = "curves are TensorBoard's and report.md's; metrics.jsonl has every step"
+_CURVES = (
+    "curves are TensorBoard's and report.md's; `lathe export-metrics RUN --to wandb` or mlflow, "
+    "trackio, csv gives them away after the run"
+)
 _EACH_ANSWER = 'each answer of an assistant is trained; {"train": false} on a message leaves it out'
 _LOSS_ALONE = "evaluation is the loss on data.valid and data.test"
 _ALL_IS_LOGGED = "every step stands in metrics.jsonl, whatever is shown (log.steps)"
