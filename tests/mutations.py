@@ -3902,6 +3902,38 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/log/step_trace.py",
+        "tests/train/test_step_trace.py",
+        (
+            "a run that is stopped loses the trace that it began",
+            "        profiler.stop()\n        if not self._done:\n",
+            "        profiler.stop()\n        if len(self._done) < len(self._steps):\n",
+            "test_a_run_that_is_stopped_between_them_leaves_what_was_done_and_goes_on",
+        ),
+        (
+            "the trace goes on beyond its last step",
+            "        if step == self._steps[-1]:\n",
+            "        if step > self._steps[-1]:\n",
+            "test_the_trace_holds_those_steps_and_the_run_is_the_same",
+        ),
+    ),
+    *_of(
+        "train/plan/profiled.py",
+        "tests/train/test_step_trace.py",
+        (
+            "the last step is left out",
+            "    return range(first, last + 1)\n",
+            "    return range(first, last)\n",
+            "test_the_steps_that_are_asked_for",
+        ),
+        (
+            "steps that the run has not are traced in silence",
+            "    if total_steps is not None and last > total_steps:\n",
+            "    if total_steps is not None and first > total_steps:\n",
+            "test_steps_that_the_run_has_not_are_refused",
+        ),
+    ),
+    *_of(
         "train/publish/export_metrics.py",
         "tests/train/test_export_metrics.py",
         (

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from files.errors import counted
 from train.log.console import redrawn_text
 from train.log.metrics import METRICS_FILE, Row
+from train.log.step_trace import PROFILE_FOLDER
 from train.process.command import command
 from train.report.readers import note_on_readers
 from train.report.record import Record
@@ -55,6 +56,9 @@ def events(record: Record) -> Iterable[str]:
     for one, after in zip(earlier, [*earlier[1:], record.plan], strict=False):
         text = redrawn_text(one, after["total_steps"])
         yield f"{text[0].upper()}{text[1:]}."
+    if traces := sorted(path.name for path in record.folder.glob(f"{PROFILE_FOLDER}/*.json.gz")):
+        names = ", ".join(f"`{PROFILE_FOLDER}/{name}`" for name in traces)
+        yield f"Profiled: {names}; the steps in them took longer for it."
     if damaged := sorted(path.name for path in record.folder.glob("checkpoints/corrupt-*")):
         yield f"Damaged, and set aside: {', '.join(damaged)}."
     skipped = [row for row in record.train if row.get("skipped")]
