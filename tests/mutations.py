@@ -3902,6 +3902,38 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/config/json_schema.py",
+        "tests/train/test_described.py",
+        (
+            "an exclusive bound is an inclusive one",
+            '("exclusiveMaximum", rule.below)',
+            '("maximum", rule.below)',
+            "test_the_schema_takes_what_a_file_may_hold",
+        ),
+        (
+            "what the stack calls a value is none",
+            "[*rule.words, *(alias",
+            "[*rule.words, *(alias.upper()",
+            "test_the_schema_takes_what_a_file_may_hold",
+        ),
+    ),
+    *_of(
+        "train/config/completion.py",
+        "tests/train/test_described.py",
+        (
+            "a bare key is not completed",
+            "    return [key.path, *([key.name] if alone else [])]\n",
+            "    return [key.path]\n",
+            "test_bash_offers_commands_options_keys_and_their_words",
+        ),
+        (
+            "no file is offered where one is named",
+            "compgen -f -P ",
+            "compgen -d -P ",
+            "test_bash_offers_commands_options_keys_and_their_words",
+        ),
+    ),
+    *_of(
         "train/log/step_trace.py",
         "tests/train/test_step_trace.py",
         (
