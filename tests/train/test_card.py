@@ -83,7 +83,7 @@ def test_the_header_of_a_run_over_a_model_of_the_hub(
     assert (index["name"], values) == ("run", {"valid": 1.195, "test": 1.25})
     assert "licence is `qwen-research`, as its card says" in card.text
     assert "| rows | `org/rows`, format" in card.text
-    assert "| steps | 120 of 8 examples |" in card.text
+    assert "| steps | 120, of 8 examples each |" in card.text
     assert str(tmp_path) not in card.content and "secret" not in card.content
 
 
@@ -94,7 +94,7 @@ def test_a_folder_is_no_base_that_the_hub_knows(tmp_path: Path) -> None:
     card = card_of(run)
     data = card.data.to_dict()
     assert {"base_model", "base_model_relation", "license", "datasets"}.isdisjoint(data)
-    assert "it is left out of the header" in card.text
+    assert "The base model was a folder, `base`, and none that the Hub is known" in card.text
     assert "name no licence, so none is stated here" in card.text
     assert "| rows | `t.jsonl`" in card.text and str(tmp_path) not in card.content
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.atomic import write_text
-from files.errors import UserError, note
+from files.errors import UserError, counted, note
 from files.folders import CARD, MANIFEST, step_of
 from files.hub import read_card
 from files.strict_json import read_json_object
@@ -97,14 +97,12 @@ def render_card(record: Record) -> str:
     )
     base_text = f"[{base}](https://huggingface.co/{base})" if known else "a base model"
     head = f"A LoRA adapter for {base_text}" if adapter else f"{base_text}, every weight fine-tuned"
-    told = (
-        ""
-        if known
-        else (
-            "Which base model it is stands here as a folder's name alone, so it is left out of the "
-            "header: name it there (`base_model`). "
+    told = ""
+    if not known:
+        told = (
+            f"The base model was a folder, `{Path(base).name}`, and none that the Hub is known to "
+            "have: name it in the header (`base_model`) where it is there. "
         )
-    )
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {record.name}",
@@ -245,8 +243,9 @@ def _training(record: Record) -> list[tuple[str, str]]:
         "base quantised": record.section("model").get("quantization"),
         "optimizer": f"{optimizer.get('name')}, learning rate {optimizer.get('learning_rate')}, "
         f"weight decay {optimizer.get('weight_decay')}",
-        "schedule": f"{schedule.get('name')}, {record.plan.get('warmup_steps')} steps of warm-up",
-        "steps": f"{record.step:,} of {record.plan.get('effective_batch_size')} examples",
+        "schedule": f"{schedule.get('name')}, "
+        f"{counted(record.plan.get('warmup_steps') or 0, 'step')} of warm-up",
+        "steps": f"{record.step:,}, of {record.plan.get('effective_batch_size')} examples each",
         "precision": train.get("precision"),
         "length": f"at most {data.get('max_length')} tokens",
         "rows": f"{', '.join(map(_name, _specs(record, 'train')))}, format {data.get('format')}",

@@ -146,7 +146,7 @@ def verdict(records: Sequence[Record]) -> str:
             )
         ranked = sorted(evaluated, key=lambda one: one[1]["loss"])
         (first, best, _), (second, next_best, _) = ranked[:2]
-        by = next_best["loss"] / best["loss"] - 1 if best["loss"] else 0.0
+        by = 1 - best["loss"] / next_best["loss"] if next_best["loss"] else 0.0
         if by < CLOSE:
             sentences.append(
                 f"**{first} and {second} are equal** by their best valid loss "
