@@ -2,7 +2,7 @@
 
 A model is a folder of this machine, used as it is, or a repository of the Hub, of which only the
 files that a decoder needs are fetched (`files/fetch.py`): safetensors weights, configuration,
-tokenizer. Pickle files are never fetched.
+tokenizer; and its card and licence. Pickle files are never fetched.
 """
 
 from __future__ import annotations

@@ -3950,6 +3950,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/log/records.py",
+        "tests/train/test_step_trace.py",
+        (
+            "every rank writes a trace of its own, all into one file",
+            "traced = run.plan.profile_steps if run.world.first else range(0)",
+            "traced = run.plan.profile_steps",
+            "test_of_many_ranks_the_first_alone_is_traced",
+        ),
+    ),
+    *_of(
         "train/plan/profiled.py",
         "tests/train/test_step_trace.py",
         (
@@ -4080,7 +4090,7 @@ MUTATIONS = [
             "a file of the user's is written over",
             "    if not ours and (",
             "    if False and (",
-            "test_the_command_writes_the_text_and_the_picture_where_it_is_told",
+            "test_the_text_and_the_picture_are_written_and_nothing_of_the_user_s_is",
         ),
     ),
     *_of(

@@ -8,8 +8,15 @@ import pytest
 from made_up import CONFIG, make_run, rewrite, rows_of
 from runs import Refused
 
+from files.errors import UserError
 from train.report.__main__ import main
-from train.report.compare import labels, render_comparison, settings_that_differ, verdict
+from train.report.compare import (
+    labels,
+    render_comparison,
+    settings_that_differ,
+    verdict,
+    write_comparison,
+)
 from train.report.record import read_record
 
 
@@ -99,38 +106,44 @@ def test_runs_of_one_name_go_by_their_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("matplotlib")
-def test_the_command_writes_the_text_and_the_picture_where_it_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
-) -> None:
-    runs = two_runs(tmp_path)
-    asked = [*map(str, runs), "--to", str(tmp_path / "deep" / "both")]
+def test_the_text_and_the_picture_are_written_and_nothing_of_the_user_s_is(tmp_path: Path) -> None:
+    records = [read_record(run) for run in two_runs(tmp_path)]
+    folder = tmp_path / "deep" / "both"
+    written = [folder / "comparison.md", folder / "comparison.png"]
     for _ in range(2):  # what it wrote itself is written again
-        assert main(asked) == 0
-    written = [tmp_path / "deep" / "both" / name for name in ("comparison.md", "comparison.png")]
-    assert capsys.readouterr().out.split()[-2:] == list(map(str, written))
+        assert write_comparison(records, folder) == written
     assert "**b is best**" in written[0].read_text()
     assert written[0].read_text().endswith("\n![comparison](comparison.png)\n")
     assert written[1].read_bytes().startswith(b"\x89PNG")
     written[0].write_text("a text of the user's")
-    assert "comparison.md is there, and is none of ours" in refused(main, *asked)
+    with pytest.raises(UserError, match=r"comparison\.md is there, and is none of ours"):
+        write_comparison(records, folder)
     assert written[0].read_text() == "a text of the user's"
 
 
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
 def test_without_a_place_it_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = two_runs(tmp_path)
     assert main([str(run) for run in runs]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"{runs[0] / 'report.md'}\n{runs[1] / 'report.md'}\n\n# Runs compared\n")
+    reports = "".join(f"{run / 'report.md'}\n" for run in runs)
+    assert capsys.readouterr().out.startswith(f"{reports}\n# Runs compared\n")
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 def test_without_matplotlib_there_is_the_text_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     runs = two_runs(tmp_path)
     assert main([*map(str, runs), "--to", str(tmp_path / "out")]) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["comparison.md"]
-    assert ".png" not in (tmp_path / "out" / "comparison.md").read_text()
+    path = tmp_path / "out" / "comparison.md"
+    assert capsys.readouterr().out.splitlines()[2:] == [str(path)]
+    assert [written.name for written in path.parent.iterdir()] == ["comparison.md"]
+    assert ".png" not in path.read_text()
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(

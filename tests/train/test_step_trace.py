@@ -5,13 +5,16 @@ import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from runs import resume, rows_of, settings, signalled, train, trained_bits
 
 from files.errors import UserError
 from train.config.load import load_config
+from train.log.records import Records
 from train.plan.decide import UNKNOWN, decide
 from train.plan.profiled import profiled_steps
 from train.plan.steps import plan_run
@@ -105,3 +108,21 @@ def test_a_resume_may_ask_for_other_steps(
     train(config, signalled(1, signal.SIGTERM))
     resume(run, **{"train.profile_steps": "3-3"})
     assert traced(run) == {"steps-3-3.json.gz": [3]}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_many_ranks_the_first_alone_is_traced(first: bool, tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(
+        config=load_config(overrides={"log.progress": False, "log.tensorboard": False}),
+        state=SimpleNamespace(step=0),
+        precision=SimpleNamespace(device=torch.device("cpu")),
+        world=SimpleNamespace(first=first),
+        plan=SimpleNamespace(total_steps=1, profile_steps=range(1, 2)),
+        folder=tmp_path,
+    )
+    records = Records(run, busy=lambda: False)
+    with records.trace.around(1):
+        torch.ones(2).sum()
+    records.close()
+    assert (traced(tmp_path) == {"steps-1-1.json.gz": [1]}) == first
+    assert (tmp_path / "profile").exists() == first
