@@ -5,6 +5,8 @@
     lathe generate …   `train.generate`
     lathe merge …      `train.merge`
     lathe report …     `train.report`
+    lathe push …       `train.publish.push`
+    lathe export-metrics …  `train.publish.export_metrics`
     lathe evaluate …   `train.evaluate`
 
 Nearly every project has a `train.py`, a `data.py` or a folder `models`. Where those are importable
@@ -27,6 +29,8 @@ COMMANDS = {
     "generate": "train.generate",
     "merge": "train.merge",
     "report": "train.report.__main__",
+    "push": "train.publish.push",
+    "export-metrics": "train.publish.export_metrics",
     "evaluate": "train.evaluate",
 }
 

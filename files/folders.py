@@ -23,6 +23,8 @@ from files.faults import faultpoint
 from files.strict_json import read_json_object
 
 MANIFEST = "manifest.json"
+# What people read beside the files, and change: no manifest lists it, and it outlives its folder.
+CARD = "README.md"
 
 
 def replace_folder(
@@ -47,6 +49,8 @@ def replace_folder(
     try:
         faultpoint("folder.made")
         hashes = fill(temporary)
+        if (target / CARD).is_file():
+            shutil.copyfile(target / CARD, temporary / CARD)
         faultpoint("folder.filled")
         _write_manifest(temporary, hashes, step)
         faultpoint("folder.manifested")
@@ -126,7 +130,7 @@ def damage(folder: Path) -> str | None:
         return f"{path}: not a manifest"
     if own != _hash_of(manifest) or as_written != path.read_bytes():
         return f"{path}: its own sha256 does not match"
-    present = {file.name for file in folder.iterdir()} - {MANIFEST}
+    present = {file.name for file in folder.iterdir()} - {MANIFEST, CARD}
     if present != set(listed):
         differing = ", ".join(sorted(present ^ set(listed)))
         return f"{folder}: its files are not those of the manifest ({differing})"
@@ -161,6 +165,7 @@ def _write_manifest(folder: Path, hashes: Mapping[str, str], step: int | None) -
                 "sha256": hashes.get(path.name) or sha256_file(path),
             }
             for path in sorted(folder.iterdir())
+            if path.name != CARD
         }
     }
     if step is not None:

@@ -2,7 +2,7 @@
 
 A model is a folder of this machine, used as it is, or a repository of the Hub, of which only the
 files that a decoder needs are fetched (`files/fetch.py`): safetensors weights, configuration,
-tokenizer. Pickle files are never fetched.
+tokenizer; and its card and licence. Pickle files are never fetched.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _NO_MODEL = ("adapter_model.safetensors", "optimizer.safetensors")
 _PICKLE = re.compile(r".+\.(bin|pt|pth|ckpt)")
-# Configuration, tokenizer and chat template; merges.txt and vocab.txt are old tokenizers' files.
-_SMALL = re.compile(r".+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt")
+# Configuration, tokenizer and chat template; merges.txt and vocab.txt are old tokenizers' files;
+# card and licence are for the card of what is trained.
+_SMALL = re.compile(
+    r".+\.(json|jinja)|tokenizer\.model|merges\.txt|vocab\.txt|README\.md|LICEN[CS]E(\.txt|\.md)?"
+)
 # Chat templates with names of their own, where transformers 5 keeps them.
 _NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 # A repository id: `owner/name`, or the bare `name` of the Hub's oldest models.

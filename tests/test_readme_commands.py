@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +22,7 @@ ELSEWHERE = {
     "make test": ".ci/run",
     ". .venv/bin/activate": "make setup, which .ci/run runs, makes it",
     "lathe --preset demo --prove-resume": "tests/train/test_prove.py",
+    "lathe push runs/a --to owner/name --private": "tests/train/test_push.py",
 }
 PAIR = {"prompt": "Add two numbers.\n", "completion": "def add(a, b):\n    return a + b\n"}
 # A run of one step of the demo's small model, whatever else the command says.
@@ -166,6 +168,22 @@ def test_the_commands_around_a_run(place: Path, capsys: pytest.CaptureFixture[st
     assert (place / "runs" / "merged" / "model.safetensors").is_file()
 
 
+def test_the_commands_after_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        make_run(place / "runs" / name)
+    for command in commands(section("## After a run")):
+        if command in ELSEWHERE:
+            continue
+        more: tuple[str, ...] = ()
+        if "profile_steps" in command:
+            more = (*SHORT, "train.max_steps=3", f"train.output_dir={place / 'traced'}")
+        assert lathe(command, *more) == 0, command + capsys.readouterr().err
+    assert "# Runs compared" in capsys.readouterr().out
+    assert (place / "compared" / "comparison.md").is_file()
+    assert (place / "a.csv").read_text().startswith("step,")
+    assert (place / "traced" / "profile" / "steps-1-3.json.gz").is_file()
+
+
 def test_the_python_of_readme_runs(place: Path) -> None:
     source = "\n".join(blocks(README, "python")).replace("path/to/folder", str(BASE))
     assert "load_config" in source and "save_adapter" in source
@@ -183,6 +201,7 @@ def test_every_command_is_run_somewhere() -> None:
             "### Data cookbook",
             "## Your own rows",
             "## Plan, train, resume, use",
+            "## After a run",
             "## Presets",
             "## Will it fit?",
         )

@@ -11,7 +11,8 @@ precision.py what is computed in
 optim/       the update rules and their buffers
 saving/      checkpoints, best/, final/, resume, the proof that it is exact
 log/         metrics.jsonl, TensorBoard, the console
-report/      report.md and its plots
+report/      report.md and its plots, the model card, runs compared
+publish/     what leaves this machine when asked: to the Hub, to other trackers
 finish.py    before the first step and after the last
 generate.py merge.py    using the result
 survey.py show_data.py  a look before anything large is read; the rows

@@ -37,7 +37,8 @@ def train(run: Run, records: Records, saver: Saver, signals: Signals) -> str:
     while state.step < plan.total_steps and not state.stopping.should_stop:
         saver.writer.check()
         step = state.step + 1
-        result = step_that_fits(run, records, saver, batches, step)
+        with records.trace.around(step):
+            result = step_that_fits(run, records, saver, batches, step)
         spike = advance(state, result)
         if result.skipped is not None or spike is not None:
             result = replace(result, examples=world.gathered(result.examples))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.config.command_line import Arguments, parse, show_text
+from train.config.command_line import Arguments, completion_text, parse, show_text
+from train.config.json_schema import json_schema_text
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.plan.text import list_presets_text
@@ -165,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(arguments: Arguments, world: World) -> int:
     if arguments.list_presets or arguments.show:
         print(show_text(arguments.show) if arguments.show else list_presets_text())
+        return 0
+    if arguments.schema or arguments.completion:
+        print(completion_text(arguments.completion) if arguments.completion else json_schema_text())
         return 0
     # Ranks that were started again go on with the run that they had begun.
     place = arguments.resume or world.kept_folder()

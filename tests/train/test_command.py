@@ -14,6 +14,7 @@ from files.errors import counted, note
 from train import evaluate, generate, merge, run, show_data
 from train.process import command as command_module
 from train.process.command import command
+from train.publish import export_metrics, push
 from train.report import __main__ as report
 
 Main = Callable[[list[str]], int]
@@ -23,6 +24,8 @@ COMMANDS: dict[str, Main] = {
     "generate": generate.main,
     "merge": merge.main,
     "report": report.main,
+    "push": push.main,
+    "export-metrics": export_metrics.main,
     "evaluate": evaluate.main,
 }
 
@@ -62,6 +65,8 @@ def test_what_may_be_given_several_times_still_may() -> None:
         ("generate", "--run x --prompt y --max-new-tokens many"),
         ("merge", "a"),
         ("report", ""),
+        ("push", ""),
+        ("export-metrics", "runs/demo"),
     ],
 )
 def test_every_command_s_complaint_is_one_sentence(
@@ -83,6 +88,7 @@ def test_every_command_s_complaint_is_one_sentence(
         ("generate", "--prompt x --model runs/demo-2"),
         ("merge", "runs/demo-2 out"),
         ("report", "runs/demo-2"),
+        ("push", "runs/demo-2"),
     ],
 )
 def test_a_folder_that_is_not_there_is_said_to_be_not_there(

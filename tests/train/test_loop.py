@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,7 @@ class Recorder:
         self.rates: list[float] = []
         self.spikes: list[float | None] = []
         self.writer = SimpleNamespace(check=lambda: None)
+        self.trace = SimpleNamespace(around=lambda step: nullcontext())
 
     def train_step(
         self,

@@ -1,134 +1,22 @@
 """report.md and its plots, from made-up runs in every state."""
 
 import json
-import math
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import CONFIG, make_run, rewrite, rows_of
 
 from files.errors import UserError
-from train.plan.schedule import learning_rate_factor
 from train.report.__main__ import main
+from train.report.costs import card_of
 from train.report.notes import events, notes
 from train.report.page import render_report, write_report
 from train.report.plots import running_mean
 from train.report.record import read_record
 
 pytestmark = pytest.mark.usefixtures("matplotlib")
-CONFIG = """preset = "demo"
-[model]
-path = "data/demo/base"
-[train]
-method = "lora"
-run_name = "none"
-[optimizer]
-learning_rate = 0.0002
-max_grad_norm = 1.0
-[schedule]
-name = "cosine"
-min_lr_ratio = 0.0
-[eval]
-early_stopping_threshold = 0.0
-[data]
-max_length = 512
-"""
-
-
-def make_run(
-    folder: Path,
-    *,
-    steps: int = 120,
-    total_steps: int = 120,
-    valid: dict[int, float] | None = None,
-    state: str = "finished",
-    reason: str = "completed",
-    valid_targets: int = 40_000,
-    grad_norm: float = 0.4,
-    **status: Any,
-) -> Path:
-    """Write the folder of a run of 40 steps an epoch, as the loop leaves it."""
-    folder.mkdir(parents=True)
-    draw = random.Random(7)
-    warmup = total_steps // 20
-    rows: list[dict[str, Any]] = []
-    valid = {0: 2.0, 40: 1.5, 80: 1.2, 120: 1.195} if valid is None else valid
-    for step in range(steps + 1):
-        if step:
-            rate = 2e-4 * learning_rate_factor(
-                "cosine", step - 1, warmup_steps=warmup, total_steps=total_steps, min_lr_ratio=0.0
-            )
-            rows.append(
-                {
-                    "kind": "train",
-                    "step": step,
-                    "epoch": step / 40,
-                    "loss": 1.1 + 0.9 * math.exp(-step / 40) + draw.gauss(0, 0.05),
-                    "learning_rate": rate,
-                    "grad_norm": grad_norm * draw.uniform(0.8, 1.2),
-                    "targets": draw.randint(900, 1100),
-                    "tokens": draw.randint(1900, 2100),
-                    "seconds": draw.uniform(0.4, 0.6),
-                }
-            )
-        if step in valid:
-            so_far = [loss for other, loss in valid.items() if other < step]
-            rows.append(
-                {
-                    "kind": "eval",
-                    "step": step,
-                    "split": "valid",
-                    "loss": valid[step],
-                    "targets": valid_targets,
-                    "best": all(valid[step] < loss for loss in so_far),
-                    "train_loss": 1.25 if step else None,
-                    "seconds": 1.5,
-                }
-            )
-    (folder / "config.toml").write_text(CONFIG)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = {
-        "num_examples": 320,
-        "effective_batch_size": 8,
-        "steps_per_epoch": 40,
-        "total_steps": total_steps,
-        "warmup_steps": warmup,
-        "eval_steps": [40, 80, 120],
-        "save_steps": [40, 80, 120],
-        "trainable_parameters": 1000,
-        "total_parameters": 50_000,
-        "memory": {"total": 2**28},
-    }
-    (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "environment.json").write_text(
-        json.dumps({"device": "cpu", "versions": {"torch": "2.13"}})
-    )
-    document = {
-        "state": state,
-        "reason": reason,
-        "step": steps,
-        "total_steps": total_steps,
-        "seconds": 71.0,
-        "tokens": 240_000,
-        "peak_memory_bytes": 3 * 2**27,
-        "memory_before_bytes": 2**27,
-        "training_memory_bytes": 240 * 2**20,
-        "trainable_parameters": 1000,
-        "total_parameters": 50_000,
-        **status,
-    }
-    (folder / "status.json").write_text(json.dumps(document))
-    return folder
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def report_of(folder: Path) -> str:
@@ -199,7 +87,6 @@ def test_plan_against_actual(tmp_path: Path) -> None:
         ["warm-up steps", "6", "6"],
         ["trainable parameters", "1,000", "1,000"],
         ["total parameters", "50,000", "50,000"],
-        ["memory of model and training", "256.0 MiB", "240.0 MiB"],
     ]
     assert "The learning rate of all 80 steps is the schedule's (cosine)." in report_of(folder)
 
@@ -259,6 +146,80 @@ def test_the_test_loss_says_which_weights_it_is_of(tmp_path: Path) -> None:
     assert ["test loss", cell] in table_rows(report_of(folder), "Result")
 
 
+# Predictions
+
+
+def replan(folder: Path, **changes: Any) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | changes))
+
+
+def test_predicted_against_measured_on_a_card(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=60, training_memory_bytes=330 * 2**20)
+    for row in (rows := rows_of(folder)):
+        row |= {"seconds": 0.5, "tokens": 1000}
+    rewrite(folder, rows)
+    # 40 % of an H100's 989e12 operations a second, two ranks: 120 steps of 0.2 s.
+    flops = 120 * 0.2 * 0.4 * 989e12 * 2
+    replan(
+        folder,
+        device="cuda",
+        world_size=2,
+        memory={"total": 300 * 2**20, "overhead": 50 * 2**20},
+        compute={"tokens": 100_000, "flops": flops},
+        disk={"total": 2**20},
+    )
+    environment = {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3"}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    report = report_of(folder)
+    assert table_rows(report, "Predicted against measured") == [
+        ["memory of model and training", "250.0 MiB", "330.0 MiB", "1.32 ×"],
+        ["tokens", "50,000", "60,000", "1.20 ×"],
+        ["a step", "200 ms", "500 ms", "2.50 ×"],
+        ["all steps", "12s", "30s", "2.50 ×"],
+    ]
+    assert "**Model and training took 32% more memory than predicted**" in report
+    assert "**Steps took 2.5 times longer than predicted.**" in report
+    assert "at 40% of the bf16 peak of the H100 SXM" in report
+    assert "16% of its peak" in report  # 0.4 × 0.2 s / 0.5 s
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB SXM"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "GeForce RTX 4090"),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_the_card_is_known_by_its_device_s_name(
+    tmp_path: Path, name: str, card: str | None
+) -> None:
+    folder = make_run(tmp_path / "run", steps=1, valid={})
+    environment = {"device": "cuda", "device_name": name}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    found = card_of(read_record(folder))
+    assert (found.name if found else None) == card
+
+
+def test_no_time_is_predicted_for_a_cpu_and_all_that_is_held_counts(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for place, size in (("checkpoints/step-00000120", 700), ("best", 200), ("final", 100)):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "file").write_bytes(bytes(size))
+    memory = {"total": 2**28, "overhead": 2**27}
+    compute = {"tokens": None, "flops": 6e10}
+    replan(folder, device="cpu", memory=memory, compute=compute, disk={"total": 2000})
+    rows = table_rows(report := report_of(folder), "Predicted against measured")
+    assert rows[0] == ["memory of model and training", "256.0 MiB", "240.0 MiB", "0.94 ×"]
+    assert rows[1][:2] == ["tokens", "—"] and rows[2][:2] == ["a step", "—"]
+    assert rows[4] == ["disk", "2.0 KiB", "1000 B", "0.50 ×"]
+    assert "predicts no time for this device" in report and "GFLOP/s." in report
+    assert "more memory than predicted" not in report
+
+
 # Notes
 
 
@@ -315,6 +276,71 @@ def test_early_stopping_and_an_unfinished_run_are_told(tmp_path: Path) -> None:
     running = make_run(tmp_path / "b", steps=50, state="running", reason=None)
     assert "not finished: running after 50 of 120 steps" in notes_of(running)
     assert f"--resume {running}" in notes_of(running)
+
+
+def test_a_train_loss_that_ends_above_its_lowest_has_diverged(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "diverged" not in notes_of(folder)
+    for row in (rows := rows_of(folder)):
+        if row["kind"] == "train":
+            row |= {"loss": 1.0 if 61 <= row["step"] <= 72 else 1.5, "targets": 100}
+            if row["step"] > 108:
+                row["loss"] = 1.21
+    rewrite(folder, rows)
+    assert (
+        "diverged: its mean over the last 12 steps is 1.2100, 21% above that of steps 61 to 72 "
+        "(1.0000; more than 20%"
+    ) in notes_of(folder)
+    for row in rows:
+        if row["step"] > 108 and row["kind"] == "train":
+            row["loss"] = 1.19
+    rewrite(folder, rows)
+    assert "diverged" not in notes_of(folder)
+    # A mean over less than five steps is noise.
+    few = [row | {"loss": float(row["step"])} for row in rows if row["step"] < 50]
+    rewrite(folder, few)
+    assert "diverged" not in notes_of(folder)
+
+
+def test_a_loss_of_zero_is_no_denominator(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", valid={0: 0.0, 40: 0.0, 120: 0.5})
+    assert "never fell below its first value, 0.0000" in report_of(folder)
+
+
+def test_wild_gradient_norms_are_told_with_their_share(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = rows_of(folder)
+    for row in rows:
+        if row["kind"] == "train":
+            row["grad_norm"] = 0.5 if row["step"] not in (30, 90) else 5.5
+    rewrite(folder, rows)
+    text = notes_of(folder)
+    assert "unstable: in 2 steps (1.7%) it was more than 10 times its median of 0.5" in text
+    assert "at step 30 5.5." in text
+    rows[30]["grad_norm"] = 0.5  # step 30: one alone is an incident
+    rewrite(folder, rows)
+    assert "unstable" not in notes_of(folder)
+
+
+def test_a_peak_that_was_never_reached_and_too_few_steps_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=4, state="running", valid={0: 2.0})
+    assert "never reached" not in notes_of(folder)  # it may still come
+    folder = make_run(tmp_path / "over", steps=4, valid={0: 2.0})
+    text = notes_of(folder)
+    # Warm-up over 6 steps: 0, 1/6, 2/6 and 3/6 of 2e-4.
+    assert "the highest used was 0.0001 of 0.0002, at step 4 (warm-up takes 6 steps)" in text
+    assert "The run had 4 steps (below 50): all learning rates together are 0.0002" in text
+    text = notes_of(make_run(tmp_path / "enough"))
+    assert "never reached" not in text and "below 50" not in text
+
+
+def test_a_run_that_skipped_many_steps_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = rows_of(folder)
+    for row in rows[1:8]:
+        row["skipped"] = "no targets"
+    rewrite(folder, rows)
+    assert "6% of the steps changed nothing (more than 5%)" in notes_of(folder)
 
 
 # What happened on the way
@@ -443,7 +469,8 @@ def test_the_command_writes_the_report_of_each_run(
     # Of no step yet: what takes time is drawing.
     folders = [make_run(tmp_path / name, steps=0, valid={}) for name in ("a", "b")]
     assert main([str(folder) for folder in folders]) == 0
-    assert capsys.readouterr().out.split() == [str(folder / "report.md") for folder in folders]
+    said = capsys.readouterr().out
+    assert said.splitlines()[:2] == [str(folder / "report.md") for folder in folders]
 
 
 def test_a_folder_that_is_no_run_is_refused(

@@ -577,6 +577,7 @@ def test_only_length_cadence_and_logging_may_change_on_resume() -> None:
         "model.stream_layers",
         "train.num_train_epochs",
         "train.max_steps",
+        "train.profile_steps",
         "train.sharding",
         "eval.steps",
         "eval.per_epoch",

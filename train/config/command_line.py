@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from files.errors import UserError, counted, did_you_mean, note
+from train.config.completion import completion
 from train.config.layers import preset_names
 from train.config.presets import read_preset
 from train.config.schema import KEYS
@@ -38,7 +39,7 @@ OPTIONS = (
         "--resume",
         "--prove-resume",
     ),
-    *("--list-presets", "--show", "--help"),
+    *("--list-presets", "--show", "--schema", "--completion", "--help"),
 )
 
 DESCRIPTION = """\
@@ -75,7 +76,9 @@ OTHER_COMMANDS = {
     "show-data": "the rows as they will be trained, before a weight is read",
     "generate": "complete a prompt with what a run has trained",
     "merge": "fold an adapter into its base model",
-    "report": "write a run's report again",
+    "report": "write a run's report again; compare several",
+    "push": "upload what a finished run trained to the Hub",
+    "export-metrics": "give a run's metrics to another tracker, or as CSV",
 }
 
 
@@ -96,6 +99,8 @@ class Arguments:
     prove_resume: int | None = None
     list_presets: bool = False  # print the presets
     show: str | None = None  # name of the preset to print in full
+    schema: bool = False  # print the JSON schema of the configuration
+    completion: str | None = None  # the shell to print completion for
     # `key=value` settings as written, in order.
     overrides: dict[str, str] = field(default_factory=dict)
 
@@ -148,6 +153,12 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and exit")
     parser.add_argument("--show", metavar="NAME", help="print a preset in full, as TOML, and exit")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema of the configuration and exit"
+    )
+    parser.add_argument(
+        "--completion", metavar="SHELL", help="print completion for bash, zsh or fish and exit"
+    )
     return parser
 
 
@@ -278,6 +289,15 @@ def _about_option(option: str) -> str:
     return (
         f"unknown option '{option}'{did_you_mean(option, OPTIONS)} (--help shows what is possible)"
     )
+
+
+def completion_text(shell: str) -> str:
+    """Return the script that makes a shell complete the command line.
+
+    Raises:
+        UserError: There is none for this shell.
+    """
+    return completion(shell, list(OTHER_COMMANDS), OPTIONS)
 
 
 def show_text(name: str) -> str:

@@ -134,6 +134,14 @@ class TrainSettings:
         words=("auto", "replicate", "shard"),
         on_resume=True,
     )
+    profile_steps: int | str | None = key(
+        None,
+        "steps traced for Perfetto or chrome://tracing, into profile/ of the run's folder: 10-12 "
+        "is those three, a number so many after the first two; same results; of many ranks the "
+        "first is traced",
+        minimum=1,
+        on_resume=True,
+    )
     output_dir: str | None = key(
         None, "the run's folder; none: runs/<preset>-<UTC time>; never overwritten"
     )

@@ -88,7 +88,7 @@ QUANTISED = (
     "the base is quantised in bitsandbytes' formats alone: say model.quantization=nf4 or int8"
 )
 _RANKS = "the ranks are torchrun's, and train.sharding says how they share a model"
-_NO_HUB = "nothing is uploaded: final/ holds what `hf upload` takes"
+_NO_HUB = "no run uploads anything: `lathe push RUN` does, after it"
 _ATTENTION = "say model.attention=auto: unpadded rows run in torch's own fused attention"
 _ANSWERS_ALONE = "models are trained on given answers alone, with the cross-entropy of their tokens"
 _LOADER = "rows are tokenised once, before training, and read from a memory map"
@@ -96,7 +96,10 @@ _HUB_ENVIRONMENT = "set it in the environment as huggingface_hub reads it"
 _KERNELS = "the fused operations are this project's own: train.kernels"
 BEST = "the best state is the one with the lowest loss on the valid set"
 LORA_ALONE = "adapters are plain LoRA (lora.use_rslora=true for its scaling)"
-_CURVES = "curves are TensorBoard's and report.md's; metrics.jsonl has every step"
+_CURVES = (
+    "curves are TensorBoard's and report.md's; `lathe export-metrics RUN --to wandb` or mlflow, "
+    "trackio, csv gives them away after the run"
+)
 _EACH_ANSWER = (
     "the answers of an assistant are trained, all or the last (data.train_on); "
     '{"train": false} on a message leaves it out'

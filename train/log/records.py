@@ -12,6 +12,7 @@ import torch
 from train.log.busy_cores import BusyCores, busy_text, threads_spin
 from train.log.console import Console
 from train.log.metrics import Metrics
+from train.log.step_trace import StepTrace
 from train.process.command import command
 from train.process.memory import peak_memory
 from train.state import EvalResult, Run, StepResult
@@ -41,6 +42,8 @@ class Records:
             memory=lambda: float(peak_memory(device)),
         )
         self.cores = BusyCores(threads_spin(device.type, torch.get_num_threads()))
+        traced = run.plan.profile_steps if run.world.first else range(0)
+        self.trace = StepTrace(run.folder, traced, device.type, self.say)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -52,7 +55,8 @@ class Records:
             self.metrics.sync()
 
     def close(self) -> None:
-        """Take the progress line away, and bring everything to the disk."""
+        """Take the progress line away, and bring everything to the disk, a trace begun too."""
+        self.trace.close()
         self.console.close()
         if self.metrics is not None:
             self.metrics.close()

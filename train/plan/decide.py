@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from files.errors import UserError, did_you_mean
 from train.config.schema import RunConfig
 from train.plan.cards import CARDS
+from train.plan.profiled import profiled_steps
 from train.plan.refusals import (
     refuse_moments,
     refuse_with_quantization,
@@ -123,9 +124,10 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
         UserError: The base would be stored in a half precision other than the one that is computed
             in, or quantised and trained, shared or compiled; or the kernels cannot run there, or
             they or what is asked of activations not with `train.compile`; or its layers cannot be
-            streamed.
+            streamed; or the steps to trace are none.
     """
     refuse_with_quantization(config)
+    profiled_steps(config.train.profile_steps, config.train.max_steps)  # before rows are read
     streams = config.model.stream_layers == "true"
     if streams and (because := why_not_streamed(config, machine.device)):
         raise UserError(f"model.stream_layers=true {because}")

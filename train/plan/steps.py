@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from files.errors import UserError
 from train.config.schema import RunConfig
 from train.plan.decide import decide_micro_batch_tokens
+from train.plan.profiled import profiled_steps
 from train.plan.schedule import learning_rate_factor, warmup_step_count
 
 # A plan lists its steps; a billion-token epoch in steps of a thousand tokens has a million.
@@ -50,6 +51,7 @@ class RunPlan:
     peak_learning_rate: float  # the rate at the end of the warm-up
     min_lr_ratio: float  # share of the peak at which the schedule ends
     decay_ratio: float  # share of the steps in which `wsd` falls
+    profile_steps: range = range(0)  # steps that are traced
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate that the update of `step` uses (0 at the first of a warm-up)."""
@@ -123,7 +125,8 @@ def plan_run(
         num_valid: Examples to evaluate; 0 plans no evaluation, None leaves it open.
 
     Raises:
-        UserError: There is no example to train on, or the steps are too many to be listed.
+        UserError: There is no example to train on, the steps are too many to be listed, or those to
+            be traced are none of the run's.
     """
     if num_examples < 1:
         raise UserError("data.train holds no example to train on; look at the data's own counts")
@@ -160,6 +163,7 @@ def plan_run(
         peak_learning_rate=config.optimizer.learning_rate,
         min_lr_ratio=config.schedule.min_lr_ratio,
         decay_ratio=config.schedule.decay_ratio,
+        profile_steps=profiled_steps(config.train.profile_steps, total_steps),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from files.errors import counted
 from train.plan.schedule import learning_rate_factor
 from train.report.record import Record
-from train.text import markdown_table, numbered, size_text
+from train.text import markdown_table, numbered
 
 # Learning rates are written unrounded; anything beyond a few roundings of fp64 is another schedule.
 LEARNING_RATE_TOLERANCE = 1e-12
@@ -39,13 +39,6 @@ def plan_against_actual(record: Record) -> str:
     compare("warm-up steps", plan.get("warmup_steps"), _warmup_done(record))
     for name in ("trainable_parameters", "total_parameters"):
         compare(name.replace("_", " "), plan.get(name), status.get(name))
-    # Of model and training alone: what surrounds them stands under "Speed and memory".
-    memory = plan.get("memory") or {}
-    if memory.get("total") is not None:
-        # On a card much of the overhead is the driver's and the allocator's.
-        held = memory["total"] - (0 if plan.get("device") == "cpu" else memory.get("overhead", 0))
-        name = "memory of model and training"
-        compare(name, held, status.get("training_memory_bytes"), size_text)
     text = "## Plan against actual\n\n" + markdown_table(("", "planned", "actual"), rows, "lrr")
     examples, batch, per_epoch = (
         plan.get(name) for name in ("num_examples", "effective_batch_size", "steps_per_epoch")

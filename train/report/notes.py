@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from files.errors import counted
 from train.log.console import redrawn_text
 from train.log.metrics import METRICS_FILE, Row
+from train.log.step_trace import PROFILE_FOLDER
 from train.process.command import command
 from train.report.readers import note_on_readers
 from train.report.record import Record
@@ -23,6 +24,17 @@ WORSE_SINCE = 0.005  # … and this much worse since
 FEW_ROWS, FEW_TARGETS = 100, 10_000  # a valid set below either is noisy
 GAP = 1.5  # valid loss over train loss at the last evaluation
 OFTEN_CLIPPED = 0.5  # share of the steps whose gradient was clipped
+# Divergence: means over a tenth of the steps, of five or more each, where the noise of single steps
+# has mostly gone; the last one this share above the lowest.
+TENTHS, STEPS_OF_A_TENTH, RISEN = 10, 5, 0.2
+# Unstable: more than this share of the norms beyond so many medians. Clipping makes one harmless.
+FAR_NORM, OFTEN_FAR = 10.0, 0.01
+# Of the peak: every schedule stands at the peak itself at the end of its warm-up.
+REACHED = 0.99
+# AdamW moves a weight by about the learning rate a step at most: by 1e-2 in 50 steps at 2e-4, less
+# than the weights of most models.
+FEW_STEPS = 50
+OFTEN_SKIPPED = 0.05  # share of the steps without an update
 
 
 def notes(record: Record) -> list[str]:
@@ -44,6 +56,9 @@ def events(record: Record) -> Iterable[str]:
     for one, after in zip(earlier, [*earlier[1:], record.plan], strict=False):
         text = redrawn_text(one, after["total_steps"])
         yield f"{text[0].upper()}{text[1:]}."
+    if traces := sorted(path.name for path in record.folder.glob(f"{PROFILE_FOLDER}/*.json.gz")):
+        names = ", ".join(f"`{PROFILE_FOLDER}/{name}`" for name in traces)
+        yield f"Profiled: {names}; the steps in them took longer for it."
     if damaged := sorted(path.name for path in record.folder.glob("checkpoints/corrupt-*")):
         yield f"Damaged, and set aside: {', '.join(damaged)}."
     skipped = [row for row in record.train if row.get("skipped")]
@@ -104,7 +119,7 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
         return
     first = finite[0]
     if len(finite) > 1:
-        moved = (first["loss"] - best["loss"]) / first["loss"]
+        moved = _fall(first, best)
         if moved <= 0:
             yield f"The valid loss never fell below its first value, {format_loss(first['loss'])}."
         elif moved < BARELY_MOVED:
@@ -113,7 +128,7 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
                 f"{format_loss(best['loss'])}): barely trained (below {BARELY_MOVED:.0%}); a "
                 "higher learning rate or more steps may be needed."
             )
-        worse = last["loss"] / best["loss"] - 1
+        worse = -_fall(best, last)
         share = best["step"] / max(1, last["step"])
         if share < BEST_EARLY and worse > WORSE_SINCE:
             yield (
@@ -121,7 +136,7 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
                 f"{counted(last['step'], 'step')}; at the end the valid loss was {worse:.1%} above "
                 f"it: overfitting. `best/` holds step {best['step']}."
             )
-        fell = (finite[-2]["loss"] - last["loss"]) / finite[-2]["loss"]
+        fell = _fall(finite[-2], last)
         if last is best and fell > STILL_FALLING and record.status.get("state") == "finished":
             yield (
                 f"The valid loss still fell by {fell:.1%} between steps {finite[-2]['step']} and "
@@ -163,6 +178,69 @@ def _notes_on_steps(record: Record) -> Iterable[str]:
         )
     if norms and not any(norms):
         yield "Every gradient was zero: nothing was trained."
+    median = statistics.median(norms) if norms else 0.0
+    far = [row for row in record.train if (row["grad_norm"] or 0.0) > FAR_NORM * median > 0]
+    if len(far) > max(1, OFTEN_FAR * len(norms)):
+        top = max(far, key=lambda row: row["grad_norm"])
+        yield (
+            f"The gradient norm was unstable: in {counted(len(far), 'step')} "
+            f"({len(far) / len(norms):.1%}) it was more than {FAR_NORM:g} times its median of "
+            f"{median:.3g}, at step {top['step']:,} {top['grad_norm']:.3g}. A lower "
+            "optimizer.learning_rate, a longer warm-up or rows of less unlike length may help."
+        )
+    skipped = sum(bool(row.get("skipped")) for row in record.train)
+    if skipped > OFTEN_SKIPPED * max(1, len(record.train)):
+        yield (
+            f"{skipped / len(record.train):.0%} of the steps changed nothing (more than "
+            f"{OFTEN_SKIPPED:.0%}): the run was shorter than planned."
+        )
+    yield from _notes_on_the_learning_rate(record)
+    yield from _notes_on_divergence(record)
+
+
+def _notes_on_the_learning_rate(record: Record) -> Iterable[str]:
+    """Yield what a run that has ended never came to: the peak, or enough steps."""
+    peak = record.section("optimizer").get("learning_rate")
+    if not record.train or record.status.get("state") not in ("finished", "failed"):
+        return
+    top = max(record.train, key=lambda row: row["learning_rate"])
+    if peak and top["learning_rate"] < REACHED * peak:
+        warmup = record.plan.get("warmup_steps")
+        yield (
+            f"The learning rate never reached its peak: the highest used was "
+            f"{top['learning_rate']:.3g} of {peak:.3g}, at step {top['step']:,}"
+            + (f" (warm-up takes {counted(warmup, 'step')})." if warmup else ".")
+        )
+    if 0 < record.step < FEW_STEPS:
+        way = sum(row["learning_rate"] for row in record.train)
+        yield (
+            f"The run had {counted(record.step, 'step')} (below {FEW_STEPS}): all learning rates "
+            f"together are {way:.2g}, about as far as AdamW moves a weight at most; smaller steps "
+            "(train.gradient_accumulation_steps) or more epochs make more of them."
+        )
+
+
+def _notes_on_divergence(record: Record) -> Iterable[str]:
+    """Yield that the train loss, by means over a tenth of the steps, ended above its lowest."""
+    rows = [row for row in record.train if row["loss"] is not None and row["targets"]]
+    size = len(rows) // TENTHS
+    if size < STEPS_OF_A_TENTH:
+        return
+    parts = [rows[len(rows) - size * (n + 1) : len(rows) - size * n] for n in range(TENTHS)]
+    means = [
+        sum(row["loss"] * row["targets"] for row in part) / sum(row["targets"] for row in part)
+        for part in parts
+    ]
+    low = min(range(TENTHS), key=means.__getitem__)
+    risen = means[0] / means[low] - 1
+    if risen > RISEN:
+        first, last = parts[low][0]["step"], parts[low][-1]["step"]
+        yield (
+            f"The train loss diverged: its mean over the last {counted(size, 'step')} is "
+            f"{format_loss(means[0])}, {risen:.0%} above that of steps {first:,} to {last:,} "
+            f"({format_loss(means[low])}; more than {RISEN:.0%} is no chance). A lower "
+            "optimizer.learning_rate or a longer warm-up may hold it."
+        )
 
 
 def _memory_events(record: Record) -> Iterable[str]:
@@ -193,6 +271,11 @@ def _memory_events(record: Record) -> Iterable[str]:
                 f"Out of memory in the {row['split']} evaluation at step {row['step']:,}: it was "
                 f"done in batches of {row['reduced_batch_size']:,}."
             )
+
+
+def _fall(before: Row, after: Row) -> float:
+    """Return the fall of the loss as a share of the first; 0 where that was 0 already."""
+    return (before["loss"] - after["loss"]) / before["loss"] if before["loss"] else 0.0
 
 
 def _spike(row: Row) -> str:

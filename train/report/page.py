@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,31 @@ from files.errors import counted
 from train.log.metrics import Row
 from train.process.command import command
 from train.report.against_plan import claims, plan_against_actual
+from train.report.card import write_card
+from train.report.costs import predicted_against_measured, speed_and_memory
 from train.report.notes import events, notes
 from train.report.plots import draw_plots
 from train.report.record import Record, read_record
 from train.text import (
     fenced,
-    format_duration,
     format_loss,
-    format_seconds,
     markdown_table,
-    size_text,
 )
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.md and plots/ into a run's folder and return the path of report.md.
+    """Write report.md and plots/ into a run's folder, and the card of what it trained.
+
+    Returns:
+        The path of report.md, which is written last.
 
     Raises:
         UserError: The folder is no run's, or a file in it is damaged.
     """
     record = read_record(Path(run_folder))
+    write_card(record)
     plots = draw_plots(record, record.folder / PLOTS_FOLDER)
     path = record.folder / REPORT_FILE
     write_text(path, render_report(record, plots))
@@ -54,9 +56,10 @@ def render_report(record: Record, plots: Sequence[Path] | None) -> str:
         _curves(record, plots),
         _evaluations(record),
         plan_against_actual(record),
+        predicted_against_measured(record),
         _bullets("Warned before the run", record.plan.get("warnings") or []),
         claims(record),
-        _speed(record),
+        speed_and_memory(record),
         _samples(record),
         _environment(record),
         _configuration(record),
@@ -121,7 +124,7 @@ def _evaluations(record: Record) -> str:
     for row in record.valid:
         step, loss, beside = row["step"], row["loss"], record.train_loss_beside(row)
         train = "—" if beside is None else format_loss(beside) + ("" if step else " (step 1)")
-        change = "" if before is None or loss is None else f"{loss / before - 1:+.1%}"
+        change = "" if not before or loss is None else f"{loss / before - 1:+.1%}"
         best = "best" if row is record.best else ""
         rows.append((f"{step:,}", _epoch(record, step), train, format_loss(loss), change, best))
         before = loss if loss is not None else before
@@ -144,32 +147,6 @@ def _evaluations(record: Record) -> str:
         ]
         text += "\n\n" + markdown_table(header, tests, "rrr")
     return text
-
-
-def _speed(record: Record) -> str:
-    seconds = [row["seconds"] for row in record.train]
-    if not sum(seconds):
-        return ""
-    tokens, targets = (sum(row[name] for row in record.train) for name in ("tokens", "targets"))
-    evaluating = sum(row.get("seconds") or 0.0 for row in record.valid + record.test)
-    median = format_seconds(statistics.median(seconds))
-    throughput, trained = tokens / sum(seconds), targets / sum(seconds)
-    rows = [
-        ("tokens trained on", f"{tokens:,} ({counted(targets, 'target')})"),
-        ("throughput", f"{throughput:,.0f} tokens/s, {trained:,.0f} targets/s"),
-        ("step", f"median {median}, slowest {format_seconds(max(seconds))}"),
-        ("time in steps", format_duration(sum(seconds))),
-    ]
-    if evaluating:
-        rows.append(("time in evaluation", format_duration(evaluating)))
-    if peak := record.status.get("peak_memory_bytes"):
-        rows.append(("peak memory", size_text(peak)))
-        before = record.status.get("memory_before_bytes")
-        if before and record.environment.get("device") == "cpu":
-            whole = f"{size_text(peak)}: {size_text(before)} before the model was loaded (Python, "
-            whole += "torch, libraries, rows), then model and training, and freed memory that is "
-            rows[-1] = ("peak memory of the process", f"{whole}kept for the next step")
-    return _table("Speed and memory", rows)
 
 
 def _samples(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,44 @@ def draw_plots(record: Record, folder: Path) -> list[Path] | None:
     return drawn
 
 
+def draw_comparison(runs: Sequence[tuple[str, Record]], path: Path) -> bool:
+    """Draw the curves of several runs over each other; False without matplotlib.
+
+    They are drawn over the tokens trained on, which runs of unlike batches have in common.
+
+    Args:
+        runs: A name and the record of each.
+        path: The picture, a PNG.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+
+    def draw(axes: Axes) -> None:
+        for number, (name, record) in enumerate(runs):
+            trained = [(row["step"], row["tokens"]) for row in record.train]
+            tokens = {0: 0} | dict(accumulate(trained, lambda a, b: (b[0], a[1] + b[1])))
+            targets = {row["step"]: row["targets"] for row in record.train}
+            loss, valid = _points(record.train, "loss"), _points(record.valid, "loss")
+            if len(loss) >= SMOOTH_FROM_STEPS:
+                loss = running_mean(loss, targets, max(5, len(loss) // SMOOTH_SHARE))
+            color: dict[str, Any] = {"color": f"C{number}"}
+
+            def over_tokens(points: Points, at: dict[int, int] = tokens) -> Any:
+                return _xy([(at[step], value) for step, value in points if step in at])
+
+            axes.plot(*over_tokens(loss), alpha=0.45, lw=1.1, label=f"{name}, train", **color)
+            if valid:
+                axes.plot(
+                    *over_tokens(valid), lw=2, marker="o", ms=4, label=f"{name}, valid", **color
+                )
+
+    unit = "loss (nats per target)"
+    _save(path, "Losses of runs", unit, draw, None, x_label="tokens trained on")
+    return True
+
+
 def _points(rows: Sequence[Row], name: str) -> Points:
     """Return (step, value) of the rows that have a finite value."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -157,7 +196,12 @@ def _mark_step(axes: Axes, step: int | None, what: str) -> None:
 
 
 def _save(
-    path: Path, title: str, unit: str, draw: Callable[[Axes], None], steps_per_epoch: int | None
+    path: Path,
+    title: str,
+    unit: str,
+    draw: Callable[[Axes], None],
+    steps_per_epoch: int | None,
+    x_label: str = "step (optimizer update)",
 ) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -169,7 +213,7 @@ def _save(
     axes = figure.add_subplot()
     draw(axes)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10)
-    axes.set_xlabel("step (optimizer update)")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=GREY, alpha=0.22, lw=0.7)

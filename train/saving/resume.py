@@ -141,6 +141,7 @@ def _what_is_left(
     if not changed and _is_finished(folder, state.step):
         # A kill may have come after the status and before the report.
         sweep(folder)
+        sweep(folder / "final")
         if not (folder / REPORT_FILE).is_file():
             write_report(folder)
         print(f"{folder}: finished; {checkpoint.name} verified, nothing is left to do")

@@ -1,0 +1,1 @@
+"""What leaves this machine, and only when asked: a result to the Hub, metrics to other trackers."""
