@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from files.errors import UserError
+from train.process.world import refuse_ranks
 
 
 def command(name: str = "run") -> str:
@@ -79,8 +80,10 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help shows what is possible)")
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], *, over_ranks: bool = False) -> int:
     """Call a command and return its exit code; 2 after bad input, 130 after Ctrl-C.
+
+    Only a command that shares its work out may be started `over_ranks`, as by torchrun.
 
     What the terminal's encoding cannot show is shown as `?`. When the reader of a pipe has had
     enough (`--list-presets | head -1`), the rest goes nowhere.
@@ -89,6 +92,8 @@ def run_command(command: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        if not over_ranks:
+            refuse_ranks()
         code = command()
         sys.stdout.flush()
         return code

@@ -380,6 +380,22 @@ class World:
 ALONE = World()
 
 
+def refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to be one of several processes, each of which would do the whole of a command.
+
+    Raises:
+        UserError: torchrun, srun or an MPI has started more than one.
+    """
+    launchers = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else _OTHER_LAUNCHERS
+    for name in launchers:
+        if environment.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name}={environment[name]}: this command is the work of one process, and each of "
+                "these would do all of it; start it once, without torchrun, srun or mpirun, or "
+                f"unset {name} where each is meant to do work of its own"
+            )
+
+
 def timeout_seconds(environment: Mapping[str, str] = os.environ) -> float:
     """Return how long a collective may take.
 
