@@ -84,10 +84,10 @@ class BatchCache:
             rows = len(k) // documents
             keys[:, :rows], values[:, :rows] = (x.unflatten(0, (documents, rows)) for x in (k, v))
             return k, v
-        keys, values = self._layers[layer]
-        documents = torch.arange(len(self.lengths), device=k.device)
-        keys[documents, self.lengths], values[documents, self.lengths] = k, v
-        return keys[:, : self.length + 1], values[:, : self.length + 1]
+        place = torch.arange(len(self.lengths), device=k.device), self.lengths
+        stored_keys, stored_values = self._layers[layer]
+        stored_keys[place], stored_values[place] = k, v
+        return stored_keys[:, : self.length + 1], stored_values[:, : self.length + 1]
 
     def advance(self, rows: int) -> None:
         """Count the tokens of a pass, when all layers have stored them."""

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from data.batch import Batching, micro_batches
 from data.examples import Examples
-from files.errors import UserError
 from models.layers import CausalLM
 from train.inputs.sharding import NOTHING, missing
 from train.loss import exact_sum, loss_sum
 from train.precision import Precision
-from train.process.command import command, run_command
+from train.process.command import run_command
 from train.process.memory import does_not_fit, within_memory
 from train.process.world import ALONE, World
 from train.state import EvalResult
@@ -77,17 +76,10 @@ def evaluate(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Say that there is no such command yet; return the exit code of bad input."""
-    del arguments
+    """Answer `lathe evaluate` (`train.evaluation.command`); return the exit code."""
+    from train.evaluation.command import answer
 
-    def answer() -> int:
-        raise UserError(
-            f"`{command('evaluate')}` is not built yet: a run evaluates its valid and test sets "
-            "itself (eval.steps, eval.on_start), and the losses stand in its report.md and "
-            "metrics.jsonl"
-        )
-
-    return run_command(answer)
+    return run_command(lambda: answer(arguments))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.batch import MicroBatch
 from kernels.cpu.rounding import row_multiple
-from kernels.loss import IGNORE, chunk_rows_of
+from kernels.loss import IGNORE
 from kernels.operands import compute_dtype
 from kernels.segments import Segments, uploaded
 from models.layers import CausalLM
@@ -32,7 +32,7 @@ def loss_sum(
     It is a sum, not a mean, so that the micro-batches of a step add up to the step's loss whatever
     the cut.
     """
-    hidden, targets = _states(model, micro_batch, device, draw)
+    hidden, targets = head_states(model, micro_batch, device, draw)
     return model.operations.linear_cross_entropy(
         hidden,
         model.head_weight(),  # of ranks that share it, whole by now
@@ -42,36 +42,10 @@ def loss_sum(
     )
 
 
-@torch.no_grad()
-def token_losses(
-    model: CausalLM, micro_batch: MicroBatch, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return each target's own cross-entropy, and whether the model has it for the likeliest token.
-
-    Returns:
-        (S,) nats in fp32 (fp64 of an fp64 model), and (S,) bool, both on the host, in the order of
-        the micro-batch's target rows. Of equally likely tokens the one with the lowest id counts.
-    """
-    hidden, targets = _states(model, micro_batch, device, draw=None)
-    dtype, head = compute_dtype(hidden), model.head_weight()
-    rows, wanted = micro_batch.target_rows, targets[micro_batch.target_rows]
-    losses, likeliest = [], []
-    for some in torch.arange(len(rows)).split(chunk_rows_of(len(head), dtype, device)):
-        states = hidden.index_select(0, uploaded(rows[some], device)).to(dtype)
-        logits = F.linear(states, head.to(dtype))
-        logits = logits.to(torch.promote_types(dtype, torch.float32))
-        target = uploaded(wanted[some], device)
-        losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
-        likeliest.append((logits.argmax(-1) == target).cpu())
-    if not losses:
-        return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
-    return torch.cat(losses), torch.cat(likeliest)
-
-
-def _states(
+def head_states(
     model: CausalLM, micro_batch: MicroBatch, device: torch.device, draw: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return hidden states, (M, H), and on the host the targets, (M,), a tail included in both."""
+    """Return what the head reads, (M, H), and on the host the targets, (M,), both with a tail."""
     rows, stream = len(micro_batch.input_ids), compute_dtype(model.model.norm.weight)
     segments = Segments.build(
         micro_batch.lengths,

@@ -49,7 +49,9 @@ def test_loss_and_accuracy_of_each_row_are_transformers(family: str, tmp_path: P
             logits = reference(ids[None]).logits[0, :-1]
         loss = F.cross_entropy(logits, labels[1:], reduction="sum").item()
         right = (logits.argmax(-1) == labels[1:]).sum().item()
-        assert found.loss[index] == pytest.approx(loss, rel=1e-9)
+        # transformers' RMS norms are in fp32, whatever the model is in.
+        rel = 1e-9 if family == "Starcoder2" else 1e-6
+        assert found.loss[index] == pytest.approx(loss, rel=rel)
         assert found.correct[index] == right
     assert 20 < found.correct.sum() < found.targets.sum()
 

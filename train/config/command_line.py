@@ -76,6 +76,7 @@ OTHER_COMMANDS = {
     "generate": "complete a prompt with what a run has trained",
     "merge": "fold an adapter into its base model",
     "report": "write a run's report again",
+    "evaluate": "measure a run or a model on rows: loss, accuracy, and what its code is worth",
 }
 
 

@@ -20,11 +20,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from data.batch import Batching, micro_batches
+from data.batch import Batching, MicroBatch, micro_batches
 from data.examples import Examples
+from kernels.loss import chunk_rows_of
+from kernels.operands import compute_dtype
+from kernels.segments import uploaded
 from models.layers import CausalLM
-from train.loss import token_losses
+from train.loss import head_states
 from train.precision import Precision
 from train.process.memory import does_not_fit, within_memory
 
@@ -128,3 +134,29 @@ def score(model: CausalLM, examples: Examples, batching: Batching, precision: Pr
             sums[some] = np.bincount(document, numbers.double().numpy(), minlength=len(some))
         done += len(some)
     return Scores(loss, correct, examples.num_targets, examples.rows)
+
+
+@torch.no_grad()
+def token_losses(
+    model: CausalLM, micro_batch: MicroBatch, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return each target's own cross-entropy, and whether the model has it for the likeliest token.
+
+    Returns:
+        (S,) nats in fp32 (fp64 of an fp64 model), and (S,) bool, both on the host, in the order of
+        the micro-batch's target rows. Of equally likely tokens the one with the lowest id counts.
+    """
+    hidden, targets = head_states(model, micro_batch, device, draw=None)
+    dtype, head = compute_dtype(hidden), model.head_weight()
+    rows, wanted = micro_batch.target_rows, targets[micro_batch.target_rows]
+    losses, likeliest = [], []
+    for some in torch.arange(len(rows)).split(chunk_rows_of(len(head), dtype, device)):
+        states = hidden.index_select(0, uploaded(rows[some], device)).to(dtype)
+        logits = F.linear(states, head.to(dtype))
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        target = uploaded(wanted[some], device)
+        losses.append(F.cross_entropy(logits, target, reduction="none").cpu())
+        likeliest.append((logits.argmax(-1) == target).cpu())
+    if not losses:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    return torch.cat(losses), torch.cat(likeliest)

@@ -9,12 +9,12 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from files.errors import UserError
-from train.process.world import refuse_ranks
+from train.process.world import OTHER_LAUNCHERS
 
 
 def command(name: str = "run") -> str:
@@ -93,7 +93,7 @@ def run_command(command: Callable[[], int], *, over_ranks: bool = False) -> int:
             stream.reconfigure(errors="replace")
     try:
         if not over_ranks:
-            refuse_ranks()
+            _refuse_ranks()
         code = command()
         sys.stdout.flush()
         return code
@@ -112,3 +112,15 @@ def run_command(command: Callable[[], int], *, over_ranks: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to be one of several processes, each of which would do the whole of a command."""
+    launchers = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else OTHER_LAUNCHERS
+    for name in launchers:
+        if environment.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name}={environment[name]}: this command is the work of one process, and each of "
+                "these would do all of it; start it once, without torchrun, srun or mpirun, or "
+                f"unset {name} where each is meant to do work of its own"
+            )

@@ -1,0 +1,57 @@
+"""What `lathe evaluate` found of a run, from evaluations.jsonl in its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from files.errors import UserError
+from files.strict_json import parse_json_object
+from train.report.record import Record
+from train.text import markdown_table
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+
+def evaluated(record: Record) -> str:
+    """Return the section of the report: the newest evaluation of each kind, a line for each."""
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for document in _read(record):
+        about = {k: v for k, v in (document["completions"] or {}).items() if k != "unfinished"}
+        newest[document["model"], document["data"], document["split"], str(about)] = document
+    if not newest:
+        return ""
+    names = list(dict.fromkeys(n for one in newest.values() for n in one["metrics"]))
+    rows = []
+    for one in newest.values():
+        split = f" ({one['split']})" if one["split"] else ""
+        cells = [" ± ".join(filter(None, metric_text(n, one["metrics"].get(n)))) for n in names]
+        rows.append((f"`{one['model']}`", f"`{one['data']}`{split}", f"{one['rows']:,}", *cells))
+    header = ("weights", "rows of", "rows", *(name.replace("_", " ") for name in names))
+    return (
+        "## Evaluated afterwards\n\n"
+        + markdown_table(header, rows, "llr" + "r" * len(names))
+        + "\n\nBehind ± stands the standard error, clustered by row."
+    )
+
+
+def metric_text(name: str, metric: dict[str, Any] | None) -> tuple[str, str]:
+    """Return a metric's value and its standard error as text, both empty where there is none."""
+    if metric is None or metric["value"] is None:
+        return "", ""
+    digits = 4 if name in ("loss", "token_accuracy") else 3
+    error = metric["standard_error"]
+    return f"{metric['value']:.{digits}f}", "" if error is None else f"{error:.{digits}f}"
+
+
+def _read(record: Record) -> list[dict[str, Any]]:
+    path = record.folder / EVALUATIONS_FILE
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        where = f"{path}:{number}"
+        document = parse_json_object(line, where)
+        if not isinstance(document.get("metrics"), dict) or "completions" not in document:
+            raise UserError(f"{where}: is no evaluation; delete this line to go on without it")
+        found.append(document)
+    return found
