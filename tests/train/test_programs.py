@@ -97,7 +97,7 @@ def test_nothing_outside_its_own_folder_is_written_moved_or_removed(tmp_path: Pa
         f"import shutil; shutil.rmtree({place!r})",
         f"import os; os.mkdir({place!r} + '/new')",
         f"import os; f = os.open({place!r}, 0); os.remove('mine', dir_fd=f)",
-        "import os; os.chmod('..', 0)",
+        f"import os; os.chmod({place!r}, 0o755)",
         f"import pathlib; pathlib.Path('../../../../../..{place}/new').touch()",
     ]
     outcomes = run_programs(tries)
