@@ -3627,7 +3627,7 @@ MUTATIONS = [
         "tests/train/test_step_over_ranks.py",
         (
             "a rank's part is taken for the whole set",
-            "loss, targets = world.sums(exact_sum(losses), targets)",
+            "loss, targets, right = world.sums(exact_sum(losses), targets, right)",
             "loss, targets = exact_sum(losses), float(targets)",
             "test_an_evaluation_over_ranks_is_the_token_mean_of_the_whole_set",
         ),
@@ -4003,6 +4003,26 @@ MUTATIONS = [
             "    if not found.largest_logit_difference <= tolerance:\n",
             "    if not found.loss_difference <= tolerance:\n",
             "test_beyond_the_tolerance_nothing_is_left",
+        ),
+    ),
+    *_of(
+        "train/state.py",
+        "tests/train/test_eval_metrics.py",
+        (
+            "the lowest accuracy is the best",
+            '        return 1 - value if metric == "token_accuracy" else value\n',
+            "        return value\n",
+            "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
+        ),
+    ),
+    *_of(
+        "train/report/record.py",
+        "tests/train/test_eval_metrics.py",
+        (
+            "the report takes the lowest loss for the best, whatever the run went by",
+            'metric = self.section("eval").get("best_metric") or "loss"',
+            'metric = "loss"',
+            "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
         ),
     ),
     *_of(

@@ -7,4 +7,6 @@ code.py         what a completion is worth as code: it parses, it is the referen
 problems.py     rows with tests: HumanEval's and MBPP's columns; pass@k
 programs.py     a program in a limited child process
 confined.py     that child's own part
+during.py       an evaluation of a run, while it lasts
+receipt.py      a merged model beside the adapted one
 """

@@ -47,7 +47,7 @@ from train.generate import (
 from train.inputs.dataset import prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES, Precision
-from train.process.command import CommandParser
+from train.process.command import CommandParser, run_command
 from train.report.evaluated import EVALUATIONS_FILE, metric_text
 from train.report.page import write_report
 from train.saving.artifact import run_and_trained
@@ -58,8 +58,12 @@ from train.text import aligned
 _COMPLETED = 200
 
 
-def answer(arguments: Sequence[str] | None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate what the command line names, print what was found; return the exit code."""
+    return run_command(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     started = time.perf_counter()
     _check(options)

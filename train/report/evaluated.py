@@ -1,4 +1,7 @@
-"""What `lathe evaluate` found of a run, from evaluations.jsonl in its folder."""
+"""What was measured of a run beside its losses: by `eval.metrics`, and by `lathe evaluate` later.
+
+The latter lies in evaluations.jsonl in the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,30 @@ from typing import Any
 
 from files.errors import UserError
 from files.strict_json import parse_json_object
+from train.log.metrics import METRICS
 from train.report.record import Record
-from train.text import markdown_table
+from train.text import format_loss, markdown_table
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def evaluated(record: Record) -> str:
-    """Return the section of the report: the newest evaluation of each kind, a line for each."""
+    """Return the sections of the report: what was measured at each step, and afterwards."""
+    return "\n\n".join(filter(None, (_beside_the_loss(record), _afterwards(record))))
+
+
+def _beside_the_loss(record: Record) -> str:
+    names = [name for name in METRICS if record.valid and name in record.valid[-1]]
+    rows = [
+        (f"{row['step']:,}", *(format_loss(row.get(name)) for name in names))
+        for row in record.valid
+    ]
+    header = ("step", *(name.replace("_", " ") for name in names))
+    return "Valid set:\n\n" + markdown_table(header, rows, "r" * len(header)) if names else ""
+
+
+def _afterwards(record: Record) -> str:
+    """Return the newest evaluation of each kind, a line for each."""
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for document in _read(record):
         about = {k: v for k, v in (document["completions"] or {}).items() if k != "unfinished"}
