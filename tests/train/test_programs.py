@@ -160,6 +160,14 @@ def test_a_program_that_turns_its_clock_off_is_ended_from_outside(
     assert time.monotonic() - started < 5
 
 
+def test_where_no_process_can_be_limited_no_program_is_said_to_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(programs, "_CHILD", "raise OSError('no filter')")
+    with pytest.raises(UserError, match="not even a program that does nothing"):
+        run_programs(["x = 1"])
+
+
 def test_what_it_prints_is_no_answer() -> None:
     """It has no way to the answer but its end: the token is not in its sources or arguments."""
     for text in (

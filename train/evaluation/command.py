@@ -76,7 +76,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
     device = torch.device(decide_device(options.device))
     wanted = options.dtype if options.dtype != "auto" or not config else config.train.precision
     precision = Precision(decide_precision(wanted, device.type), device)
-    loaded = _load(options, run, precision)
+    loaded = _load(options, run, config, precision)
     if config is None:
         config = _config_of(loaded, overrides)
     form = prompt_format(config.data)
@@ -241,8 +241,12 @@ def _problems(options: argparse.Namespace, config: RunConfig | None) -> list[tup
     return found
 
 
-def _load(options: argparse.Namespace, run: Path | None, precision: Precision) -> Generator:
+def _load(
+    options: argparse.Namespace, run: Path | None, config: RunConfig | None, precision: Precision
+) -> Generator:
     device, dtype, place = precision.device, precision.compute_dtype, Path(options.model)
+    if config is not None and config.train.method == "lora" and config.model.dtype:
+        dtype = COMPUTE_DTYPES[config.model.dtype]  # as which the run keeps its base
     adapter = (place / "adapter_config.json").is_file()
     if options.base is not None and (run or not adapter):
         raise UserError("--base goes with an adapter's folder alone")

@@ -66,9 +66,14 @@ def run_programs(sources: Sequence[str], seconds: int = SECONDS) -> list[Outcome
         seconds: Time for each.
 
     Raises:
-        UserError: No child process starts here.
+        UserError: No child process starts here, or none that can be limited.
     """
     require_limits()
+    if not (nothing := run_program("")).passed:
+        raise UserError(
+            "--run-code: not even a program that does nothing comes to its end here, it "
+            f"{nothing.why}; this system may not let a process be limited, use another one"
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda source: run_program(source, seconds), sources))
 
