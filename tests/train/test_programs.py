@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import signal
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -166,6 +169,15 @@ def test_where_no_process_can_be_limited_no_program_is_said_to_fail(
     monkeypatch.setattr(programs, "_CHILD", "raise OSError('no filter')")
     with pytest.raises(UserError, match="not even a program that does nothing"):
         run_programs(["x = 1"])
+
+
+def test_ctrl_c_ends_what_runs_and_begins_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs.os, "cpu_count", lambda: 2)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_programs(["while True: pass"] * 9)
+    assert time.monotonic() - started < 6
 
 
 def test_what_it_prints_is_no_answer() -> None:

@@ -32,7 +32,7 @@ from train.config.command_line import parse
 from train.config.load import load_config, resolve_key
 from train.config.schema import RunConfig
 from train.evaluation.completions import Sampling, complete_all
-from train.evaluation.likelihood import score
+from train.evaluation.likelihood import Estimate, score
 from train.evaluation.problems import Problem, problem_of, with_columns
 from train.evaluation.programs import require_limits, run_programs, warning
 from train.evaluation.tasks import Task, rates, tasks_of_examples, tasks_of_problems
@@ -72,7 +72,8 @@ def _answer(arguments: Sequence[str] | None) -> int:
     config = load_config(file=run / "config.toml", overrides=overrides) if run else None
     if run is None and not Path(options.model, "adapter_config.json").is_file():
         resolve_model(options.model, weights=False)  # a wrong name is said before any row is read
-    problems = _problems(options, config)
+    column = overrides.get("data.split_column") or (config and config.data.split_column)
+    problems = _problems(options, column if options.split else None)
     device = torch.device(decide_device(options.device))
     wanted = options.dtype if options.dtype != "auto" or not config else config.train.precision
     precision = Precision(decide_precision(wanted, device.type), device)
@@ -102,14 +103,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
         "targets": int(examples.num_targets.sum()),
         "cut_rows": examples.counts.truncated,
         "dropped_rows": examples.counts.dropped,
-        "metrics": {
-            name: {
-                "value": one.value if math.isfinite(one.value) else None,
-                "standard_error": one.error if math.isfinite(one.error or 0.0) else None,
-                "rows": one.rows,
-            }
-            for name, one in metrics.items()
-        },
+        "metrics": {name: _about(metric) for name, metric in metrics.items()},
         "completions": _about_completions(options, tasks) if verdicts else None,
         "seconds": time.perf_counter() - started,
     }
@@ -174,7 +168,7 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < lowest:
             option = name.replace("_", "-")
             raise UserError(f"--{option} {value}: must be at least {lowest}")
-    if not options.k[0] >= 1 or options.k[-1] > options.samples:
+    if options.k[0] < 1 or options.k[-1] > options.samples:
         raise UserError(
             f"--k {','.join(map(str, options.k))}: must be from 1 to --samples {options.samples}"
         )
@@ -188,9 +182,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, str]:
-    overrides = parse(settings).overrides if settings else {}
-    for name in overrides:
-        key = resolve_key(name)
+    written = parse(settings).overrides if settings else {}
+    overrides = {resolve_key(name): value for name, value in written.items()}
+    for name, key in zip(written, overrides, strict=True):
         if not key.startswith("data.") or key in ("data.train", "data.valid", "data.test"):
             raise UserError(
                 f"{name}: an evaluation takes settings of how rows are read (data.format, "
@@ -210,13 +204,12 @@ def _run_of(place: Path) -> Path | None:
     return run if is_part and (run / "config.toml").is_file() else None
 
 
-def _problems(options: argparse.Namespace, config: RunConfig | None) -> list[tuple[Row, Problem]]:
+def _problems(options: argparse.Namespace, column: str | None) -> list[tuple[Row, Problem]]:
     """Return the rows with their tests, none where rows have none.
 
     Raises:
         UserError: Rows behind the first have no tests, or nobody has allowed to run programs.
     """
-    column = config.data.split_column if config and options.split else None
     found: list[tuple[Row, Problem]] = []
     for row in read_rows(options.data, split_column=column, split=options.split):
         problem = problem_of(row)
@@ -263,7 +256,7 @@ def _config_of(loaded: Generator, overrides: dict[str, str]) -> RunConfig:
     form = loaded.prompt_format
     stored = {} if form is None else form.to_dict()
     given = {f"data.{name}": value for name, value in stored.items() if value is not None}
-    return load_config(overrides={**given, **{resolve_key(k): v for k, v in overrides.items()}})
+    return load_config(overrides={**given, **overrides})
 
 
 def _examples(
@@ -356,6 +349,15 @@ def _complete(
     for task in tasks:
         task.outcomes = [next(outcomes) for _ in task.programs()]
     return [verdict for task in tasks for verdict in task.verdicts()]
+
+
+def _about(metric: Estimate) -> dict[str, float | int | None]:
+    """Return an estimate as JSON values, which know no number that is not finite."""
+    return {
+        "value": metric.value if math.isfinite(metric.value) else None,
+        "standard_error": metric.error if math.isfinite(metric.error or 0.0) else None,
+        "rows": metric.rows,
+    }
 
 
 def _about_completions(options: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, Any]:

@@ -74,12 +74,22 @@ def run_programs(sources: Sequence[str], seconds: int = SECONDS) -> list[Outcome
             "--run-code: not even a program that does nothing comes to its end here, it "
             f"{nothing.why}; this system may not let a process be limited, use another one"
         )
+    running: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda source: run_program(source, seconds), sources))
+        try:
+            return list(pool.map(lambda source: run_program(source, seconds, running), sources))
+        except BaseException:  # Ctrl-C, which programs in sessions of their own do not hear
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                _kill(process)
+            raise
 
 
-def run_program(source: str, seconds: int = SECONDS) -> Outcome:
-    """Run one program, as `run_programs` does."""
+def run_program(
+    source: str, seconds: int = SECONDS, running: set[subprocess.Popen[bytes]] | None = None
+) -> Outcome:
+    """Run one program, as `run_programs` does; it is among `running` meanwhile."""
+    running = set() if running is None else running
     token = secrets.token_hex(16).encode()
     with (
         tempfile.TemporaryDirectory(prefix="lathe-program-", ignore_cleanup_errors=True) as folder,
@@ -104,20 +114,26 @@ def run_program(source: str, seconds: int = SECONDS) -> Outcome:
             )
         except OSError as error:
             raise UserError(f"--run-code needs child processes, and none starts: {error}") from None
+        running.add(process)
         try:
             code = process.wait(_PATIENCE_SECONDS + seconds - SECONDS)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            # It leads a group: whatever it has started, where the kernel did not refuse that.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             process.wait()
+            running.discard(process)
         answer.seek(0)
         said = answer.read(2**12)
     if code == 0 and said == token:
         return Outcome(True)
     return Outcome(False, _why(code, said, seconds))
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program, and what it may have started where the kernel did not refuse that."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _environment(folder: str) -> dict[str, str]:
