@@ -29,7 +29,13 @@ def completed(model: Any, batch_size: int, given: list[list[int]], **sampling: A
     return asked
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in ("Qwen2", "Starcoder2") else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_greedy_batches_equal_transformers(family: str, tmp_path: Any) -> None:
     """Ragged prompts, windows of 8 among them, texts that end at different moments."""
     reference = reference_model(family)

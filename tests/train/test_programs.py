@@ -76,7 +76,7 @@ def program(completion: str) -> str:
 def test_right_programs_pass_and_wrong_ones_do_not_whatever_they_try() -> None:
     """The planted set: pass@k of it is the fraction that the right ones are of it, exactly."""
     completions = [*RIGHT, *(wrong for wrong, _ in WRONG)]
-    outcomes = run_programs([program(text) for text in completions], seconds=2)
+    outcomes = run_programs([program(text) for text in completions], seconds=1)
     assert outcomes[: len(RIGHT)] == [Outcome(True)] * len(RIGHT)
     for outcome, (text, why) in zip(outcomes[len(RIGHT) :], WRONG, strict=True):
         assert not outcome.passed and why in outcome.why, (text, outcome)
