@@ -19,6 +19,9 @@ from train.evaluation.likelihood import Estimate, mean
 from train.evaluation.problems import Problem, pass_at_k
 from train.evaluation.programs import Outcome
 
+# How many examples are looked at for one that is completed: not all are whole and have a prompt.
+_LOOKED_AT = 20
+
 
 @dataclass
 class Task:
@@ -90,9 +93,9 @@ def tasks_of_examples(examples: Examples, tokenizer: Tokenizer, most: int) -> li
 
     What was cut at `data.max_length`, or into pieces, is none: its end would not be the row's.
     """
-    pieces = np.bincount(examples.rows)[examples.rows] if len(examples) else np.zeros(0)
+    pieces = np.bincount(examples.rows)[examples.rows]
     tasks = []
-    for position in range(len(examples)):
+    for position in _spread(len(examples), _LOOKED_AT * most):
         example = examples[position]
         whole = pieces[position] == 1 and not examples.subset([position]).counts.truncated
         if not (example.prompt_length and whole):
@@ -102,8 +105,12 @@ def tasks_of_examples(examples: Examples, tokenizer: Tokenizer, most: int) -> li
         stop = cut + int(untrained[0]) if len(untrained) and untrained[0] else len(ids)
         prompt, reference = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:stop])
         tasks.append(Task(int(examples.rows[position]), prompt, ids[:cut], reference))
-    chosen = np.unique(np.linspace(0, len(tasks) - 1, min(most, len(tasks))).round().astype(int))
-    return [tasks[number] for number in chosen]
+    return [tasks[number] for number in _spread(len(tasks), most)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most so many of 0 … count - 1, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()
 
 
 def tasks_of_problems(
