@@ -270,12 +270,18 @@ def test_the_receipt_is_what_peft_and_transformers_say(
 
 @pytest.mark.usefixtures("cache")
 def test_beyond_the_tolerance_nothing_is_left(
-    trained: Path, tmp_path: Path, refused: Refused
+    trained: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
     message = refused(main, trained, tmp_path / "out", "--tolerance", "1e-6")
     assert "beyond --tolerance 1e-06, and nothing was written" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert main([str(trained), str(tmp_path / "all")]) == 0
+    found = json.loads((tmp_path / "all" / "merge_receipt.json").read_text())
+    largest = found["largest_logit_difference"]
+    assert abs(found["loss_difference"]) < 0.9 * largest
+    capsys.readouterr()
+    assert "beyond" in refused(main, trained, tmp_path / "out", "--tolerance", str(0.9 * largest))
     assert "must be a logit's difference" in refused(
         main, trained, tmp_path / "out", "--tolerance", "nan"
     )

@@ -254,8 +254,8 @@ class Saver:
         state.peak_memory_bytes = max(state.peak_memory_bytes, run.memory.peak)
         best_step, distance = state.stopping.best_step, state.stopping.best_loss
         metric = run.config.eval.best_metric
-        accuracy = metric == "token_accuracy" and distance is not None
-        best = {metric: 1 - distance if accuracy else distance}
+        if metric == "token_accuracy" and distance is not None:
+            distance = 1 - distance
         parameters = count_parameters(run.model)
         return {
             "state": condition,
@@ -263,7 +263,7 @@ class Saver:
             "step": state.step,
             "total_steps": run.plan.total_steps,
             "epoch": run.plan.epoch_of(state.step) if state.step else 0.0,
-            "best": None if best_step is None else {"step": best_step, **best},
+            "best": None if best_step is None else {"step": best_step, metric: distance},
             "seconds": state.seconds,
             "tokens": state.tokens,
             "targets": state.targets,
