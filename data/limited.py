@@ -242,7 +242,7 @@ def serve(module: str, memory: int, seconds: float) -> None:
     # What a library prints must not be taken for an answer: it goes where the errors go.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    memory_is_limited = _limit_resources(memory)
+    memory_is_limited = limit_resources(memory)
 
     def tell(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message).encode() + b"\n")
@@ -265,14 +265,19 @@ def serve(module: str, memory: int, seconds: float) -> None:
         tell({"end": refusal})
 
 
-def _limit_resources(memory: int) -> bool:
-    """Set what limits the system knows; return whether the one of memory is among them."""
+def limit_resources(memory: int, **others: int) -> bool:
+    """Set what limits the system knows for this process; return whether memory's is among them.
+
+    Args:
+        memory: Bytes of address space.
+        others: Further limits by their names in `resource`, without `RLIMIT_`.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return False
     refused = set()
-    for kind, most in (("AS", memory), ("CORE", 0), ("FSIZE", _WRITE_BYTES)):
+    for kind, most in {"AS": memory, "CORE": 0, "FSIZE": _WRITE_BYTES, **others}.items():
         limit = getattr(resource, f"RLIMIT_{kind}")
         hard = resource.getrlimit(limit)[1]
         lowest = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -101,6 +101,43 @@ def attention(
     return F.pad(out, (0, 0, 0, segments.tail)) if segments.tail else out
 
 
+def attend_last(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend from the last token of each document to its own keys, all documents in one call.
+
+    Args:
+        q: (D, heads, d) rotated queries, one a document.
+        keys: (D, S, kv, d) rotated keys, a document's in the first rows; the others are finite.
+        values: Like `keys`.
+        positions: (D,) the row of each document's last token, up to which it sees.
+        scale: Factor of the scores.
+        window: As of `attention`.
+
+    Returns:
+        (D, heads · d).
+    """
+    row = torch.arange(keys.shape[1], device=q.device)
+    visible = row <= positions[:, None]
+    if window is not None:
+        visible &= row > positions[:, None] - window
+    out = F.scaled_dot_product_attention(
+        q.unsqueeze(2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=visible[:, None, None],
+        scale=scale,
+        enable_gqa=q.shape[1] != keys.shape[2],
+    )
+    return out.flatten(1)
+
+
 def way(
     q: Tensor,
     segments: Segments,

@@ -123,8 +123,8 @@ def _plain(x: Tensor, layer: Operands) -> Tensor:
     if isinstance(weight, StreamedWeight):
         return _Streamed.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
     assert isinstance(weight, Tensor)
-    if bias is not None and not torch.is_autocast_enabled(x.device.type):
-        bias = bias.to(x.dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return F.linear(x, weight, bias)
 
 

@@ -1,11 +1,14 @@
-"""What a decoder remembers of a document while it writes on.
+"""What a decoder remembers of a document, or of several at once, while it writes on.
 
 Legend: M new token rows · N rows seen by a cache, the new M included · kv key/value heads
-        d head size
+        d head size · D documents
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -25,6 +28,10 @@ class KeyValueCache:
         self.length = 0  # tokens held; advanced once a forward pass, after the last layer
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def advance(self, rows: int) -> None:
+        """Count the rows of a pass, when all layers have stored them."""
+        self.length += rows
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new rows of a layer, (M, kv, d) each, and return all N of them.
 
@@ -41,3 +48,58 @@ class KeyValueCache:
         keys[self.length : stop] = k
         values[self.length : stop] = v
         return keys[:stop], values[:stop]
+
+
+class BatchCache:
+    """The keys and values of D documents that are written on together, a token each in a pass.
+
+    The first pass holds the beginnings of all, each in as many rows as the longest has; every later
+    one a row for each document, in their order. As with `KeyValueCache`, keys are stored rotated;
+    models with `dynamic` rotary scaling, whose frequencies differ between documents, cannot.
+
+    Args:
+        lengths: real tokens of each beginning.
+        capacity: tokens that any document may reach.
+        device: where the model computes.
+    """
+
+    def __init__(self, lengths: Sequence[int], capacity: int, device: torch.device):
+        self.capacity = capacity
+        self.length = 0  # tokens of the longest document
+        self.lengths = torch.tensor(lengths, device=device)  # (D,) tokens of each
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new rows of a layer, (M, kv, d) each.
+
+        Returns:
+            In the first pass these rows; afterwards all of them, (D, N, kv, d) each, of which a
+            document's are the first, as many as it has tokens, and the new one.
+        """
+        if self.length == 0:
+            documents = len(self.lengths)
+            room = (documents, self.capacity, *k.shape[1:])
+            # Zeros: what a mask hides must be finite all the same.
+            self._layers[layer] = keys, values = k.new_zeros(room), v.new_zeros(room)
+            rows = len(k) // documents
+            keys[:, :rows], values[:, :rows] = (x.unflatten(0, (documents, rows)) for x in (k, v))
+            return k, v
+        place = torch.arange(len(self.lengths), device=k.device), self.lengths
+        stored_keys, stored_values = self._layers[layer]
+        stored_keys[place], stored_values[place] = k, v
+        return stored_keys[:, : self.length + 1], stored_values[:, : self.length + 1]
+
+    def advance(self, rows: int) -> None:
+        """Count the tokens of a pass, when all layers have stored them."""
+        if self.length == 0:
+            self.length = rows // len(self.lengths)
+        else:
+            self.length += 1
+            self.lengths += 1
+
+    def keep(self, documents: Sequence[int]) -> None:
+        """Go on with these documents alone, in this order."""
+        chosen = torch.tensor(documents, device=self.lengths.device)
+        self.lengths = self.lengths[chosen]
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = keys[chosen], values[chosen]

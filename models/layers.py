@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from files.errors import UserError, did_you_mean
+from kernels.attention import attend_last
 from kernels.dispatch import Operations
 from kernels.dispatch import operations as choose_operations
 from kernels.dropout import Draw, module_id
 from kernels.operands import Made, Operands
 from kernels.segments import Segments
 from kernels.streamed import StreamedWeight
-from models.cache import KeyValueCache
+from models.cache import BatchCache, KeyValueCache
 from models.keys import DecoderConfig, Reader
 from models.recompute import POLICIES, HostRing, itself, recomputed
 from models.rotary import rotary_tables
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         x: Made,
         tables: tuple[Tensor, Tensor],
         segments: Segments,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | BatchCache | None = None,
     ) -> Tensor:
         """Return the attended rows, (M, H) → (M, H); `tables` are cos and sin, (M, d) each."""
         run = self.operations
@@ -158,6 +159,10 @@ class Attention(nn.Module):
         q, k = run.rotary(q, k, *tables)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        if isinstance(cache, BatchCache) and cache.length > 0:
+            scale = self.head_dim**-0.5
+            attended = attend_last(q, k, v, cache.lengths, scale=scale, window=self.window)
+            return run.linears(attended, [self.o_proj.operands()], segments)[0]
         attended = run.attention(
             q,
             k,
@@ -233,7 +238,7 @@ class DecoderLayer(nn.Module):
         stream: Stream,
         tables: tuple[Tensor, Tensor],
         segments: Segments,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | BatchCache | None = None,
         policy: str = "none",
         ring: HostRing | None = None,
     ) -> Stream:
@@ -258,7 +263,7 @@ class DecoderLayer(nn.Module):
         stream: Stream,
         tables: tuple[Tensor, Tensor],
         segments: Segments,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | BatchCache | None = None,
         policy: str = "none",
     ) -> Stream:
         remake = policy in ("norms", "mlp")
@@ -364,15 +369,15 @@ class CausalLM(nn.Module, ABC):
         return self.model.embed_tokens(input_ids).to(self.model.norm.weight.dtype)
 
     def hidden_states(
-        self, input_ids: Tensor, segments: Segments, cache: KeyValueCache | None = None
+        self, input_ids: Tensor, segments: Segments, cache: KeyValueCache | BatchCache | None = None
     ) -> Tensor:
         """Return what the head reads.
 
         Args:
             input_ids: (M,) int64 tokens.
             segments: the documents of the M rows; behind a cache, one document whose `offset` is
-                the cache's length.
-            cache: the document's past, to which these rows are added.
+                the cache's length, or one row of each document of a batch.
+            cache: the documents' past, to which these rows are added.
 
         Returns:
             (M, H) hidden states after the final norm.
@@ -385,7 +390,7 @@ class CausalLM(nn.Module, ABC):
         for layer in self.model.layers:
             stream = layer(stream, tables, segments, cache, policy, ring)
         if cache is not None:
-            cache.length += len(input_ids)
+            cache.advance(len(input_ids))
         return stream.normed(self.model.norm)[1].value
 
     def head_weight(self) -> Tensor:

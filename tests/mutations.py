@@ -3678,7 +3678,7 @@ MUTATIONS = [
         "tests/train/test_step_over_ranks.py",
         (
             "a rank's part is taken for the whole set",
-            "loss, targets = world.sums(exact_sum(losses), targets)",
+            "loss, targets, right = world.sums(exact_sum(losses), targets, right)",
             "loss, targets = exact_sum(losses), float(targets)",
             "test_an_evaluation_over_ranks_is_the_token_mean_of_the_whole_set",
         ),
@@ -3925,6 +3925,197 @@ MUTATIONS = [
             "    if stored is None or config.model.random_init:\n",
             "    if True:\n",
             "test_a_base_that_lies_quantised_is_trained_as_it_is",
+        ),
+    ),
+    *_of(
+        "train/evaluation/confined.py",
+        "tests/train/test_programs.py",
+        (
+            "the token is said before the program has come to its end",
+            "    try:\n        exec(",
+            "    write(answer_file, read(token_file, 2**10))\n    try:\n        exec(",
+            "test_right_programs_pass_and_wrong_ones_do_not_whatever_they_try",
+        ),
+        (
+            "a program writes wherever it likes",
+            "        return text == null or text.startswith(inside)\n",
+            "        return True\n",
+            "test_nothing_outside_its_own_folder_is_written_moved_or_removed",
+        ),
+        (
+            "a program writes any number of files",
+            "                left -= 1\n",
+            "                left -= 0\n",
+            "test_more_small_files_than_are_allowed_are_refused",
+        ),
+        (
+            "the kernel is not asked to refuse anything",
+            "    if kernel_refuses():\n        libc",
+            "    if False:\n        libc",
+            "test_the_kernel_refuses_what_goes_past_python",
+        ),
+    ),
+    *_of(
+        "train/evaluation/programs.py",
+        "tests/train/test_programs.py",
+        (
+            "a program that leaves with 0 before its tests has passed",
+            "    if code == 0 and said == token:\n",
+            "    if code == 0:\n",
+            "test_right_programs_pass_and_wrong_ones_do_not_whatever_they_try",
+        ),
+        (
+            "a program sees the secrets of our environment",
+            "env=_environment(folder),",
+            "env={**os.environ},",
+            "test_its_folder_goes_and_none_of_our_environment_comes",
+        ),
+    ),
+    *_of(
+        "train/evaluation/problems.py",
+        "tests/train/test_programs.py",
+        (
+            "pass@k is the naive power",
+            "        missed *= 1 - k / i\n",
+            "        missed = (1 - passed / samples) ** k\n",
+            "test_pass_at_k_is_the_share_of_choices_that_hold_a_right_one",
+        ),
+    ),
+    *_of(
+        "train/evaluation/likelihood.py",
+        "tests/train/test_likelihood.py",
+        (
+            "a mean over tokens is one over rows",
+            "    value = by_row.sum() / total\n",
+            "    value = (by_row / counted).mean()\n",
+            "test_an_error_is_the_sandwich_of_an_intercept_clustered_by_row",
+        ),
+        (
+            "tokens of one row count as independent",
+            "    _, which = np.unique(np.asarray(rows), return_inverse=True)\n",
+            "    which = np.arange(len(rows))\n",
+            "test_an_error_is_the_sandwich_of_an_intercept_clustered_by_row",
+        ),
+        (
+            "losses are given to the wrong examples",
+            "sums[some] = np.bincount(",
+            "sums[np.sort(some)] = np.bincount(",
+            "test_loss_and_accuracy_of_each_row_are_transformers",
+        ),
+    ),
+    *_of(
+        "train/evaluation/completions.py",
+        "tests/train/test_completions.py",
+        (
+            "every document of a batch stands at the longest one's position",
+            "positions=cache.lengths.clone(),",
+            "positions=cache.lengths * 0 + cache.length,",
+            "test_greedy_batches_equal_transformers",
+        ),
+        (
+            "who has ended stays in the cache",
+            "            cache.keep(staying)\n",
+            "            cache.keep(range(len(staying)))\n",
+            "test_greedy_batches_equal_transformers",
+        ),
+        (
+            "all samples of a row are drawn alike",
+            "        for number in key:\n",
+            "        for number in key[:1]:\n",
+            "test_draws_are_those_of_the_row_and_sample_whatever_the_batch",
+        ),
+    ),
+    *_of(
+        "train/evaluation/command.py",
+        "tests/train/test_evaluate_command.py",
+        (
+            "a model's programs run without anybody's leave",
+            "        if not options.run_code:\n",
+            "        if False:\n",
+            "test_what_cannot_be_is_refused_in_one_sentence",
+        ),
+        (
+            "completed rows are the first ones",
+            "tasks_of_examples(examples, tokenizer, most)",
+            "tasks_of_examples(examples, tokenizer, len(examples))[:most]",
+            "test_completed_rows_are_spread_evenly_and_cut_ones_left_out",
+        ),
+    ),
+    *_of(
+        "train/evaluation/receipt.py",
+        "tests/train/test_merge.py",
+        (
+            "a receipt is made in the precision of the weights",
+            "        parameter.data = data.float()\n",
+            "        parameter.data = data.clone()\n",
+            "test_the_receipt_is_what_peft_and_transformers_say",
+        ),
+        (
+            "a comparison leaves the model in fp32",
+            "    finally:\n        for parameter, data in kept:\n"
+            "            parameter.data = data\n",
+            "    finally:\n        pass\n",
+            "test_comparing_leaves_a_model_as_it_was_and_takes_whole_rows",
+        ),
+    ),
+    *_of(
+        "train/merge.py",
+        "tests/train/test_merge.py",
+        (
+            "the tolerance is one of the loss",
+            "    if not found.largest_logit_difference <= tolerance:\n",
+            "    if not found.loss_difference <= tolerance:\n",
+            "test_beyond_the_tolerance_nothing_is_left",
+        ),
+    ),
+    *_of(
+        "train/state.py",
+        "tests/train/test_eval_metrics.py",
+        (
+            "the lowest accuracy is the best",
+            '        return 1 - value if metric == "token_accuracy" else value\n',
+            "        return value\n",
+            "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
+        ),
+    ),
+    *_of(
+        "train/report/record.py",
+        "tests/train/test_eval_metrics.py",
+        (
+            "the report takes the lowest loss for the best, whatever the run went by",
+            'metric = self.section("eval").get("best_metric") or "loss"',
+            'metric = "loss"',
+            "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
+        ),
+    ),
+    *_of(
+        "train/report/evaluated.py",
+        "tests/train/test_evaluate_command.py",
+        (
+            "the report has the oldest evaluation, and again every newer one",
+            """document["split"], str(about)] = document""",
+            """document["split"], str(len(newest))] = document""",
+            "test_of_a_run_it_is_the_run_s_own_test_loss_and_stands_in_its_report",
+        ),
+    ),
+    *_of(
+        "train/process/command.py",
+        "tests/train/test_command.py",
+        (
+            "every rank does the whole of a command",
+            "        if not over_ranks:\n",
+            "        if over_ranks:\n",
+            "test_what_one_process_does_is_not_done_by_every_rank",
+        ),
+    ),
+    *_of(
+        "kernels/attention.py",
+        "tests/train/test_completions.py",
+        (
+            "a document that is written on in a batch sees one key beyond its window",
+            "        visible &= row > positions[:, None] - window\n",
+            "        visible &= row >= positions[:, None] - window\n",
+            "test_greedy_batches_equal_transformers",
         ),
     ),
     *_of(

@@ -144,6 +144,24 @@ def test_whether_it_fits_is_said(place: Path, capsys: pytest.CaptureFixture[str]
     assert lathe(rent) == 0 and "to rent by" in capsys.readouterr().out
 
 
+def test_a_run_is_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = {
+        "prompt": "def f():\n",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(f):\n    assert f() == 1",
+        "entry_point": "f",
+    }
+    _write(place / "humaneval.jsonl", json.dumps(problem) + "\n")
+    model = "lathe model.path=data/demo/base data.train=my.jsonl"
+    assert lathe(model, *SHORT, f"train.output_dir={place / 'runs' / 'mine'}") == 0
+    for command in commands(section("## How good is it?")):
+        command = command.replace("runs/<folder>", "runs/mine")
+        more = () if "merge" in command else ("--max-new-tokens", "3")
+        assert lathe(command, *more) == 0, command + capsys.readouterr().err
+    assert "pass@10" in (place / "runs" / "mine" / "report.md").read_text()
+    assert (place / "runs" / "checked" / "merge_receipt.json").is_file()
+
+
 def test_the_commands_around_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plan, show, train, resume, generate, merge, report and TensorBoard, in README's order."""
     run = place / "runs" / "mine"
@@ -204,6 +222,7 @@ def test_every_command_is_run_somewhere() -> None:
             "## After a run",
             "## Presets",
             "## Will it fit?",
+            "## How good is it?",
         )
         for command in commands(section(title))
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from data.batch import Batching, micro_batches
 from data.examples import Examples
-from files.errors import UserError
 from models.layers import CausalLM
+from train.evaluation.command import main  # of `python -m train.evaluate`
+from train.evaluation.likelihood import token_losses
 from train.inputs.sharding import NOTHING, missing
 from train.loss import exact_sum, loss_sum
 from train.precision import Precision
-from train.process.command import command, run_command
 from train.process.memory import does_not_fit, within_memory
 from train.process.world import ALONE, World
 from train.state import EvalResult
@@ -32,6 +31,8 @@ def evaluate(
     batching: Batching,
     precision: Precision,
     world: World = ALONE,  # the ranks that share the set
+    *,
+    accuracy: bool = False,  # whether to count the likeliest tokens too
 ) -> EvalResult:
     """Return the token mean of the loss over `examples`, without dropout.
 
@@ -45,7 +46,7 @@ def evaluate(
     device = precision.device
     order = np.argsort(-examples.lengths, kind="stable")[world.rank :: world.size]
     losses: list[Tensor] = []
-    targets, done, size = 0, 0, batching.micro_batch_size
+    targets, right, done, size = 0, 0, 0, batching.micro_batch_size
     spare = missing(-(-len(order) // size), world)
     while done < len(order):
         (micro_batch,) = micro_batches(
@@ -53,6 +54,8 @@ def evaluate(
         )
         with precision.autocast():
             compute = partial(loss_sum, model, micro_batch, device, draw=None)
+            if accuracy:
+                compute = partial(token_losses, model, micro_batch, device)
             # A shared model's passes are collectives: where one rank fails, none can do them again.
             loss = compute() if world.shards else within_memory(compute, device)
         if loss is None:
@@ -60,34 +63,24 @@ def evaluate(
                 raise does_not_fit("evaluation", micro_batch.num_tokens)
             size = len(micro_batch.examples) // 2
             continue
+        if isinstance(loss, tuple):
+            loss, likeliest = loss[0].sum(), loss[1]
+            right += int(likeliest.sum())
         losses.append(loss)
         targets += micro_batch.num_targets
         done += size
     with precision.autocast():
         for _ in range(spare):
             loss_sum(model, NOTHING, device, draw=None)
-    loss, targets = world.sums(exact_sum(losses), targets)
+    loss, targets, right = world.sums(exact_sum(losses), targets, right)
     size = min(world.gathered((size,)))
     return EvalResult(
         loss=loss / max(1, targets),
         targets=int(targets),
         seconds=time.perf_counter() - started,
         reduced_batch_size=size if size < batching.micro_batch_size else None,
+        token_accuracy=right / max(1, targets) if accuracy else None,
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Say that there is no such command yet; return the exit code of bad input."""
-    del arguments
-
-    def answer() -> int:
-        raise UserError(
-            f"`{command('evaluate')}` is not built yet: a run evaluates its valid and test sets "
-            "itself (eval.steps, eval.on_start), and the losses stand in its report.md and "
-            "metrics.jsonl"
-        )
-
-    return run_command(answer)
 
 
 if __name__ == "__main__":

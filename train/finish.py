@@ -15,7 +15,7 @@ from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.cpu.rounding import library
 from lora import adapter_config
-from train.evaluate import evaluate
+from train.evaluation.during import evaluate_run
 from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, redrawn_text
 from train.log.records import Records
@@ -92,8 +92,7 @@ def before_training(run: Run, records: Records, saver: Saver) -> None:
 
 
 def _evaluate(run: Run, records: Records, split: str, examples: Examples) -> None:
-    result = evaluate(run.model, examples, run.evaluation_batching, run.precision, run.world)
-    records.evaluation(split, result)
+    records.evaluation(split, evaluate_run(run, examples))
 
 
 def complete_samples(run: Run, when: str) -> None:

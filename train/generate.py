@@ -71,7 +71,7 @@ def generate(
         UserError: A setting out of its range, a prompt that is empty or fills the whole context, or
             logits that are not finite.
     """
-    _check_settings(max_new_tokens, temperature, top_p)
+    check_settings(max_new_tokens, temperature, top_p)
     count = min(max_new_tokens, room(model.config, prompt_ids))
     device = model.head_weight().device
     generator = torch.Generator().manual_seed(seed)
@@ -287,7 +287,8 @@ def _generator(
     return Generator(model, tokenizer, form, stop_ids, name)
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse settings of generation that are out of their range."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -345,7 +346,7 @@ def _read_prompt(options: argparse.Namespace) -> str | dict[str, str]:
 
 def _complete(options: argparse.Namespace) -> int:
     # What is cheap to refuse is refused before weights are read.
-    _check_settings(options.max_new_tokens, options.temperature, options.top_p)
+    check_settings(options.max_new_tokens, options.temperature, options.top_p)
     if options.base is not None and options.adapter is None:
         raise UserError("--base goes with --adapter alone")
     values = _read_prompt(options)

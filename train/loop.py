@@ -8,7 +8,7 @@ from signal import SIGINT, SIGTERM
 
 from files.faults import faultpoint
 from train.batches import StepBatches
-from train.evaluate import evaluate
+from train.evaluation.during import evaluate_run
 from train.healing import cannot_be_undone, do_less, ran_out_on_a_rank, step_does_not_fit
 from train.log.records import Records
 from train.process.memory import is_out_of_memory
@@ -32,7 +32,7 @@ def train(run: Run, records: Records, saver: Saver, signals: Signals) -> str:
     Raises:
         UserError: Memory does not suffice, however small the micro-batches.
     """
-    plan, state, world = run.plan, run.state, run.world
+    plan, state, world, best_by = run.plan, run.state, run.world, run.config.eval.best_metric
     batches = StepBatches.of(run.config, plan, run.data, world)
     while state.step < plan.total_steps and not state.stopping.should_stop:
         saver.writer.check()
@@ -47,11 +47,9 @@ def train(run: Run, records: Records, saver: Saver, signals: Signals) -> str:
 
         new_best = False
         if plan.evaluates_at(step) and run.data.valid is not None:
-            evaluation = evaluate(
-                run.model, run.data.valid, run.evaluation_batching, run.precision, world
-            )
+            evaluation = evaluate_run(run, run.data.valid)
             faultpoint("evaluation.done")
-            new_best = state.stopping.observe(step, evaluation.loss)
+            new_best = state.stopping.observe(step, evaluation.distance(best_by))
             since = state.take_loss_since_eval()
             records.evaluation("valid", evaluation, best=new_best, train_loss=since)
 

@@ -32,6 +32,20 @@ def loss_sum(
     It is a sum, not a mean, so that the micro-batches of a step add up to the step's loss whatever
     the cut.
     """
+    hidden, targets = head_states(model, micro_batch, device, draw)
+    return model.operations.linear_cross_entropy(
+        hidden,
+        model.head_weight(),  # of ranks that share it, whole by now
+        uploaded(targets, device),
+        gradient_scale=gradient_scale,
+        rows=uploaded(micro_batch.target_rows, device),
+    )
+
+
+def head_states(
+    model: CausalLM, micro_batch: MicroBatch, device: torch.device, draw: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Return what the head reads, (M, H), and on the host the targets, (M,), both with a tail."""
     rows, stream = len(micro_batch.input_ids), compute_dtype(model.model.norm.weight)
     segments = Segments.build(
         micro_batch.lengths,
@@ -43,14 +57,7 @@ def loss_sum(
     )
     input_ids = F.pad(micro_batch.input_ids, (0, segments.tail))
     targets = F.pad(micro_batch.targets, (0, segments.tail), value=IGNORE)
-    hidden = model.hidden_states(uploaded(input_ids, device), segments)
-    return model.operations.linear_cross_entropy(
-        hidden,
-        model.head_weight(),  # of ranks that share it, whole by now
-        uploaded(targets, device),
-        gradient_scale=gradient_scale,
-        rows=uploaded(micro_batch.target_rows, device),
-    )
+    return model.hidden_states(uploaded(input_ids, device), segments), targets
 
 
 def exact_sum(losses: list[Tensor]) -> float:

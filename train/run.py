@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with World.from_environment().joined() as world:
             return _answer(parse(sys.argv[1:] if argv is None else list(argv)), world)
 
-    return run_command(answer)
+    return run_command(answer, over_ranks=True)
 
 
 def _answer(arguments: Arguments, world: World) -> int:

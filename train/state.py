@@ -87,6 +87,17 @@ class EvalResult:
     seconds: float  # wall time
     # Examples in a forward pass, where memory did not suffice for as many as were asked for.
     reduced_batch_size: int | None = None
+    token_accuracy: float | None = None  # share of targets that were the likeliest token, if asked
+
+    @property
+    def perplexity(self) -> float:
+        """Return e to the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def distance(self, metric: str) -> float:
+        """Return how far a metric is from the best it could be: lower is better of each."""
+        value = getattr(self, metric) if math.isfinite(self.loss) else math.nan
+        return 1 - value if metric == "token_accuracy" else value
 
 
 @dataclass
@@ -103,11 +114,11 @@ class EarlyStopping:
     patience: int | None  # failures in a row after which to stop; None never stops
     threshold: float = 0.0  # improvement in loss (nats per target) that a reset needs to exceed
     best_step: int | None = None  # step of the best evaluation, None before the first
-    best_loss: float | None = None  # its loss
+    best_loss: float | None = None  # its loss, or its distance by another metric
     failures: int = 0  # evaluations in a row without a sufficient improvement
 
     def observe(self, step: int, loss: float) -> bool:
-        """Take in the evaluation at `step` and return whether it is the best so far."""
+        """Take in the loss, or another distance, at `step`; return whether it is the lowest yet."""
         finite = math.isfinite(loss)
         gain = math.inf if self.best_loss is None else self.best_loss - loss
         self.failures = 0 if finite and gain > self.threshold else self.failures + 1

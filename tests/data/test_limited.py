@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data.limited import LimitedChild, _limit_resources, one_line
+from data.limited import LimitedChild, limit_resources, one_line
 from files.errors import UserError
 
 ANSWERS = """
@@ -232,14 +232,14 @@ def test_a_system_without_limits(monkeypatch):
     import resource
 
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert not _limit_resources(1)
+    assert not limit_resources(1)
     monkeypatch.setitem(sys.modules, "resource", resource)
 
     def refuse(*_: object) -> None:
         raise ValueError
 
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert not _limit_resources(1)
+    assert not limit_resources(1)
 
 
 def test_what_is_not_limited_is_said_once_in_one_sentence(tmp_path):

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Main] = {
         ("generate", "--run x --run y --prompt a", "--run"),
         ("generate", "--model x --prompt a --top-p 0.1 --top-p=0.2", "--top-p"),
         ("merge", "a b --base c --base d", "--base"),
+        ("evaluate", "a --data c --data d", "--data"),
     ],
 )
 def test_an_option_given_twice_is_refused_for_one_value_would_be_lost(
@@ -67,6 +68,8 @@ def test_what_may_be_given_several_times_still_may() -> None:
         ("report", ""),
         ("push", ""),
         ("export-metrics", "runs/demo"),
+        ("evaluate", ""),
+        ("evaluate", "a --data b --k"),
     ],
 )
 def test_every_command_s_complaint_is_one_sentence(
@@ -89,6 +92,7 @@ def test_every_command_s_complaint_is_one_sentence(
         ("merge", "runs/demo-2 out"),
         ("report", "runs/demo-2"),
         ("push", "runs/demo-2"),
+        ("evaluate", "runs/demo-2 --data rows.jsonl"),
     ],
 )
 def test_a_folder_that_is_not_there_is_said_to_be_not_there(
@@ -107,15 +111,45 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
         assert "did you mean 'demo-1'?" in said
 
 
-def test_evaluate_says_what_it_is_and_what_to_do_instead(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "run"])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", "RANK": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "4"},
+    ],
+)
+def test_what_one_process_does_is_not_done_by_every_rank(
+    name: str, environment: dict[str, str], refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    said = refused(COMMANDS[name], "--help")
+    assert "the work of one process" in said and next(iter(environment)) in said
+
+
+def test_one_rank_is_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under `torchrun --nproc-per-node 1`, and in a step of srun's that torchrun describes."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        merge.main(["--help"])
+
+
+def test_evaluate_is_a_module_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """It used to end with 0 and no word, as if it had evaluated something."""
-    with pytest.raises(SystemExit, match=r"^2$"):
-        runpy.run_path(evaluate.__file__, run_name="__main__")
+    monkeypatched = sys.argv
+    try:
+        sys.argv = ["evaluate", "x"]
+        with pytest.raises(SystemExit, match=r"^2$"):
+            runpy.run_path(evaluate.__file__, run_name="__main__")
+    finally:
+        sys.argv = monkeypatched
     said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    assert "evaluate` is not built yet" in said.err and "eval.steps" in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1) and "--data" in said.err
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def run(recorder: Recorder, signals: Signals | None = None, **settings: Any) -> 
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", recorder.train_step)
-        patch.setattr(loop, "evaluate", recorder.evaluate)
+        patch.setattr(loop, "evaluate_run", recorder.evaluate)
         return train(given, recorder, recorder, signals or Signals())  # type: ignore[arg-type]
 
 

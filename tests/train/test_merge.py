@@ -1,20 +1,28 @@
 """`python -m train.merge`: the folder it writes, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import write_byte_tokenizer
+from peft import PeftModel
 from runs import Refused
+from small import RaggedExamples
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from data.tokenizer import Tokenizer
 from files.tensors import TensorFile, read_header, write_tensors
 from lora import LoraConfig, inject, save_adapter
 from models import build, load_model
 from models.config import parse_config
 from models.weights import initialise, save_model
+from train.config.load import load_config
+from train.config.toml import to_toml
+from train.evaluation.receipt import outputs, receipt, rows_to_compare
 from train.merge import checkpoint_dtype, main
 
 DOCUMENT: dict[str, Any] = {
@@ -210,3 +218,117 @@ def test_the_dtype_of_a_checkpoint_is_that_of_most_of_its_numbers(tmp_path: Path
     index.write_text(json.dumps({"weight_map": weight_map}))
     write_tensors(tmp_path / "consolidated.safetensors", {"stray": torch.ones(999)})
     assert checkpoint_dtype(tmp_path) == torch.float16
+
+
+@pytest.fixture
+def trained(base: Path, adapter: Path, tmp_path: Path) -> Path:
+    """Return a run's folder with that adapter as its final one, and three rows to be valid on."""
+    write_byte_tokenizer(base, "A", ["A", *map(chr, range(33, 65)), *map(chr, range(66, 94))])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("3*(4+5)", "9", "7-2")))
+    run = tmp_path / "run"
+    overrides = {"model.path": str(base), "data.train": str(rows), "data.valid": str(rows)}
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
+    shutil.copytree(adapter, run / "final")
+    return run
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_receipt_is_what_peft_and_transformers_say(
+    base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base in bf16's numbers and the adapter over it, against the files written, in fp32."""
+    assert main([str(trained), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "merge_receipt.json").read_text())
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(theirs, str(trained / "final")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    tokenizer = Tokenizer.load(base)
+    largest, differences, same, losses, targets = 0.0, [], [], [0.0, 0.0], 0
+    for line in (tmp_path / "rows.jsonl").read_text().splitlines():
+        ids = torch.tensor([[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_id]])
+        with torch.no_grad():
+            one, other = adapted(ids).logits[0], merged(ids).logits[0]
+        largest = max(largest, one.abs().max().item())
+        differences.append((one - other).abs().max().item())
+        same += (one.argmax(-1) == other.argmax(-1)).tolist()
+        for which, logits in enumerate((one, other)):
+            wanted = ids[0, 1:]
+            losses[which] += nn.functional.cross_entropy(
+                logits[:-1], wanted, reduction="sum"
+            ).item()
+        targets += ids.shape[1] - 1
+    assert (found["rows"], found["tokens"], found["targets"]) == (3, len(same), targets)
+    # fp32 logits of two implementations agree to 1e-5 of the largest.
+    assert found["largest_logit"] == pytest.approx(largest, rel=1e-5)
+    assert found["largest_logit_difference"] == pytest.approx(max(differences), abs=2e-5 * largest)
+    assert max(differences) > 1e-3 * largest  # bf16's rounding shows
+    assert found["top_1_agreement"] == sum(same) / len(same)
+    assert found["adapted_loss"] == pytest.approx(losses[0] / targets, rel=1e-5)
+    assert found["merged_loss"] == pytest.approx(losses[1] / targets, rel=1e-5)
+    assert found["loss_difference"] == found["merged_loss"] - found["adapted_loss"]
+    assert f"differs by {found['largest_logit_difference']:.3g} at most" in said
+    assert (
+        "merge_receipt.json"
+        in json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    )
+
+
+@pytest.mark.usefixtures("cache")
+def test_beyond_the_tolerance_nothing_is_left(
+    trained: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    message = refused(main, trained, tmp_path / "out", "--tolerance", "1e-6")
+    assert "beyond --tolerance 1e-06, and nothing was written" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert main([str(trained), str(tmp_path / "all")]) == 0
+    found = json.loads((tmp_path / "all" / "merge_receipt.json").read_text())
+    largest = found["largest_logit_difference"]
+    assert abs(found["loss_difference"]) < 0.9 * largest
+    capsys.readouterr()
+    assert "beyond" in refused(main, trained, tmp_path / "out", "--tolerance", str(0.9 * largest))
+    assert "must be a logit's difference" in refused(
+        main, trained, tmp_path / "out", "--tolerance", "nan"
+    )
+    assert main([str(trained), str(tmp_path / "out"), "--tolerance", "1e3"]) == 0
+
+
+@pytest.mark.usefixtures("cache")
+def test_given_rows_are_taken_and_absent_ones_are_said(
+    base: Path, trained: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "other.jsonl"
+    rows.write_text('{"text": "1+1"}\n')
+    adapter = tmp_path / "adapter"
+    assert main([str(adapter), str(tmp_path / "a"), "--data", str(rows)]) == 0
+    assert json.loads((tmp_path / "a" / "merge_receipt.json").read_text())["rows"] == 1
+    assert main([str(adapter), str(tmp_path / "b")]) == 0
+    assert "no receipt: " in capsys.readouterr().out
+    assert not (tmp_path / "b" / "merge_receipt.json").exists()
+    assert "the receipt needs rows" in refused(main, adapter, tmp_path / "c", "--tolerance", "1")
+    (tmp_path / "rows.jsonl").unlink()  # a run's rows that went elsewhere do not prevent a merge
+    assert main([str(trained), str(tmp_path / "d")]) == 0
+    assert "no receipt: " in capsys.readouterr().out
+    assert "the receipt needs rows" in refused(
+        main, trained, tmp_path / "c", "--data", tmp_path / "rows.jsonl"
+    )
+
+
+def test_comparing_leaves_a_model_as_it_was_and_takes_whole_rows(base: Path) -> None:
+    model = load_model(base, dtype=torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    examples: Any = RaggedExamples([700] * 9, vocabulary=60)
+    batches = rows_to_compare(examples)
+    assert [batch.lengths for batch in batches] == [(700,)] * 2
+    assert len(rows_to_compare(RaggedExamples([5000], vocabulary=60))) == 1  # type: ignore[arg-type]
+    short: Any = RaggedExamples([9, 5, 7], vocabulary=60)
+    seen = outputs(model, rows_to_compare(short))
+    assert {hidden.dtype for hidden in seen.hidden} == {torch.float32}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, before[name])
+    exact = load_model(base)
+    both = receipt(seen, outputs(exact, rows_to_compare(short)), rows_to_compare(short))
+    assert both.largest_logit_difference == 0.0 and both.top_1_agreement == 1.0

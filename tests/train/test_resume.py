@@ -29,7 +29,7 @@ from files.faults import listening
 from files.folders import replace_folder
 from files.tensors import TensorFile
 from lora import adapter_tensors
-from train import finish, loop
+from train.evaluation import during
 from train.precision import LossScaler
 from train.run import main
 from train.saving.resume import _is_finished
@@ -366,7 +366,7 @@ def test_the_test_set_is_evaluated_with_the_weights_of_final(
     model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first evaluation is made the best of all, so that the last step's weights are others."""
-    evaluate = loop.evaluate
+    evaluate = during.evaluate
     judged: list[dict[str, torch.Tensor]] = []
 
     def first_is_best(model: Any, *given: Any, **named: Any) -> Any:
@@ -374,8 +374,7 @@ def test_the_test_set_is_evaluated_with_the_weights_of_final(
         result = evaluate(model, *given, **named)
         return dataclasses.replace(result, loss=0.5) if len(judged) == 1 else result
 
-    for module in (loop, finish):
-        monkeypatch.setattr(module, "evaluate", first_is_best)
+    monkeypatch.setattr(during, "evaluate", first_is_best)
     values = {"data.test": str(rows_file / "test.jsonl"), "checkpoint.load_best_at_end": True}
     run = train(settings(model_folder, rows_file, tmp_path / "run", **values)).folder
     with TensorFile(run / "final" / "adapter_model.safetensors") as file:

@@ -82,6 +82,8 @@ DEFAULTS = {
     "eval.on_start": False,
     "eval.early_stopping_patience": None,
     "eval.early_stopping_threshold": 0.0,
+    "eval.metrics": None,
+    "eval.best_metric": "loss",
     "checkpoint.steps": "epoch",
     "checkpoint.minutes": 15,
     "checkpoint.per_epoch": None,

@@ -367,6 +367,10 @@ def test_no_steps_of_warm_up_beside_a_ratio_are_refused_and_either_alone_is_take
         ({"do_eval": "true"}, {}),
         ({"do_eval": "false"}, {}),
         ({"metric_for_best_model": "eval_loss"}, {}),
+        (
+            {"metric_for_best_model": "eval_mean_token_accuracy"},
+            {"eval.metrics": ("token_accuracy",), "eval.best_metric": "token_accuracy"},
+        ),
         ({"lora_target_modules": "all"}, {}),
         ({"lora_target_modules": ["all-linear"]}, {}),
         ({"lora_target_modules": '["q_proj"]'}, {"lora.target_modules": ("q_proj",)}),

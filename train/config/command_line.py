@@ -79,6 +79,7 @@ OTHER_COMMANDS = {
     "report": "write a run's report again; compare several",
     "push": "upload what a finished run trained to the Hub",
     "export-metrics": "give a run's metrics to another tracker, or as CSV",
+    "evaluate": "measure a run or a model on rows: loss, accuracy, and what its code is worth",
 }
 
 

@@ -264,6 +264,12 @@ def _contradictions(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             "eval.early_stopping_patience counts evaluations, and none is asked for before the "
             "end; set eval.steps or eval.per_epoch",
         )
+    if evaluation.best_metric not in ("loss", *(evaluation.metrics or ())):
+        yield (
+            ("eval.best_metric", "eval.metrics"),
+            f"eval.best_metric={evaluation.best_metric} is not measured; add it to eval.metrics, "
+            "or set eval.best_metric=loss",
+        )
     for name in _OF_ADAPTERS if config.train.method == "full" else ():
         if getattr(config.lora, name) != KEYS[f"lora.{name}"].default:
             yield (

@@ -77,7 +77,8 @@ class Key:
         elif str in self.scalars:
             parts.append("text")
         if self.item is not None:
-            what = "names" if self.item is str else f"numbers{self._bounds()}"
+            names = "them" if self.rule.words else "names"
+            what = names if self.item is str else f"numbers{self._bounds()}"
             parts.append(f"a list of {f'{self.length} ' if self.length else ''}{what}")
         if self.table:
             number = "an integer" if self.rule.whole else "a number"

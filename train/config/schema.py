@@ -358,7 +358,17 @@ class EvalSettings:
         None, "stop after so many evaluations without a better loss", minimum=1
     )
     early_stopping_threshold: float = key(
-        0.0, "better means lower by more than this (loss)", minimum=0
+        0.0, "better means lower (of an accuracy: higher) by more than this", minimum=0
+    )
+    metrics: tuple[str, ...] | None = key(
+        None,
+        "measured beside the loss at every evaluation",
+        words=("token_accuracy", "perplexity"),
+    )
+    best_metric: str = key(
+        "loss",
+        "what best/ and early stopping go by: the loss, or one of eval.metrics",
+        words=("loss", "token_accuracy", "perplexity"),
     )
 
 

@@ -33,6 +33,10 @@ Translator = Callable[[Any, Mapping[str, Any]], Settings]
 # The keys that a name can set, and how its values are read.
 Spelling = tuple[tuple[str, ...], Translator]
 
+_BY_ACCURACY: Settings = {
+    "eval.metrics": ["token_accuracy"],
+    "eval.best_metric": "token_accuracy",
+}
 _OFF = (False, None, 0, "", "no", "off", "disabled", [], {})
 
 
@@ -315,7 +319,11 @@ TRANSLATED: dict[str, Spelling] = each(
             "lora.target_modules", {True: "all-linear"}, "say lora.target_modules=[NAMES]"
         ),
         "lr_scheduler lr_scheduler_type scheduler": (("schedule.name",), _schedule),
-        "metric_for_best_model": _words("", {"eval_loss": {}, "loss": {}}, BEST),
+        "metric_for_best_model": _words(
+            "",
+            {"eval_loss": {}, "loss": {}, "eval_mean_token_accuracy": _BY_ACCURACY},
+            BEST,
+        ),
         "mixed_precision": _words(
             "train.precision",
             {"no": "fp32", "bf16": "bf16", "fp16": "fp16"},

@@ -94,7 +94,10 @@ _ANSWERS_ALONE = "models are trained on given answers alone, with the cross-entr
 _LOADER = "rows are tokenised once, before training, and read from a memory map"
 _HUB_ENVIRONMENT = "set it in the environment as huggingface_hub reads it"
 _KERNELS = "the fused operations are this project's own: train.kernels"
-BEST = "the best state is the one with the lowest loss on the valid set"
+BEST = (
+    "the best state is the one with the lowest loss on the valid set, or by eval.best_metric with "
+    "the lowest perplexity or the highest token_accuracy"
+)
 LORA_ALONE = "adapters are plain LoRA (lora.use_rslora=true for its scaling)"
 _CURVES = (
     "curves are TensorBoard's and report.md's; `lathe export-metrics RUN --to wandb` or mlflow, "

@@ -79,7 +79,7 @@ def _from_text(key: Key, text: str) -> Any:
     if text in key.rule.aliases:
         return key.rule.aliases[text]
     if text in key.rule.words:
-        return text
+        return [text] if key.item is str else text
     if bool in key.scalars and text in ("True", "False"):
         return text == "True"
     if key.table:
@@ -165,6 +165,8 @@ def _list_fault(key: Key, items: list | tuple) -> str:
                 return "holds rows, which train.run.run(config, rows=...) takes from Python"
             if not isinstance(item, str) or not item:
                 return f"holds {shown(item)}"
+            if key.rule.words and item not in key.rule.words:
+                return f"holds {shown(item)}{did_you_mean(item, key.rule.words)}"
         elif isinstance(item, bool) or not isinstance(
             item, int if key.item is int else int | float
         ):

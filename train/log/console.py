@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from files.errors import counted
-from train.log.metrics import read_metrics
+from train.log.metrics import METRICS, read_metrics
 from train.process.command import command
 from train.text import (
     ASCII_BOX,
@@ -94,6 +94,7 @@ def event_lines(row: Mapping[str, Any]) -> list[str]:
 def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     """Return one evaluation as a line, the train loss since the last one beside it."""
     parts = [f"{row['split']} loss {format_loss(row['loss'])}", f"step {row['step']}/{total_steps}"]
+    parts += [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in METRICS if row.get(name)]
     if row.get("train_loss") is not None:
         parts.append(f"train loss {format_loss(row['train_loss'])}")
     parts.append(counted(row["targets"], "target"))
@@ -236,7 +237,9 @@ def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows,
     title = f"{status['state']} ({status['reason']}) after {step} of {counted(total, 'step')}"
     rows = []
     if best:
-        rows.append(("best valid loss", f"{format_loss(best['loss'])} at step {best['step']}"))
+        (metric,) = best.keys() - {"step"}
+        name = f"best valid {metric.replace('_', ' ')}"
+        rows.append((name, f"{format_loss(best[metric])} at step {best['step']}"))
     tests = [row["loss"] for row in read_metrics(folder) if row.get("split") == "test"]
     if tests:
         rows.append(("test loss", " → ".join(format_loss(loss) for loss in dict.fromkeys(tests))))

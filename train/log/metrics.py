@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+METRICS = ("token_accuracy", "perplexity")  # beside the loss, where eval.metrics asks for them
 EVAL_TAGS = {"valid": "eval/loss", "test": "test/loss"}
 
 Row = dict[str, Any]
@@ -101,7 +102,8 @@ class Metrics:
         """
         row = self._write("eval", row)
         tag = EVAL_TAGS.get(row["split"], f"{row['split']}/loss")
-        self._show({tag: row["loss"]}, row["step"])
+        asked = {tag.replace("loss", name): row[name] for name in METRICS if name in row}
+        self._show({tag: row["loss"], **asked}, row["step"])
 
     def sync(self) -> None:
         """Bring every row to the disk itself, as a checkpoint that relies on them needs."""

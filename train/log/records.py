@@ -107,6 +107,8 @@ class Records:
             "train_loss": train_loss,
             "seconds": result.seconds,
         }
+        for name in self.run.config.eval.metrics or ():
+            row[name] = getattr(result, name)
         if result.reduced_batch_size is not None:
             row["reduced_batch_size"] = result.reduced_batch_size
         self.metrics.eval(row)

@@ -9,11 +9,12 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from files.errors import UserError
+from train.process.world import OTHER_LAUNCHERS
 
 # Commands whose module is none of train's own: where it is.
 _MODULES = {"push": "publish.push", "export-metrics": "publish.export_metrics"}
@@ -83,8 +84,10 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help shows what is possible)")
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], *, over_ranks: bool = False) -> int:
     """Call a command and return its exit code; 2 after bad input, 130 after Ctrl-C.
+
+    Only a command that shares its work out may be started `over_ranks`, as by torchrun.
 
     What the terminal's encoding cannot show is shown as `?`. When the reader of a pipe has had
     enough (`--list-presets | head -1`), the rest goes nowhere.
@@ -93,6 +96,8 @@ def run_command(command: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        if not over_ranks:
+            _refuse_ranks()
         code = command()
         sys.stdout.flush()
         return code
@@ -111,3 +116,15 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to be one of several processes, each of which would do the whole of a command."""
+    launchers = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else OTHER_LAUNCHERS
+    for name in launchers:
+        if environment.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name}={environment[name]}: this command is the work of one process, and each of "
+                "these would do all of it; start it once, without torchrun, srun or mpirun, or "
+                f"unset {name} where each is meant to do work of its own"
+            )

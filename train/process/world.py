@@ -41,7 +41,7 @@ _ROLL_CALL_SECONDS = 3.0
 # Of what gloo, NCCL and torch say of a broken connection.
 _OF_CONNECTIONS = ("Connection", "connection", "gloo", "NCCL", "Timed out", "timeout")
 # How many processes srun, Open MPI and other MPIs have started, which know nothing of ranks.
-_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _FAILED, _FOLDER = "failed", "folder"
 _STORES: dict[tuple[str, int], Store] = {}
 
@@ -81,7 +81,7 @@ class World:
                 torchrun has started several processes.
         """
         if "WORLD_SIZE" not in environment:
-            for name in _OTHER_LAUNCHERS:
+            for name in OTHER_LAUNCHERS:
                 if environment.get(name, "1") not in ("", "0", "1"):
                     raise UserError(
                         f"{name}={environment[name]} without WORLD_SIZE: each of these processes "

@@ -42,9 +42,14 @@ class Record:
 
     @property
     def best(self) -> Row | None:
-        """The evaluation of the valid set with the lowest loss, the earliest of equals."""
-        finite = [row for row in self.valid if row["loss"] is not None]
-        return min(finite, key=lambda row: row["loss"], default=None)
+        """The evaluation of the valid set that is best by `eval.best_metric`, the first of equals.
+
+        That is the one with the lowest loss where nothing else was asked for.
+        """
+        metric = self.section("eval").get("best_metric") or "loss"
+        sign = -1 if metric == "token_accuracy" else 1
+        finite = [row for row in self.valid if row.get(metric) is not None]
+        return min(finite, key=lambda row: sign * row[metric], default=None)
 
     @property
     def outcome(self) -> str:

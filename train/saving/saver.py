@@ -252,7 +252,10 @@ class Saver:
         """
         run, state = self.run, self.run.state
         state.peak_memory_bytes = max(state.peak_memory_bytes, run.memory.peak)
-        best_step, best_loss = state.stopping.best_step, state.stopping.best_loss
+        best_step, distance = state.stopping.best_step, state.stopping.best_loss
+        metric = run.config.eval.best_metric
+        if metric == "token_accuracy" and distance is not None:
+            distance = 1 - distance
         parameters = count_parameters(run.model)
         return {
             "state": condition,
@@ -260,7 +263,7 @@ class Saver:
             "step": state.step,
             "total_steps": run.plan.total_steps,
             "epoch": run.plan.epoch_of(state.step) if state.step else 0.0,
-            "best": None if best_step is None else {"step": best_step, "loss": best_loss},
+            "best": None if best_step is None else {"step": best_step, metric: distance},
             "seconds": state.seconds,
             "tokens": state.tokens,
             "targets": state.targets,
