@@ -34,8 +34,8 @@ def odd_characters(text: str) -> Iterator[tuple[str, str]]:
 
     The kinds are `nul`, `control_character`, `replacement_character` (U+FFFD, what a decoder writes
     for bytes that it cannot read), `byte_order_mark`, `invisible_character` (zero width, or turning
-    the direction of writing), `mojibake` (UTF-8 read as Windows-1252 or Latin-1) and
-    `mixed_line_endings`. A form feed is none: old sources have it between their pages.
+    the direction of writing) and `mojibake` (UTF-8 read as Windows-1252 or Latin-1). A form feed is
+    none: old sources have it between their pages.
     """
     if "\0" in text:
         yield "nul", "U+0000"
@@ -52,8 +52,6 @@ def odd_characters(text: str) -> Iterator[tuple[str, str]]:
             yield "byte_order_mark", "U+FEFF"
         if found := _INVISIBLE.search(text):
             yield "invisible_character", f"U+{ord(found[0]):04X}"
-    if len(endings := line_endings(text)) > 1:
-        yield "mixed_line_endings", " and ".join(sorted(endings))
 
 
 def line_endings(text: str) -> set[str]:

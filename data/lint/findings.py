@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 PROBLEMS = {
     "unreadable": "cannot be read or rendered: a run ends there",
     "too_long": "are longer than data.max_length={limit}, which data.on_overflow=error refuses",
-    "no_target": "have nothing to train: an empty answer, or none",
+    "no_target": "have nothing to train: no answer, or none that is trained",
+    "empty_answer": "have an empty answer: nothing but the EOS is trained",
     "dropped": "are dropped: longer than data.max_length={limit}",
     "cut_before_answer": "are cut at data.max_length={limit} before their trained part begins",
     "answer_cut": "lose the end of what is trained, and its EOS, at data.max_length={limit}",

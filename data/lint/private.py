@@ -54,6 +54,8 @@ def private_data(text: str) -> Iterator[tuple[str, str]]:
         if any(sign in text for sign in signs) and (found := pattern.search(text)):
             yield kind, masked(found[found.lastindex or 0])
     if "@" in text and _EMAIL_SIGN.search(text):
+        # What stands before the host of a URL is no name.
+        text = _PATTERNS["password_in_url"][1].sub("", text) if "://" in text else text
         addresses = [address for address in _EMAIL.findall(text) if not _FILE.search(address)]
         real = [address for address in addresses if not _EXAMPLE_DOMAIN.search(address)]
         if real:

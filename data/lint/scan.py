@@ -178,6 +178,9 @@ class Scanner:
         for kind, detail in (*odd_characters(labelled.text), *private_data(labelled.text)):
             found(kind, detail)
         own = own_texts(row.values, self._columns)
+        endings = sorted(line_endings("".join(own)))
+        if len(endings) > 1:
+            found("mixed_line_endings", " and ".join(endings))
         content = "\n".join(own)
         language = programming_language(content)
         scan.languages[name][language] += 1
@@ -189,6 +192,7 @@ class Scanner:
         if isinstance(split, str) and SPLIT_NAMES.get(split.lower(), name) != name:
             found("wrong_set", split)
         self._count_labels(scan.labels[name], row.values)
+        self._endings.append(_ENDINGS.index(endings[0]) if len(endings) == 1 else 0)
         self._keep(name, number, labelled, content, trained)
 
     def _fate(self, row: LabelledRow) -> tuple[str | None, bool]:
@@ -206,8 +210,9 @@ class Scanner:
         if num_targets(row.labels[parts[-1][1] :], 0):
             return "answer_cut", True
         targets = row.labels[row.labels != IGNORED]
-        ends = targets[-1] == self._settings.tokenizer.eos_id
-        return None if ends else "eos_untrained", True
+        if targets[-1] != self._settings.tokenizer.eos_id:
+            return "eos_untrained", True
+        return "empty_answer" if len(targets) == 1 else None, True
 
     def _keep(self, name: str, number: int, row: LabelledRow, content: str, trained: bool) -> None:
         """Keep what the row is compared by, and where it is."""
@@ -218,8 +223,6 @@ class Scanner:
         self._number.append(number)
         self._set.append(SETS.index(name))
         self._trained.append(trained)
-        endings = line_endings(content)
-        self._endings.append(_ENDINGS.index(endings.pop()) if len(endings) == 1 else 0)
 
     @staticmethod
     def _count_labels(labels: dict[str, Counter[str] | None], values: Mapping[str, Any]) -> None:
