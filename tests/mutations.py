@@ -1943,9 +1943,9 @@ MUTATIONS = [
         "data/lint/duplicates.py",
         "tests/data/test_lint.py",
         (
-            "pieces of twice the width do not know which half came first",
-            "hashes[:-width] * factor + hashes[width:]",
-            "hashes[:-width] + hashes[width:]",
+            "shingles are half as long",
+            "while width < _SHINGLE:",
+            "while width < _SHINGLE // 2:",
             "test_signatures_agree_as_often_as_the_jaccard_similarity_says",
         ),
         (

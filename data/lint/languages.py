@@ -68,8 +68,6 @@ def programming_language(text: str) -> str | None:
     """Return the language with the most evidence in a text's beginning, None where it has none."""
     text = text[:_MOST_CHARACTERS]
     score: Counter[str] = Counter()
-    for language, signs in _SIGNS.items():
-        score[language] += 2 * sum(sign in text for sign in signs)
     ends_braced = ends_colon = 0
     for line in text.split("\n", _MOST_LINES)[:_MOST_LINES]:
         word = line.split(None, 1)[:1]
@@ -77,6 +75,9 @@ def programming_language(text: str) -> str | None:
             score[language] += 1
         ends_braced += line.endswith((";", "{"))
         ends_colon += line.endswith(":")
+    # Where words speak of some, the others are not asked for their signs.
+    for language in list(score) or _SIGNS:
+        score[language] += 2 * sum(sign in text for sign in _SIGNS[language])
     # Half of what tells languages apart stands at the ends of their lines.
     for language in score:
         if score[language]:

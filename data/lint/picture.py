@@ -36,6 +36,7 @@ def draw_lengths(path: Path, lengths: Mapping[str, Lengths], marks: Mapping[str,
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -49,8 +50,10 @@ def draw_lengths(path: Path, lengths: Mapping[str, Lengths], marks: Mapping[str,
     for number, (name, tokens) in enumerate(marks.items()):
         label = f"{name} = {tokens:,}"
         axes.axvline(tokens, color="#ff7f0e", lw=1.6, ls=("--", ":")[number % 2], label=label)
-    axes.set_yscale("symlog", linthresh=10)
+    axes.set_yscale("symlog", linthresh=1)  # a row alone is seen beside a million
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     axes.set_title("Length of the rows", loc="left", fontsize=12, fontweight="bold", pad=10)
     axes.set_xlabel("tokens of a row, before anything is cut")
     axes.set_ylabel("rows")

@@ -42,6 +42,7 @@ _EXAMPLE_DOMAIN = re.compile(
 )
 _FILE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp|py|js|ts|css|html?)$", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?<![\w.-])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![\w.-]*[\w-])")
+_ADDRESS_SIGN = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]")
 
 
 def private_data(text: str) -> Iterator[tuple[str, str]]:
@@ -62,10 +63,10 @@ def private_data(text: str) -> Iterator[tuple[str, str]]:
             yield "email_address", masked(real[0])
         elif addresses:
             yield "example_email_address", masked(addresses[0])
-    for found in _ADDRESS.finditer(text):
-        if _is_public(found[0]):
-            yield "ip_address", masked(found[0])
-            break
+    if _ADDRESS_SIGN.search(text):
+        public = [address for address in _ADDRESS.findall(text) if _is_public(address)]
+        if public:
+            yield "ip_address", masked(public[0])
 
 
 def masked(secret: str) -> str:

@@ -200,15 +200,16 @@ class Scanner:
         length, limit = len(row.input_ids), self._settings.max_length
         if not num_targets(row.labels):
             return "no_target", False
-        if length > limit and self._settings.on_overflow == "error":
-            return "too_long", False
-        parts = pieces(length, limit, self._settings.on_overflow)
-        if not parts:
-            return "dropped", False
-        if not any(num_targets(row.labels[slice(*part)]) for part in parts):
-            return "cut_before_answer", False
-        if num_targets(row.labels[parts[-1][1] :], 0):
-            return "answer_cut", True
+        if length > limit:
+            if self._settings.on_overflow == "error":
+                return "too_long", False
+            parts = pieces(length, limit, self._settings.on_overflow)
+            if not parts:
+                return "dropped", False
+            if not any(num_targets(row.labels[slice(*part)]) for part in parts):
+                return "cut_before_answer", False
+            if num_targets(row.labels[parts[-1][1] :], 0):
+                return "answer_cut", True
         targets = row.labels[row.labels != IGNORED]
         if targets[-1] != self._settings.tokenizer.eos_id:
             return "eos_untrained", True
