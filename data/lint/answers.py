@@ -18,7 +18,8 @@ _COLUMNS = {
 # Columns in which those who sampled an answer keep why it ended.
 _REASON_COLUMNS = ("finish_reason", "stop_reason")
 _LENGTH_REASONS = ("length", "max_tokens", "model_length")
-_OPEN = tuple("([{,\\=&|+")
+# Not what tables, C++, base64 and LaTeX end in as well.
+_OPEN = tuple("([{,")
 _MOST_PARSED = 100_000
 
 

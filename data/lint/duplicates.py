@@ -7,7 +7,7 @@ the share of places that agree estimates it, give or take 0.04 (one standard dev
 Rows that agree in four neighbouring places are compared: of pairs with a similarity of 0.8, all but
 6 in a million do so somewhere (1 − (1 − 0.8⁴)²⁴).
 
-Signatures lie in a temporary file, 192 bytes a row; in memory a row has 8 bytes, and about 40 more
+Signatures lie in a temporary file, 192 bytes a row; in memory a row has 9 bytes, and some 80 more
 while one band of four places after another is sorted.
 
 Source: Broder, "On the resemblance and containment of documents" (1997); Leskovec, Rajaraman and

@@ -36,11 +36,12 @@ _EMAIL = re.compile(
     r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b"
 )
 _EMAIL_SIGN = re.compile(r"\w@\w")
-# Names that RFC 2606 keeps for examples, and what looks like an address but ends a file's name.
+# Names that RFC 2606 keeps for examples, and what looks like an address but is a file's name or a
+# repository's.
 _EXAMPLE_DOMAIN = re.compile(
     r"@(?:.*\.)?(?:example\.(?:com|net|org)|.*\.(?:example|invalid|test|localhost))$", re.IGNORECASE
 )
-_FILE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp|py|js|ts|css|html?)$", re.IGNORECASE)
+_NO_ADDRESS = re.compile(r"^git@|\.(?:png|jpe?g|gif|svg|webp|py|js|ts|css|html?)$", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?<![\w.-])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![\w.-]*[\w-])")
 _ADDRESS_SIGN = re.compile(r"[0-9]\.[0-9]{1,3}\.[0-9]")
 
@@ -57,7 +58,7 @@ def private_data(text: str) -> Iterator[tuple[str, str]]:
     if "@" in text and _EMAIL_SIGN.search(text):
         # What stands before the host of a URL is no name.
         text = _PATTERNS["password_in_url"][1].sub("", text) if "://" in text else text
-        addresses = [address for address in _EMAIL.findall(text) if not _FILE.search(address)]
+        addresses = [address for address in _EMAIL.findall(text) if not _NO_ADDRESS.search(address)]
         real = [address for address in addresses if not _EXAMPLE_DOMAIN.search(address)]
         if real:
             yield "email_address", masked(real[0])

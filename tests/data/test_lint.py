@@ -111,7 +111,7 @@ def test_a_secret_is_found_and_never_shown_whole(kind: str) -> None:
         "@property\ndef a(self): ...", "icon@2x.png", "a @ b.T", "192.168.0.1 and 127.0.0.1",
         "0.0.0.0", "version 300.1.2.3", "1.2.3.4.5", "AKIA is a prefix", "sk-learn", "hf_hub",
         "https://example.org/a@b", "https://{user}:{password}@host", "eyJ", "git@", "x = 'ghp_'",
-        "decorator@dataclass(frozen=True)", "BEGIN PUBLIC KEY",
+        "decorator@dataclass(frozen=True)", "git@github.com:a/b.git", "BEGIN PUBLIC KEY",
     ],
 )  # fmt: skip
 def test_what_looks_a_little_like_a_secret_is_none(text: str) -> None:
@@ -165,7 +165,10 @@ def test_scripts_are_those_of_a_tenth_of_the_letters() -> None:
         ("def f(x):", True, True),
         ('def f(x):\n    """Return', True, True),
         ("Here it is:\n```python\nx = 1\n", False, True),
-        ("the sum is a +", False, True),
+        ("The list is [1, 2,", False, True),
+        ("Use C++", False, False),
+        ("| a | b |", False, False),
+        ("aGVsbG8gd29ybGQ==", False, False),
         ("def f(x):\n    return '(' + x\n", True, False),
         ("Here it is:\n```python\nx = (1\n```\n", False, False),
         ("def f(x):\n    return g(x)\n", True, False),

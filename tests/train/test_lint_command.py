@@ -1,5 +1,6 @@
 """`lathe lint`: a planted bad data set is caught on every count, and a clean one raises nothing."""
 
+import io
 import json
 import random
 import runpy
@@ -317,6 +318,16 @@ def test_lengths_are_drawn(clean: list[Path], capsys: pytest.CaptureFixture[str]
     assert found["picture"] == str(picture)
     content = picture.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 5000
+
+
+def test_on_a_terminal_a_bar_shows_how_many_rows_are_to_come(
+    clean: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main([*map(str, clean), *PAIRS]) == 0
+    assert "train:" in terminal.getvalue() and "/80 " in terminal.getvalue()
 
 
 def test_python_m_data_lint_is_the_same(

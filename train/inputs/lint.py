@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ def lint(config: RunConfig) -> tuple[Scan, Settings, dict[str, str]]:
                 continue
             sources[name] = spec if isinstance(spec, str) else listed(spec)
             bar.set_description(name)
+            bar.reset(None if bar.disable else _lines_in(data, spec, name))
             # A file that holds all sets is read for each of them, and its faults told of once.
             tell = name == "train" or getattr(data, name) is not None
             for rows in scanner.read(name, _reader(data, spec, name), tell=tell):
@@ -95,6 +97,18 @@ def lint(config: RunConfig) -> tuple[Scan, Settings, dict[str, str]]:
                 raise NoRowsError(f"{sources[name]}: no rows")
         bar.set_description("comparing")
         return scanner.close(_held_out(config, scanner.scan)), settings, sources
+
+
+def _lines_in(data: DataSettings, spec: Spec, split: str) -> int | None:
+    """Return how many rows are to come, for the bar; None where lines do not tell."""
+    files = open_source(spec, split).files
+    if data.split_column or any(file.path.suffix.lower() != ".jsonl" for file in files):
+        return None
+    lines = 0
+    for file in files:
+        with suppress(OSError), open(file.path, "rb") as opened:  # reading the rows will say so
+            lines += sum(part.count(b"\n") for part in iter(lambda: opened.read(2**20), b""))
+    return lines
 
 
 def _reader(data: DataSettings, spec: Spec, split: str) -> Callable[[OnFault], Iterator[Row]]:
