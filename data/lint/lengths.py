@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.labels import IGNORED, LabelledRow, num_targets
+from data.labels import IGNORED, num_targets
 
 LIMITS = (512, 1024, 2048, 4096)
 # A recommended length is a multiple of this, cuts at most this share of the rows and loses at most
@@ -34,16 +34,16 @@ class Lengths:
         self._targets = np.zeros(_STEP, dtype=np.int64)  # [p]: targets that are the p-th token
         self._firsts = np.zeros(_STEP, dtype=np.int64)  # [p]: rows whose first target is there
 
-    def add(self, row: LabelledRow) -> None:
-        """Count a row, before anything is cut."""
-        length = len(row.input_ids)
+    def add(self, labels: np.ndarray) -> None:
+        """Count a row by its labels (T,), as it is before anything is cut."""
+        length = len(labels)
         while length >= len(self._rows):
             for name in ("_rows", "_targets", "_firsts"):
                 array = getattr(self, name)
                 setattr(self, name, np.concatenate((array, np.zeros_like(array))))
         self._rows[length] += 1
-        if num_targets(row.labels):
-            trained = row.labels != IGNORED
+        if num_targets(labels):
+            trained = labels != IGNORED
             trained[0] = False  # nothing predicts it
             self._targets[:length] += trained
             self._firsts[int(trained.argmax())] += 1

@@ -168,7 +168,7 @@ class Scanner:
             scan.findings.add(kind, Place(name, number, labelled.where, detail))
 
         scan.rows[name] += 1
-        scan.lengths[name].add(labelled)
+        scan.lengths[name].add(labelled.labels)
         fault, trained = self._fate(labelled)
         if fault is not None:
             found(fault)

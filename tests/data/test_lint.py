@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data.labels import IGNORED, LabelledRow
+from data.labels import IGNORED
 from data.lint.answers import own_columns, own_texts, unfinished
 from data.lint.characters import line_endings, odd_characters
 from data.lint.duplicates import Duplicates, normalised, signature
@@ -202,10 +202,9 @@ def test_a_row_s_own_texts_are_those_of_its_format() -> None:
 # --- lengths -------------------------------------------------------------------------------------
 
 
-def labelled(length: int, prompt: int) -> LabelledRow:
+def labelled(length: int, prompt: int) -> np.ndarray:
     ids = np.arange(length, dtype=np.int32)
-    labels = np.where(ids < prompt, IGNORED, ids).astype(np.int32)
-    return LabelledRow("rows.jsonl:1", "", ids, labels, True, prompt, 0, 0, 0, 0, 0)
+    return np.where(ids < prompt, IGNORED, ids)
 
 
 def test_what_a_length_costs_is_what_cutting_each_row_loses() -> None:
@@ -214,8 +213,8 @@ def test_what_a_length_costs_is_what_cutting_each_row_loses() -> None:
     lengths = Lengths()
     for row in rows:
         lengths.add(row)
-    targets = [np.flatnonzero(row.labels[1:] != IGNORED) + 1 for row in rows]
-    sizes = np.array([len(row.input_ids) for row in rows])
+    targets = [np.flatnonzero(row[1:] != IGNORED) + 1 for row in rows]
+    sizes = np.array([len(row) for row in rows])
     for limit in (2, 64, 300, 899, 900, 5000):
         lost = lengths.lost_at(limit)
         assert lost.rows_cut == sum(sizes > limit)
