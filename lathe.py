@@ -2,6 +2,7 @@
 
     lathe [run] …      the same as `python -m train.run …`; a setting or an option alone means `run`
     lathe show-data …  `train.show_data`: the rows as they will be trained
+    lathe lint …       `data.lint`: what is wrong with rows
     lathe generate …   `train.generate`
     lathe merge …      `train.merge`
     lathe report …     `train.report`
@@ -26,6 +27,7 @@ FOLDERS = ("files", "kernels", "lora", "models", "data", "train")
 COMMANDS = {
     "run": "train.run",
     "show-data": "train.show_data",
+    "lint": "train.inputs.lint",
     "generate": "train.generate",
     "merge": "train.merge",
     "report": "train.report.__main__",

@@ -163,7 +163,7 @@ def load_examples(
         NoRowsError: It holds no row of the split.
         UserError: The data cannot be read, or leaves no target.
     """
-    _check_settings(tokenizer, prompt_format, max_length, on_overflow)
+    check_settings(tokenizer, prompt_format, max_length, on_overflow)
     # Where a column tells the splits apart, every file is read.
     source = open_source(spec, None if split_column else split)
 
@@ -215,9 +215,15 @@ def check_vocabulary(
         )
 
 
-def _check_settings(
+def check_settings(
     tokenizer: Tokenizer, prompt_format: PromptFormat, max_length: int, on_overflow: str
 ) -> None:
+    """Refuse settings that no row can be trained with.
+
+    Raises:
+        UserError: An unknown `on_overflow`, a length that holds no target, or an EOS that the
+            tokenizer does not have.
+    """
     if on_overflow not in OVERFLOWS:
         raise UserError(
             f"data.on_overflow: '{on_overflow}' is not one of {', '.join(OVERFLOWS)}"

@@ -76,7 +76,7 @@ def labelled_rows(
     One thread reads, renders and encodes while the caller labels and writes the rows before: the
     tokenizer's own threads need nothing of Python's, and would wait for it otherwise.
     """
-    batches = _batches(rows)
+    batches = in_batches(rows)
 
     def next_rows() -> list[_EncodedRow]:
         return _encode_rows(next(batches, []), tokenizer, prompt_format)
@@ -103,7 +103,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return next(i for i in range(shorter) if first[i] != second[i])
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Yield rows in lists that are bounded in number and in characters."""
     batch: list[Row] = []
     size = 0

@@ -26,10 +26,26 @@ _PARQUET_ROWS_AT_A_TIME = 1024
 
 # A row before it has a name: column → value, and `FILE:LINE`.
 Values = tuple[dict[str, Any], str]
+# What is told of a row that breaks a rule; where it returns, reading goes on.
+OnFault = Callable[[UserError], None]
 
 
-def read_file(path: Path, name: str, columns: list[str] | None) -> Iterator[Values]:
-    """Yield the rows of a data file; of Parquet only `columns`, where these are given.
+def stop_at(fault: UserError) -> None:
+    """Raise a fault: what reading does with one, unless somebody wants to hear of all."""
+    raise fault
+
+
+def read_file(
+    path: Path,
+    name: str,
+    columns: list[str] | None,
+    *,
+    every_column: bool = False,
+    on_fault: OnFault = stop_at,
+) -> Iterator[Values]:
+    """Yield the rows of a data file; of Parquet only `columns`, unless `every_column` is asked for.
+
+    `on_fault` is told of lines of JSON Lines; in other files the first fault is the last.
 
     Raises:
         UserError: A row, or the file, breaks a rule.
@@ -37,13 +53,13 @@ def read_file(path: Path, name: str, columns: list[str] | None) -> Iterator[Valu
     _refuse_pointer(path, name)
     match kind_of_rows(path):
         case ".jsonl":
-            yield from _read_jsonl(path, name)
+            yield from _read_jsonl(path, name, on_fault)
         case ".json":
             yield from _read_json(path, name, columns)
         case ".csv":
             yield from _read_csv(path, name)
         case _:
-            yield from _read_parquet(path, name, columns)
+            yield from _read_parquet(path, name, columns, every_column)
 
 
 def _refuse_pointer(path: Path, name: str) -> None:
@@ -56,7 +72,7 @@ def _refuse_pointer(path: Path, name: str) -> None:
             )
 
 
-def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str, on_fault: OnFault = stop_at) -> Iterator[tuple[int, str]]:
     """Yield (line number, line with its end), split at line feeds only; none exceeds the cap."""
     with opened(path, name) as file:
         number = 0
@@ -67,7 +83,12 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
                 raise _too_long(where)
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
-            yield number, _decode(line, where)
+            try:
+                text = _decode(line, where)
+            except UserError as fault:
+                on_fault(fault)
+            else:
+                yield number, text
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -111,30 +132,38 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Values]:
+def _read_jsonl(path: Path, name: str, on_fault: OnFault = stop_at) -> Iterator[Values]:
     first = True
-    for number, line in _lines(path, name):
-        where = f"{name}:{number}"
+    for number, line in _lines(path, name, on_fault):
         line = line.rstrip("\r\n")
-        start = _skip_space(line, 0)
-        if start == len(line):
+        if _skip_space(line, 0) == len(line):
             continue
         try:
-            value, end = parse_json_at(line, start, lambda _, where=where: where)
-        except UserError as error:
-            if first and line.rstrip()[-1] in "[{,":
-                raise _one_document(where) from None
-            raise error
-        if first and isinstance(value, list):
-            raise _one_document(where)
+            row = _row_of_line(line, f"{name}:{number}", first)
+        except UserError as fault:
+            on_fault(fault)
+        else:
+            yield row
         first = False
-        after = _skip_space(line, end)
-        if after < len(line):
-            raise UserError(
-                f"{where}: more than one value on the line (column {after + 1}); each line must be "
-                "one JSON object"
-            )
-        yield _json_row(value, line, where)
+
+
+def _row_of_line(line: str, where: str, first: bool) -> Values:
+    """Return the row of a line; the `first` one of a file tells whether they are JSON Lines."""
+    try:
+        value, end = parse_json_at(line, _skip_space(line, 0), lambda _: where)
+    except UserError as error:
+        if first and line.rstrip()[-1] in "[{,":
+            raise _one_document(where) from None
+        raise error
+    if first and isinstance(value, list):
+        raise _one_document(where)
+    after = _skip_space(line, end)
+    if after < len(line):
+        raise UserError(
+            f"{where}: more than one value on the line (column {after + 1}); each line must be "
+            "one JSON object"
+        )
+    return _json_row(value, line, where)
 
 
 def _one_document(where: str) -> UserError:
@@ -290,7 +319,9 @@ def _read_csv(path: Path, name: str) -> Iterator[Values]:
         yield dict(zip(header, values, strict=True)), where
 
 
-def _read_parquet(path: Path, name: str, columns: list[str] | None) -> Iterator[Values]:
+def _read_parquet(
+    path: Path, name: str, columns: list[str] | None, every_column: bool
+) -> Iterator[Values]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -303,7 +334,8 @@ def _read_parquet(path: Path, name: str, columns: list[str] | None) -> Iterator[
                 if column not in there and file.metadata.num_rows:
                     raise missing_field(column, there, f"{name}:1")
             number = 0
-            for batch in file.iter_batches(_PARQUET_ROWS_AT_A_TIME, columns=columns):
+            wanted = None if every_column else columns
+            for batch in file.iter_batches(_PARQUET_ROWS_AT_A_TIME, columns=wanted):
                 for values in batch.to_pylist():
                     number += 1
                     where = f"{name}:{number}"

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from data.locate import Source, open_source
-from data.row_files import PassedOver, kind_of, missing_field, read_file, source_text
+from data.row_files import (
+    OnFault,
+    PassedOver,
+    kind_of,
+    missing_field,
+    read_file,
+    source_text,
+    stop_at,
+)
 from data.splits import SPLIT_NAMES, canonical_split
 from files.errors import UserError, note
 
@@ -49,7 +57,9 @@ def read_rows(
     fields: Sequence[str] | None = None,
     split_column: str | None = None,
     split: str | None = None,
+    every_column: bool = False,
     notice: Callable[[str], None] | None = None,
+    on_fault: OnFault = stop_at,
 ) -> Iterator[Row]:
     """Return the rows of `spec`, one after another; the files are looked for at once.
 
@@ -59,8 +69,11 @@ def read_rows(
             only these (and the split column) are read.
         split_column: column whose value chooses the rows of `split`; file names do not choose then.
         split: `train`, `valid` or `test`; None takes all rows.
+        every_column: of a Parquet file, read the columns too that nobody asked for.
         notice: is told how many files of a source tree were passed over, and why; by default a
             note on standard error says it.
+        on_fault: is told of a row that breaks a rule; where it does not raise, as it does by
+            default, reading goes on behind it, or in the next file where this one has no lines.
 
     Raises:
         UserError: as `open_source`; and, while iterating, for the first row that breaks a rule,
@@ -71,17 +84,19 @@ def read_rows(
         if isinstance(spec, Source)
         else open_source(spec, None if split_column is not None else split)
     )
-    rows = _read_files(source, fields, split_column, notice or note)
+    rows = _read_files(source, fields, split_column, every_column, notice or note, on_fault)
     if split_column is not None and split is not None:
-        rows = _of_split(rows, split_column, canonical_split(split))
-    return rows if fields is None else _checked(rows, tuple(fields))
+        rows = _of_split(rows, split_column, canonical_split(split), on_fault)
+    return rows if fields is None else _checked(rows, tuple(fields), on_fault)
 
 
 def _read_files(
     source: Source,
     fields: Sequence[str] | None,
     split_column: str | None,
+    every_column: bool,
     notice: Callable[[str], None],
+    on_fault: OnFault,
 ) -> Iterator[Row]:
     columns: list[str] | None = None
     if fields is not None:
@@ -95,7 +110,13 @@ def _read_files(
             else:
                 yield Row({"text": text, "path": file.below}, f"{file.name}:1")
             continue
-        yield from starmap(Row, read_file(file.path, file.name, columns))
+        rows = read_file(
+            file.path, file.name, columns, every_column=every_column, on_fault=on_fault
+        )
+        try:
+            yield from starmap(Row, rows)
+        except UserError as fault:
+            on_fault(fault)
     if passed_over:
         example = dict(reversed(passed_over))
         reasons = ", ".join(
@@ -110,23 +131,36 @@ def _read_files(
 # --- choosing and checking rows ------------------------------------------------------------------
 
 
-def _of_split(rows: Iterator[Row], column: str, split: str) -> Iterator[Row]:
+def _of_split(rows: Iterator[Row], column: str, split: str, on_fault: OnFault) -> Iterator[Row]:
     for row in rows:
-        value = _string(row, column)
-        if canonical_split(value) not in SPLIT_NAMES.values():
-            raise UserError(
-                f"{row.where}: split column '{column}' is {value!r}; must be train, valid "
-                "(or validation) or test"
-            )
-        if canonical_split(value) == split:
+        try:
+            named = _named_split(row, column)
+        except UserError as fault:
+            on_fault(fault)
+        else:
+            if named == split:
+                yield row
+
+
+def _named_split(row: Row, column: str) -> str:
+    value = _string(row, column)
+    if canonical_split(value) not in SPLIT_NAMES.values():
+        raise UserError(
+            f"{row.where}: split column '{column}' is {value!r}; must be train, valid "
+            "(or validation) or test"
+        )
+    return canonical_split(value)
+
+
+def _checked(rows: Iterator[Row], fields: tuple[str, ...], on_fault: OnFault) -> Iterator[Row]:
+    for row in rows:
+        try:
+            for field in fields:
+                _string(row, field)
+        except UserError as fault:
+            on_fault(fault)
+        else:
             yield row
-
-
-def _checked(rows: Iterator[Row], fields: tuple[str, ...]) -> Iterator[Row]:
-    for row in rows:
-        for field in fields:
-            _string(row, field)
-        yield row
 
 
 def _string(row: Row, field: str) -> str:

@@ -1876,6 +1876,108 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/row_files.py",
+        "tests/train/test_lint_command.py",
+        (
+            "a fault of one line ends the reading of all that follow",
+            "            on_fault(fault)\n        else:\n            yield row\n",
+            "            raise\n        else:\n            yield row\n",
+            "test_every_fault_of_a_file_is_told_not_the_first_alone",
+        ),
+    ),
+    *_of(
+        "data/lint/scan.py",
+        "tests/train/test_lint_command.py",
+        (
+            "a row is not leaked where its twin is",
+            "if mine and others and not told[0, row]:",
+            "if mine and not others and not told[0, row]:",
+            "test_a_planted_bad_set_is_caught_on_every_count",
+        ),
+        (
+            "the held-out rows are those of training alone",
+            'sets[trained[np.isin(numbers, held_out(numbers))]] = SETS.index("valid")',
+            "held_out(numbers)",
+            "test_rows_that_a_fraction_holds_out_are_the_run_s",
+        ),
+        (
+            "only the answer is looked at for secrets",
+            "*private_data(labelled.text)",
+            "*private_data(labelled.text[:40])",
+            "test_no_secret_is_printed_whole",
+        ),
+        (
+            "a row whose EOS is not trained passes",
+            "if targets[-1] != self._settings.tokenizer.eos_id:",
+            "if targets[-1] == IGNORED:",
+            "test_rows_whose_end_is_not_trained",
+        ),
+    ),
+    *_of(
+        "data/lint/private.py",
+        "tests/data/test_lint.py",
+        (
+            "a secret is shown whole",
+            "max(1, min(4, len(secret) // 4))",
+            "len(secret)",
+            "test_a_secret_is_found_and_never_shown_whole",
+        ),
+    ),
+    *_of(
+        "data/lint/lengths.py",
+        "tests/data/test_lint.py",
+        (
+            "the first token of a row counts as a target",
+            "trained[0] = False",
+            "trained[0] = trained[0]",
+            "test_what_a_length_costs_is_what_cutting_each_row_loses",
+        ),
+        (
+            "the token at the cut is kept",
+            "targets_lost=int(self._targets[max_length:].sum())",
+            "targets_lost=int(self._targets[max_length + 1 :].sum())",
+            "test_what_a_length_costs_is_what_cutting_each_row_loses",
+        ),
+    ),
+    *_of(
+        "data/lint/duplicates.py",
+        "tests/data/test_lint.py",
+        (
+            "shingles are half as long",
+            "while width < _SHINGLE:",
+            "while width < _SHINGLE // 2:",
+            "test_signatures_agree_as_often_as_the_jaccard_similarity_says",
+        ),
+        (
+            "a long text is known by its end",
+            "np.minimum(least, some.min(axis=1), out=least)",
+            "least = some.min(axis=1)",
+            "test_long_texts_are_hashed_in_pieces",
+        ),
+        (
+            "rows that share a bucket are alike",
+            ".mean(axis=1) >= SIMILAR",
+            ".mean(axis=1) >= 0.0",
+            "test_duplicates_are_found_and_others_are_not",
+        ),
+        (
+            "one band is asked alone",
+            "for band in range(0, _PLACES, _BAND):",
+            "for band in range(0, _BAND, _BAND):",
+            "test_likeness_is_passed_on",
+        ),
+    ),
+    *_of(
+        "data/lint/characters.py",
+        "tests/data/test_lint.py",
+        (
+            "French quotations are mojibake",
+            "\\u00e2(?!\\u00a0){_REST}{{2}}|",
+            "[\\u00e0-\\u00ef]{_REST}{{2}}|",
+            "test_what_people_write_is_not_odd",
+        ),
+    ),
+    *_of(
         "data/tokenizer_file.py",
         "tests/data/test_tokenizer.py",
         (

@@ -74,6 +74,7 @@ def test_every_command_works_where_nearly_everything_bears_our_names(project: Pa
 
     shown = lathe(project, "show-data", *settings, "--json").stdout.splitlines()
     assert json.loads(shown[0])["source"] == "rows.jsonl:1"
+    assert "nothing found" in lathe(project, "lint", *settings).stdout
     assert json.loads(lathe(project, *settings, "--plan", "--json").stdout)["total_steps"] == 2
 
     printed = lathe(project, "run", *settings, "train.output_dir=runs/it's a").stdout

@@ -137,6 +137,15 @@ def test_every_shape_of_row_has_its_line(place: Path) -> None:
     assert all(any(f"data.train={name}" in command for command in COOKBOOK) for name in shapes)
 
 
+def test_rows_are_looked_through(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train.jsonl", "valid.jsonl"):
+        _write(place / name, json.dumps({**PAIR, "prompt": f"For {name}.\n"}) + "\n")
+    for command, code in zip(commands(section("### Lint")), (0, 1), strict=True):
+        assert lathe(command) == code, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "nothing found that would spoil a run" in said and '"kind": "duplicate"' in said
+
+
 def test_whether_it_fits_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fits, other, rent = commands(section("## Will it fit?"))
     assert lathe(fits) == 0 and "fits           as it is" in capsys.readouterr().out

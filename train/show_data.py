@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice, pairwise
-from pathlib import Path
 
 import numpy as np
 
@@ -23,11 +22,9 @@ from data.labels import IGNORED, LabelledRow, label_rows, num_targets
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
-from files.errors import UserError, counted, no_such_folder
-from train.config.command_line import parse
-from train.config.load import load_config
+from files.errors import UserError, counted
 from train.config.schema import DataSettings, RunConfig
-from train.inputs.base_model import find_model
+from train.inputs.asked import asked_configuration, tokenizer_folder
 from train.inputs.dataset import load_data, prompt_format
 from train.process.command import CommandParser, command, run_command
 
@@ -72,7 +69,7 @@ def show_rows(
         UserError: There is no such data, or a row is not what it must be.
     """
     settings = config.data
-    tokenizer = Tokenizer.load(_tokenizer_folder(config), settings.chat_template)
+    tokenizer = Tokenizer.load(tokenizer_folder(config), settings.chat_template)
     form = prompt_format(settings)
     none = True
     for number, row in islice(_rows_of(config, split, form), most):
@@ -98,15 +95,6 @@ def segments(
         found.append((text[known:], bool(trained[start])))
         before = text
     return found
-
-
-def _tokenizer_folder(config: RunConfig) -> Path:
-    """Return the folder of the tokenizer; a local one needs no config.json beside it."""
-    if config.model.path is not None:
-        folder = Path(config.model.path).expanduser()
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    return find_model(config, weights=False).folder
 
 
 def _rows_of(config: RunConfig, split: str, form: PromptFormat) -> Iterator[tuple[int, Row]]:
@@ -138,7 +126,7 @@ def _held_out(config: RunConfig) -> set[int] | None:
             return None  # the column names a valid set
     # Which rows these are depends on all of them, which are tokenised here, or were before.
     training = dataclasses.replace(config, data=dataclasses.replace(settings, test=None))
-    data = load_data(training, _tokenizer_folder(config), None)
+    data = load_data(training, tokenizer_folder(config), None)
     return set() if data.valid is None else set(data.valid.rows.tolist())
 
 
@@ -275,25 +263,6 @@ def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     return asked, rest
 
 
-def _configuration(argv: Sequence[str]) -> RunConfig:
-    arguments = parse(argv)
-    for option in ("plan", "prove_resume", "list_presets", "show"):
-        if getattr(arguments, option):
-            raise UserError(
-                f"--{option.replace('_', '-')} belongs to a run: `{command('show-data')}` "
-                "shows rows and does nothing else"
-            )
-    if arguments.resume is None:
-        return load_config(arguments.preset, arguments.config_file, arguments.overrides)
-    run = Path(arguments.resume)
-    if not run.is_dir():
-        raise UserError(f"--resume {run}: {no_such_folder(run)}")
-    file = run / "config.toml"
-    if not file.is_file():
-        raise UserError(f"--resume {run}: no run is there (it has no config.toml)")
-    return load_config(file=file, overrides=arguments.overrides)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
     return run_command(lambda: _answer(sys.argv[1:] if argv is None else list(argv)))
@@ -303,7 +272,7 @@ def _answer(argv: Sequence[str]) -> int:
     asked, rest = _split_arguments(argv)
     most = asked.rows or (None if asked.json else ROWS)
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for shown, tokenizer in show_rows(_configuration(rest), asked.split, most):
+    for shown, tokenizer in show_rows(asked_configuration(rest, "show-data"), asked.split, most):
         if asked.json:
             print(json.dumps(dataclasses.asdict(shown), ensure_ascii=False))
         else:

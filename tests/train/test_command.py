@@ -12,6 +12,7 @@ from runs import Refused
 
 from files.errors import counted, note
 from train import evaluate, generate, merge, run, show_data
+from train.inputs import lint
 from train.process import command as command_module
 from train.process.command import command
 from train.publish import export_metrics, push
@@ -21,6 +22,7 @@ Main = Callable[[list[str]], int]
 COMMANDS: dict[str, Main] = {
     "run": run.main,
     "show-data": show_data.main,
+    "lint": lint.main,
     "generate": generate.main,
     "merge": merge.main,
     "report": report.main,
@@ -38,6 +40,7 @@ COMMANDS: dict[str, Main] = {
         ("run", "--resume a --resume a", "--resume"),
         ("show-data", "--rows 1 --rows 2", "--rows"),
         ("show-data", "--preset demo --preset default", "--preset"),
+        ("lint", "--preset demo --preset default", "--preset"),
         ("generate", "--run x --prompt a --prompt b", "--prompt"),
         ("generate", "--run x --run y --prompt a", "--run"),
         ("generate", "--model x --prompt a --top-p 0.1 --top-p=0.2", "--top-p"),
@@ -62,6 +65,7 @@ def test_what_may_be_given_several_times_still_may() -> None:
     [
         ("run", "--bogus"),
         ("show-data", "--bogus"),
+        ("lint", "--bogus"),
         ("generate", "--prompt x"),
         ("generate", "--run x --prompt y --max-new-tokens many"),
         ("merge", "a"),
@@ -86,6 +90,7 @@ def test_every_command_s_complaint_is_one_sentence(
         ("run", "--resume runs/demo-2/checkpoints/step-00000001"),
         ("run", "model.path=runs/demo-2 data.train=x"),
         ("show-data", "--resume runs/demo-2"),
+        ("lint", "--resume runs/demo-2"),
         ("generate", "--prompt x --run runs/demo-2"),
         ("generate", "--prompt x --adapter runs/demo-2"),
         ("generate", "--prompt x --model runs/demo-2"),

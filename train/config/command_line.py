@@ -74,6 +74,7 @@ SIGUSR1 saves a checkpoint and goes on.
 """
 OTHER_COMMANDS = {
     "show-data": "the rows as they will be trained, before a weight is read",
+    "lint": "what is wrong with rows: lengths, duplicates, leakage, encodings, secrets",
     "generate": "complete a prompt with what a run has trained",
     "merge": "fold an adapter into its base model",
     "report": "write a run's report again; compare several",

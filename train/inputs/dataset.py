@@ -165,13 +165,21 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     Raises:
         UserError: Nothing would be left to train on.
     """
-    rows = np.unique(examples.rows)
+    chosen = held_out_rows(np.unique(examples.rows), fraction, seed)
+    held = np.isin(examples.rows, chosen)
+    return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
+
+
+def held_out_rows(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return those of the rows (N,) that `hold_out` makes the valid set.
+
+    Raises:
+        UserError: Nothing would be left to train on.
+    """
     count = math.ceil(len(rows) * fraction)
     if count >= len(rows):
         raise UserError(
             f"data.valid_fraction={fraction:g} of {counted(len(rows), 'row')} leaves none to train "
             "on; use a smaller share or a data.valid of its own"
         )
-    chosen = rows[epoch_order(len(rows), seed=seed, epoch=0)[:count]]
-    held = np.isin(examples.rows, chosen)
-    return examples.subset(np.flatnonzero(~held)), examples.subset(np.flatnonzero(held))
+    return rows[epoch_order(len(rows), seed=seed, epoch=0)[:count]]

@@ -17,7 +17,11 @@ from files.errors import UserError
 from train.process.world import OTHER_LAUNCHERS
 
 # Commands whose module is none of train's own: where it is.
-_MODULES = {"push": "publish.push", "export-metrics": "publish.export_metrics"}
+_MODULES = {
+    "lint": "data.lint",
+    "push": "train.publish.push",
+    "export-metrics": "train.publish.export_metrics",
+}
 
 
 def command(name: str = "run") -> str:
@@ -27,15 +31,15 @@ def command(name: str = "run") -> str:
     process was started that way; from Python, `lathe` where it is installed.
 
     Args:
-        name: `run`, `show-data`, `generate`, `merge`, `report`, `push`, `export-metrics` or
+        name: `run`, `show-data`, `lint`, `generate`, `merge`, `report`, `push`, `export-metrics` or
             `evaluate`.
     """
     program = Path(sys.argv[0] if sys.argv else "")
     module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
     python = shlex.quote(sys.orig_argv[0] if sys.orig_argv else "python")
     installed = shutil.which("lathe")
-    as_module = f"{python} -m train.{_MODULES.get(name) or name.replace('-', '_')}"
-    if module.startswith("train."):
+    as_module = f"{python} -m {_MODULES.get(name) or 'train.' + name.replace('-', '_')}"
+    if module.startswith(("train.", "data.")):
         return as_module
     if module == "lathe":
         start = f"{python} -m lathe"
