@@ -90,7 +90,8 @@ class StepBatches:
         if self.world.size > 1:
             shares = balanced_shares(self.examples.lengths[indices], self.world.size)
             indices = indices[shares[self.world.rank]]
-        return micro_batches(self.examples, indices, self.batching.divided_by(divisor))
+        examples = self.examples.at_epoch(epoch)
+        return micro_batches(examples, indices, self.batching.divided_by(divisor))
 
     def cut_ahead(self, epoch: int, start: int, stop: int, divisor: int = 1) -> None:
         """Do now what the next call of `cut` will ask for; what fails then fails there."""

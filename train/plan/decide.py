@@ -17,6 +17,7 @@ from train.config.schema import RunConfig
 from train.plan.cards import CARDS
 from train.plan.refusals import (
     refuse_moments,
+    refuse_with_holes,
     refuse_with_quantization,
     wants_whole_weights,
     why_not_streamed,
@@ -125,6 +126,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             they or what is asked of activations not with `train.compile`; or its layers cannot be
             streamed.
     """
+    refuse_with_holes(config)
     refuse_with_quantization(config)
     streams = config.model.stream_layers == "true"
     if streams and (because := why_not_streamed(config, machine.device)):
