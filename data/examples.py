@@ -57,12 +57,14 @@ class Example:
             labels[0] never counts, since nothing predicts the first token.
         prompt_length: Tokens before the completion, trained or not, or before the first answer that
             is trained, or before the middle that fills a hole; 0 where there is no prompt.
+        has_hole: Whether it is one of fill-in-the-middle.
     """
 
     index: int
     input_ids: np.ndarray
     labels: np.ndarray
     prompt_length: int = 0
+    has_hole: bool = False
 
 
 class Examples:
@@ -109,7 +111,7 @@ class Examples:
     def __getitem__(self, position: int) -> Example:
         index = int(self._positions[position])
         if self.fim is not None and (found := self._with_hole(self.fim, index)) is not None:
-            return Example(index, *found)
+            return Example(index, *found, has_hole=True)
         start, stop = self._arrays.offsets[index : index + 2]
         return Example(
             index,

@@ -15,6 +15,7 @@ from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.cpu.rounding import library
 from lora import adapter_config
+from train.completions.holes import with_holes
 from train.evaluate import evaluate
 from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, redrawn_text
@@ -93,7 +94,7 @@ def before_training(run: Run, records: Records, saver: Saver) -> None:
 
 def _evaluate(run: Run, records: Records, split: str, examples: Examples) -> None:
     result = evaluate(run.model, examples, run.evaluation_batching, run.precision, run.world)
-    records.evaluation(split, result)
+    records.evaluation(split, with_holes(run, examples, result))
 
 
 def complete_samples(run: Run, when: str) -> None:
@@ -104,6 +105,8 @@ def complete_samples(run: Run, when: str) -> None:
         return
     tokenizer = run.data.tokenizer
     stop_ids = find_stop_ids(run.model.config, tokenizer, run.source.folder)
+    if run.data.fim is not None:
+        stop_ids |= {run.data.fim.tokens.end_id}
     chosen = choose_samples(examples, tokenizer, count)
     if len(run.samples) != len(chosen):
         run.samples[:] = [sample for sample, _ in chosen]

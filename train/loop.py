@@ -8,6 +8,7 @@ from signal import SIGINT, SIGTERM
 
 from files.faults import faultpoint
 from train.batches import StepBatches
+from train.completions.holes import with_holes
 from train.evaluate import evaluate
 from train.healing import cannot_be_undone, do_less, ran_out_on_a_rank, step_does_not_fit
 from train.log.records import Records
@@ -49,6 +50,7 @@ def train(run: Run, records: Records, saver: Saver, signals: Signals) -> str:
             evaluation = evaluate(
                 run.model, run.data.valid, run.evaluation_batching, run.precision, world
             )
+            evaluation = with_holes(run, run.data.valid, evaluation)
             faultpoint("evaluation.done")
             new_best = state.stopping.observe(step, evaluation.loss)
             since = state.take_loss_since_eval()

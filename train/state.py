@@ -87,6 +87,8 @@ class EvalResult:
     seconds: float  # wall time
     # Examples in a forward pass, where memory did not suffice for as many as were asked for.
     reduced_batch_size: int | None = None
+    holes: int = 0  # holes that the model was asked to fill (`eval.holes`)
+    filled: int = 0  # those of them that it filled exactly
 
 
 @dataclass

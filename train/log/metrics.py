@@ -101,7 +101,10 @@ class Metrics:
         """
         row = self._write("eval", row)
         tag = EVAL_TAGS.get(row["split"], f"{row['split']}/loss")
-        self._show({tag: row["loss"]}, row["step"])
+        shown = {tag: row["loss"]}
+        if "exact_match" in row:
+            shown[tag.replace("loss", "exact_match")] = row["exact_match"]
+        self._show(shown, row["step"])
 
     def sync(self) -> None:
         """Bring every row to the disk itself, as a checkpoint that relies on them needs."""

@@ -1,0 +1,1 @@
+"""What a model says, measured: texts that it completes while it is trained."""
