@@ -60,7 +60,7 @@ class Counts:
         thoughtless_turns: Those of them whose thinking the chat template leaves out.
         unparsed: Examples that Python's parser refuses, under `data.fim_unit=syntax`: holes are cut
             by lines there.
-        holeless: Examples that never have a hole, since they hold tokens of that format.
+        holeless: Examples that never have a hole, since they hold special tokens themselves.
     """
 
     rows: int

@@ -91,13 +91,11 @@ class FimTokens:
         self.end_id = end_id
         self.max_id = max(self._prefix, self._suffix, self._middle, end_id)
         self._spaced = names[0].startswith("▁")
-        self._named = {*names, tokenizer.token(end_id)} - {None}
-        if tokenizer.eos_id is not None:
-            self._named.add(tokenizer.token(tokenizer.eos_id))
+        self._special = {*names, *tokenizer.special_tokens.values()}
 
     def stand_in(self, text: str) -> bool:
-        """Return whether a text holds one of the tokens, or one that ends a text."""
-        return any(name in text for name in self._named if name)
+        """Return whether a text holds one of the tokens, or one that begins or ends a text."""
+        return any(name in text for name in self._special)
 
     def prompt_ids(self, prefix: str, suffix: str) -> list[int]:
         """Return what a model is given to say the middle between two texts."""
@@ -160,7 +158,7 @@ class Piece:
 
     text: str
     start: int  # the character where holes may begin: behind the system prompt
-    holds_tokens: bool = False  # it holds tokens of the format itself, and never has a hole
+    holds_tokens: bool = False  # it holds tokens like those of the format: it never has a hole
     unparsed: bool = False  # it was to be cut by its syntax, and is cut by lines
 
 

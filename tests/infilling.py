@@ -1,10 +1,12 @@
-"""Tokenizers with the tokens of fill-in-the-middle, of three families, made from a few texts."""
+"""Tokenizers of three families with the tokens of fill-in-the-middle, a model, and rows."""
 
 import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from small import small_model
 from tokenizers import (
     AddedToken,
     Regex,
@@ -15,6 +17,8 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
+
+from models.weights import save_model
 
 CORPUS = [
     "def add(first, second):\n    return first + second\n\n\nclass Stack:\n",
@@ -111,3 +115,22 @@ def library_files() -> Iterator[str]:
                 yield path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
                 continue
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """Write a small StarCoder2 with a tokenizer that has the tokens, and return its folder."""
+    write_tokenizer(folder, "starcoder2")
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    model = small_model("starcoder2", vocab_size=vocabulary, **changes)
+    save_model(model, folder, config=model.config)
+    return folder
+
+
+def write_rows(folder: Path) -> Path:
+    """Write train.jsonl (14 rows), valid.jsonl (5) and test.jsonl (3) of small programs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 14), ("valid", 5), ("test", 3)):
+        texts = [f"def f{n}(a, b):\n    c = a + {n}\n    return b * c\n" for n in range(count)]
+        rows = [json.dumps({"text": text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    return folder

@@ -156,7 +156,7 @@ def _of_the_data(
         found.append(f"data.{', data.'.join(unread)}: not read while data.fim_rate is 0")
     for name, what in (
         ("unparsed", "not Python to its parser (cut rows seldom are): holes are cut by lines"),
-        ("holeless", "without a hole, ever: they hold tokens of fill-in-the-middle themselves"),
+        ("holeless", "without a hole, ever: they hold special tokens of the tokenizer themselves"),
     ):
         if counts.get(name):
             share = counts[name] / counts["examples"]
