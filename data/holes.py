@@ -27,8 +27,8 @@ def hole(text: str, unit: str, first: int, second: int) -> tuple[int, int] | Non
       text is a single line.
     - `syntax`: a character is drawn, and then one of the nodes that hold it: from its name or
       number up to its statement, the block of that, and the function or class around it. Long nodes
-      are therefore drawn more often than short ones, and each depth alike. The hole never is all
-      that is there. Lines where Python's parser refuses the text.
+      are therefore drawn more often than short ones, and each depth alike. A node that is all there
+      is counts for none. Lines where there is no node, or Python's parser refuses the text.
 
     Args:
         text: What may be cut.
@@ -105,7 +105,8 @@ def _nodes_at(
             block = getattr(node, name, None)
             if isinstance(block, list) and block:
                 start, stop = span(block[0])[0], span(block[-1])[1]
-                if start <= place < stop:
+                # The body also for what stands before it, such as the arguments.
+                if (start <= place or name == "body") and place < stop:
                     yield start, stop
         # Before Python 3.12 the parts of an f-string have no places of their own.
         nodes = [] if isinstance(node, ast.JoinedStr) else list(ast.iter_child_nodes(node))

@@ -15,8 +15,8 @@ from files.faults import faultpoint
 from files.folders import MANIFEST
 from kernels.cpu.rounding import library
 from lora import adapter_config
-from train.completions.holes import with_holes
 from train.evaluate import evaluate
+from train.evaluation.holes import with_holes
 from train.generate import find_stop_ids, generate
 from train.log.console import closing_summary, redrawn_text
 from train.log.records import Records

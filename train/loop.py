@@ -8,8 +8,8 @@ from signal import SIGINT, SIGTERM
 
 from files.faults import faultpoint
 from train.batches import StepBatches
-from train.completions.holes import with_holes
 from train.evaluate import evaluate
+from train.evaluation.holes import with_holes
 from train.healing import cannot_be_undone, do_less, ran_out_on_a_rank, step_does_not_fit
 from train.log.records import Records
 from train.process.memory import is_out_of_memory

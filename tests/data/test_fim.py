@@ -225,6 +225,26 @@ def test_a_node_is_cut_where_the_parser_says(loaded: dict[str, Tokenizer]) -> No
     assert len(found) > 30
 
 
+def test_a_node_leaves_something_around_it() -> None:
+    """What is not blank, that is; where there is no such node, lines are cut."""
+    text = "def f(a):\n    return a\n"
+    words = range(0, 2**64, 2**58)
+    found = {hole(text, "syntax", x, y) for x in words for y in words}
+    assert found == {(6, 7), (14, 22), (21, 22)}  # a, return a, a
+    blank = {hole("\nx\n", "syntax", x, y) for x in words for y in words}
+    assert blank == {(0, 1), (0, 3), (1, 3)}
+
+
+def test_rows_that_are_alike_have_holes_of_their_own(loaded: dict[str, Tokenizer]) -> None:
+    examples = holed([PROGRAM] * 6, infilling(loaded["starcoder2"]))
+    assert len({tuple(example.input_ids.tolist()) for example in examples}) == 6
+    split = holed(
+        ["abcdefgh" * 40], infilling(loaded["starcoder2"], max_length=64), on_overflow="split"
+    )
+    assert len(split) > 3 and set(split.rows.tolist()) == {0}
+    assert len({example.prompt_length for example in split}) > 1
+
+
 def test_lines_are_cut_at_their_beginnings_and_characters_anywhere() -> None:
     text = "ab\ncd\r\nef"
     places = [0, 3, 7, 9]

@@ -14,8 +14,8 @@ from data.fim import FimTokens
 from data.tokenizer import Tokenizer
 from models import load_model
 from train import generate as generate_module
-from train.completions import holes as holes_module
 from train.config.load import load_config
+from train.evaluation import holes as holes_module
 from train.generate import generate
 from train.inputs.dataset import load_data
 from train.run import main

@@ -1,1 +1,0 @@
-"""What a model says, measured: texts that it completes while it is trained."""
