@@ -12,9 +12,9 @@ text (Rozière et al. 2023, §2.3; `infilling_prompt_tokens` in facebookresearch
 A hole is a function of (seed, epoch, row, part of the row): Philox, a generator that is a counter,
 gives four words for each. So no epoch's examples are kept. The cache holds each example's text
 beside its tokens, and the hole is cut, and its parts encoded, when a step asks for the example, in
-a fraction of a millisecond, while the step before computes. To keep the examples of each epoch
-instead would cost eight bytes of disk for every token that is ever trained on, and all epochs'
-tokenising before the first step; a resume that adds epochs would have to make theirs.
+about a millisecond for a thousand tokens, while the step before computes. To keep every epoch's
+examples would cost eight bytes of disk for each token that is ever trained on, and all tokenising
+before the first step; a resume with more epochs would have theirs to make.
 
 What a plan must know beforehand does not depend on the hole: which examples there are, and a bound
 on the length of each. Parts that are encoded by themselves have a few tokens more than the whole:
@@ -37,7 +37,6 @@ from data.labels import IGNORED, LabelledRow, common_prefix
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 
-TARGETS = ("all", "middle")
 # Tokens that an example may have beyond its row's: four of the format, and some where parts that
 # are encoded by themselves break tokens of the whole.
 ROOM = 16

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-UNITS = ("character", "line", "syntax")
 _LINE_END = re.compile("\n")
 # What Python's parser counts as the end of a line.
 _PARSED_LINE_END = re.compile("\r\n|\r|\n")
@@ -32,7 +31,7 @@ def hole(text: str, unit: str, first: int, second: int) -> tuple[int, int] | Non
 
     Args:
         text: What may be cut.
-        unit: One of `UNITS`.
+        unit: `character`, `line` or `syntax`.
         first: A drawn word, 0 ≤ word < 2⁶⁴.
         second: Another one.
     """

@@ -16,11 +16,12 @@ from tokenizers import normalizers
 
 from data.examples import Example, Examples
 from data.fim import ROOM, FillInTheMiddle, FimTokens
-from data.holes import UNITS, below, hole, parses
+from data.holes import below, hole, parses
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.errors import UserError
 
+UNITS = ("character", "line", "syntax")
 NAMES = {"starcoder2": STARCODER, "qwen2.5-coder": QWEN, "codellama": CODELLAMA[:3]}
 ENDS = {"starcoder2": "<|endoftext|>", "qwen2.5-coder": "<|endoftext|>", "codellama": "▁<EOT>"}
 PROGRAM = """\
@@ -405,6 +406,13 @@ def test_what_cannot_be_cut_stays_whole_and_is_counted(loaded: dict[str, Tokeniz
     assert examples.lengths[:2].tolist() == plain.lengths[:2].tolist()
     assert (examples.subset([1, 2]).counts.holeless, examples.subset([3]).counts.unparsed) == (1, 0)
     assert plain.counts.unparsed == plain.counts.holeless == 0
+
+
+def test_texts_without_a_character_have_no_hole(loaded: dict[str, Tokenizer]) -> None:
+    fim = infilling(loaded["codellama"])
+    examples = holed(["", ""], fim)
+    assert [e.input_ids.tolist() for e in examples] == [[1, 2], [1, 2]]
+    assert not any(example.has_hole for example in examples)
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(tmp_path: Path) -> None:
