@@ -3141,7 +3141,7 @@ MUTATIONS = [
     ),
     *_of(
         "train/evaluation/holes.py",
-        "tests/train/test_fim.py",
+        "tests/train/test_runs_with_holes.py",
         (
             "a text that runs on fills a hole",
             "return len(said) < most and tokens.text(said) == tokens.text(middle)",
@@ -3157,7 +3157,7 @@ MUTATIONS = [
     ),
     *_of(
         "train/batches.py",
-        "tests/train/test_fim.py",
+        "tests/train/test_runs_with_holes.py",
         (
             "every epoch has the holes of the first",
             "self.examples.at_epoch(epoch), self.order",
