@@ -215,10 +215,13 @@ def test_a_node_is_cut_where_the_parser_says(loaded: dict[str, Tokenizer]) -> No
         PROGRAM[PROGRAM.index("value = {") :].rstrip("\n"),
     }
     random = np.random.default_rng(0)
+    string = PROGRAM.index('f"{total')
     found = set()
     for first, second in random.integers(0, 2**63, (600, 2)).tolist():
         start, stop = hole(PROGRAM, "syntax", 2 * first, 2 * second) or (0, 0)
         assert start < stop
+        # The parts of an f-string have no places before Python 3.12.
+        assert not (string < start and stop < string + len('f"{total!r} of {größe}"'))
         found.add(PROGRAM[start:stop])
     assert found <= segments | blocks
     assert blocks <= found
