@@ -3037,7 +3037,7 @@ MUTATIONS = [
             "the parts of an f-string are cut",
             "[] if isinstance(node, ast.JoinedStr) else list(ast.iter_child_nodes(node))",
             "list(ast.iter_child_nodes(node)) if isinstance(node, ast.expr | ast.stmt) else []",
-            "test_a_node_is_cut_where_the_parser_says",
+            "test_an_f_string_is_cut_as_a_whole",
         ),
         (
             "a single line is the hole itself",
