@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data.fim import FillInTheMiddle, Piece
 from data.labels import LabelledRow, num_targets
 from files.atomic import TEMPORARY_PREFIX, write_json
 from files.errors import UserError
@@ -28,8 +29,8 @@ IN_A_ROW = (
     *("merged_prompts", "assistant_turns", "untrained_turns", "left_out_turns"),
     "thoughtless_turns",
 )
-# Bits of an example's flags.
-TRUNCATED, EOS_LOST = 1, 2
+# Bits of an example's flags; the last two are of fill-in-the-middle.
+TRUNCATED, EOS_LOST, UNPARSED, HOLELESS = 1, 2, 4, 8
 
 
 class NoRowsError(UserError):
@@ -57,6 +58,9 @@ class Counts:
             template makes it, holds nothing.
         left_out_turns: Those of them that the rows themselves keep out of the loss.
         thoughtless_turns: Those of them whose thinking the chat template leaves out.
+        unparsed: Examples that Python's parser refuses, under `data.fim_unit=syntax`: holes are cut
+            by lines there.
+        holeless: Examples that never have a hole, since they hold special tokens themselves.
     """
 
     rows: int
@@ -73,11 +77,16 @@ class Counts:
     untrained_turns: int = 0
     left_out_turns: int = 0
     thoughtless_turns: int = 0
+    unparsed: int = 0
+    holeless: int = 0
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """The files of a cache folder: all tokens one after another, and a value for each example."""
+    """The files of a cache folder: all tokens one after another, and a value for each example.
+
+    The last three are there where examples have holes (`data/fim.py`).
+    """
 
     input_ids: np.ndarray  # (tokens,) int32
     labels: np.ndarray  # (tokens,) int32
@@ -86,7 +95,16 @@ class Arrays:
     rows: np.ndarray  # (examples,) int64: number of the row in the data, from 0
     prompts: np.ndarray  # (examples,) int64: tokens before the completion
     flags: np.ndarray  # (examples,) uint8
-    in_a_row: np.ndarray  # (examples, 5) int32: the last five of `Counts`
+    in_a_row: np.ndarray  # (examples, 5) int32: `IN_A_ROW` of `Counts`
+    texts: np.ndarray | None = None  # (bytes,) uint8: the texts in UTF-8
+    text_offsets: np.ndarray | None = None  # (examples + 1,) int64: where each text begins
+    holes_from: np.ndarray | None = None  # (examples,) int64: characters before the first hole
+
+    def named(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name of each array that is there, and the array."""
+        for field in fields(self):
+            if (array := getattr(self, field.name)) is not None:
+                yield field.name, array
 
 
 @dataclass(frozen=True)
@@ -143,16 +161,26 @@ def _open(folder: Path, in_memory: bool = False) -> Stored | None:
     """Return what lies in a cache folder, or None where they are missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        arrays = {}
-        for name in (field.name for field in fields(Arrays)):
-            mapped = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
-            arrays[name] = np.array(mapped) if in_memory else np.asarray(mapped)
-        arrays = Arrays(**arrays)
+        arrays = _mapped(folder)
+        if in_memory:
+            arrays = Arrays(**{name: np.array(array) for name, array in arrays.named()})
         if _digest(arrays) != meta["fingerprint"] or meta["sha256"] != _hash_of(meta):
             return None
         return Stored(arrays, Counts(**meta["counts"]), meta["fingerprint"])
     except Exception:  # whatever a damaged file brings about, the answer is to make it anew
         return None
+
+
+def _mapped(folder: Path) -> Arrays:
+    """Return the arrays of a folder, memory-mapped."""
+    files = {field.name: folder / f"{field.name}.npy" for field in fields(Arrays)}
+    held = {name: path for name, path in files.items() if path.exists()}
+    return Arrays(
+        **{
+            name: np.asarray(np.lib.format.open_memmap(path, mode="r"))
+            for name, path in held.items()
+        }
+    )
 
 
 def _hash_of(meta: dict[str, Any]) -> str:
@@ -164,8 +192,7 @@ def _hash_of(meta: dict[str, Any]) -> str:
 def _digest(arrays: Arrays) -> str:
     """Return the sha256 of all arrays, names, types and sizes included."""
     digest = hashlib.sha256()
-    for name in (field.name for field in fields(Arrays)):
-        array = getattr(arrays, name)
+    for name, array in arrays.named():
         digest.update(f"{name} {array.dtype.str} {len(array)}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()
@@ -208,10 +235,15 @@ class _ArrayFile:
 
 
 class Writer:
-    """Writes examples into a folder as rows arrive, and counts."""
+    """Writes examples into a folder as rows arrive, and counts; with `fim` also their texts."""
 
-    def __init__(self, folder: Path, max_length: int, on_overflow: str):
+    def __init__(
+        self, folder: Path, max_length: int, on_overflow: str, fim: FillInTheMiddle | None = None
+    ):
         self._folder = folder
+        self._fim = fim
+        self._texts = None if fim is None else _ArrayFile(folder / "texts.npy", "u1")
+        self._text_offsets, self._holes_from = [0], []
         self._max_length = max_length
         self._on_overflow = on_overflow
         self._input_ids = _ArrayFile(folder / "input_ids.npy", "<i4")
@@ -242,7 +274,8 @@ class Writer:
         cut_off = row.labels[parts[-1][1] :]
         flags = TRUNCATED * truncated | EOS_LOST * (row.ends and num_targets(cut_off, 0) > 0)
         before = len(self._targets)
-        for start, stop in parts:
+        pieces_of_text = self._fim.pieces(row, parts) if self._fim else [None] * len(parts)
+        for (start, stop), piece in zip(parts, pieces_of_text, strict=True):
             targets = num_targets(row.labels[start:stop])
             if targets:
                 self._input_ids.append(row.input_ids[start:stop])
@@ -251,12 +284,22 @@ class Writer:
                 self._targets.append(targets)
                 self._rows.append(number)
                 self._prompts.append(min(max(row.prompt_length - start, 0), stop - start))
-                self._flags.append(flags)
+                self._flags.append(flags | self._add_text(piece))
                 self._in_a_row.append(counted)
                 counted = np.zeros_like(counted)  # the first example of a row has all of it
         if len(self._targets) == before:
             self.dropped_cut += truncated
             self.dropped_masked += not truncated
+
+    def _add_text(self, piece: Piece | None) -> int:
+        """Keep the text of an example, if texts are kept, and return its flags."""
+        if piece is None or self._texts is None:
+            return 0
+        text = np.frombuffer(piece.text.encode(), dtype=np.uint8)
+        self._texts.append(text)
+        self._text_offsets.append(self._text_offsets[-1] + len(text))
+        self._holes_from.append(piece.start)
+        return UNPARSED * piece.unparsed | HOLELESS * piece.holds_tokens
 
     def close(self, name: str) -> None:
         """Finish the files.
@@ -267,6 +310,8 @@ class Writer:
         """
         self._input_ids.close()
         self._labels.close()
+        if self._texts is not None:
+            self._texts.close()
         if not self.num_rows:
             raise NoRowsError(f"{name}: no rows; training needs at least one")
         if not self._targets:
@@ -279,6 +324,10 @@ class Writer:
             ("flags", self._flags, "u1"),
         ):
             np.save(self._folder / f"{array}.npy", np.array(values, dtype=dtype))
+        if self._fim is not None:
+            offsets = np.array(self._text_offsets, dtype="<i8")
+            np.save(self._folder / "text_offsets.npy", offsets)
+            np.save(self._folder / "holes_from.npy", np.array(self._holes_from, dtype="<i8"))
         np.save(self._folder / "in_a_row.npy", np.array(self._in_a_row, dtype="<i4"))
         flags = np.array(self._flags)
         counts = Counts(
@@ -291,13 +340,11 @@ class Writer:
             eos_lost=int(np.count_nonzero(flags & EOS_LOST)),
             longest=int(np.diff(self._offsets).max()),
             longest_row=self.longest_row,
+            unparsed=int(np.count_nonzero(flags & UNPARSED)),
+            holeless=int(np.count_nonzero(flags & HOLELESS)),
             **dict(zip(IN_A_ROW, self._in_rows.tolist(), strict=True)),
         )
-        arrays = {
-            field.name: np.lib.format.open_memmap(self._folder / f"{field.name}.npy", mode="r")
-            for field in fields(Arrays)
-        }
-        meta = {"fingerprint": _digest(Arrays(**arrays)), "counts": asdict(counts)}
+        meta = {"fingerprint": _digest(_mapped(self._folder)), "counts": asdict(counts)}
         write_json(self._folder / "meta.json", {**meta, "sha256": _hash_of(meta)})
 
     def _nothing_left(self, name: str) -> str:

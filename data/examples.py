@@ -8,6 +8,7 @@ in `data/labels.py`, and what lies in a cache folder in `data/arrays.py`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,10 @@ import tokenizers
 
 from data.arrays import (
     EOS_LOST,
+    HOLELESS,
     IN_A_ROW,
     TRUNCATED,
+    UNPARSED,
     Counts,
     Stored,
     Writer,
@@ -29,6 +32,7 @@ from data.arrays import (
     in_memory,
 )
 from data.cache import cache_folder
+from data.fim import FillInTheMiddle, Piece
 from data.labels import labelled_rows
 from data.locate import Source, open_source
 from data.prompt import PromptFormat
@@ -52,21 +56,27 @@ class Example:
         labels: (T,) int32, not shifted: labels[i] is token i, or -100 where it is not trained.
             labels[0] never counts, since nothing predicts the first token.
         prompt_length: Tokens before the completion, trained or not, or before the first answer that
-            is trained; 0 where there is no prompt.
+            is trained, or before the middle that fills a hole; 0 where there is no prompt.
+        has_hole: Whether it is one of fill-in-the-middle.
     """
 
     index: int
     input_ids: np.ndarray
     labels: np.ndarray
     prompt_length: int = 0
+    has_hole: bool = False
 
 
 class Examples:
     """A sequence of examples, memory-mapped.
 
+    With fill-in-the-middle (`data/fim.py`) it is that of one epoch, 0 unless `at_epoch` was asked
+    for another: which examples there are, their fingerprint and their counts are those of the rows.
+
     Attributes:
-        lengths: (N,) int64 tokens of each example.
-        num_targets: (N,) int64 targets of each example.
+        lengths: (N,) int64 tokens of each example; where it may have a hole, the most that it has
+            in any epoch.
+        num_targets: (N,) int64 targets of each example; where it may have a hole, of its row.
         rows: (N,) int64 the row of the data that each example comes from, counted from 0; a row
             makes several examples under `data.on_overflow=split`.
         counts: What became of the rows.
@@ -75,7 +85,13 @@ class Examples:
         max_id: The largest token id.
     """
 
-    def __init__(self, stored: Stored, positions: np.ndarray | None = None):
+    def __init__(
+        self,
+        stored: Stored,
+        positions: np.ndarray | None = None,
+        fim: FillInTheMiddle | None = None,
+    ):
+        self.fim, self._epoch = fim, 0
         self._arrays = arrays = stored.arrays
         self._positions = np.arange(len(arrays.targets)) if positions is None else positions
         self.counts = stored.counts
@@ -84,12 +100,18 @@ class Examples:
         self.num_targets: np.ndarray = arrays.targets[self._positions]
         self.rows: np.ndarray = arrays.rows[self._positions]
         self.max_id = int(arrays.input_ids.max())
+        if fim is not None:
+            whole = arrays.flags[self._positions] & HOLELESS
+            self.lengths = np.where(whole, self.lengths, fim.bounds(self.lengths))
+            self.max_id = max(self.max_id, fim.tokens.max_id)
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __getitem__(self, position: int) -> Example:
         index = int(self._positions[position])
+        if self.fim is not None and (found := self._with_hole(self.fim, index)) is not None:
+            return Example(index, *found, has_hole=True)
         start, stop = self._arrays.offsets[index : index + 2]
         return Example(
             index,
@@ -97,6 +119,31 @@ class Examples:
             self._arrays.labels[start:stop],
             int(self._arrays.prompts[index]),
         )
+
+    def _with_hole(
+        self, fim: FillInTheMiddle, index: int
+    ) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Return what `FillInTheMiddle.example` makes of an example in this epoch."""
+        arrays, row = self._arrays, self.row_of(index)
+        assert arrays.texts is not None and arrays.text_offsets is not None
+        assert arrays.holes_from is not None
+        start, stop = arrays.text_offsets[index : index + 2]
+        piece = Piece(
+            arrays.texts[start:stop].tobytes().decode(),
+            int(arrays.holes_from[index]),
+            holds_tokens=bool(arrays.flags[index] & HOLELESS),
+        )
+        length = int(arrays.offsets[index + 1] - arrays.offsets[index])
+        part = index - int(np.searchsorted(arrays.rows, row))
+        return fim.example(piece, length, self._epoch, row, part)
+
+    def at_epoch(self, epoch: int) -> Examples:
+        """Return the same examples with the holes of a 0-based epoch."""
+        if self.fim is None:
+            return self
+        other = copy.copy(self)
+        other._epoch = epoch
+        return other
 
     def __iter__(self) -> Iterator[Example]:
         return (self[position] for position in range(len(self)))
@@ -112,7 +159,8 @@ class Examples:
         """
         chosen = np.asarray(indices, dtype=np.int64)
         positions = self._positions[chosen]
-        lengths, flags = self.lengths[chosen], self._arrays.flags[positions]
+        lengths = np.diff(self._arrays.offsets)[positions]
+        flags = self._arrays.flags[positions]
         counted = self._arrays.in_a_row[positions].sum(axis=0).tolist()
         counts = Counts(
             rows=len(positions),
@@ -124,10 +172,12 @@ class Examples:
             eos_lost=int(np.count_nonzero(flags & EOS_LOST)),
             longest=int(lengths.max(initial=0)),
             longest_row=int(lengths.max(initial=0)),
+            unparsed=int(np.count_nonzero(flags & UNPARSED)),
+            holeless=int(np.count_nonzero(flags & HOLELESS)),
             **dict(zip(IN_A_ROW, counted, strict=True)),
         )
         digest = hashlib.sha256(self.fingerprint.encode() + positions.astype("<i8").tobytes())
-        return Examples(Stored(self._arrays, counts, digest.hexdigest()), positions)
+        return Examples(Stored(self._arrays, counts, digest.hexdigest()), positions, self.fim)
 
 
 def cache_root() -> Path:
@@ -145,6 +195,7 @@ def load_examples(
     max_length: int,
     on_overflow: str,
     cache_root: Path | None,
+    fim: FillInTheMiddle | None = None,
 ) -> Examples:
     """Return the examples of a data set; where it is cached, no row is read.
 
@@ -158,6 +209,7 @@ def load_examples(
         on_overflow: What becomes of a longer row: `truncate`, `drop`, `error` or `split` (pieces of
             `max_length`, each an example).
         cache_root: Folder of the cache (`cache_root()`), or None to keep the examples in memory.
+        fim: Which of them have a hole, and where; None: none has.
 
     Raises:
         NoRowsError: It holds no row of the split.
@@ -171,19 +223,21 @@ def load_examples(
         rows = read_rows(
             source, fields=prompt_format.columns(), split_column=split_column, split=split
         )
-        writer = Writer(folder, max_length, on_overflow)
+        writer = Writer(folder, max_length, on_overflow, fim)
         with contextlib.closing(labelled_rows(rows, tokenizer, prompt_format)) as labelled:
             for row in labelled:
                 writer.add(row)
         writer.close(source.spec)
 
     if cache_root is None:
-        return Examples(in_memory(build))
-    content = {"files": _content(source)}
+        return Examples(in_memory(build), fim=fim)
+    content: dict[str, Any] = {"files": _content(source)}
     if split_column:
         content |= {"split_column": split_column, "split": split}
+    if fim is not None:  # texts are kept too, and counted; holes are drawn from them later
+        content |= {"fim_unit": fim.unit}
     key = _key(content, tokenizer, prompt_format, max_length, on_overflow)
-    return Examples(cached(cache_root, key, build))
+    return Examples(cached(cache_root, key, build), fim=fim)
 
 
 def check_vocabulary(

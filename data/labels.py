@@ -41,6 +41,7 @@ class LabelledRow:
         ends: The last target is the EOS that ends the row.
         prompt_length: As `Example.prompt_length`.
         merged_prompts: As in `Counts`, of this row, 0 or 1; so are the next four.
+        prompt: Characters of the text before the completion: in a text, of the system prompt.
     """
 
     where: str
@@ -54,6 +55,7 @@ class LabelledRow:
     untrained_turns: int
     left_out_turns: int
     thoughtless_turns: int
+    prompt: int
 
 
 def label_rows(
@@ -236,6 +238,7 @@ def _label(row: _EncodedRow, append_eos: bool) -> LabelledRow:
         item.untrained_turns,
         item.left_out_turns,
         item.thoughtless_turns,
+        item.prompt,
     )
 
 

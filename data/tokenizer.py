@@ -168,6 +168,10 @@ class Tokenizer:
                 [int(i) for i in ids], skip_special_tokens=skip_special_tokens
             )
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of one token of the vocabulary, or None."""
+        return self._backend.token_to_id(token)
+
     def token(self, token_id: int) -> str | None:
         """Return the text of one token of the vocabulary, or None."""
         return self._backend.id_to_token(token_id)
@@ -261,7 +265,7 @@ class Tokenizer:
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
-        return None if token is None else self._backend.token_to_id(token)
+        return None if token is None else self.token_id(token)
 
     def _find_prefix(self, add_bos: Any) -> list[int]:
         """Return what the post-processor puts before a text, as `add_bos_token` corrects it."""

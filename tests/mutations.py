@@ -3134,6 +3134,153 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/holes.py",
+        "tests/data/test_fim.py",
+        (
+            "pairs of places are not alike",
+            "    other += other >= one\n",
+            "    other += other == one\n",
+            "test_every_pair_of_places_is_alike",
+        ),
+        (
+            "columns of the parser are taken for characters",
+            "len(characters.encode()[:column].decode())",
+            "len(characters[:column])",
+            "test_a_node_is_cut_where_the_parser_says",
+        ),
+        (
+            "the parts of an f-string are cut",
+            "[] if isinstance(node, ast.JoinedStr) else list(ast.iter_child_nodes(node))",
+            "list(ast.iter_child_nodes(node)) if isinstance(node, ast.expr | ast.stmt) else []",
+            "test_an_f_string_is_cut_as_a_whole",
+        ),
+        (
+            "a single line is the hole itself",
+            "places = sorted(starts) if len(starts) > 2 else places",
+            "places = sorted(starts)",
+            "test_lines_are_cut_at_their_beginnings_and_characters_anywhere",
+        ),
+        (
+            "a node may be all there is",
+            "        if text[:start].strip() or text[stop:].strip()\n",
+            "",
+            "test_a_node_leaves_something_around_it",
+        ),
+    ),
+    *_of(
+        "data/fim.py",
+        "tests/data/test_fim.py",
+        (
+            "a hole does not know its epoch",
+            "counter = np.array([0, part, row, epoch], dtype=np.uint64)",
+            "counter = np.array([0, part, row, 0], dtype=np.uint64)",
+            "test_holes_are_a_function_of_seed_epoch_and_row",
+        ),
+        (
+            "a hole does not know its row",
+            "counter = np.array([0, part, row, epoch], dtype=np.uint64)",
+            "counter = np.array([0, part, 0, epoch], dtype=np.uint64)",
+            "test_rows_that_are_alike_have_holes_of_their_own",
+        ),
+        (
+            "Code Llama's suffix begins with a space",
+            "anchored = [_ANCHOR + text for text in texts]",
+            'anchored = [_ANCHOR + " " + text for text in texts]',
+            "test_a_text_with_a_hole_is_the_text_again",
+        ),
+        (
+            "Code Llama's prefix begins without its space",
+            'return f" {text}" if self._spaced and text else text',
+            "return text",
+            "test_code_llama_s_prompts_are_those_of_its_authors",
+        ),
+        (
+            "Code Llama's prefix and middle are encoded apart after the suffix",
+            "if suffix_first and self._spaced:",
+            "if False:",
+            "test_code_llama_s_prompts_are_those_of_its_authors",
+        ),
+        (
+            "the beginning of the suffix is left out, not its end",
+            "        rest = rest[:room]\n",
+            "        rest = rest[-room:] if room else []\n",
+            "test_no_example_exceeds_its_bound_and_only_the_suffix_loses_its_end",
+        ),
+        (
+            "an example exceeds its bound",
+            "        rest = rest[:room]\n",
+            "",
+            "test_no_example_exceeds_its_bound_and_only_the_suffix_loses_its_end",
+        ),
+        (
+            "the end of the middle is not there",
+            "return Parts(ids, [*said, self.end_id])",
+            "return Parts(ids, [*said, said[-1]])",
+            "test_the_end_of_the_hole_is_trained_and_with_middle_nothing_before_it",
+        ),
+        (
+            "the prompt is trained where the middle alone is asked for",
+            "            labels[: len(parts.before)] = IGNORED\n",
+            "            labels[: len(parts.before) - 1] = IGNORED\n",
+            "test_the_end_of_the_hole_is_trained_and_with_middle_nothing_before_it",
+        ),
+        (
+            "a hole is cut into the system prompt",
+            "self._piece(row.text[start:stop], max(0, row.prompt - start))",
+            "self._piece(row.text[start:stop], 0)",
+            "test_the_system_prompt_is_never_in_a_hole",
+        ),
+        (
+            "a text with tokens of the format gets a hole",
+            "if piece.holds_tokens or words[0] >= self.rate * 2**64:",
+            "if words[0] >= self.rate * 2**64:",
+            "test_what_cannot_be_cut_stays_whole_and_is_counted",
+        ),
+        (
+            "texts of a split row overlap",
+            "cuts = [character(start) for start, _ in parts] + [character(parts[-1][1])]",
+            "cuts = [character(start + 1) for start, _ in parts] + [character(parts[-1][1])]",
+            "test_the_parts_of_a_split_row_are_its_text",
+        ),
+    ),
+    *_of(
+        "data/arrays.py",
+        "tests/data/test_fim.py",
+        (
+            "texts are not vouched for by their hash",
+            "            if (array := getattr(self, field.name)) is not None:\n",
+            "            if (array := getattr(self, field.name)) is not None"
+            ' and field.name != "texts":\n',
+            "test_texts_are_kept_only_where_holes_are_asked_for",
+        ),
+    ),
+    *_of(
+        "train/evaluation/holes.py",
+        "tests/train/test_runs_with_holes.py",
+        (
+            "a text that runs on fills a hole",
+            "return len(said) < most and tokens.text(said) == tokens.text(middle)",
+            "return tokens.text(said).startswith(tokens.text(middle))",
+            "test_a_hole_is_filled_where_the_text_is_the_same_and_ends",
+        ),
+        (
+            "the family's end of a middle does not end it",
+            "    stop_ids |= {fim.tokens.end_id}\n",
+            "    stop_ids = frozenset({-1})\n",
+            "test_a_hole_is_filled_where_the_text_is_the_same_and_ends",
+        ),
+    ),
+    *_of(
+        "train/batches.py",
+        "tests/train/test_runs_with_holes.py",
+        (
+            "every epoch has the holes of the first",
+            "self.examples.at_epoch(epoch), self.order",
+            "self.examples.at_epoch(0), self.order",
+            "test_every_epoch_has_holes_of_its_own_and_the_valid_set_those_of_one",
+        ),
+    ),
+    *_of(
         "train/batches.py",
         "tests/train/test_loop.py",
         (

@@ -76,6 +76,9 @@ class RaggedExamples:
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
+    def at_epoch(self, epoch: int) -> "RaggedExamples":
+        return self
+
 
 def small_config(family: str, **changes: Any) -> DecoderConfig:
     """Return the configuration of a two-layer network."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.examples import Examples, load_examples
+from data.fim import FillInTheMiddle
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 
@@ -18,6 +19,7 @@ def tokenise(
     *,
     max_length: int,
     on_overflow: str = "truncate",
+    fim: FillInTheMiddle | None = None,
 ) -> Examples:
     """Return the examples of rows, kept in memory; messages name them `rows.jsonl:1` and so on."""
     with tempfile.TemporaryDirectory() as folder:
@@ -32,4 +34,5 @@ def tokenise(
             max_length=max_length,
             on_overflow=on_overflow,
             cache_root=None,
+            fim=fim,
         )

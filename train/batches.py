@@ -86,11 +86,11 @@ class StepBatches:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == asked:
             return ahead[1]
-        indices = self.order(epoch)[start:stop]
+        examples, indices = self.examples.at_epoch(epoch), self.order(epoch)[start:stop]
         if self.world.size > 1:
-            shares = balanced_shares(self.examples.lengths[indices], self.world.size)
+            shares = balanced_shares(examples.lengths[indices], self.world.size)
             indices = indices[shares[self.world.rank]]
-        return micro_batches(self.examples, indices, self.batching.divided_by(divisor))
+        return micro_batches(examples, indices, self.batching.divided_by(divisor))
 
     def cut_ahead(self, epoch: int, start: int, stop: int, divisor: int = 1) -> None:
         """Do now what the next call of `cut` will ask for; what fails then fails there."""

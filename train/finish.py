@@ -103,6 +103,8 @@ def complete_samples(run: Run, when: str) -> None:
         return
     tokenizer = run.data.tokenizer
     stop_ids = find_stop_ids(run.model.config, tokenizer, run.source.folder)
+    if run.data.fim is not None:
+        stop_ids |= {run.data.fim.tokens.end_id}
     chosen = choose_samples(examples, tokenizer, count)
     if len(run.samples) != len(chosen):
         run.samples[:] = [sample for sample, _ in chosen]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.fim import FimTokens
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted, no_such_folder
@@ -203,6 +204,20 @@ class Generator:
             return self.tokenizer.encode(values)
         raise UserError("--field needs a prompt format to fill, and there is none: use --prompt")
 
+    def hole_ids(self, prefix: str, suffix: str, *, raw: bool = False) -> list[int]:
+        """Return the ids that ask for the middle between two texts, in the tokenizer's own format.
+
+        What stands before every text that was trained on (`data.system_prompt`) stands before the
+        prefix too, unless `raw`.
+
+        Raises:
+            UserError: The tokenizer has no tokens for it.
+        """
+        form = self.prompt_format
+        if not raw and form is not None and form.format == "text":
+            prefix = form.generation_prompt(prefix)
+        return FimTokens(self.tokenizer).prompt_ids(prefix, suffix)
+
 
 def load_run(run: Path, device: torch.device, dtype: torch.dtype) -> Generator:
     """Return what a run has trained: its final model, else its best one, else its last checkpoint.
@@ -313,6 +328,9 @@ def _parser() -> CommandParser:
     prompt.add_argument("--prompt-file", type=Path, help="a file with the prompt")
     columns = "one column of the prompt's template; may be given several times"
     prompt.add_argument("--field", action="append", metavar="NAME=VALUE", help=columns)
+    prompt.add_argument(
+        "--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="fill the hole between two texts"
+    )
     parser.add_argument("--raw", action="store_true", help="feed the prompt as it stands")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
@@ -349,7 +367,7 @@ def _complete(options: argparse.Namespace) -> int:
     check_settings(options.max_new_tokens, options.temperature, options.top_p)
     if options.base is not None and options.adapter is None:
         raise UserError("--base goes with --adapter alone")
-    values = _read_prompt(options)
+    values = "" if options.fim else _read_prompt(options)
     device = torch.device(decide_device(options.device))
     dtype = COMPUTE_DTYPES[decide_precision(options.dtype, device.type)]
     if options.run is not None:
@@ -358,19 +376,25 @@ def _complete(options: argparse.Namespace) -> int:
         loaded = load_from_adapter(options.adapter, options.base, device, dtype)
     else:
         loaded = load_from_model(options.model, device, dtype)
-    prompt_ids = loaded.prompt_ids(values, raw=options.raw)
+    stop_ids, decode = loaded.stop_ids, loaded.tokenizer.decode
+    if options.fim:
+        prompt_ids = loaded.hole_ids(*options.fim, raw=options.raw)
+        tokens = FimTokens(loaded.tokenizer)
+        stop_ids, decode = stop_ids | {tokens.end_id}, tokens.text
+    else:
+        prompt_ids = loaded.prompt_ids(values, raw=options.raw)
     started = time.perf_counter()
     ids = generate(
         loaded.model,
         prompt_ids,
         max_new_tokens=options.max_new_tokens,
-        stop_ids=loaded.stop_ids,
+        stop_ids=stop_ids,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
     seconds = time.perf_counter() - started
-    print(loaded.tokenizer.decode(ids), flush=True)
+    print(decode(ids), flush=True)
     ended, left = "ended by itself", room(loaded.model.config, prompt_ids)
     if len(ids) == left:
         context = counted(left + len(prompt_ids), "token")

@@ -18,6 +18,7 @@ from itertools import count, islice, pairwise
 import numpy as np
 
 from data.arrays import NoRowsError, pieces
+from data.fim import FillInTheMiddle
 from data.labels import IGNORED, LabelledRow, label_rows, num_targets
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
@@ -25,7 +26,7 @@ from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
 from train.config.schema import DataSettings, RunConfig
 from train.inputs.asked import asked_configuration, tokenizer_folder
-from train.inputs.dataset import load_data, prompt_format
+from train.inputs.dataset import fill_in_the_middle, load_data, prompt_format
 from train.process.command import CommandParser, command, run_command
 
 DESCRIPTION = """\
@@ -45,7 +46,8 @@ class Shown:
 
     row: int  # number of the row in its split, from 0, as `rows` in metrics.jsonl
     source: str  # `FILE:LINE`
-    fate: str  # `whole`, `cut`, `split` or `dropped`, with the reason in words
+    # `whole`, `cut`, `split` or `dropped`, with the reason in words, or `with a hole`.
+    fate: str
     text: str  # the row as text, before anything is cut
     input_ids: list[int]  # ids of the example; of the whole row where it is dropped
     labels: list[int]  # as `data.examples.Example.labels`; none is trained where the row is dropped
@@ -60,9 +62,11 @@ class Shown:
 
 
 def show_rows(
-    config: RunConfig, split: str = "train", most: int | None = None
+    config: RunConfig, split: str = "train", most: int | None = None, epoch: int = 0
 ) -> Iterator[tuple[Shown, Tokenizer]]:
     """Yield what becomes of a split's first `most` rows, or of all, and the tokenizer.
+
+    Holes (`data.fim_rate`) are those of a 0-based epoch; valid and test rows have those of epoch 0.
 
     Raises:
         NoRowsError: The split has no row.
@@ -70,11 +74,12 @@ def show_rows(
     """
     settings = config.data
     tokenizer = Tokenizer.load(tokenizer_folder(config), settings.chat_template)
-    form = prompt_format(settings)
+    form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
     none = True
     for number, row in islice(_rows_of(config, split, form), most):
         none = False
-        for shown in _examples(number, label_rows([row], tokenizer, form)[0], settings, tokenizer):
+        labelled = label_rows([row], tokenizer, form)[0]
+        for shown in _examples(number, labelled, settings, tokenizer, fim, epoch):
             yield shown, tokenizer
     if none:
         raise NoRowsError(f"data.{split}: no rows")
@@ -143,13 +148,19 @@ def _read(
 
 
 def _examples(
-    number: int, row: LabelledRow, settings: DataSettings, tokenizer: Tokenizer
+    number: int,
+    row: LabelledRow,
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    fim: FillInTheMiddle | None,
+    epoch: int,
 ) -> Iterator[Shown]:
     """Yield the examples of a row, or the row itself where it leaves none."""
     length, limit = len(row.input_ids), settings.max_length
     over = f"{counted(length, 'token')}, data.max_length={limit}"
+    nothing = row.input_ids, np.full(length, IGNORED)
     if length > limit and settings.on_overflow == "error":
-        yield _shown(number, row, f"error: {over}", 0, length, tokenizer, dropped=True)
+        yield _shown(number, row, f"error: {over}", *nothing, tokenizer)
         return
     parts = pieces(length, limit, settings.on_overflow)
     kept = [part for part in parts if num_targets(row.labels[slice(*part)])]
@@ -157,35 +168,36 @@ def _examples(
         reason = over if not parts else "no token to train on"
         if parts and parts[-1][1] < length:
             reason = f"cut before its trained part begins: {over}"
-        yield _shown(number, row, f"dropped: {reason}", 0, length, tokenizer, dropped=True)
-    for start, stop in kept:
+        yield _shown(number, row, f"dropped: {reason}", *nothing, tokenizer)
+    texts = dict(zip(parts, fim.pieces(row, parts), strict=True)) if fim else {}
+    for part, (start, stop) in enumerate(kept):
         fate = "whole"
         if len(parts) > 1:
             fate = f"split: part {parts.index((start, stop)) + 1} of {len(parts)} of {over}"
         elif stop < length:
             fate = f"cut: {over}"
-        yield _shown(number, row, fate, start, stop, tokenizer)
+        ids, labels = row.input_ids[start:stop], row.labels[start:stop]
+        if fim and (found := fim.example(texts[start, stop], stop - start, epoch, number, part)):
+            ids, labels, _ = found
+            fate = "with a hole" if fate == "whole" else f"{fate}, with a hole"
+        yield _shown(number, row, fate, ids, labels, tokenizer)
 
 
 def _shown(
     number: int,
     row: LabelledRow,
     fate: str,
-    start: int,
-    stop: int,
+    ids: np.ndarray,
+    labels: np.ndarray,
     tokenizer: Tokenizer,
-    *,
-    dropped: bool = False,
 ) -> Shown:
-    ids = row.input_ids[start:stop].tolist()
-    labels = np.full(stop - start, IGNORED) if dropped else row.labels[start:stop]
-    parts = segments(ids, labels.tolist(), tokenizer)
+    parts = segments(ids.tolist(), labels.tolist(), tokenizer)
     return Shown(
         row=number,
         source=row.where,
         fate=fate,
         text=row.text,
-        input_ids=ids,
+        input_ids=ids.tolist(),
         labels=labels.tolist(),
         trained=[text for text, trained in parts if trained],
         tokens=len(ids),
@@ -242,7 +254,7 @@ def printable(text: str) -> str:
 def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = CommandParser(
         "show-data",
-        usage="%(prog)s [arguments of train.run] [--rows N] [--split SPLIT] [--json]",
+        usage="%(prog)s [arguments of train.run] [--rows N] [--split SPLIT] [--epoch N] [--json]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -252,10 +264,16 @@ def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument(
         "--split", default="train", metavar="SPLIT", help=f"one of {', '.join(_SPLITS)}"
     )
+    parser.add_argument(
+        "--epoch", default="0", metavar="N", help="of which the holes are shown, from 0 (training)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     asked, rest = parser.parse_known_args(argv)
     if asked.split not in _SPLITS:
         raise UserError(f"--split {asked.split}: is none of {', '.join(_SPLITS)}")
+    if not asked.epoch.isdecimal():
+        raise UserError(f"--epoch {asked.epoch}: epochs are counted from 0")
+    asked.epoch = int(asked.epoch) if asked.split == "train" else 0
     if asked.rows is not None:
         if not asked.rows.isdecimal() or int(asked.rows) < 1:
             raise UserError(f"--rows {asked.rows}: a number of rows is at least 1")
@@ -272,7 +290,8 @@ def _answer(argv: Sequence[str]) -> int:
     asked, rest = _split_arguments(argv)
     most = asked.rows or (None if asked.json else ROWS)
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for shown, tokenizer in show_rows(asked_configuration(rest, "show-data"), asked.split, most):
+    configuration = asked_configuration(rest, "show-data")
+    for shown, tokenizer in show_rows(configuration, asked.split, most, asked.epoch):
         if asked.json:
             print(json.dumps(dataclasses.asdict(shown), ensure_ascii=False))
         else:

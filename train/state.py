@@ -88,6 +88,8 @@ class EvalResult:
     # Examples in a forward pass, where memory did not suffice for as many as were asked for.
     reduced_batch_size: int | None = None
     token_accuracy: float | None = None  # share of targets that were the likeliest token, if asked
+    holes: int = 0  # holes that the model was asked to fill (`eval.holes`)
+    filled: int = 0  # those of them that it filled exactly
 
     @property
     def perplexity(self) -> float:

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from infilling import write_model, write_rows
 from ranks import ended, said, start_ranks, train_on_ranks
+from runs import rows_of
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from trials import MAX_SECONDS, begin_or_resume, killed_at, outcome, settings
@@ -99,6 +101,20 @@ def test_a_quantised_base_is_whole_on_every_rank(values: dict[str, Any], tmp_pat
     assert train_on_ranks(2, {**quantised, "train.output_dir": str(folders[1])}) == [0, 0]
     assert_like(folders[1], folders[0])
     assert json.loads((folders[1] / "plan.json").read_text())["sharding"] == "replicate"
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_holes_are_the_same_over_ranks(sharding: str, tmp_path: Path) -> None:
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows")
+    asked = {"data.fim_rate": 0.7, "data.fim_unit": "syntax", "data.max_length": 64}
+    size = {"train.effective_batch_size": 5, "train.max_steps": 4, "eval.on_start": False}
+    values = settings(model, rows, **asked, **size, **{"eval.holes": 3})
+    folders = tmp_path / "alone" / "run", tmp_path / "two" / "run"
+    assert begin_or_resume({**values, "train.output_dir": str(folders[0])}) == 0
+    over_two = {"train.output_dir": str(folders[1]), "train.sharding": sharding}
+    assert train_on_ranks(2, {**values, **over_two}) == [0, 0], said(folders[1].parent, 1)
+    assert_like(folders[1], folders[0])
+    assert {row.get("holes") for row in rows_of(folders[0], "eval")} == {3}
 
 
 def stopping_at(step: int, number: signal.Signals) -> Callable[[str], None]:

@@ -272,6 +272,21 @@ class DataSettings:
     valid_fraction: float = key(
         0.0, "share of data.train held out where there is no valid set", minimum=0, below=1
     )
+    fim_rate: float = key(
+        0.0,
+        "fill-in-the-middle: share of the texts (data.format=text) with a hole, by the tokenizer's "
+        "own tokens; a function of (train.seed, epoch, row)",
+        minimum=0,
+        maximum=1,
+        recommended="0.5 to 0.9",
+    )
+    fim_spm_rate: float = key(0.5, "share of these with the suffix first", minimum=0, maximum=1)
+    fim_unit: str = key(
+        "character",
+        "what is cut out: characters, lines, or a node of Python's parser (else lines)",
+        words=("character", "line", "syntax"),
+    )
+    fim_targets: str = key("all", "labels on all of it, or the middle", words=("all", "middle"))
 
 
 @dataclass(frozen=True)
@@ -352,6 +367,11 @@ class EvalSettings:
     samples: int = key(
         0,
         "held-out prompts that the model completes before and after training, for the report",
+        minimum=0,
+    )
+    holes: int = key(
+        0,
+        "held-out holes (data.fim_rate) that the model fills at each evaluation, for exact_match",
         minimum=0,
     )
     early_stopping_patience: int | None = key(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from data.examples import Examples
 from train.evaluate import evaluate
+from train.evaluation.holes import with_holes
 from train.state import EvalResult, Run
 
 
@@ -11,4 +12,4 @@ def evaluate_run(run: Run, examples: Examples) -> EvalResult:
     """Return what a run's model, as it is now, gives the examples, by the run's `eval.*`."""
     accuracy = "token_accuracy" in (run.config.eval.metrics or ())
     how = run.evaluation_batching, run.precision, run.world
-    return evaluate(run.model, examples, *how, accuracy=accuracy)
+    return with_holes(run, examples, evaluate(run.model, examples, *how, accuracy=accuracy))

@@ -24,7 +24,7 @@ def asked_configuration(argv: Sequence[str], name: str) -> RunConfig:
         if getattr(arguments, option):
             raise UserError(
                 f"--{option.replace('_', '-')} belongs to a run: `{command(name)}` "
-                "shows rows and does nothing else"
+                "looks at rows and does nothing else"
             )
     if arguments.resume is None:
         return load_config(arguments.preset, arguments.config_file, arguments.overrides)

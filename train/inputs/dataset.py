@@ -16,6 +16,7 @@ import numpy as np
 
 from data.arrays import NoRowsError
 from data.examples import Examples, cache_root, check_vocabulary, load_examples
+from data.fim import FillInTheMiddle, FimTokens
 from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.row_files import without_absent
@@ -41,6 +42,11 @@ class Data:
     def num_valid(self) -> int:
         """Examples of the valid set, 0 without one."""
         return 0 if self.valid is None else len(self.valid)
+
+    @property
+    def fim(self) -> FillInTheMiddle | None:
+        """Which examples have a hole, and where; None: none has."""
+        return self.train.fim
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
@@ -89,6 +95,26 @@ def prompt_format(settings: DataSettings) -> PromptFormat:
     return PromptFormat(**{name: getattr(settings, name) for name in names})
 
 
+def fill_in_the_middle(config: RunConfig, tokenizer: Tokenizer) -> FillInTheMiddle | None:
+    """Return which examples have a hole, and where; None where `data.fim_rate` is 0.
+
+    Raises:
+        UserError: The tokenizer has no tokens for it.
+    """
+    data = config.data
+    if data.fim_rate == 0:
+        return None
+    return FillInTheMiddle(
+        FimTokens(tokenizer),
+        rate=data.fim_rate,
+        spm_rate=data.fim_spm_rate,
+        unit=data.fim_unit,
+        targets=data.fim_targets,
+        seed=config.train.seed,
+        max_length=data.max_length,
+    )
+
+
 def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) -> Data:
     """Tokenise the rows of all sets, or map those that were tokenised before.
 
@@ -104,7 +130,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             "hub:owner/name, or a list of these"
         )
     tokenizer = Tokenizer.load(folder, settings.chat_template)
-    form = prompt_format(settings)
+    form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
 
     def load(spec: str | Sequence[str], split: str | None) -> Examples:
         examples = load_examples(
@@ -116,6 +142,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             max_length=settings.max_length,
             on_overflow=settings.on_overflow,
             cache_root=cache_root(),
+            fim=fim,
         )
         if decoder is not None:
             check_vocabulary(

@@ -98,6 +98,8 @@ def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     if row.get("train_loss") is not None:
         parts.append(f"train loss {format_loss(row['train_loss'])}")
     parts.append(counted(row["targets"], "target"))
+    if row.get("holes"):
+        parts.append(f"{row['exact_match']:.1%} of {counted(row['holes'], 'hole')} filled exactly")
     if row.get("seconds") is not None:
         parts.append(format_duration(row["seconds"]))
     if row.get("reduced_batch_size"):

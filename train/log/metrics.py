@@ -102,7 +102,8 @@ class Metrics:
         """
         row = self._write("eval", row)
         tag = EVAL_TAGS.get(row["split"], f"{row['split']}/loss")
-        asked = {tag.replace("loss", name): row[name] for name in METRICS if name in row}
+        names = (*METRICS, "exact_match")
+        asked = {tag.replace("loss", name): row[name] for name in names if name in row}
         self._show({tag: row["loss"], **asked}, row["step"])
 
     def sync(self) -> None:

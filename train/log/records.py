@@ -111,5 +111,7 @@ class Records:
             row[name] = getattr(result, name)
         if result.reduced_batch_size is not None:
             row["reduced_batch_size"] = result.reduced_batch_size
+        if result.holes:
+            row |= {"holes": result.holes, "exact_match": result.filled / result.holes}
         self.metrics.eval(row)
         self.console.eval(row)

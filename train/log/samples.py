@@ -40,5 +40,7 @@ def choose_samples(
         untrained = np.flatnonzero(example.labels[cut:] == IGNORED)
         stop = cut + int(untrained[0]) if len(untrained) and untrained[0] else len(ids)
         reference = tokenizer.decode(ids[cut:stop])
-        chosen.append((Sample(tokenizer.decode(ids[:cut]), reference), ids[:cut]))
+        # Without the tokens of its format, a prompt with a hole would not show where it is.
+        prompt = tokenizer.decode(ids[:cut], skip_special_tokens=not example.has_hole)
+        chosen.append((Sample(prompt, reference), ids[:cut]))
     return chosen

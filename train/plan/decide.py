@@ -18,6 +18,7 @@ from train.plan.cards import CARDS
 from train.plan.profiled import profiled_steps
 from train.plan.refusals import (
     refuse_moments,
+    refuse_with_holes,
     refuse_with_quantization,
     wants_whole_weights,
     why_not_streamed,
@@ -126,6 +127,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             they or what is asked of activations not with `train.compile`; or its layers cannot be
             streamed; or the steps to trace are none.
     """
+    refuse_with_holes(config)
     refuse_with_quantization(config)
     profiled_steps(config.train.profile_steps, config.train.max_steps)  # before rows are read
     streams = config.model.stream_layers == "true"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import counted
-from train.config.schema import RunConfig
+from train.config.schema import KEYS, RunConfig
 from train.inputs.adapters import starting_adapter_note
 from train.inputs.known import KnownData, Unknown
 from train.plan.decide import Machine, decide_attention
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Below this, two evaluations that differ by a few hundredths of a nat may as well be equal.
 FEW_VALID_EXAMPLES = 50
+_OF_HOLES = ("fim_spm_rate", "fim_unit", "fim_targets")
 
 
 def objections(
@@ -150,6 +151,16 @@ def _of_the_data(
         share = counts.get(name)
         if share and rows:
             found.append(f"{share:,} of {rows:,} rows ({share / rows:.1%}) are {what}")
+    unread = [name for name in _OF_HOLES if getattr(data, name) != KEYS[f"data.{name}"].default]
+    if unread and not data.fim_rate:
+        found.append(f"data.{', data.'.join(unread)}: not read while data.fim_rate is 0")
+    for name, what in (
+        ("unparsed", "not Python to its parser (cut rows seldom are): holes are cut by lines"),
+        ("holeless", "without a hole, ever: they hold special tokens of the tokenizer themselves"),
+    ):
+        if counts.get(name):
+            share = counts[name] / counts["examples"]
+            found.append(f"{counted(counts[name], 'example')} ({share:.1%}) {what}")
     merged = counts.get("merged_prompts")
     if merged and rows:
         found.append(

@@ -9,6 +9,28 @@ from files.errors import UserError
 from train.config.schema import RunConfig
 
 
+def refuse_with_holes(config: RunConfig) -> None:
+    """Refuse what does not go with fill-in-the-middle, and its parts without it."""
+    data, asked = config.data, f"data.fim_rate={config.data.fim_rate:g}"
+    if data.fim_rate == 0:
+        if config.eval.holes:
+            raise UserError(
+                f"eval.holes={config.eval.holes} with data.fim_rate=0: held-out rows have no holes "
+                "to fill; set data.fim_rate, or eval.holes=0"
+            )
+        return
+    if data.format != "text":
+        raise UserError(
+            f"{asked} with data.format={data.format}: a hole is cut out of a whole text, and the "
+            "answer to a prompt is no middle of one; use data.format=text, or data.fim_rate=0"
+        )
+    if not data.append_eos:
+        raise UserError(
+            f"{asked} with data.append_eos=false: what ends a middle is how a model learns where "
+            "the hole ends, and it is trained; use data.append_eos=true, or data.fim_rate=0"
+        )
+
+
 def refuse_moments(config: RunConfig, precision: str) -> None:
     """Refuse masters and optimizers that do not go with what is trained, or with each other."""
     full, name = config.train.method == "full", config.optimizer.name

@@ -49,7 +49,7 @@ def notes(record: Record) -> list[str]:
 
 
 def events(record: Record) -> Iterable[str]:
-    """Yield what does not happen in every run: resumes, updates left out, memory, spikes."""
+    """Yield what does not happen in every run: resumes, updates left out, holes, memory, spikes."""
     if resumed := record.status.get("resumed_from"):
         yield f"Resumed from {numbered('step', resumed)}."
     earlier = record.plan.get("earlier_schedules") or []
@@ -68,6 +68,10 @@ def events(record: Record) -> Iterable[str]:
             f"{len(rows)} of {counted(record.step, 'step')} changed nothing ({reason}): "
             f"{_places(rows, lambda row: '')}."
         )
+    for row in record.valid + record.test:
+        if row.get("holes"):
+            share = f"{row['exact_match']:.1%} of {counted(row['holes'], 'hole')}"
+            yield f"Step {row['step']:,}: {share} of the {row['split']} set filled exactly."
     yield from _memory_events(record)
     spikes = [row for row in record.train if row.get("spike")]
     if spikes:

@@ -1,0 +1,72 @@
+"""The demo's model learns to fill holes: more of the held-out ones exactly than its base."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from infilling import STARCODER
+from runs import rows_of, train
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+
+DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demo's base with three more tokens, each the mean of the others and a little."""
+    folder = Path(shutil.copytree(DEMO / "base", tmp_path_factory.mktemp("base") / "base"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    first = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in STARCODER])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocab_size"] == first and config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": first + 3}))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    noise = torch.randn(3, embedding.shape[1], generator=torch.Generator().manual_seed(0))
+    more = embedding.float().mean(0) + 0.02 * noise
+    weights["model.embed_tokens.weight"] = torch.cat([embedding, more.to(embedding.dtype)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_with_holes_fills_more_of_them_than_its_base(
+    base: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    values = {
+        "model.path": str(base),
+        "model.dtype": "fp32",
+        "data.train": str(DEMO / "train.jsonl"),
+        "data.valid": str(DEMO / "valid.jsonl"),
+        "data.text_field": "solution",
+        "data.max_length": 512,
+        "data.fim_rate": 0.5,
+        "data.fim_unit": "syntax",
+        "data.fim_targets": "middle",
+        "lora.r": 16,
+        "lora.trainable_token_indices": [4096, 4097, 4098],
+        "train.num_train_epochs": 4,
+        "train.gradient_accumulation_steps": 2,
+        "train.device": "cpu",
+        "train.precision": "fp32",
+        "train.output_dir": str(tmp_path / "run"),
+        "optimizer.learning_rate": 2e-3,
+        "eval.on_start": True,
+        "eval.holes": 40,
+        "log.tensorboard": False,
+        "log.progress": False,
+        "log.steps": 20,
+    }
+    run = train(values).folder
+    before, after = rows_of(run, "eval")
+    for name in ("holes", "exact_match", "loss"):
+        record_property(f"{name} before", before[name])
+        record_property(f"{name} after", after[name])
+    assert before["holes"] == after["holes"] >= 30
+    assert after["exact_match"] > before["exact_match"]
