@@ -20,7 +20,7 @@ def asked_configuration(argv: Sequence[str], name: str) -> RunConfig:
         UserError: As `train.run`; or an option that only a run can answer.
     """
     arguments = parse(argv)
-    for option in ("plan", "prove_resume", "list_presets", "show"):
+    for option in ("plan", "prove_resume", "list_presets", "show", "schema", "completion"):
         if getattr(arguments, option):
             raise UserError(
                 f"--{option.replace('_', '-')} belongs to a run: `{command(name)}` "
