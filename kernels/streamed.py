@@ -18,51 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from files.errors import UserError
-from kernels.pinned import pin
+from kernels.pinned import COMPUTE, FETCH, Boundary, CudaBoundary
 
 PLACES = 2
 _ALIGNED = 256  # bytes: where a tensor of its own would begin
-
-
-class Transfers:
-    """The boundary of a CUDA device: pinned memory, and a stream of copies that lasts."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def on_host(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Return a flat tensor, page-locked where it lies, with anything in it.
-
-        Raises:
-            UserError: The system does not let go of so much memory.
-        """
-        tensor = torch.empty(elements, dtype=dtype)
-        if error := pin(tensor):
-            raise UserError(
-                f"model.stream_layers: {tensor.nbytes / 2**20:,.0f} MiB of host memory for a "
-                f"layer's weights cannot be pinned (CUDA error {error}); free memory, raise the "
-                "container's limit, or use model.stream_layers=false with model.quantization=nf4"
-            )
-        return tensor
-
-    def on_device(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Return a flat tensor on the device, with anything in it."""
-        return torch.empty(elements, dtype=dtype, device=self.device)
-
-    def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Begin a copy behind the kernels enqueued by now; return the event of its arrival."""
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(self._stream)
-        return arrived
-
-    def wait(self, arrived: Any) -> None:
-        """Let the kernels to come wait for a copy."""
-        torch.cuda.current_stream(self.device).wait_event(arrived)
 
 
 class StreamedWeight:
@@ -94,7 +53,7 @@ class LayerStream:
         layers: The parameters of each layer in the order of the forward pass, frozen, on the host,
             all of one type.
         device: Where they are multiplied.
-        transfers: What lies between; None takes CUDA's.
+        boundary: What lies between; None takes CUDA's.
 
     Attributes:
         weights: What stands for each parameter in `Operands`, as `layers` has them.
@@ -104,10 +63,11 @@ class LayerStream:
         self,
         layers: Sequence[Sequence[Tensor]],
         device: torch.device,
-        transfers: Transfers | None = None,
+        boundary: Boundary | None = None,
     ):
         self.device = device
-        self._transfers = transfers or Transfers(device)
+        remedy = "model.stream_layers=false with model.quantization=nf4"
+        self._boundary = boundary or CudaBoundary(device, "model.stream_layers", remedy)
         self._host: list[Tensor] = []
         self.weights: list[list[StreamedWeight]] = []
         dtype = layers[0][0].dtype
@@ -118,7 +78,7 @@ class LayerStream:
                 assert parameter.dtype == dtype and not parameter.requires_grad
                 begins.append(total)
                 total += -(-parameter.numel() // step) * step
-            flat = self._transfers.on_host(total, dtype)
+            flat = self._boundary.on_host((total,), dtype)
             for begin, parameter in zip(begins, parameters, strict=True):
                 place = flat[begin : begin + parameter.numel()].view(parameter.shape)
                 parameter.data = place.copy_(parameter.data)
@@ -130,7 +90,7 @@ class LayerStream:
                 ]
             )
         longest = max(map(len, self._host))
-        self._places = [self._transfers.on_device(longest, dtype) for _ in range(PLACES)]
+        self._places = [self._boundary.on_device(longest, dtype) for _ in range(PLACES)]
         self._holds: list[int | None] = [None] * PLACES
         self._arrivals: list[Any] = [None] * PLACES
         self._at: int | None = None  # the layer that computes
@@ -141,7 +101,7 @@ class LayerStream:
         if layer != self._at:
             before, self._at = self._at, layer
             self._send_for(layer)
-            self._transfers.wait(self._arrivals[place])
+            self._boundary.wait(COMPUTE, self._arrivals[place])
             upwards = layer == 0 or (before is not None and before == layer - 1)
             following = layer + 1 if upwards else layer - 1
             if following < len(self._host):
@@ -153,4 +113,7 @@ class LayerStream:
         if self._holds[place] != layer:
             host = self._host[layer]
             self._holds[place] = layer
-            self._arrivals[place] = self._transfers.copy(self._places[place][: len(host)], host)
+            # Behind the kernels that read what the place held.
+            self._boundary.wait(FETCH, self._boundary.record(COMPUTE))
+            self._boundary.copy(FETCH, self._places[place][: len(host)], host)
+            self._arrivals[place] = self._boundary.record(FETCH)

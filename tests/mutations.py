@@ -2794,7 +2794,7 @@ MUTATIONS = [
         "tests/train/test_streaming.py",
         (
             "a layer is read before it came",
-            "            self._transfers.wait(self._arrivals[place])\n",
+            "            self._boundary.wait(COMPUTE, self._arrivals[place])\n",
             "",
             "test_a_pass_that_was_given_up_leaves_nothing_behind",
         ),
@@ -2812,14 +2812,8 @@ MUTATIONS = [
         ),
         (
             "a copy does not wait for the kernels that read its place",
-            "        self._stream.wait_stream(torch.cuda.current_stream(self.device))\n",
+            "            self._boundary.wait(FETCH, self._boundary.record(COMPUTE))\n",
             "",
-            "test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer",
-        ),
-        (
-            "host memory is not pinned",
-            "if error := pin(tensor):",
-            "if error := 0:",
             "test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer",
         ),
         (
@@ -2898,6 +2892,13 @@ MUTATIONS = [
     *_of(
         "kernels/pinned.py",
         "tests/train/test_paged.py",
+        (
+            "host memory is not pinned",
+            "if error := pin(tensor):",
+            "if error := 0:",
+            "tests/train/test_streaming.py"
+            "::test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer",
+        ),
         (
             "memory that is given back stays pinned",
             "        weakref.finalize(tensor, cuda.cudaHostUnregister, tensor.data_ptr())\n",

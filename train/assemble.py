@@ -12,6 +12,7 @@ import torch
 
 from files.folders import recover_folder, sweep
 from kernels.cpu.process import prepare_process
+from kernels.pinned import CudaBoundary
 from train.batches import evaluation_batching
 from train.config.schema import RunConfig
 from train.healing import do_less, is_single, kept_policy
@@ -23,7 +24,7 @@ from train.inputs.streaming import stream_layers
 from train.log.records import Records
 from train.log.samples import samples_so_far
 from train.optim import build_optimizer
-from train.optim.paged import CudaBoundary, PagedMoments
+from train.optim.paged import PagedMoments
 from train.plan.decide import Machine
 from train.plan.steps import RunPlan
 from train.precision import LossScaler, Precision
@@ -35,6 +36,8 @@ from train.saving.restore import restore, settle
 from train.saving.resume import Resume, ran_out_of_memory
 from train.saving.saver import BackgroundWriter, Saver
 from train.state import EarlyStopping, Run, TrainState
+
+PAGED = "optimizer.name=paged_adamw", "optimizer.name=adafactor"  # what pins, and what would not
 
 
 def set_up(config: RunConfig, machine: Machine) -> torch.device:
@@ -100,7 +103,7 @@ def assemble(
         operations=model.operations,
         sharing=sharing_of(model, world) if world.shards else None,
         rounding_seed=config.train.seed if config.train.masters == "bf16" else None,
-        moments=PagedMoments(CudaBoundary(device)) if paging else None,
+        moments=PagedMoments(CudaBoundary(device, *PAGED)) if paging else None,
     )
     if world.first:
         for name in ("best", "final"):

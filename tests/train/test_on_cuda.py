@@ -16,6 +16,7 @@ from test_resume import settings
 
 from benchmarks.gpu import Work, gate, gate_fault, rows
 from kernels.dispatch import operations
+from kernels.pinned import CudaBoundary
 from lora import LoraConfig, inject
 from models import build
 from models.config import parse_config
@@ -23,7 +24,7 @@ from models.recompute import POLICIES
 from train.config.load import load_config
 from train.inputs.streaming import stream_layers
 from train.optim import build_optimizer
-from train.optim.paged import CudaBoundary, PagedMoments
+from train.optim.paged import PagedMoments
 from train.plan.ledger import memory_ledger
 from train.precision import Precision
 from train.state import StepResult
@@ -118,7 +119,7 @@ def test_moments_in_host_memory_are_those_beside_the_parameters(
             weight_decay=0.1,
             operations=operations(backend, CUDA),
             rounding_seed=1 if dtype == torch.bfloat16 else None,
-            moments=PagedMoments(CudaBoundary(CUDA), bucket) if bucket else None,
+            moments=PagedMoments(CudaBoundary(CUDA, "a test", "none"), bucket) if bucket else None,
         )
         for step in range(1, 6):
             for index, parameter in enumerate(optimizer.parameters.values()):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from files.errors import UserError
+from kernels.pinned import COMPUTE, FETCH, STORE, CudaBoundary
 from train import assemble
 from train.config.load import load_config
 from train.inputs.known import NO_DATA
@@ -25,7 +26,7 @@ from train.optim import adamw as plain
 from train.optim import buffers as flat
 from train.optim import build_optimizer, paged, rounded
 from train.optim.buffers import Optimizer
-from train.optim.paged import COMPUTE, FETCH, STORE, CudaBoundary, PagedMoments, buffer_bytes
+from train.optim.paged import PagedMoments, buffer_bytes
 from train.plan import memory
 from train.plan.decide import Machine, decide_paging
 from train.plan.document import plan_document
@@ -332,7 +333,7 @@ def test_a_paged_run_that_is_stopped_and_resumed_is_a_resident_one(
     whole = runs.train(runs.settings(model_folder, rows_file, tmp_path / "whole", **values))
     boundaries: list[Simulated] = []
 
-    def boundary(device: torch.device) -> Simulated:
+    def boundary(*_: object) -> Simulated:
         boundaries.append(Simulated())
         return boundaries[-1]
 
@@ -397,7 +398,7 @@ def test_a_cuda_boundary_has_two_streams_that_last_and_pins_memory_where_it_lies
         "cudart": lambda: cuda,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    boundary: Any = CudaBoundary(torch.device("cpu"))
+    boundary: Any = CudaBoundary(torch.device("cpu"), "paged_adamw", "adafactor")
     away, resident = built(torch.float32, boundary, 50), built(torch.float32, None, 50)
     for step in range(1, 4):
         train(away, range(step, step + 1))
@@ -413,5 +414,5 @@ def test_a_cuda_boundary_has_two_streams_that_last_and_pins_memory_where_it_lies
     gc.collect()
     assert not pinned
     cuda.cudaHostRegister = lambda *_: 2
-    with pytest.raises(UserError, match="4 B of host memory cannot be pinned"):
+    with pytest.raises(UserError, match=r"paged_adamw: 0 MiB .*, or use adafactor"):
         boundary.on_host(torch.Size([1]), torch.float32)

@@ -14,10 +14,12 @@ from small import DROPOUTS, FAMILIES, small_model
 from torch import Tensor
 
 from files.errors import UserError
+from kernels import pinned as pinning
 from kernels import streamed
 from kernels.dispatch import operations
+from kernels.pinned import FETCH
 from kernels.segments import Segments
-from kernels.streamed import LayerStream, Transfers
+from kernels.streamed import LayerStream
 from lora import LoraConfig, inject
 from models.cache import KeyValueCache
 from models.layers import CausalLM
@@ -37,38 +39,44 @@ LAYERS = 4
 CPU = torch.device("cpu")
 
 
-class Simulated(Transfers):
+class Simulated:
     """A boundary whose copies arrive when they are waited for, and not before."""
 
     def __init__(self) -> None:
-        self.device = CPU
         self.host: list[Tensor] = []
         self.places: list[Tensor] = []
         self.brought: list[int] = []
         self.said: list[str] = []  # copies and waits, in their order
         self._late: list[tuple[Tensor, Tensor]] = []
 
-    def on_host(self, elements: int, dtype: torch.dtype) -> Tensor:
-        self.host.append(torch.zeros(elements, dtype=dtype))
+    def on_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.host.append(torch.zeros(shape, dtype=dtype))
         return self.host[-1]
 
     def on_device(self, elements: int, dtype: torch.dtype) -> Tensor:
         self.places.append(torch.full((elements,), torch.nan, dtype=dtype))
         return self.places[-1]
 
-    def copy(self, target: Tensor, source: Tensor) -> int:
+    def copy(self, queue: str, target: Tensor, source: Tensor) -> None:
         starts = [one.data_ptr() for one in self.host]
         self.brought.append(starts.index(source.data_ptr()))
         self.said.append(f"send {self.brought[-1]}")
         target.fill_(torch.nan)  # what was there may be gone from now on
         self._late.append((target, source))
-        return len(self._late) - 1
 
-    def wait(self, arrived: Any) -> None:
-        target, source = self._late[arrived]
+    def record(self, queue: str) -> int | None:
+        return len(self._late) - 1 if queue == FETCH else None
+
+    def wait(self, queue: str, event: int | None) -> None:
+        if event is None:
+            return
+        target, source = self._late[event]
         starts = [one.data_ptr() for one in self.host]
         self.said.append(f"wait {starts.index(source.data_ptr())}")
         target.copy_(source)
+
+    def finish(self) -> None:
+        raise AssertionError("nothing is stored")
 
 
 def network(
@@ -231,9 +239,6 @@ def test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer(
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def wait_stream(self, other: Stream) -> None:
-            said.append(f"{self.name} wait for {other.name}")
-
         def wait_event(self, event: Event) -> None:
             said.append(f"{self.name} wait for event {event.number}")
 
@@ -261,22 +266,25 @@ def test_on_cuda_copies_wait_for_the_kernels_before_and_kernels_for_their_layer(
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: kernels)
-    monkeypatch.setattr(streamed, "pin", pin)
+    monkeypatch.setattr(pinning, "pin", pin)
     layers = [[torch.nn.Parameter(torch.full((2, 3), float(i)), False)] for i in range(3)]
     stream = LayerStream(layers, CPU)
     assert pinned == [256] * 3  # each is padded to where the next may begin
-    sent = ["copies wait for kernels", "copy on copies"]
+
+    def sent(event: int) -> list[str]:
+        behind = [f"event {event} behind kernels", f"copies wait for event {event}"]
+        return [*behind, "copy on copies", f"event {event + 1} behind copies"]
+
     stream.weights[0][0].dense(torch.float32)
-    first = [*sent, "event 1 behind copies", "kernels wait for event 1"]
-    assert said == [*first, *sent, "event 2 behind copies"]
+    assert said == [*sent(1), "kernels wait for event 2", *sent(3)]
     said.clear()
     assert stream.weights[1][0].dense(torch.float32)[0, 0] == 1
     # Into the place of layer 0, behind the kernels that read it.
-    assert said == ["kernels wait for event 2", *sent, "event 3 behind copies"]
+    assert said == ["kernels wait for event 4", *sent(5)]
     said.clear()
     stream.weights[1][0].dense(torch.float32)
     assert said == []
-    monkeypatch.setattr(streamed, "pin", lambda tensor: 2)
+    monkeypatch.setattr(pinning, "pin", lambda tensor: 2)
     with pytest.raises(UserError, match=r"model\.stream_layers: 0 MiB .*CUDA error 2"):
         LayerStream(layers, CPU)
 
@@ -369,11 +377,11 @@ def test_a_streamed_run_that_is_stopped_and_resumed_is_a_resident_one(
     whole = runs.train(runs.settings(model_folder, rows_file, tmp_path / "whole", **values))
     boundaries: list[Simulated] = []
 
-    def boundary(device: torch.device) -> Simulated:
+    def boundary(*_: object) -> Simulated:
         boundaries.append(Simulated())
         return boundaries[-1]
 
-    monkeypatch.setattr(streamed, "Transfers", boundary)
+    monkeypatch.setattr(streamed, "CudaBoundary", boundary)
     monkeypatch.setattr(planned_memory, "decide_streaming", lambda *_: (True, "for a test"))
     monkeypatch.setattr(deciding, "why_not_streamed", lambda *_: "")
     run = tmp_path / "stopped"

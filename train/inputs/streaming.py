@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kernels.streamed import LayerStream, Transfers
+from kernels.pinned import Boundary
+from kernels.streamed import LayerStream
 from lora.linear import LoraLinear
 from models.layers import CausalLM, Linear
 
 
 def stream_layers(
-    model: CausalLM, device: torch.device, transfers: Transfers | None = None
+    model: CausalLM, device: torch.device, boundary: Boundary | None = None
 ) -> LayerStream:
     """Keep the matrices of the layers of a model on the host, and move the rest to the device.
 
@@ -20,13 +21,13 @@ def stream_layers(
     Args:
         model: On the host, with its adapters, the matrices of its layers frozen.
         device: Where it computes.
-        transfers: As of `LayerStream`.
+        boundary: As of `LayerStream`.
     """
     layers = [
         [module for module in layer.modules() if isinstance(module, Linear | LoraLinear)]
         for layer in model.model.layers
     ]
-    stream = LayerStream([[one.weight for one in layer] for layer in layers], device, transfers)
+    stream = LayerStream([[one.weight for one in layer] for layer in layers], device, boundary)
     held = set()
     for layer, weights in zip(layers, stream.weights, strict=True):
         for module, weight in zip(layer, weights, strict=True):

@@ -20,101 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from files.errors import UserError
-from kernels.pinned import pin
+from kernels.pinned import COMPUTE, FETCH, STORE, Boundary
 from train.optim.moments import Moments, Piece, Span
-from train.text import size_text
 
 # Both moments of a bucket are 32 MiB at fp32: more than a millisecond on PCIe 4, beside which the
 # start of a transfer is nothing, and little enough for adapters to gain by it.
 BUCKET_ELEMENTS = 1 << 22
 BUFFERS = 2
-
-# The queues: to the device, on it, and back.
-FETCH, COMPUTE, STORE = "fetch", "compute", "store"
-
-
-class Boundary(Protocol):
-    """What lies between the host's memory and the device's: places, transfers, order."""
-
-    def on_host(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return zeros in host memory that transfers need not copy first."""
-        ...
-
-    def on_device(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Return a flat tensor on the device, with anything in it."""
-        ...
-
-    def copy(self, queue: str, target: Tensor, source: Tensor) -> None:
-        """Copy, when the queue comes to it."""
-        ...
-
-    def record(self, queue: str) -> Any:
-        """Return an event that has happened once the queue has done all that it was given."""
-        ...
-
-    def wait(self, queue: str, event: Any) -> None:
-        """Let what the queue is given from now on wait for an event."""
-        ...
-
-    def finish(self) -> None:
-        """Wait, on the host, for all transfers."""
-        ...
-
-
-class CudaBoundary:
-    """The boundary of a CUDA device: pinned memory, and two streams that last."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Make the two streams of transfers; computing is the current stream's."""
-        self.device = device
-        self._streams = {queue: torch.cuda.Stream(device) for queue in (FETCH, STORE)}
-
-    def _stream(self, queue: str) -> torch.cuda.Stream:
-        return self._streams.get(queue) or torch.cuda.current_stream(self.device)
-
-    def on_host(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return zeros that are page-locked where they lie.
-
-        Raises:
-            UserError: The system does not let go of so much memory.
-        """
-        tensor = torch.zeros(shape, dtype=dtype)
-        if error := pin(tensor):
-            raise UserError(
-                f"optimizer.name=paged_adamw: {size_text(tensor.nbytes)} of host memory cannot be "
-                f"pinned (CUDA error {error}); free memory, raise the container's limit, or use "
-                "optimizer.name=adafactor"
-            )
-        return tensor
-
-    def on_device(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Return an empty tensor of the current stream's."""
-        return torch.empty(elements, dtype=dtype, device=self.device)
-
-    def copy(self, queue: str, target: Tensor, source: Tensor) -> None:
-        """Begin a copy on a queue's stream."""
-        with torch.cuda.stream(self._stream(queue)):
-            target.copy_(source, non_blocking=True)
-
-    def record(self, queue: str) -> torch.cuda.Event:
-        """Return an event behind what a queue's stream has been given."""
-        event = torch.cuda.Event()
-        event.record(self._stream(queue))
-        return event
-
-    def wait(self, queue: str, event: torch.cuda.Event) -> None:
-        """Let a queue's stream wait."""
-        self._stream(queue).wait_event(event)
-
-    def finish(self) -> None:
-        """Wait for the stream that stores; what was fetched is stored behind it."""
-        self._streams[STORE].synchronize()
 
 
 @dataclass
