@@ -11,7 +11,7 @@ This module never imports torch.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from train.config.rows import DataSettings
 from train.config.rules import Key, Table, key, section_keys
@@ -363,7 +363,7 @@ class RunConfig:
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     lora: LoraSettings = LoraSettings()
-    data: DataSettings = field(default_factory=DataSettings)
+    data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     eval: EvalSettings = EvalSettings()
