@@ -35,6 +35,7 @@ from data.cache import cache_folder
 from data.fim import FillInTheMiddle, Piece
 from data.labels import labelled_rows
 from data.locate import Source, open_source
+from data.packed import ending_of
 from data.prompt import PromptFormat
 from data.source import read_rows
 from data.tokenizer import Tokenizer
@@ -299,7 +300,7 @@ def _content(source: Source) -> list[list[str]]:
     """Return (what a row may see of a file's name, sha256 of the file) for each file, in order."""
     content = []
     for file in source.files:
-        seen = file.path.suffix.lower() if file.below is None else file.below
+        seen = ending_of(file.path) if file.below is None else file.below
         try:
             content.append([seen, sha256_file(file.path)])
         except OSError as error:  # reading the rows will say so, or pass the file over

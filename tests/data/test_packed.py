@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
+from data.examples import _content
 from data.locate import open_source
 from data.packed import ending_of, kind_of_rows
 from data.source import read_rows
@@ -38,6 +39,16 @@ def test_what_was_packed_is_read(tmp_path: Path, form: str, packing: str) -> Non
     expected = [(row.values, row.where.split(":")[-1]) for row in read_rows(plain)]
     assert [(row.values, row.where.split(":")[-1]) for row in read_rows(other)] == expected
     assert len(expected) == 2
+
+
+def test_the_form_within_is_part_of_what_is_cached(tmp_path: Path) -> None:
+    """The same bytes are other rows under another ending."""
+    sources = []
+    for form in (".jsonl", ".csv"):
+        file = tmp_path / f"a{form}.gz"
+        file.write_bytes(packed(b'{"text": "a"}\n', ".gz"))
+        sources.append(_content(open_source(file)))
+    assert sources[0] != sources[1]
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
