@@ -89,7 +89,7 @@ def _fork(
             sys.stderr = sys.stdout
             report.draw_plots = lambda *_, **__: None
             try:
-                code = run_command(answer)
+                code = run_command(answer, over_ranks=True)
             except SystemExit as ended:
                 code = int(ended.code or 0)
             except BaseException:

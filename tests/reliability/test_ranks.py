@@ -94,11 +94,17 @@ def test_the_same_run_over_ranks(
     assert plan["world_size"] == size
 
 
-def test_a_quantised_base_is_whole_on_every_rank(values: dict[str, Any], tmp_path: Path) -> None:
-    quantised = {**values, "model.quantization": "nf4", "train.max_steps": 3}
+@pytest.mark.parametrize(
+    "changes", [{"model.quantization": "nf4"}, {"lora.init_lora_weights": "pissa"}]
+)
+def test_a_changed_base_is_the_same_whole_one_on_every_rank(
+    changes: dict[str, Any], values: dict[str, Any], tmp_path: Path
+) -> None:
+    """PiSSA's residue too, though each rank takes the base apart for itself."""
+    values = {**values, **changes, "train.max_steps": 3}
     folders = tmp_path / "alone" / "run", tmp_path / "two" / "run"
-    assert begin_or_resume({**quantised, "train.output_dir": str(folders[0])}) == 0
-    assert train_on_ranks(2, {**quantised, "train.output_dir": str(folders[1])}) == [0, 0]
+    assert begin_or_resume({**values, "train.output_dir": str(folders[0])}) == 0
+    assert train_on_ranks(2, {**values, "train.output_dir": str(folders[1])}) == [0, 0]
     assert_like(folders[1], folders[0])
     assert json.loads((folders[1] / "plan.json").read_text())["sharding"] == "replicate"
 
