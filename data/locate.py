@@ -13,7 +13,8 @@
 * A glob (`data/*.jsonl`, `src/**/*.py`): the files that match, of which the same is true, except
   that no configuration is chosen, and that files whose names speak of another split are left out
   only where some do not.
-* `hub:owner/name[:config][:split]`: data files of a data set of the Hub.
+* `hub:owner/name[:config][:split]`: data files of a data set of the Hub; where it has none (a
+  loading script, an archive), the Parquet that the Hub has made of it, unless that is a part.
 * `rows:SHA256`: rows that came from memory (`data.rows_in_memory`).
 * A list of these: one after the other; a file that would come twice is refused.
 
@@ -44,7 +45,7 @@ from data.splits import (
     note_left_out,
     split_labels,
 )
-from files.errors import UserError, did_you_mean, listed
+from files.errors import UserError, did_you_mean, listed, note
 from files.hub import read_card, resolve_dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -364,18 +365,33 @@ def _patterns(config: Mapping[str, Any], card: Path) -> dict[str, list[str]]:
 # --- data sets of the Hub -------------------------------------------------------------------------
 
 
+# Where the Hub keeps the Parquet that it makes of data sets in other forms.
+_CONVERTED = "refs/convert/parquet"
+
+
+class _NoDataFilesError(UserError):
+    """A data set of the Hub holds no file of rows."""
+
+
 def _open_hub(spec: str, split: str | None) -> Source:
     repository, *choices = spec.removeprefix(HUB_PREFIX).split(":")
     if len(choices) > 2:
         raise UserError(f"{spec}: must be hub:owner/name, hub:owner/name:config or …:config:split")
     config, asked = (choices[0], choices[1]) if len(choices) == 2 else ("", "")
+    listings: list[Sequence[str]] = []
 
     def choose(names: Sequence[str]) -> list[str]:
+        listings.append(names)
         found = _data_files_of_hub(names, spec)
         if not found:
-            raise UserError(
+            raise _NoDataFilesError(
                 f"{spec}: has no data files ({', '.join(SUFFIXES)}); fetch its rows another way "
                 "and pass the file"
+            )
+        if parts := [name for name in found if "/partial-" in name]:
+            raise UserError(
+                f"{spec}: the Hub has made Parquet of a part of it alone ({parts[0]}); fetch its "
+                "rows another way and pass the file"
             )
         chosen_config, chosen_split = config, asked or split
         if len(choices) == 1:
@@ -389,7 +405,17 @@ def _open_hub(spec: str, split: str | None) -> Source:
         )
         return files_of_split(chosen, chosen_split, spec)
 
-    dataset = resolve_dataset(repository, choose)
+    try:
+        dataset = resolve_dataset(repository, choose)
+    except UserError as error:
+        if listings and not isinstance(error, _NoDataFilesError):
+            raise
+        listings.clear()  # without a network what was converted may be in the cache alone
+        try:
+            dataset = resolve_dataset(repository, choose, _CONVERTED)
+        except UserError as other:  # there is no such branch, or its files leave no choice
+            raise (other if listings else error) from None
+        note(f"{spec}: has no data files of its own; its rows are read as the Hub converted them")
     files = tuple(
         SourceFile(dataset.folder / name, f"{HUB_PREFIX}{repository}/{name}")
         for name in dataset.names

@@ -3742,6 +3742,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/locate.py",
+        "tests/data/test_source.py",
+        (
+            "a part of a data set is taken for the whole",
+            'if parts := [name for name in found if "/partial-" in name]:',
+            'if parts := [name for name in found if "/parts-" in name]:',
+            "test_a_data_set_of_another_form_is_read_as_the_hub_converted_it",
+        ),
+    ),
+    *_of(
         "data/packed.py",
         "tests/data/test_packed.py",
         (

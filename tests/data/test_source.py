@@ -418,11 +418,18 @@ OWN_SPLITS = ["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-
 
 
 def chosen(
-    monkeypatch: pytest.MonkeyPatch, names: list[str], spec: str, split: str | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    spec: str,
+    split: str | None = None,
+    **branches: list[str],
 ) -> list[str]:
-    def resolve(repository: str, choose: Any) -> DatasetSource:
+    def resolve(repository: str, choose: Any, revision: str | None = None) -> DatasetSource:
         assert repository == "owner/name"
-        return DatasetSource(Path("/cache"), tuple(choose(names)), repository, "0" * 40)
+        if revision is not None and revision not in branches:
+            raise UserError(f"no revision {revision}")
+        there = names if revision is None else branches[revision]
+        return DatasetSource(Path("/cache"), tuple(choose(there)), repository, "0" * 40)
 
     monkeypatch.setattr(data.locate, "resolve_dataset", resolve)
     source = open_source(f"hub:owner/name{spec}", split)
@@ -473,6 +480,33 @@ def test_a_hub_data_set_that_leaves_no_choice(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         chosen(monkeypatch, names, spec, "valid")
+
+
+CONVERTED = "refs/convert/parquet"
+AN_ARCHIVE = ["README.md", "rows.py", "rows.tar"]
+
+
+def test_a_data_set_of_another_form_is_read_as_the_hub_converted_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ["default/test/0000.parquet", "default/train/0000.parquet"]
+    assert chosen(monkeypatch, AN_ARCHIVE, "", "train", **{CONVERTED: made}) == made[1:]
+    assert "read as the Hub converted them" in capsys.readouterr().err
+    several = ["java/train/0000.parquet", "python/train/0000.parquet"]
+    assert (
+        chosen(monkeypatch, AN_ARCHIVE, ":python", "train", **{CONVERTED: several}) == several[1:]
+    )
+    for branch, words in (
+        (several, "several configurations (java, python)"),
+        (["default/partial-train/0000.parquet"], "of a part of it alone"),
+        (["README.md"], "has no data files"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            chosen(monkeypatch, AN_ARCHIVE, "", "train", **{CONVERTED: branch})
+    with pytest.raises(UserError, match="has no data files"):
+        chosen(monkeypatch, AN_ARCHIVE, "", "train")
+    # Its own files come first, whatever the Hub has made of them.
+    assert chosen(monkeypatch, PLAIN, "", "train", **{CONVERTED: made}) == [PLAIN[2]]
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused() -> None:

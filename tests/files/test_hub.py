@@ -5,6 +5,7 @@ a few calls in each.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from files.errors import UserError
@@ -34,6 +37,14 @@ WEIGHTS = bytes(range(256)) * 8
 CONFIG = b'{"model_type": "llama"}'
 SHARDS = {"model-00001-of-00002.safetensors": b"one", "model-00002-of-00002.safetensors": b"two"}
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "x.safetensors"}})
+
+
+def parquet(columns: dict[str, list[str]]) -> bytes:
+    """Return a table as a Parquet file."""
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
 
 REPOSITORIES: dict[str, dict[str, bytes]] = {
     "models/org/good": {
@@ -95,6 +106,9 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "data/train-00001-of-00002.jsonl": b'{"text": "b"}\n',
         "data/test-00000-of-00001.jsonl": b'{"text": "c"}\n',
     },
+    "datasets/org/archive": {"README.md": b"words", "rows.tar": b"packed"},
+    # Its branch refs/convert/parquet, which the Hub writes.
+    "datasets/org/archive-converted": {"default/train/0000.parquet": parquet({"text": ["d", "e"]})},
 }
 
 
@@ -145,6 +159,10 @@ class FakeHub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
+        converted = commit_of("datasets/org/archive-converted")
+        if "refs/convert/parquet" in path or converted in path:
+            path = path.replace("refs/convert/parquet", converted)
+            path = path.replace("org/archive", "org/archive-converted")
         self.requests().append(f"{self.command} {path}")
         if path.startswith("api/"):
             self.answer_api(path.removeprefix("api/"))
@@ -304,6 +322,7 @@ def online(hub: Hub) -> dict[str, object]:
         "lost": model("org/lost"),
         "forbidden": model("org/forbidden"),
         "train rows": ["rows", {"spec": "hub:org/rows:train"}],
+        "converted rows": ["rows", {"spec": "hub:org/archive:train"}],
     }
     return dict(zip(calls, ask(hub.home, hub.endpoint, list(calls.values())), strict=True))
 
@@ -387,6 +406,14 @@ def test_rows_of_a_data_set_come_from_the_files_of_its_split(hub: Hub, online: d
         [{"text": "b"}, f"{folder}/train-00001-of-00002.jsonl:1"],
     ]
     assert not any("test-00000" in request for request in hub.requests)  # none in vain
+
+
+def test_rows_of_another_form_come_as_the_hub_converted_them(hub: Hub, online: dict) -> None:
+    where = "hub:org/archive/default/train/0000.parquet"
+    rows = [[{"text": "d"}, f"{where}:1"], [{"text": "e"}, f"{where}:2"]]
+    assert online["converted rows"] == rows
+    again = [["rows", {"spec": "hub:org/archive:train"}]]
+    assert ask(hub.home, hub.endpoint, again, HF_HUB_OFFLINE="1") == [rows]
 
 
 def test_the_cache_serves_without_a_network(hub: Hub, online: dict) -> None:
