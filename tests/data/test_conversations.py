@@ -96,6 +96,6 @@ def test_batches_are_bounded_by_characters(monkeypatch: pytest.MonkeyPatch) -> N
     turns = [{"role": "user", "content": "x" * 30, "calls": [{"name": "y" * 30}]}]
     long = [Row({"messages": turns, "id": number}, f"r:{number}") for number in range(5)]
     short = [Row({"text": "z"}, f"s:{number}") for number in range(9)]
-    batches = list(labels._batches([*long, *short]))
+    batches = list(labels.in_batches([*long, *short]))
     assert [row for batch in batches for row in batch] == [*long, *short]
     assert [len(batch) for batch in batches] == [2, 2, 7, 3]

@@ -21,7 +21,7 @@ from ranks import ended, said, start_ranks, train_on_ranks
 from runs import rows_of
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from trials import MAX_SECONDS, begin_or_resume, killed_at, outcome, settings
+from trials import MAX_SECONDS, attempt, begin_or_resume, killed_at, outcome, settings
 
 from files.errors import UserError
 from train.config.command_line import parse
@@ -121,6 +121,27 @@ def test_holes_are_the_same_over_ranks(sharding: str, tmp_path: Path) -> None:
     assert train_on_ranks(2, {**values, **over_two}) == [0, 0], said(folders[1].parent, 1)
     assert_like(folders[1], folders[0])
     assert {row.get("holes") for row in rows_of(folders[0], "eval")} == {3}
+
+
+def test_a_step_keeps_its_examples_on_another_number_of_ranks(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A batch that was said a rank, not as a whole."""
+    said_a_rank = {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2}
+    values = {**values, **said_a_rank, "train.max_steps": 6, "train.effective_batch_size": None}
+    alone = tmp_path / "alone" / "run"
+    assert begin_or_resume({**values, "train.output_dir": str(alone)}) == 0
+    here = at(tmp_path, values)
+    assert attempt(here, stopping_at(3, signal.SIGTERM)) == 143
+    assert train_on_ranks(2, here) == [0, 0], said(tmp_path, 0)
+    assert "a step keeps the 4 examples that it had before, on 2 ranks now" in said(tmp_path, 0)
+    assert_like(tmp_path / "run", alone)
+    # And the other way: 8 examples a step over two ranks, on one after that.
+    two = at(tmp_path / "two", values)
+    assert train_on_ranks(2, two, {1: stopping_at(2, signal.SIGTERM)}) == [143, 143]
+    assert begin_or_resume(two) == 0
+    plan = json.loads((tmp_path / "two" / "run" / "plan.json").read_text())
+    assert (plan["effective_batch_size"], plan["world_size"]) == (8, 1)
 
 
 def stopping_at(step: int, number: signal.Signals) -> Callable[[str], None]:

@@ -85,6 +85,25 @@ def test_runs_that_are_nearly_equal_are_called_so(tmp_path: Path) -> None:
     assert "**b is best**" in verdict_of(*two_runs(tmp_path / "y", (1.1056, 1.1)))
 
 
+def test_as_many_targets_may_be_of_other_rows(tmp_path: Path) -> None:
+    runs = two_runs(tmp_path)
+    for name, run in zip("xy", runs, strict=True):
+        plan = json.loads((run / "plan.json").read_text())
+        plan.setdefault("data", {})["fingerprints"] = {"valid": name}
+        (run / "plan.json").write_text(json.dumps(plan))
+    assert "cannot be compared**: they are of other rows" in verdict_of(*runs)
+
+
+def test_a_small_valid_set_is_said_to_be_small(tmp_path: Path) -> None:
+    runs = two_runs(tmp_path)
+    for run in runs:
+        plan = json.loads((run / "plan.json").read_text())
+        plan.setdefault("data", {})["valid_examples"] = 4
+        (run / "plan.json").write_text(json.dumps(plan))
+    text = verdict_of(*runs)
+    assert "the valid set has 4 rows (below " in text and "may be chance" in text
+
+
 def test_losses_over_other_rows_are_not_compared(tmp_path: Path) -> None:
     text = verdict_of(*two_runs(tmp_path, targets=39_000))
     assert "cannot be compared**: they are means over 39,000 and 40,000 targets" in text

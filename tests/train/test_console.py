@@ -254,6 +254,10 @@ def test_the_summary_tells_the_outcome_and_what_to_type_next(tmp_path: Path) -> 
     assert "0.5000 at step 4" in text and "2.0000 → 1.5000" in text
     assert "1m01 for 23.2k tokens" in text
     assert f"{command('generate')} --run '{folder}' --prompt" in text
+    assert command("merge") in text
+    (folder / "final").mkdir()
+    (folder / "final" / "config.json").write_text("{}")  # trained in full: nothing to merge
+    assert "merge" not in dict(closing_summary(status, folder)[2])
     stopped = status | {"state": "preempted", "reason": "sigint", "best": None}
     commands = dict(closing_summary(stopped, folder)[2])
     assert commands["go on"] == f"{command()} --resume '{folder}'"

@@ -53,6 +53,14 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, 
     return json.loads(said.out)
 
 
+def test_a_file_that_names_no_splits_has_none_to_choose(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lines(tmp_path / "rows.jsonl", ROWS)
+    assert main([str(base), "--data", str(data), "--split", "valid"]) == 2
+    assert "nothing says which of its rows are of that split" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("cache")
 def test_every_number_is_transformers_own(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

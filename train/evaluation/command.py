@@ -73,6 +73,12 @@ def _answer(arguments: Sequence[str] | None) -> int:
     if run is None and not Path(options.model, "adapter_config.json").is_file():
         resolve_model(options.model, weights=False)  # a wrong name is said before any row is read
     column = overrides.get("data.split_column") or (config and config.data.split_column)
+    if options.split and not column and Path(options.data).expanduser().is_file():
+        raise UserError(
+            f"--split {options.split}: {options.data} is one file, and nothing says which of its "
+            "rows are of that split; name their column with data.split_column=COLUMN, or give a "
+            "file of that split and leave --split out"
+        )
     problems = _problems(options, column if options.split else None)
     device = torch.device(decide_device(options.device))
     wanted = options.dtype if options.dtype != "auto" or not config else config.train.precision

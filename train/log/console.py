@@ -257,11 +257,12 @@ def closing_summary(status: Mapping[str, Any], folder: Path) -> tuple[str, Rows,
 def _next_commands(status: Mapping[str, Any], folder: Path) -> Rows:
     place, report = shlex.quote(str(folder)), shlex.quote(str(folder / "report.md"))
     if status["state"] == "finished":
+        whole = (folder / "final" / "config.json").is_file()  # trained in full: nothing to merge
         return (
             ("read", report),
             ("try", f"{command('generate')} --run {place} --prompt '…'"),
             ("curves", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
-            ("merge", f"{command('merge')} {place} MERGED_MODEL"),
+            *((("merge", f"{command('merge')} {place} MERGED_MODEL"),) if not whole else ()),
         )
     if status["reason"] == "non_finite":
         return (

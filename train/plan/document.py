@@ -60,6 +60,7 @@ def complete(
     """
     document = plan_document(config, KnownData.of(data), decoder, machine, world.size)
     document["earlier_schedules"] = list(earlier)
+    document["data"]["fingerprints"] = data.fingerprints
     names = ("gradient_checkpointing", "sharding", "paging", "streaming")
     decided = world.told("decided", lambda: json.dumps({name: document[name] for name in names}))
     document |= json.loads(decided)

@@ -67,6 +67,7 @@ def _card(name: str, document: Mapping[str, Any], price: float | None) -> dict[s
     if fitting is None:
         return row | {"with": None, "needed": document["memory"]["total"]} | empty
     row["fits"] = way is not None
+    row["host_memory"] = document["streamed_memory"] if way and not way["settings"] else 0
     least = way or fitting["least"]
     row |= {
         "with": way and way["settings"],
@@ -111,7 +112,14 @@ def render_rent(document: Mapping[str, Any]) -> str:
     heading = "Plan" + (f" of {document['preset']}" if document["preset"] else "") + ", to rent by"
     facts = [f"  {line}" for line in aligned(head_rows(document))]
     lines = [f"  {line}" for line in aligned(table)]
-    return "\n".join([heading, *facts, "", *lines, "", *(f"  {note}" for note in notes)]) + "\n"
+    # What fits where is said by the table; the rest is the same on every card.
+    looked = [text for text in document["warnings"] if not text.startswith("memory: ")]
+    if looked:
+        notes += ["", "To look at", *(f"! {warning}" for warning in looked)]
+    return (
+        "\n".join([heading, *facts, "", *lines, "", *(f"  {note}".rstrip() for note in notes)])
+        + "\n"
+    )
 
 
 _COLUMNS = (("predicted_tokens_per_second", ",.0f"), ("hours", ",.1f"), ("cost", ",.2f"))
@@ -123,7 +131,8 @@ def _fits(row: Mapping[str, Any]) -> str:
     if not row["fits"]:
         return f"no, needs {size_text(row['needed'])}"
     if not row["with"]:
-        return "as it is"
+        host = row["host_memory"]
+        return "as it is" + (f", {size_text(host)} of it on the host" if host else "")
     settings = " ".join(f"{key}={value}" for key, value in row["with"].items())
     return f"with {settings}" + (" (another result)" if row["changes"] else "")
 

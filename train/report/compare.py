@@ -16,7 +16,7 @@ from files.atomic import write_text
 from files.errors import UserError, counted
 from train.config.schema import KEYS
 from train.config.toml import shown
-from train.report.notes import notes
+from train.report.notes import notes, small_valid_set
 from train.report.plots import draw_comparison
 from train.report.record import Record, read_record
 from train.text import format_duration, format_loss, markdown_table, size_text
@@ -130,6 +130,9 @@ def verdict(records: Sequence[Record]) -> str:
     if without := [name for name, one in named if not one.best]:
         sentences.append(f"Without an evaluation, and left out: {', '.join(without)}.")
     targets = {best["targets"] for _, best, _ in evaluated}
+    rows = {
+        one.plan.get("data", {}).get("fingerprints", {}).get("valid") for _, _, one in evaluated
+    }
     models = {one.section("model").get("path") for _, _, one in evaluated}
     if len(evaluated) < 2:
         sentences.append("There is nothing to compare by: it takes two runs with a valid loss.")
@@ -139,11 +142,17 @@ def verdict(records: Sequence[Record]) -> str:
             f"**The valid losses cannot be compared**: they are means over {told} targets, so they "
             "are not of the same rows, or not cut or tokenised alike."
         )
+    elif len(rows) > 1:
+        sentences.append(
+            "**The valid losses cannot be compared**: they are of other rows, or of the same ones "
+            "cut or tokenised in another way."
+        )
     else:
         if len(models) > 1:
             sentences.append(
                 "The base models differ; losses compare only where both have one tokenizer."
             )
+        small = small_valid_set(evaluated[0][2])
         ranked = sorted(evaluated, key=lambda one: one[1]["loss"])
         (first, best, _), (second, next_best, _) = ranked[:2]
         by = 1 - best["loss"] / next_best["loss"] if next_best["loss"] else 0.0
@@ -158,7 +167,8 @@ def verdict(records: Sequence[Record]) -> str:
                 f"**{first} is best**: its lowest valid loss, {format_loss(best['loss'])} at step "
                 f"{best['step']:,}, is {by:.1%} below that of {second} "
                 f"({format_loss(next_best['loss'])}) on the same "
-                f"{counted(best['targets'], 'target')}."
+                f"{counted(best['targets'], 'target')}"
+                + (f"; the valid set has {small}, and that may be chance." if small else ".")
             )
     return "## Verdict\n\n" + " ".join(sentences)
 

@@ -153,17 +153,22 @@ def _notes_on_evaluation(record: Record) -> Iterable[str]:
             f"{last['loss'] / beside:.1f} times the train loss ({format_loss(beside)}): the model "
             "learns its rows by heart."
         )
-    rows = (record.plan.get("data") or {}).get("valid_examples") or last.get("examples")
-    few = ""
-    if rows is not None and rows < FEW_ROWS:
-        few = f"{counted(rows, 'row')} (below {FEW_ROWS})"
-    elif last["targets"] < FEW_TARGETS:
-        few = f"{counted(last['targets'], 'target')} (below {FEW_TARGETS:,})"
-    if few:
+    if few := small_valid_set(record):
         yield (
             f"The valid set has {few}: its loss is noisy, and small differences or early stopping "
             "on it mean little."
         )
+
+
+def small_valid_set(record: Record) -> str:
+    """Return how small the valid set is where its loss says little; else nothing."""
+    last = record.valid[-1]
+    rows = (record.plan.get("data") or {}).get("valid_examples") or last.get("examples")
+    if rows is not None and rows < FEW_ROWS:
+        return f"{counted(rows, 'row')} (below {FEW_ROWS})"
+    if last["targets"] < FEW_TARGETS:
+        return f"{counted(last['targets'], 'target')} (below {FEW_TARGETS:,})"
+    return ""
 
 
 def _notes_on_steps(record: Record) -> Iterable[str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from files.atomic import RunLock
-from files.errors import UserError, no_such_folder
+from files.errors import UserError, counted, no_such_folder, note
 from files.folders import damage, sweep
 from files.strict_json import read_json_object
 from train.config.load import check_resume_overrides, load_config
 from train.config.schema import RunConfig
 from train.config.toml import flat
-from train.plan.steps import RunPlan
+from train.plan.steps import RunPlan, effective_batch_size
 from train.process.world import ALONE, World
 from train.report.page import REPORT_FILE, write_report
 from train.saving.checkpoints import STEP_FOLDER, Checkpoints, read_state
@@ -103,6 +103,7 @@ def find_run(
     config = load_config(file=folder / "config.toml", overrides=overrides)
     changed = {key for key, value in flat(config).items() if flat(before)[key] != value}
     check_resume_overrides({key: unchanged.get(key) for key in changed})
+    config = _with_its_batch(config, folder, world)
     resume: Resume | None = None
 
     def choose() -> str:
@@ -118,6 +119,32 @@ def find_run(
         state = read_state(Path(chosen)) if chosen else (None, None)
         resume = Resume(folder, Path(chosen) if chosen else None, *state)
     return config, resume
+
+
+def _with_its_batch(config: RunConfig, folder: Path, world: World) -> RunConfig:
+    """Return the configuration with as many examples a step as the run had on its ranks.
+
+    Raises:
+        UserError: `config.toml` was changed so that it asks for another number.
+    """
+    try:
+        batch = int(read_json_object(folder / "plan.json")["effective_batch_size"])
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+        return config  # the plan is written anew
+    if effective_batch_size(config, world.size) == batch:
+        return config
+    asked = config.train.effective_batch_size
+    if asked is not None:
+        raise UserError(
+            f"--resume: train.effective_batch_size was {batch} and is {asked} in config.toml; a "
+            "resumed run keeps its settings: put the old value back, or start a new run"
+        )
+    if world.first:
+        note(
+            f"a step keeps the {counted(batch, 'example')} that it had before, on "
+            f"{counted(world.size, 'rank')} now (train.effective_batch_size={batch})"
+        )
+    return replace(config, train=replace(config.train, effective_batch_size=batch))
 
 
 def _what_is_left(
