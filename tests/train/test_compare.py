@@ -89,7 +89,7 @@ def test_as_many_targets_may_be_of_other_rows(tmp_path: Path) -> None:
     runs = two_runs(tmp_path)
     for name, run in zip("xy", runs, strict=True):
         plan = json.loads((run / "plan.json").read_text())
-        plan.setdefault("data", {})["fingerprints"] = {"valid": name}
+        plan["fingerprints"] = {"valid": name}
         (run / "plan.json").write_text(json.dumps(plan))
     assert "cannot be compared**: they are of other rows" in verdict_of(*runs)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class KnownData:
     lengths: Sequence[int] | Unknown  # tokens of each training example
     # What the data held (rows, truncated, dropped, …), passed on as it is.
     counts: Mapping[str, Any]
+    # The hash of each set's ids and labels, where they are known.
+    fingerprints: Mapping[str, str | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Data) -> KnownData:
@@ -44,4 +46,5 @@ class KnownData:
             num_test=0 if data.test is None else len(data.test),
             lengths=data.train.lengths.tolist(),
             counts=dataclasses.asdict(data.train.counts),
+            fingerprints=data.fingerprints,
         )

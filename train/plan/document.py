@@ -60,7 +60,6 @@ def complete(
     """
     document = plan_document(config, KnownData.of(data), decoder, machine, world.size)
     document["earlier_schedules"] = list(earlier)
-    document["data"]["fingerprints"] = data.fingerprints
     names = ("gradient_checkpointing", "sharding", "paging", "streaming")
     decided = world.told("decided", lambda: json.dumps({name: document[name] for name in names}))
     document |= json.loads(decided)
@@ -145,6 +144,7 @@ def plan_document(
         "disk": disk_bytes(config, plan, sizes, known),
         "compute": compute_estimate(config, plan, sizes, lengths, policy),
         "data": {"valid_examples": valid, "test_examples": test, **counts},
+        "fingerprints": dict(data.fingerprints) if isinstance(data, KnownData) else {},
         "claims": [claim_row(claim, value) for claim, value in check_claims(preset)],
         "departures": list(preset.departures) if preset else [],
     }

@@ -130,9 +130,7 @@ def verdict(records: Sequence[Record]) -> str:
     if without := [name for name, one in named if not one.best]:
         sentences.append(f"Without an evaluation, and left out: {', '.join(without)}.")
     targets = {best["targets"] for _, best, _ in evaluated}
-    rows = {
-        one.plan.get("data", {}).get("fingerprints", {}).get("valid") for _, _, one in evaluated
-    }
+    rows = {one.plan.get("fingerprints", {}).get("valid") for _, _, one in evaluated}
     models = {one.section("model").get("path") for _, _, one in evaluated}
     if len(evaluated) < 2:
         sentences.append("There is nothing to compare by: it takes two runs with a valid loss.")
