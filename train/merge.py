@@ -23,7 +23,7 @@ import torch
 
 from data.batch import MicroBatch
 from data.chat_templates import SETTINGS_FILE, TEMPLATE_FILE, in_one_folder, named_files
-from data.examples import Examples, cache_root, load_examples
+from data.examples import Examples
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.atomic import write_json
@@ -40,7 +40,7 @@ from models.weights import save_model, weights_files
 from train.config.load import load_config
 from train.config.schema import DataSettings, RunConfig
 from train.evaluation.receipt import Receipt, outputs, receipt, rows_to_compare
-from train.inputs.dataset import load_data, prompt_format
+from train.inputs.dataset import examples_of, load_data, prompt_format
 from train.process.command import CommandParser, run_command
 from train.saving.artifact import adapter_folder, base_of
 
@@ -179,16 +179,7 @@ def _examples(
     if stored.is_file():
         form = PromptFormat.from_dict(read_json_object(stored))
     tokenizer = Tokenizer.load(adapter) if own else Tokenizer.load(base, settings.chat_template)
-    return load_examples(
-        spec,
-        split_column=None,
-        split=split,
-        tokenizer=tokenizer,
-        prompt_format=form,
-        max_length=settings.max_length,
-        on_overflow=settings.on_overflow,
-        cache_root=cache_root(),
-    )
+    return examples_of(spec, split, settings, tokenizer, form)
 
 
 def _check(found: Receipt | None, tolerance: float | None) -> None:

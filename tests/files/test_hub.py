@@ -7,10 +7,7 @@ a few calls in each.
 import hashlib
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from children import asked_of_the_hub
 
 from files.errors import UserError
 from files.hub import (
@@ -245,25 +243,7 @@ print(json.dumps(answers))
 
 def ask(home: Path, endpoint: str, calls: list, **environment: str) -> list:
     """Make the calls in a child process; return, for each, what it found or its sentence."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
-    clean |= {
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-        "NO_PROXY": "127.0.0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        input=json.dumps(calls),
-        capture_output=True,
-        text=True,
-        env=clean | environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return asked_of_the_hub(CHILD, calls, home, endpoint, **environment)
 
 
 class Hub:

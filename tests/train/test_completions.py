@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from references import EOS, FAMILIES, reference_model
 from small import small_model
-from test_generate import EOS, FAMILIES, reference_model
 
 from files.errors import UserError
 from models import load_model

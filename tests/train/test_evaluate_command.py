@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from byte_tokenizer import BYTES, write_byte_tokenizer
+from references import EOS, reference_model, write_reference
 from runs import Refused, rows_of, settings, train
-from test_generate import EOS, reference_model
 from test_programs import HUMAN_EVAL, MBPP
 
 from data.prompt import PromptFormat
@@ -33,11 +32,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder that transformers wrote, with a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("base")
-    reference_model("Qwen2").save_pretrained(folder)
-    write_byte_tokenizer(folder, "<eos>", [*BYTES, "<eos>"])
-    return folder
+    return write_reference(tmp_path_factory.mktemp("base"))
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from byte_tokenizer import BYTES, write_byte_tokenizer
+from references import EOS, FAMILIES, reference_model, write_reference
 from runs import Refused
 
 from data.prompt import PromptFormat
@@ -28,47 +28,10 @@ from train.generate import (
     token_probabilities,
 )
 
-EOS = len(BYTES)
-VOCABULARY = EOS + 1
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    # Far from uniform logits: the likeliest token leads by much more than fp32 rounding.
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": EOS,
-    "pad_token_id": None,
-}
-FAMILIES = {
-    "Llama": {"tie_word_embeddings": False},
-    "Mistral": {"sliding_window": 8, "tie_word_embeddings": False},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 12, "tie_word_embeddings": True},
-    "Starcoder2": {"sliding_window": 8, "tie_word_embeddings": True},
-}
-
-
-def reference_model(family: str) -> Any:
-    """Return a small random model of transformers'."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family])
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder that transformers wrote, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    reference_model("Qwen2").save_pretrained(folder)
-    write_byte_tokenizer(folder, "<eos>", [*BYTES, "<eos>"])
-    return folder
+    return write_reference(tmp_path_factory.mktemp("base"))
 
 
 def greedy(folder: Path, text: str, **options: Any) -> str:

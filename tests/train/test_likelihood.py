@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from references import EOS, reference_model
 from small import DROPOUTS, RaggedExamples, small_model
 from steps import CPU, FP32, batching
-from test_generate import EOS, reference_model
 
 from data.batch import LAYOUTS
 from files.errors import UserError

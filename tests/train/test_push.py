@@ -5,10 +5,7 @@ The library reads its environment when it is imported, so the command runs in ch
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from children import ROOT
+from children import asked_of_the_hub
 from made_up import make_run
 
 from files.folders import replace_folder
@@ -168,26 +165,8 @@ print(json.dumps(answers))
 
 def push(endpoint: str, home: Path, calls: list[list[str]], token: str = "good") -> list[Any]:
     """Call the command with each list of arguments; return (exit code, said, complained)."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
-    clean |= {
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-        "NO_PROXY": "127.0.0.1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        input=json.dumps(calls),
-        capture_output=True,
-        text=True,
-        env=clean | ({"HF_TOKEN": token} if token else {}),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    given = {"HF_HUB_DISABLE_XET": "1"} | ({"HF_TOKEN": token} if token else {})
+    return asked_of_the_hub(CHILD, calls, home, endpoint, **given)
 
 
 def test_a_run_is_pushed_where_it_is_told_and_only_there(hub: Any, tmp_path: Path) -> None:

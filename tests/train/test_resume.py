@@ -244,6 +244,23 @@ def test_an_edited_configuration_is_refused_with_both_values(
     assert "lora.lora_alpha was 32 and is 16" in error
 
 
+def test_an_edited_batch_is_refused(run_copy: Path, refused: Refused) -> None:
+    """Where the run did not say its batch, its plan does; where it did, its checkpoint too."""
+    from train.saving.identity import check_identity
+
+    (run_copy / "status.json").unlink()
+    config = run_copy / "config.toml"
+    unsaid, edited = 'effective_batch_size = "none"', "effective_batch_size = 7"
+    assert unsaid in config.read_text()
+    config.write_text(config.read_text().replace(unsaid, edited))
+    batch = json.loads((run_copy / "plan.json").read_text())["effective_batch_size"]
+    error = refused(main, "--resume", str(run_copy))
+    assert f"train.effective_batch_size was {batch} and is 7" in error
+    saved = {"config": {"train.effective_batch_size": 5}, "data": {}, "model": {}, "machine": {}}
+    with pytest.raises(UserError, match=r"effective_batch_size was 5 and is 7"):
+        check_identity(saved, {**saved, "config": {"train.effective_batch_size": 7}})
+
+
 def test_other_threads_are_warned_about() -> None:
     from train.saving.identity import check_identity
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.arrays import Writer, in_memory
-from data.examples import Examples, cache_root, check_vocabulary, load_examples
+from data.examples import Examples, check_vocabulary
 from data.labels import labelled_rows
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
@@ -44,7 +44,7 @@ from train.generate import (
     load_run,
     room,
 )
-from train.inputs.dataset import prompt_format
+from train.inputs.dataset import examples_of, prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES, Precision
 from train.process.command import CommandParser, run_command
@@ -283,16 +283,8 @@ def _examples(
 
         examples = Examples(in_memory(build))
     else:
-        examples = load_examples(
-            options.data,
-            split_column=data.split_column if options.split else None,
-            split=options.split,
-            tokenizer=tokenizer,
-            prompt_format=form,
-            max_length=data.max_length,
-            on_overflow=data.on_overflow,
-            cache_root=cache_root(),
-        )
+        column = data.split_column if options.split else None
+        examples = examples_of(options.data, options.split, data, tokenizer, form, column=column)
     padded = data.batching != "unpadded"
     check_vocabulary(examples, loaded.model.config.vocab_size, tokenizer, padded=padded)
     if cut := examples.counts.truncated:

@@ -115,6 +115,30 @@ def fill_in_the_middle(config: RunConfig, tokenizer: Tokenizer) -> FillInTheMidd
     )
 
 
+def examples_of(
+    spec: str | Sequence[str],
+    split: str | None,
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    form: PromptFormat,
+    *,
+    column: str | None = None,
+    fim: FillInTheMiddle | None = None,
+) -> Examples:
+    """Return the examples of rows, cut as `settings` say, as `data.examples.load_examples` does."""
+    return load_examples(
+        spec,
+        split_column=column,
+        split=split,
+        tokenizer=tokenizer,
+        prompt_format=form,
+        max_length=settings.max_length,
+        on_overflow=settings.on_overflow,
+        cache_root=cache_root(),
+        fim=fim,
+    )
+
+
 def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) -> Data:
     """Tokenise the rows of all sets, or map those that were tokenised before.
 
@@ -133,17 +157,8 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
 
     def load(spec: str | Sequence[str], split: str | None) -> Examples:
-        examples = load_examples(
-            spec,
-            split_column=settings.split_column,
-            split=split,
-            tokenizer=tokenizer,
-            prompt_format=form,
-            max_length=settings.max_length,
-            on_overflow=settings.on_overflow,
-            cache_root=cache_root(),
-            fim=fim,
-        )
+        column = settings.split_column
+        examples = examples_of(spec, split, settings, tokenizer, form, column=column, fim=fim)
         if decoder is not None:
             check_vocabulary(
                 examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"

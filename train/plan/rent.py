@@ -5,7 +5,7 @@ the settings are the fastest that fit it and leave the result as it is, else tho
 of it (`train.plan.fitting`). No card has been asked: every time is a prediction, from two shares of
 a card's bf16 peak. The lower is what the plan counts with everywhere. The upper is what the traffic
 ledger (`python -m benchmarks.traffic`) counts for the steps of the LoRA presets with Triton's
-kernels: 0.51 to 0.63 of it, on every card of its table.
+kernels, within 12 % (`pytest -m slow tests/train/test_rent.py`).
 """
 
 from __future__ import annotations

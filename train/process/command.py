@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from files.errors import UserError
-from train.process.world import OTHER_LAUNCHERS
+from train.process.world import counted_by
 
 # Commands whose module is none of train's own: where it is.
 _MODULES = {
@@ -124,11 +124,9 @@ def run_command(command: Callable[[], int], *, over_ranks: bool = False) -> int:
 
 def _refuse_ranks(environment: Mapping[str, str] = os.environ) -> None:
     """Refuse to be one of several processes, each of which would do the whole of a command."""
-    launchers = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else OTHER_LAUNCHERS
-    for name in launchers:
-        if environment.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"{name}={environment[name]}: this command is the work of one process, and each of "
-                "these would do all of it; start it once, without torchrun, srun or mpirun, or "
-                f"unset {name} where each is meant to do work of its own"
-            )
+    if name := counted_by(environment):
+        raise UserError(
+            f"{name}={environment[name]}: this command is the work of one process, and each of "
+            "these would do all of it; start it once, without torchrun, srun or mpirun, or "
+            f"unset {name} where each is meant to do work of its own"
+        )

@@ -41,9 +41,15 @@ _ROLL_CALL_SECONDS = 3.0
 # Of what gloo, NCCL and torch say of a broken connection.
 _OF_CONNECTIONS = ("Connection", "connection", "gloo", "NCCL", "Timed out", "timeout")
 # How many processes srun, Open MPI and other MPIs have started, which know nothing of ranks.
-OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _FAILED, _FOLDER = "failed", "folder"
 _STORES: dict[tuple[str, int], Store] = {}
+
+
+def counted_by(environment: Mapping[str, str]) -> str | None:
+    """Return the variable by which a launcher says that it started several processes, if any."""
+    names = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else _OTHER_LAUNCHERS
+    return next((name for name in names if environment.get(name, "1") not in ("", "0", "1")), None)
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,12 @@ class World:
                 torchrun has started several processes.
         """
         if "WORLD_SIZE" not in environment:
-            for name in OTHER_LAUNCHERS:
-                if environment.get(name, "1") not in ("", "0", "1"):
-                    raise UserError(
-                        f"{name}={environment[name]} without WORLD_SIZE: each of these processes "
-                        "would do the whole run; start one torchrun on each node, which starts the "
-                        f"ranks, or unset {name} where each is meant to do a run of its own"
-                    )
+            if name := counted_by(environment):
+                raise UserError(
+                    f"{name}={environment[name]} without WORLD_SIZE: each of these processes "
+                    "would do the whole run; start one torchrun on each node, which starts the "
+                    f"ranks, or unset {name} where each is meant to do a run of its own"
+                )
             return cls()
         size = _number(environment, "WORLD_SIZE", None)
         if size <= 1:

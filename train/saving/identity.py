@@ -57,10 +57,11 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
             named.
     """
     may_change = {*resume_keys(), "train.output_dir", "train.run_name", "model.path"}
-    may_change.add("train.effective_batch_size")  # held to the plan's: train.saving.resume
     for key, value in now["config"].items():
         # A key that came later was not there, and what it does by default was done.
         was = saved["config"].get(key, _as_json(KEYS[key].default))
+        if key == "train.effective_batch_size" and was is None:
+            continue  # on another number of ranks it is the plan's (train.saving.resume)
         if key not in may_change and was != value:
             raise UserError(
                 f"--resume: {key} was {was} and is {value} in config.toml; a resumed run keeps its "
