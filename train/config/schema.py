@@ -113,6 +113,12 @@ class TrainSettings:
         "none: per_device_train_batch_size × gradient_accumulation_steps × ranks",
         minimum=1,
     )
+    effective_batch_tokens: int | None = key(
+        None,
+        "target tokens in a step over all ranks, at least: it takes examples until they have so "
+        "many; rules over effective_batch_size and gradient_accumulation_steps; none: by examples",
+        minimum=1,
+    )
     micro_batch_tokens: int | str | None = key(
         None,
         "cut a step into micro-batches of at most so many tokens; none: by "
