@@ -24,7 +24,7 @@ from train.config.load import load_config
 from train.inputs.dataset import Data
 from train.inputs.known import KnownData, Unknown
 from train.plan import steps as steps_module
-from train.plan.cuts import stops_of
+from train.plan.cuts import stops_of, with_mean_examples
 from train.plan.decide import UNKNOWN, decide
 from train.plan.document import plan_document
 from train.plan.ledger import micro_batch_tokens
@@ -172,6 +172,8 @@ def test_the_last_said_of_examples_and_tokens_rules() -> None:
     assert (preset.train.effective_batch_size, preset.train.effective_batch_tokens) == (None, 4096)
     with pytest.raises(UserError, match=r"effective_batch_size and train\.effective_batch_tokens"):
         load_config(overrides={TOKENS: 4096, "train.effective_batch_size": 8})
+    with pytest.raises(UserError, match=r"several keys: .*effective_batch_tokens"):
+        load_config(overrides={"tokens_per_batch": 4096})
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_the_plan_says_how_large_a_step_is() -> None:
     assert "at least 2,000 target tokens, about 100 examples a step, on 2 ranks 50/50" in text
     assert "20 (about 1 an epoch)" in text
     # A step may have more examples than the mean: a micro-batch counts as the largest that it is.
-    config = load_config(overrides={TOKENS: 40, "data.max_length": 500})
+    config = with_mean_examples(load_config(overrides={TOKENS: 40, "data.max_length": 500}), 2)
     assert micro_batch_tokens(config, [30] * 100) == (8 * 30, 30)
 
 

@@ -100,15 +100,15 @@ def cut_by_targets(config: RunConfig, rows: Rows | None, *, at_most: int) -> Cut
     Raises:
         ValueError: Targets are asked for, and are not known.
     """
-    import numpy as np
-
-    from data.order import epoch_order  # which needs torch, and most plans do not
-
     train = config.train
     if train.effective_batch_tokens is None:
         return None
     if rows is None or rows.num_targets is None:
         raise ValueError("train.effective_batch_tokens needs the targets of each example")
+    import numpy as np
+
+    from data.order import epoch_order  # which needs torch, and most plans do not
+
     targets = np.asarray(rows.num_targets)
     epochs = math.inf if train.max_steps else math.ceil(train.num_train_epochs)
     stops: list[int] = []
