@@ -115,8 +115,8 @@ class TrainSettings:
     )
     effective_batch_tokens: int | None = key(
         None,
-        "target tokens in a step over all ranks, at least: it takes examples until they have so "
-        "many; rules over effective_batch_size and gradient_accumulation_steps; none: by examples",
+        "at least so many targets (tokens that are trained) in a step over all ranks: whole "
+        "examples until they have them; if set it rules, instead of effective_batch_size",
         minimum=1,
     )
     micro_batch_tokens: int | str | None = key(
