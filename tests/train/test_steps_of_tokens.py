@@ -44,7 +44,7 @@ def planned(tokens: int, world: Any = ALONE, **settings: Any) -> tuple[RunPlan, 
     keys = {key.replace("__", "."): value for key, value in settings.items()}
     config = load_config(overrides={TOKENS: tokens, "train.num_train_epochs": 3, **keys})
     data = Data(SimpleNamespace(pad_id=0), None, EXAMPLES, None, None)  # type: ignore[arg-type]
-    plan = plan_run(config, len(EXAMPLES), world.size, rows=EXAMPLES)
+    plan = plan_run(config, len(EXAMPLES), world.size, rows=data)
     return plan, StepBatches.of(config, plan, data, world)
 
 

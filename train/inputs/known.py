@@ -48,6 +48,6 @@ class KnownData:
             num_test=0 if data.test is None else len(data.test),
             lengths=data.train.lengths.tolist(),
             counts=dataclasses.asdict(data.train.counts),
-            num_targets=data.train.num_targets.tolist(),
+            num_targets=data.num_targets.tolist(),
             fingerprints=data.fingerprints,
         )

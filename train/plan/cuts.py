@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Examples to train on."""
+    """Examples to train on, as a run (`Data`) and a plan (`KnownData`) have them."""
 
     @property
     def num_targets(self) -> np.ndarray | Sequence[int] | None:
