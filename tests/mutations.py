@@ -2090,8 +2090,8 @@ MUTATIONS = [
         "tests/train/test_plan.py",
         (
             "the last, smaller step of an epoch is left out",
-            "steps_per_epoch = math.ceil(num_examples / batch)",
-            "steps_per_epoch = max(1, num_examples // batch)",
+            "else math.ceil(num_examples / batch)",
+            "else max(1, num_examples // batch)",
             "test_steps_per_epoch_round_up",
         ),
         (
@@ -2107,22 +2107,10 @@ MUTATIONS = [
             "tests/train/test_loop.py::test_it_does_what_the_plan_says_in_this_order",
         ),
         (
-            "the last step does not evaluate unless it falls due",
-            "return steps if steps and steps[-1] == total_steps else (*steps, total_steps)",
-            "return steps or (total_steps,)",
-            "test_evaluations_include_the_last_step",
-        ),
-        (
             "the number of ranks does not count",
             "* train.gradient_accumulation_steps * world_size",
             "* train.gradient_accumulation_steps",
             "test_effective_batch_size_on_any_number_of_ranks",
-        ),
-        (
-            "five evaluations an epoch become six",
-            "return max(1, steps_per_epoch // per_epoch)",
-            "return max(1, steps_per_epoch // (per_epoch + 1))",
-            "test_evaluations_include_the_last_step",
         ),
         (
             "the remainder of a batch goes to the last rank",
@@ -2132,9 +2120,104 @@ MUTATIONS = [
         ),
         (
             "half an epoch is rounded down",
-            "1, math.ceil(config.train.num_train_epochs * steps_per_epoch)",
-            "1, int(config.train.num_train_epochs * steps_per_epoch)",
+            "else math.ceil(config.train.num_train_epochs * steps_per_epoch)",
+            "else int(config.train.num_train_epochs * steps_per_epoch)",
             "test_fractional_epochs_round_up_to_a_step",
+        ),
+    ),
+    *_of(
+        "train/plan/cadence.py",
+        "tests/train/test_plan.py",
+        (
+            "the last step does not evaluate unless it falls due",
+            "return steps if steps and steps[-1] == total_steps else (*steps, total_steps)",
+            "return steps or (total_steps,)",
+            "test_evaluations_include_the_last_step",
+        ),
+        (
+            "five evaluations an epoch become six",
+            "max(1, steps_per_epoch // times)",
+            "max(1, steps_per_epoch // (times + 1))",
+            "test_evaluations_include_the_last_step",
+        ),
+        (
+            "the end of an epoch is where the mean one ends",
+            "if cut is not None and times is not None:",
+            "if False:",
+            "tests/train/test_steps_of_tokens.py"
+            "::test_epochs_differ_in_their_steps_and_what_is_due_at_their_ends_is",
+        ),
+    ),
+    *_of(
+        "train/plan/cuts.py",
+        "tests/train/test_steps_of_tokens.py",
+        (
+            "a step that has its targets exactly takes one more example",
+            "+ wanted, lo=stops[-1] + 1)",
+            "+ wanted + 1, lo=stops[-1] + 1)",
+            "test_a_step_stops_where_its_targets_are_reached",
+        ),
+        (
+            "a step stops before it has its targets",
+            "stops.append(min(enough, len(targets)))",
+            "stops.append(max(stops[-1] + 1, min(enough - 1, len(targets))))",
+            "test_a_step_stops_where_its_targets_are_reached",
+        ),
+        (
+            "each epoch is cut as the first",
+            "epoch=len(done), shuffle",
+            "epoch=0, shuffle",
+            "test_each_epoch_is_cut_by_its_own_order",
+        ),
+        (
+            "what is not shuffled is cut as if it were",
+            "shuffle=config.data.shuffle",
+            "shuffle=True",
+            "test_each_epoch_is_cut_by_its_own_order",
+        ),
+        (
+            "an epoch's first step goes on where the last one stopped",
+            "0 if first else self.stops[step - 2]",
+            "self.stops[step - 2] if step > 1 else 0",
+            "test_each_epoch_is_cut_by_its_own_order",
+        ),
+        (
+            "half an epoch is rounded down",
+            "before + math.ceil(share * (done[-1] - before))",
+            "before + int(share * (done[-1] - before))",
+            "test_of_an_epoch_that_is_cut_short_its_share_of_the_steps",
+        ),
+        (
+            "an epoch of which a share is done is done whole",
+            "share = train.num_train_epochs - (len(done) - 1)",
+            "share = 1",
+            "test_of_an_epoch_that_is_cut_short_its_share_of_the_steps",
+        ),
+        (
+            "a step behind the last has no place",
+            "step = min(step, len(self.stops))",
+            "step = step + 0",
+            "test_a_run_made_shorter_than_it_is_ends",
+        ),
+    ),
+    *_of(
+        "train/plan/ledger.py",
+        "tests/train/test_steps_of_tokens.py",
+        (
+            "memory is planned for a step of mean size",
+            "most = config.train.effective_batch_tokens or effective_batch_size(",
+            "most = effective_batch_size(",
+            "test_the_plan_says_how_large_a_step_is",
+        ),
+    ),
+    *_of(
+        "train/saving/resume.py",
+        "tests/train/test_steps_of_tokens.py",
+        (
+            "another step size is taken where no checkpoint holds the old one",
+            "if train.effective_batch_tokens != tokens:",
+            "if False:",
+            "test_an_edited_step_size_is_refused",
         ),
     ),
     *_of(

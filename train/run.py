@@ -125,7 +125,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         if config.preset is not None and new and world.first:
             print_plan(asked, ranks=world.size)
         raise
-    plan = plan_run(config, len(data.train), world.size, num_valid=data.num_valid)
+    plan = plan_run(config, len(data.train), world.size, num_valid=data.num_valid, rows=data)
 
     agree_on_run(config, data, decoder, world)
     folder = resume.folder if resume else world.shared_folder(lambda: new_run_folder(config))

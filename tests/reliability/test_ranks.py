@@ -144,6 +144,19 @@ def test_a_step_keeps_its_examples_on_another_number_of_ranks(
     assert (plan["effective_batch_size"], plan["world_size"]) == (8, 1)
 
 
+@pytest.mark.slow
+def test_steps_of_tokens_are_the_same_over_ranks(values: dict[str, Any], tmp_path: Path) -> None:
+    """Of a step of one example a rank has none; stopped on two ranks, it goes on on one."""
+    by_tokens = {"train.effective_batch_size": None, "train.effective_batch_tokens": 30}
+    values = {**values, **by_tokens, "train.max_steps": 12}
+    alone = tmp_path / "alone" / "run"
+    assert begin_or_resume({**values, "train.output_dir": str(alone)}) == 0
+    two = at(tmp_path / "two", values)
+    assert train_on_ranks(2, two, {1: stopping_at(7, signal.SIGTERM)}) == [143, 143]
+    assert begin_or_resume(two) == 0
+    assert_like(tmp_path / "two" / "run", alone)
+
+
 def stopping_at(step: int, number: signal.Signals) -> Callable[[str], None]:
     """Return a listener that sends its own process a signal in a step."""
     passed = []

@@ -33,6 +33,7 @@ DEFAULTS = {
     "train.per_device_train_batch_size": 8,
     "train.gradient_accumulation_steps": 8,
     "train.effective_batch_size": None,
+    "train.effective_batch_tokens": None,
     "train.micro_batch_tokens": None,
     "train.device": "auto",
     "train.kernels": "auto",

@@ -126,7 +126,7 @@ def _assemble(
             values[path] = value
             written[path] = entry
             places[path] = (number, entry.where)
-        _settle_cadences(values, written)
+        _settle_two_ways(values, written)
         _refuse_no_warmup(values, written)
     sections = {
         section: settings(**{key.name: values[key.path] for key in keys_in(section)})
@@ -199,18 +199,22 @@ def _refuse_no_warmup(values: Mapping[str, Any], given: Mapping[str, Entry]) -> 
         )
 
 
-def _settle_cadences(values: dict[str, Any], given: Mapping[str, Entry]) -> None:
-    """`steps` and `per_epoch` are two ways to say one thing: the layer that came last rules."""
-    for section in ("eval", "checkpoint", "log"):
-        steps, per_epoch = f"{section}.steps", f"{section}.per_epoch"
-        if values[steps] is None or values[per_epoch] is None:
+_TWO_WAYS = (
+    *((f"{section}.steps", f"{section}.per_epoch") for section in ("eval", "checkpoint", "log")),
+    ("train.effective_batch_size", "train.effective_batch_tokens"),
+)
+
+
+def _settle_two_ways(values: dict[str, Any], given: Mapping[str, Entry]) -> None:
+    """Of two keys that are two ways to say one thing, the one in the layer that came last rules."""
+    for one, other in _TWO_WAYS:
+        if values[one] is None or values[other] is None:
             continue
-        if steps in given and per_epoch in given:
+        if one in given and other in given:
             raise UserError(
-                f"{given[per_epoch].where}: {steps} and {per_epoch} are both set; "
-                f"give one, or {steps}=none"
+                f"{given[other].where}: {one} and {other} are both set; give one, or {one}=none"
             )
-        values[per_epoch if steps in given else steps] = None
+        values[other if one in given else one] = None
 
 
 # What asks for something; the plain ones, such as lora.r, stand in every configuration.

@@ -113,6 +113,12 @@ class TrainSettings:
         "none: per_device_train_batch_size × gradient_accumulation_steps × ranks",
         minimum=1,
     )
+    effective_batch_tokens: int | None = key(
+        None,
+        "at least so many targets (tokens that are trained) in a step over all ranks: whole "
+        "examples until they have them; if set it rules, instead of effective_batch_size",
+        minimum=1,
+    )
     micro_batch_tokens: int | str | None = key(
         None,
         "cut a step into micro-batches of at most so many tokens; none: by "

@@ -75,11 +75,17 @@ RENAMED = each(
 
 SEVERAL: dict[str, tuple[str, ...]] = {
     "batch_size": ("train.per_device_train_batch_size", "train.effective_batch_size"),
+    "batch_tokens": ("train.effective_batch_tokens", "train.micro_batch_tokens"),
     "dropout": ("lora.lora_dropout", "model.dropout"),
     "dtype": ("train.precision", "model.dtype"),
+    # In some places a number of examples, in others of tokens.
+    "global_batch_size": ("train.effective_batch_size", "train.effective_batch_tokens"),
+    "max_tokens_per_batch": ("train.micro_batch_tokens", "train.effective_batch_tokens"),
     "path": ("model.path", "data.train"),
     "per_device_batch_size": ("train.per_device_train_batch_size", "eval.per_device_batch_size"),
     "split": ("data.train", "data.split_column"),
+    "tokens_per_batch": ("train.effective_batch_tokens", "train.micro_batch_tokens"),
+    "total_batch_size": ("train.effective_batch_size", "train.effective_batch_tokens"),
     "train_batch_size": ("train.per_device_train_batch_size", "train.effective_batch_size"),
     "warmup": ("schedule.warmup_ratio", "schedule.warmup_steps"),
 }

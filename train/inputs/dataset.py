@@ -44,6 +44,11 @@ class Data:
         return 0 if self.valid is None else len(self.valid)
 
     @property
+    def num_targets(self) -> np.ndarray:
+        """(N,) targets of each training example."""
+        return self.train.num_targets
+
+    @property
     def fim(self) -> FillInTheMiddle | None:
         """Which examples have a hole, and where; None: none has."""
         return self.train.fim

@@ -34,6 +34,8 @@ class KnownData:
     lengths: Sequence[int] | Unknown  # tokens of each training example
     # What the data held (rows, truncated, dropped, …), passed on as it is.
     counts: Mapping[str, Any]
+    # Targets of each training example; None where they could not be tokenised.
+    num_targets: Sequence[int] | None = None
     # The hash of each set's ids and labels, where they are known.
     fingerprints: Mapping[str, str | None] = field(default_factory=dict)
 
@@ -46,5 +48,6 @@ class KnownData:
             num_test=0 if data.test is None else len(data.test),
             lengths=data.train.lengths.tolist(),
             counts=dataclasses.asdict(data.train.counts),
+            num_targets=data.num_targets.tolist(),
             fingerprints=data.fingerprints,
         )

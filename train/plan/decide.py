@@ -20,6 +20,7 @@ from train.plan.refusals import (
     refuse_moments,
     refuse_with_holes,
     refuse_with_quantization,
+    refuse_with_steps_of_tokens,
     wants_whole_weights,
     why_not_streamed,
 )
@@ -128,6 +129,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             streamed; or the steps to trace are none.
     """
     refuse_with_holes(config)
+    refuse_with_steps_of_tokens(config)
     refuse_with_quantization(config)
     profiled_steps(config.train.profile_steps, config.train.max_steps)  # before rows are read
     streams = config.model.stream_layers == "true"

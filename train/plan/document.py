@@ -17,6 +17,7 @@ from train.config.presets import read_preset
 from train.config.schema import RunConfig
 from train.inputs.known import KnownData, Unknown
 from train.plan.claims import check_claims, claim_row
+from train.plan.cuts import with_mean_examples
 from train.plan.decide import (
     UNKNOWN,
     Machine,
@@ -91,13 +92,18 @@ def plan_document(
     """
     config = decide(config, machine)
     preset = read_preset(config.preset) if config.preset else None
+    tokens = config.train.effective_batch_tokens
     if isinstance(data, KnownData):
         examples, origin, valid, test = data.num_examples, "data", data.num_valid, data.num_test
         counts = data.counts
     else:
         examples, valid = (preset.num_examples, preset.num_valid) if preset else (None, None)
         origin, test, counts = None if examples is None else "the seed's claim", None, {}
-    plan = None if examples is None else plan_run(config, examples, world_size, num_valid=valid)
+    rows = data if isinstance(data, KnownData) else None
+    plan = None
+    if examples is not None and (tokens is None or (rows and rows.num_targets is not None)):
+        plan = plan_run(config, examples, world_size, num_valid=valid, rows=rows)
+    config = with_mean_examples(config, plan and plan.effective_batch_size)
     lengths = _lengths(data)
     known = None if isinstance(decoder, Unknown) else decoder
     sizes = model_sizes(known, config.train.method, config.lora) if known else None
@@ -111,6 +117,7 @@ def plan_document(
         "num_examples_from": origin,
         "world_size": world_size,
         "effective_batch_size": batch,
+        "effective_batch_tokens": tokens,
         "sharding": None,
         "rank_shares": list(rank_shares(batch, world_size)),
         "micro_batch_size": plan.micro_batch_size if plan else None,
@@ -168,6 +175,7 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
     return {
         "steps_per_epoch": plan.steps_per_epoch if plan else None,
         "total_steps": total,
+        "epochs": plan.epoch_of(plan.total_steps) if plan else None,
         "warmup_steps": warmup,
         "eval_steps": list(plan.eval_steps) if plan else None,
         "save_steps": list(plan.save_steps) if plan else None,

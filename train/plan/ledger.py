@@ -250,7 +250,9 @@ def micro_batch_tokens(
     Cut by tokens (`train.micro_batch_tokens`), it holds as many rows as that, or one longer
     example, and never more than a step does.
     """
-    share = rank_shares(effective_batch_size(config, world_size), world_size)[0]
+    # An example has a target at least, so that a step of tokens has no more examples than tokens.
+    most = config.train.effective_batch_tokens or effective_batch_size(config, world_size)
+    share = rank_shares(most, world_size)[0]
     budget = decide_micro_batch_tokens(config)
     count = share if budget is not None else min(config.train.per_device_train_batch_size, share)
     longest = config.data.max_length

@@ -37,7 +37,7 @@ def objections(
         *starting_adapter_note(config),
         *_of_the_model(config, decoder, machine),
         *_of_the_data(config, document, data),
-        *(_of_the_steps(config, document, plan) if plan else []),
+        *(_of_the_steps(config, document, plan) if plan else _of_unknown_steps(document)),
         *_of_the_room(config, document),
         *_of_the_bits(config, document, machine),
     ]
@@ -207,16 +207,31 @@ def _of_the_data(
     return found
 
 
+def _of_unknown_steps(document: Mapping[str, Any]) -> list[str]:
+    if not document["effective_batch_tokens"]:
+        return []
+    return [
+        "train.effective_batch_tokens: the steps are known when the rows are tokenised; until then "
+        "each example counts as data.max_length targets"
+    ]
+
+
 def _of_the_steps(config: RunConfig, document: Mapping[str, Any], plan: RunPlan) -> list[str]:
     found = []
     shares = document["rank_shares"]
-    if len(set(shares)) > 1:
+    if len(set(shares)) > 1 and plan.cut is None:
         found.append(
             f"{counted(plan.effective_batch_size, 'example')} over {plan.world_size} ranks are "
             f"{', '.join(str(share) for share in shares)}: uneven, and exact all the same"
         )
     last = plan.num_examples - (plan.steps_per_epoch - 1) * plan.effective_batch_size
-    if plan.num_examples < plan.effective_batch_size:
+    if plan.cut is not None:
+        if plan.steps_per_epoch == 1:
+            found.append(
+                f"all {counted(plan.num_examples, 'example')} make one step: lower "
+                f"train.effective_batch_tokens={document['effective_batch_tokens']}"
+            )
+    elif plan.num_examples < plan.effective_batch_size:
         found.append(
             f"all {counted(plan.num_examples, 'example')} are fewer than the "
             f"{plan.effective_batch_size} of one step: lower train.gradient_accumulation_steps or "

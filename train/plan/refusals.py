@@ -9,6 +9,25 @@ from files.errors import UserError
 from train.config.schema import RunConfig
 
 
+def refuse_with_steps_of_tokens(config: RunConfig) -> None:
+    """Refuse what does not go with a step whose targets are counted before the run."""
+    data, asked = config.data, f"train.effective_batch_tokens={config.train.effective_batch_tokens}"
+    if config.train.effective_batch_tokens is None:
+        return
+    if data.fim_rate:
+        raise UserError(
+            f"{asked} with data.fim_rate={data.fim_rate:g}: an example's targets differ from epoch "
+            "to epoch with its holes, so that no plan could say the steps; use "
+            "train.effective_batch_size, or data.fim_rate=0"
+        )
+    if data.group_by_length:
+        raise UserError(
+            f"{asked} with data.group_by_length=true: lengths are grouped by the examples of a "
+            "step, and their number differs; use data.group_by_length=false (unpadded rows gain "
+            "nothing by it), or train.effective_batch_size"
+        )
+
+
 def refuse_with_holes(config: RunConfig) -> None:
     """Refuse what does not go with fill-in-the-middle, and its parts without it."""
     data, asked = config.data, f"data.fim_rate={config.data.fim_rate:g}"

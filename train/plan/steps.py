@@ -4,7 +4,7 @@
 so that they cannot disagree. The formulas:
 
 - steps an epoch U = ceil(N / B) for N examples and B in a step: a step never straddles two epochs,
-  the last one of an epoch is a smaller batch;
+  the last one of an epoch is a smaller batch; where tokens say how large a step is, `plan.cuts`;
 - steps in all T = `train.max_steps`, or ceil(epochs × U); warm-up `schedule.warmup_steps`, or
   ceil(T × ratio) in float64;
 - a cadence of n an epoch is every max(1, U // n) steps; the last step always evaluates and saves.
@@ -17,9 +17,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 
 from files.errors import UserError
 from train.config.schema import RunConfig
+from train.plan.cadence import steps_due
+from train.plan.cuts import Cut, Rows, cut_by_targets
 from train.plan.decide import decide_micro_batch_tokens
 from train.plan.profiled import profiled_steps
 from train.plan.schedule import learning_rate_factor, warmup_step_count
@@ -34,7 +37,8 @@ class RunPlan:
 
     num_examples: int  # training examples in an epoch
     world_size: int  # ranks that share each step's examples
-    effective_batch_size: int  # examples in a step, over all ranks
+    # Examples in a step, over all ranks; where tokens say how many, their mean.
+    effective_batch_size: int
     micro_batch_size: int | None  # examples in a micro-batch of one rank; None where tokens cut it
     micro_batch_tokens: int | None  # tokens in a micro-batch; None where examples cut it
     # Micro-batches that the busiest rank runs in a full step; None where tokens cut it, since that
@@ -52,6 +56,7 @@ class RunPlan:
     min_lr_ratio: float  # share of the peak at which the schedule ends
     decay_ratio: float  # share of the steps in which `wsd` falls
     profile_steps: range = range(0)  # steps that are traced
+    cut: Cut | None = None  # where steps end, if tokens say how large they are
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate that the update of `step` uses (0 at the first of a warm-up)."""
@@ -82,6 +87,8 @@ class RunPlan:
 
         Epochs count from 0.
         """
+        if self.cut is not None:
+            return self.cut.batch(step)
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         start = index * self.effective_batch_size
         return epoch, start, min(start + self.effective_batch_size, self.num_examples)
@@ -114,7 +121,12 @@ def rank_shares(examples: int, ranks: int) -> tuple[int, ...]:
 
 
 def plan_run(
-    config: RunConfig, num_examples: int, world_size: int = 1, *, num_valid: int | None = None
+    config: RunConfig,
+    num_examples: int,
+    world_size: int = 1,
+    *,
+    num_valid: int | None = None,
+    rows: Rows | None = None,
 ) -> RunPlan:
     """Return the plan of a run over `num_examples` training examples.
 
@@ -123,6 +135,7 @@ def plan_run(
         num_examples: Training examples of an epoch (after dropping and splitting rows).
         world_size: Ranks that share a step.
         num_valid: Examples to evaluate; 0 plans no evaluation, None leaves it open.
+        rows: Those examples; needed where `train.effective_batch_tokens` is set.
 
     Raises:
         UserError: There is no example to train on, the steps are too many to be listed, or those to
@@ -130,40 +143,40 @@ def plan_run(
     """
     if num_examples < 1:
         raise UserError("data.train holds no example to train on; look at the data's own counts")
-    batch = effective_batch_size(config, world_size)
+    cut = cut_by_targets(config, rows, at_most=MAX_STEPS)
+    batch = cut.mean_examples if cut else effective_batch_size(config, world_size)
     share = rank_shares(batch, world_size)[0]
-    tokens = decide_micro_batch_tokens(config)
-    micro_batch = min(config.train.per_device_train_batch_size, share) if tokens is None else None
-    steps_per_epoch = math.ceil(num_examples / batch)
+    tokens, size = decide_micro_batch_tokens(config), config.train.per_device_train_batch_size
+    micro_batch = (size if cut else min(size, share)) if tokens is None else None
+    steps_per_epoch = cut.steps_per_epoch if cut else math.ceil(num_examples / batch)
     total_steps = config.train.max_steps or max(
-        1, math.ceil(config.train.num_train_epochs * steps_per_epoch)
+        1, cut.total_steps if cut else math.ceil(config.train.num_train_epochs * steps_per_epoch)
     )
     if total_steps > MAX_STEPS:
         raise UserError(
             f"{total_steps:,} steps are more than a run can have ({MAX_STEPS:,}); lower "
             "train.max_steps or train.num_train_epochs, or take more examples a step"
         )
-    log = _interval(config.log.steps, config.log.per_epoch, steps_per_epoch)
-    evaluate = _interval(config.eval.steps, config.eval.per_epoch, steps_per_epoch)
-    save = _interval(config.checkpoint.steps, config.checkpoint.per_epoch, steps_per_epoch)
+    due = partial(steps_due, steps_per_epoch=steps_per_epoch, total_steps=total_steps, cut=cut)
     return RunPlan(
         num_examples=num_examples,
         world_size=world_size,
         effective_batch_size=batch,
         micro_batch_size=micro_batch,
         micro_batch_tokens=tokens,
-        micro_batches_per_step=None if micro_batch is None else math.ceil(share / micro_batch),
+        micro_batches_per_step=None if cut or not micro_batch else math.ceil(share / micro_batch),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         warmup_steps=warmup_of(config, total_steps),
-        log_steps=_steps_every(log, total_steps),
-        eval_steps=() if num_valid == 0 else _steps_every(evaluate, total_steps),
-        save_steps=_steps_every(save, total_steps),
+        log_steps=due(config.log),
+        eval_steps=() if num_valid == 0 else due(config.eval),
+        save_steps=due(config.checkpoint),
         schedule=config.schedule.name,
         peak_learning_rate=config.optimizer.learning_rate,
         min_lr_ratio=config.schedule.min_lr_ratio,
         decay_ratio=config.schedule.decay_ratio,
         profile_steps=profiled_steps(config.train.profile_steps, total_steps),
+        cut=cut,
     )
 
 
@@ -173,17 +186,3 @@ def warmup_of(config: RunConfig, total_steps: int) -> int:
     return warmup_step_count(
         total_steps, warmup_ratio=schedule.warmup_ratio, warmup_steps=schedule.warmup_steps
     )
-
-
-def _interval(steps: int | str | None, per_epoch: int | None, steps_per_epoch: int) -> int | None:
-    """Return every how many steps something happens; None is at the last step alone."""
-    if per_epoch is not None:
-        return max(1, steps_per_epoch // per_epoch)
-    if isinstance(steps, str):
-        return steps_per_epoch
-    return steps
-
-
-def _steps_every(interval: int | None, total_steps: int) -> tuple[int, ...]:
-    steps = () if interval is None else tuple(range(interval, total_steps + 1, interval))
-    return steps if steps and steps[-1] == total_steps else (*steps, total_steps)

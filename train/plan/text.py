@@ -45,6 +45,8 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         if data.get(f"{name}_examples")
     ]
     batch = f"{counted(document['effective_batch_size'], 'example')} a step"
+    if tokens := document["effective_batch_tokens"]:
+        batch = f"at least {counted(tokens, 'target token')}, about {batch}"
     if document["world_size"] > 1:
         shares = "/".join(map(str, document["rank_shares"]))
         batch += f", on {document['world_size']} ranks {shares}"
@@ -72,9 +74,11 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     if document["steps_per_epoch"] is None:
         total = document["total_steps"]
-        return [("steps", f"{total:,}" if total else "unknown without data")]
+        unknown = "the rows' targets" if document["effective_batch_tokens"] else "data"
+        return [("steps", f"{total:,}" if total else f"unknown without {unknown}")]
     rates = document["learning_rates"]
-    steps = f"{document['total_steps']:,} ({document['steps_per_epoch']:,} an epoch)"
+    about = "about " if document["effective_batch_tokens"] else ""
+    steps = f"{document['total_steps']:,} ({about}{document['steps_per_epoch']:,} an epoch)"
     rows = [
         ("steps", f"{steps}, {document['warmup_steps']:,} of warm-up"),
         ("evaluations", _listed(document["eval_steps"])),

@@ -20,6 +20,7 @@ def plan_against_actual(record: Record) -> str:
     if not plan:
         return ""
     rows: list[tuple[str, str, str]] = []
+    tokens = plan.get("effective_batch_tokens")
 
     def compare(
         name: str, planned: Any, actual: Any, show: Any = lambda value: f"{value:,}"
@@ -31,6 +32,8 @@ def plan_against_actual(record: Record) -> str:
     epochs = record.train[-1]["epoch"] if record.train else 0.0
     if plan.get("steps_per_epoch") and record.total_steps:
         planned_epochs = record.total_steps / plan["steps_per_epoch"]
+        if tokens:  # epochs differ in their steps
+            planned_epochs = plan["epochs"]
         compare("epochs", planned_epochs, epochs, lambda value: f"{value:.2f}")
     planned_evals = plan.get("eval_steps")
     if planned_evals is not None:
@@ -45,9 +48,11 @@ def plan_against_actual(record: Record) -> str:
     )
     sentences = []
     if examples and batch and per_epoch:
+        size, steps = f"{batch:,}", counted(per_epoch, "step")
+        if tokens:
+            size, steps = f"at least {counted(tokens, 'target')}", f"about {steps}"
         sentences.append(
-            f"{counted(examples, 'example')} in batches of {batch:,} make "
-            f"{counted(per_epoch, 'step')} an epoch."
+            f"{counted(examples, 'example')} in batches of {size} make {steps} an epoch."
         )
     sentences.append(_learning_rate_check(record))
     return "\n\n".join([text, " ".join(sentences).strip()]).strip()

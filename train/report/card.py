@@ -238,6 +238,9 @@ def _training(record: Record) -> list[tuple[str, str]]:
         method = f"LoRA, r {lora.get('r')}, alpha {lora.get('lora_alpha')}, on {targets}"
         if lora.get("init_from"):
             method += ", going on from another adapter"
+    size = f"{record.plan.get('effective_batch_size')} examples"
+    if tokens := record.plan.get("effective_batch_tokens"):
+        size = f"at least {counted(tokens, 'target')}"
     rows: dict[str, Any] = {
         "method": method,
         "base quantised": record.section("model").get("quantization"),
@@ -245,7 +248,7 @@ def _training(record: Record) -> list[tuple[str, str]]:
         f"weight decay {optimizer.get('weight_decay')}",
         "schedule": f"{schedule.get('name')}, "
         f"{counted(record.plan.get('warmup_steps') or 0, 'step')} of warm-up",
-        "steps": f"{record.step:,}, of {record.plan.get('effective_batch_size')} examples each",
+        "steps": f"{record.step:,}, of {size} each",
         "precision": train.get("precision"),
         "length": f"at most {data.get('max_length')} tokens",
         "rows": f"{', '.join(map(_name, _specs(record, 'train')))}, format {data.get('format')}",

@@ -124,27 +124,34 @@ def find_run(
 def _with_its_batch(config: RunConfig, folder: Path, world: World) -> RunConfig:
     """Return the configuration with as many examples a step as the run had on its ranks.
 
+    Steps of tokens are the same on any number of them.
+
     Raises:
         UserError: `config.toml` was changed so that it asks for another number.
     """
     try:
-        batch = int(read_json_object(folder / "plan.json")["effective_batch_size"])
+        plan = read_json_object(folder / "plan.json")
+        batch, tokens = int(plan["effective_batch_size"]), plan.get("effective_batch_tokens")
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return config  # the plan is written anew
-    if effective_batch_size(config, world.size) == batch:
+    train = config.train
+    if train.effective_batch_tokens != tokens:
+        key, was, now = "effective_batch_tokens", tokens, train.effective_batch_tokens
+    elif tokens is not None or effective_batch_size(config, world.size) == batch:
         return config
-    asked = config.train.effective_batch_size
-    if asked is not None:
+    else:
+        key, was, now = "effective_batch_size", batch, train.effective_batch_size
+    if now is not None or tokens is not None:
         raise UserError(
-            f"--resume: train.effective_batch_size was {batch} and is {asked} in config.toml; a "
-            "resumed run keeps its settings: put the old value back, or start a new run"
+            f"--resume: train.{key} was {was} and is {now} in config.toml; a resumed run keeps its "
+            "settings: put the old value back, or start a new run"
         )
     if world.first:
         note(
             f"a step keeps the {counted(batch, 'example')} that it had before, on "
             f"{counted(world.size, 'rank')} now (train.effective_batch_size={batch})"
         )
-    return replace(config, train=replace(config.train, effective_batch_size=batch))
+    return replace(config, train=replace(train, effective_batch_size=batch))
 
 
 def _what_is_left(
