@@ -124,6 +124,7 @@ def examples_of(
     *,
     column: str | None = None,
     fim: FillInTheMiddle | None = None,
+    weight_field: str | None = None,
 ) -> Examples:
     """Return the examples of rows, cut as `settings` say, as `data.examples.load_examples` does."""
     return load_examples(
@@ -136,6 +137,7 @@ def examples_of(
         on_overflow=settings.on_overflow,
         cache_root=cache_root(),
         fim=fim,
+        weight_field=weight_field,
     )
 
 
@@ -156,9 +158,9 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
 
-    def load(spec: str | Sequence[str], split: str | None) -> Examples:
-        column = settings.split_column
-        examples = examples_of(spec, split, settings, tokenizer, form, column=column, fim=fim)
+    def load(spec: str | Sequence[str], split: str, weight_field: str | None = None) -> Examples:
+        more: dict[str, Any] = {"column": settings.split_column, "weight_field": weight_field}
+        examples = examples_of(spec, split, settings, tokenizer, form, fim=fim, **more)
         if decoder is not None:
             check_vocabulary(
                 examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"
@@ -177,7 +179,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
                 return None
             raise
 
-    train = load(settings.train, "train")
+    train = load(settings.train, "train", settings.weight_field)
     valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
