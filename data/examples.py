@@ -235,7 +235,7 @@ def load_examples(
             fields=prompt_format.columns(),
             split_column=split_column,
             split=split,
-            also=() if weight_field is None else (weight_field,),
+            weight_field=weight_field,
         )
         writer = Writer(folder, max_length, on_overflow, fim)
         made = labelled_rows(rows, tokenizer, prompt_format, weight_field)

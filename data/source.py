@@ -58,7 +58,7 @@ def read_rows(
     split_column: str | None = None,
     split: str | None = None,
     every_column: bool = False,
-    also: Sequence[str] = (),
+    weight_field: str | None = None,
     notice: Callable[[str], None] | None = None,
     on_fault: OnFault = stop_at,
 ) -> Iterator[Row]:
@@ -67,11 +67,11 @@ def read_rows(
     Args:
         spec: as in `open_source`, or what that returned.
         fields: columns that every row must have, as strings; None checks nothing. Of a Parquet file
-            only these, the split column and `also` are read.
+            only these, the split column and `weight_field` are read.
         split_column: column whose value chooses the rows of `split`; file names do not choose then.
         split: `train`, `valid` or `test`; None takes all rows.
         every_column: of a Parquet file, read the columns too that nobody asked for.
-        also: columns to read that hold something else than strings.
+        weight_field: column of the rows' weights, which is read too.
         notice: is told how many files of a source tree were passed over, and why; by default a
             note on standard error says it.
         on_fault: is told of a row that breaks a rule; where it does not raise, as it does by
@@ -88,8 +88,8 @@ def read_rows(
     )
     columns: list[str] | None = None
     if fields is not None:
-        asked = {*fields, *also, *([split_column] if split_column is not None else [])}
-        columns = sorted(asked)
+        others = (split_column, weight_field)
+        columns = sorted({*fields, *(name for name in others if name is not None)})
     rows = _read_files(source, columns, every_column, notice or note, on_fault)
     if split_column is not None and split is not None:
         rows = _of_split(rows, split_column, canonical_split(split), on_fault)

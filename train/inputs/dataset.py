@@ -95,6 +95,11 @@ def prompt_format(settings: DataSettings) -> PromptFormat:
     return PromptFormat(**{name: getattr(settings, name) for name in names})
 
 
+def weight_field(settings: DataSettings, split: str) -> str | None:
+    """Return the column of a split's weights: only what is trained on is weighed."""
+    return settings.weight_field if split == "train" else None
+
+
 def fill_in_the_middle(config: RunConfig, tokenizer: Tokenizer) -> FillInTheMiddle | None:
     """Return which examples have a hole, and where; None where `data.fim_rate` is 0.
 
@@ -124,7 +129,7 @@ def examples_of(
     *,
     column: str | None = None,
     fim: FillInTheMiddle | None = None,
-    weight_field: str | None = None,
+    weight_column: str | None = None,
 ) -> Examples:
     """Return the examples of rows, cut as `settings` say, as `data.examples.load_examples` does."""
     return load_examples(
@@ -137,7 +142,7 @@ def examples_of(
         on_overflow=settings.on_overflow,
         cache_root=cache_root(),
         fim=fim,
-        weight_field=weight_field,
+        weight_field=weight_column,
     )
 
 
@@ -158,9 +163,9 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
 
-    def load(spec: str | Sequence[str], split: str, weight_field: str | None = None) -> Examples:
-        more: dict[str, Any] = {"column": settings.split_column, "weight_field": weight_field}
-        examples = examples_of(spec, split, settings, tokenizer, form, fim=fim, **more)
+    def load(spec: str | Sequence[str], split: str) -> Examples:
+        columns = {"column": settings.split_column, "weight_column": weight_field(settings, split)}
+        examples = examples_of(spec, split, settings, tokenizer, form, fim=fim, **columns)
         if decoder is not None:
             check_vocabulary(
                 examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"
@@ -179,7 +184,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
                 return None
             raise
 
-    train = load(settings.train, "train", settings.weight_field)
+    train = load(settings.train, "train")
     valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
