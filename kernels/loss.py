@@ -197,10 +197,9 @@ def _cross_entropy_(
     wanted.sub_(largest).exp_()
     total = wanted.sum(1, keepdim=True)
     losses = total.log() + largest - target_logits
-    divisor, wanted_one = total / scale, torch.full_like(target_logits, -scale)
-    if weights is not None:  # a weight of 1 changes no bit
-        divisor, wanted_one = divisor / weights[:, None], wanted_one * weights[:, None]
-    wanted.div_(divisor)
-    wanted.scatter_add_(1, index, wanted_one)
+    wanted.div_(total / scale)
+    wanted.scatter_add_(1, index, torch.full_like(target_logits, -scale))
+    if weights is not None:
+        wanted.mul_(weights[:, None])
     gradient[len(targets) :] = 0
     return losses.squeeze(1), gradient.to(logits.dtype)
