@@ -191,3 +191,22 @@ def test_plan_panel_and_report_tell_of_the_weights(
     assert planned["data"] == written["data"]
     assert planned["data"]["weightless"] == 2
     assert [event for event in events(read_record(run)) if "`score`" in event]
+
+
+def test_a_plan_without_a_model_counts_the_rows_that_weigh_something(
+    rows: Path, capsys: pytest.CaptureFixture[str], refused: runs.Refused
+) -> None:
+    """As it checks their other columns."""
+    asked = [f"data.train={rows / 'train.jsonl'}", "--plan", "--json"]
+    assert main([*asked, "data.weight_field=score"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == 20
+    said = refused(main, *asked, "data.weight_field=scores")
+    assert 'train.jsonl:1: field "scores" missing' in said and "did you mean 'score'" in said
+
+
+def test_another_column_of_weights_is_no_resume(
+    run: Path, tmp_path: Path, refused: runs.Refused
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    said = refused(main, "--resume", copy, "data.weight_field=none")
+    assert "data.weight_field" in said
