@@ -1961,7 +1961,7 @@ MUTATIONS = [
             "rows of an evaluation must have weights",
             'return settings.weight_field if split == "train" else None',
             "return settings.weight_field",
-            "test_plan_panel_and_report_tell_of_the_weights",
+            "tests/data/test_row_weights.py::test_what_is_shown_weighs_what_is_trained",
         ),
     ),
     *_of(
