@@ -87,8 +87,8 @@ class Counts:
 class Arrays:
     """The files of a cache folder: all tokens one after another, and a value for each example.
 
-    Of the last four three are there where examples have holes (`data/fim.py`), the very last where
-    rows have weights.
+    Texts, their offsets and `holes_from` are there where examples have holes (`data/fim.py`),
+    `weights` where rows have such (`data/weights.py`).
     """
 
     input_ids: np.ndarray  # (tokens,) int32
