@@ -47,7 +47,7 @@ class Counts:
         tokens: Tokens in the examples.
         targets: Tokens with a label, first tokens left out.
         truncated: Examples that were cut at `data.max_length`.
-        dropped: Rows that left no example: too long (`drop`), or without a target.
+        dropped: Rows that left no example: too long (`drop`), without a target, or of weight 0.
         eos_lost: Examples whose EOS was cut off.
         longest: Tokens of the longest example.
         longest_row: Tokens of the longest row before anything was cut.
@@ -61,6 +61,7 @@ class Counts:
         unparsed: Examples that Python's parser refuses, under `data.fim_unit=syntax`: holes are cut
             by lines there.
         holeless: Examples that never have a hole, since they hold special tokens themselves.
+        weightless: Rows that weigh 0 (`data.weight_field`), and were dropped for it.
     """
 
     rows: int
@@ -79,13 +80,15 @@ class Counts:
     thoughtless_turns: int = 0
     unparsed: int = 0
     holeless: int = 0
+    weightless: int = 0
 
 
 @dataclass(frozen=True)
 class Arrays:
     """The files of a cache folder: all tokens one after another, and a value for each example.
 
-    The last three are there where examples have holes (`data/fim.py`).
+    Texts, their offsets and `holes_from` are there where examples have holes (`data/fim.py`),
+    `weights` where rows have such (`data/weights.py`).
     """
 
     input_ids: np.ndarray  # (tokens,) int32
@@ -99,6 +102,7 @@ class Arrays:
     texts: np.ndarray | None = None  # (bytes,) uint8: the texts in UTF-8
     text_offsets: np.ndarray | None = None  # (examples + 1,) int64: where each text begins
     holes_from: np.ndarray | None = None  # (examples,) int64: characters before the first hole
+    weights: np.ndarray | None = None  # (examples,) float64: what multiplies the targets' losses
 
     def named(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name of each array that is there, and the array."""
@@ -235,7 +239,10 @@ class _ArrayFile:
 
 
 class Writer:
-    """Writes examples into a folder as rows arrive, and counts; with `fim` also their texts."""
+    """Writes examples into a folder as rows arrive, and counts; with `fim` also their texts.
+
+    All rows have a weight, or none has.
+    """
 
     def __init__(
         self, folder: Path, max_length: int, on_overflow: str, fim: FillInTheMiddle | None = None
@@ -250,9 +257,10 @@ class Writer:
         self._labels = _ArrayFile(folder / "labels.npy", "<i4")
         self._offsets, self._targets, self._rows = [0], [], []
         self._prompts, self._flags, self._in_a_row = [], [], []
+        self._weights: list[float] = []
         self._in_rows = np.zeros(len(IN_A_ROW), dtype=np.int64)
         self.num_rows = self.longest_row = 0
-        self.dropped_too_long = self.dropped_cut = self.dropped_masked = 0
+        self.dropped_too_long = self.dropped_cut = self.dropped_masked = self.weightless = 0
 
     def add(self, row: LabelledRow) -> None:
         """Make the examples of one row."""
@@ -261,6 +269,9 @@ class Writer:
         self.longest_row = max(self.longest_row, length)
         counted = np.array([getattr(row, name) for name in IN_A_ROW], dtype=np.int32)
         self._in_rows += counted
+        if row.weight == 0:
+            self.weightless += 1
+            return
         if length > limit and self._on_overflow == "error":
             raise UserError(
                 f"{row.where}: {length} tokens, more than data.max_length={limit}; raise it, or "
@@ -283,6 +294,7 @@ class Writer:
                 self._offsets.append(self._offsets[-1] + stop - start)
                 self._targets.append(targets)
                 self._rows.append(number)
+                self._weights += [] if row.weight is None else [row.weight]
                 self._prompts.append(min(max(row.prompt_length - start, 0), stop - start))
                 self._flags.append(flags | self._add_text(piece))
                 self._in_a_row.append(counted)
@@ -328,6 +340,8 @@ class Writer:
             offsets = np.array(self._text_offsets, dtype="<i8")
             np.save(self._folder / "text_offsets.npy", offsets)
             np.save(self._folder / "holes_from.npy", np.array(self._holes_from, dtype="<i8"))
+        if self._weights:
+            np.save(self._folder / "weights.npy", np.array(self._weights, dtype="<f8"))
         np.save(self._folder / "in_a_row.npy", np.array(self._in_a_row, dtype="<i4"))
         flags = np.array(self._flags)
         counts = Counts(
@@ -336,12 +350,16 @@ class Writer:
             tokens=self._offsets[-1],
             targets=sum(self._targets),
             truncated=int(np.count_nonzero(flags & TRUNCATED)),
-            dropped=self.dropped_too_long + self.dropped_cut + self.dropped_masked,
+            dropped=self.dropped_too_long
+            + self.dropped_cut
+            + self.dropped_masked
+            + self.weightless,
             eos_lost=int(np.count_nonzero(flags & EOS_LOST)),
             longest=int(np.diff(self._offsets).max()),
             longest_row=self.longest_row,
             unparsed=int(np.count_nonzero(flags & UNPARSED)),
             holeless=int(np.count_nonzero(flags & HOLELESS)),
+            weightless=self.weightless,
             **dict(zip(IN_A_ROW, self._in_rows.tolist(), strict=True)),
         )
         meta = {"fingerprint": _digest(_mapped(self._folder)), "counts": asdict(counts)}
@@ -364,4 +382,6 @@ class Writer:
                 f"{self.dropped_masked} have nothing to train (an empty text or completion, or "
                 "messages without an assistant turn: check data.format and the columns it names)"
             )
+        if self.weightless:
+            causes.append(f"{self.weightless} weigh 0 in the column of data.weight_field")
         return f"{name}: no target is left in any of the {self.num_rows} rows: {'; '.join(causes)}"

@@ -69,6 +69,8 @@ class MicroBatch:
         examples: Index of each document's example; it keys dropout.
         target_rows: (S,) int64: the rows that have a target.
         num_tokens: Real tokens, padding left out.
+        weights: (S,) float64, for each of `target_rows` the weight of its document; None where all
+            are 1.
     """
 
     input_ids: Tensor
@@ -78,11 +80,27 @@ class MicroBatch:
     examples: tuple[int, ...]
     target_rows: Tensor
     num_tokens: int
+    weights: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         """S, the number of rows with a target."""
         return len(self.target_rows)
+
+    @property
+    def total_weight(self) -> float:
+        """What the targets weigh together: S where there are no weights."""
+        return float(self.num_targets if self.weights is None else self.weights.sum())
+
+    def weights_over(self, mean: float | None, dtype: torch.dtype) -> Tensor | None:
+        """Return `weights` divided by a mean, (S,), for states of `dtype`; None: all count 1.
+
+        Over the mean of their step they are of a size that half precision can hold, and equal ones
+        are 1 exactly. They are of fp32, and of fp64 where the states are.
+        """
+        if mean is None or self.weights is None:
+            return None
+        return (self.weights / mean).to(torch.promote_types(dtype, torch.float32))
 
 
 def micro_batches(
@@ -134,15 +152,20 @@ def _assemble(documents: list[Example], padded_length: int | None, pad_id: int) 
     starts = np.concatenate([[0], np.cumsum([padded_length or length for length in lengths])])
     input_ids = np.full(starts[-1], pad_id, dtype=np.int64)
     targets = np.full(starts[-1], IGNORED, dtype=np.int64)
+    weights = np.ones(starts[-1])
     for document, start, length in zip(documents, starts, lengths, strict=False):
         input_ids[start : start + length] = document.input_ids
         targets[start : start + length - 1] = document.labels[1:]
+        weights[start : start + length] = 1.0 if document.weight is None else document.weight
+    target_rows = np.flatnonzero(targets != IGNORED)
+    weighted = any(document.weight is not None for document in documents)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
         lengths=lengths,
         padded_length=padded_length,
         examples=tuple(document.index for document in documents),
-        target_rows=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
+        target_rows=torch.from_numpy(target_rows),
         num_tokens=sum(lengths),
+        weights=torch.from_numpy(weights[target_rows]) if weighted else None,
     )

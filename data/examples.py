@@ -59,6 +59,7 @@ class Example:
         prompt_length: Tokens before the completion, trained or not, or before the first answer that
             is trained, or before the middle that fills a hole; 0 where there is no prompt.
         has_hole: Whether it is one of fill-in-the-middle.
+        weight: What multiplies the loss of its targets in training; None where rows have none.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Example:
     labels: np.ndarray
     prompt_length: int = 0
     has_hole: bool = False
+    weight: float | None = None
 
 
 class Examples:
@@ -80,9 +82,10 @@ class Examples:
         num_targets: (N,) int64 targets of each example; where it may have a hole, of its row.
         rows: (N,) int64 the row of the data that each example comes from, counted from 0; a row
             makes several examples under `data.on_overflow=split`.
+        weights: (N,) float64 the weight of each example's row; None where rows have none.
         counts: What became of the rows.
-        fingerprint: sha256 of ids, labels and their order: equal if and only if training sees the
-            same data.
+        fingerprint: sha256 of ids, labels, weights and their order: equal if and only if training
+            sees the same data.
         max_id: The largest token id.
     """
 
@@ -100,6 +103,8 @@ class Examples:
         self.lengths: np.ndarray = np.diff(arrays.offsets)[self._positions]
         self.num_targets: np.ndarray = arrays.targets[self._positions]
         self.rows: np.ndarray = arrays.rows[self._positions]
+        weights = arrays.weights
+        self.weights: np.ndarray | None = None if weights is None else weights[self._positions]
         self.max_id = int(arrays.input_ids.max())
         if fim is not None:
             whole = arrays.flags[self._positions] & HOLELESS
@@ -111,14 +116,16 @@ class Examples:
 
     def __getitem__(self, position: int) -> Example:
         index = int(self._positions[position])
+        weight = None if self.weights is None else float(self.weights[position])
         if self.fim is not None and (found := self._with_hole(self.fim, index)) is not None:
-            return Example(index, *found, has_hole=True)
+            return Example(index, *found, has_hole=True, weight=weight)
         start, stop = self._arrays.offsets[index : index + 2]
         return Example(
             index,
             self._arrays.input_ids[start:stop],
             self._arrays.labels[start:stop],
             int(self._arrays.prompts[index]),
+            weight=weight,
         )
 
     def _with_hole(
@@ -197,6 +204,7 @@ def load_examples(
     on_overflow: str,
     cache_root: Path | None,
     fim: FillInTheMiddle | None = None,
+    weight_field: str | None = None,
 ) -> Examples:
     """Return the examples of a data set; where it is cached, no row is read.
 
@@ -211,6 +219,7 @@ def load_examples(
             `max_length`, each an example).
         cache_root: Folder of the cache (`cache_root()`), or None to keep the examples in memory.
         fim: Which of them have a hole, and where; None: none has.
+        weight_field: Column of the rows' weights; None: they have none.
 
     Raises:
         NoRowsError: It holds no row of the split.
@@ -222,10 +231,15 @@ def load_examples(
 
     def build(folder: Path) -> None:
         rows = read_rows(
-            source, fields=prompt_format.columns(), split_column=split_column, split=split
+            source,
+            fields=prompt_format.columns(),
+            split_column=split_column,
+            split=split,
+            weight_field=weight_field,
         )
         writer = Writer(folder, max_length, on_overflow, fim)
-        with contextlib.closing(labelled_rows(rows, tokenizer, prompt_format)) as labelled:
+        made = labelled_rows(rows, tokenizer, prompt_format, weight_field)
+        with contextlib.closing(made) as labelled:
             for row in labelled:
                 writer.add(row)
         writer.close(source.spec)
@@ -237,6 +251,8 @@ def load_examples(
         content |= {"split_column": split_column, "split": split}
     if fim is not None:  # texts are kept too, and counted; holes are drawn from them later
         content |= {"fim_unit": fim.unit}
+    if weight_field is not None:
+        content |= {"weight_field": weight_field}
     key = _key(content, tokenizer, prompt_format, max_length, on_overflow)
     return Examples(cached(cache_root, key, build), fim=fim)
 

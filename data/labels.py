@@ -19,6 +19,7 @@ from data.prompt import PromptFormat
 from data.source import Row
 from data.spans import Rendered, Span
 from data.tokenizer import Tokenizer
+from data.weights import row_weight
 from files.errors import UserError
 
 # A label that is no target: what torch's cross-entropy ignores.
@@ -42,6 +43,7 @@ class LabelledRow:
         prompt_length: As `Example.prompt_length`.
         merged_prompts: As in `Counts`, of this row, 0 or 1; so are the next four.
         prompt: Characters of the text before the completion: in a text, of the system prompt.
+        weight: What multiplies the loss of its targets; None where no column was named.
     """
 
     where: str
@@ -56,22 +58,32 @@ class LabelledRow:
     left_out_turns: int
     thoughtless_turns: int
     prompt: int
+    weight: float | None = None
 
 
 def label_rows(
-    rows: Sequence[Row], tokenizer: Tokenizer, prompt_format: PromptFormat
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    weight_field: str | None = None,
 ) -> list[LabelledRow]:
     """Return each row as the tokens that training makes of it, before anything is cut.
 
+    `weight_field` is the column of the rows' weights, or None.
+
     Raises:
-        UserError: A row cannot be rendered or encoded; the message names its file and line.
+        UserError: A row cannot be rendered or encoded, or has no weight; the message names its file
+            and line.
     """
-    encoded = _encode_rows(rows, tokenizer, prompt_format)
+    encoded = _encode_rows(rows, tokenizer, prompt_format, weight_field)
     return [_label(row, prompt_format.append_eos) for row in encoded]
 
 
 def labelled_rows(
-    rows: Iterable[Row], tokenizer: Tokenizer, prompt_format: PromptFormat
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    weight_field: str | None = None,
 ) -> Generator[LabelledRow, None, None]:
     """Yield rows as `label_rows` has them, one after another.
 
@@ -81,7 +93,7 @@ def labelled_rows(
     batches = in_batches(rows)
 
     def next_rows() -> list[_EncodedRow]:
-        return _encode_rows(next(batches, []), tokenizer, prompt_format)
+        return _encode_rows(next(batches, []), tokenizer, prompt_format, weight_field)
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next_rows)
@@ -141,6 +153,7 @@ class _EncodedRow:
             the prompt is given these, and has to say the others.
         merges: The prompt alone has other tokens than at the beginning of the row.
         encoding: In a row of messages, where each token lies in the text.
+        weight: As `LabelledRow.weight`.
     """
 
     where: str
@@ -150,6 +163,7 @@ class _EncodedRow:
     prompt: int = 0
     merges: bool = False
     encoding: tokenizers.Encoding | None = None
+    weight: float | None = None
 
     def before(self, place: int) -> int:
         """Return how many tokens end at or before a character of the text.
@@ -175,8 +189,12 @@ class _EncodedRow:
 
 
 def _encode_rows(
-    rows: Sequence[Row], tokenizer: Tokenizer, prompt_format: PromptFormat
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    weight_field: str | None,
 ) -> list[_EncodedRow]:
+    weights = [None if weight_field is None else row_weight(row, weight_field) for row in rows]
     rendered = prompt_format.render_rows(rows, tokenizer)
     plain = [item for item in rendered if not item.chat]
     try:
@@ -189,7 +207,7 @@ def _encode_rows(
         _name_the_row(rows, rendered, tokenizer)
         raise
     encoded = []
-    for row, item in zip(rows, rendered, strict=True):
+    for row, item, weight in zip(rows, rendered, weights, strict=True):
         if item.chat:
             encoding = next(encodings)
             ids, prompt, merges = encoding.ids, 0, False
@@ -199,7 +217,9 @@ def _encode_rows(
             alone = next(ids_of_prompts) if item.prompt else []
             prompt = common_prefix(alone, ids)
             merges = prompt < len(alone)
-        encoded.append(_EncodedRow(row.where, item, tokenizer, ids, prompt, merges, encoding))
+        encoded.append(
+            _EncodedRow(row.where, item, tokenizer, ids, prompt, merges, encoding, weight)
+        )
     return encoded
 
 
@@ -239,6 +259,7 @@ def _label(row: _EncodedRow, append_eos: bool) -> LabelledRow:
         item.left_out_turns,
         item.thoughtless_turns,
         item.prompt,
+        row.weight,
     )
 
 

@@ -58,6 +58,7 @@ def read_rows(
     split_column: str | None = None,
     split: str | None = None,
     every_column: bool = False,
+    weight_field: str | None = None,
     notice: Callable[[str], None] | None = None,
     on_fault: OnFault = stop_at,
 ) -> Iterator[Row]:
@@ -66,10 +67,11 @@ def read_rows(
     Args:
         spec: as in `open_source`, or what that returned.
         fields: columns that every row must have, as strings; None checks nothing. Of a Parquet file
-            only these (and the split column) are read.
+            only these, the split column and `weight_field` are read.
         split_column: column whose value chooses the rows of `split`; file names do not choose then.
         split: `train`, `valid` or `test`; None takes all rows.
         every_column: of a Parquet file, read the columns too that nobody asked for.
+        weight_field: column of the rows' weights, which is read too.
         notice: is told how many files of a source tree were passed over, and why; by default a
             note on standard error says it.
         on_fault: is told of a row that breaks a rule; where it does not raise, as it does by
@@ -84,7 +86,11 @@ def read_rows(
         if isinstance(spec, Source)
         else open_source(spec, None if split_column is not None else split)
     )
-    rows = _read_files(source, fields, split_column, every_column, notice or note, on_fault)
+    columns: list[str] | None = None
+    if fields is not None:
+        others = (split_column, weight_field)
+        columns = sorted({*fields, *(name for name in others if name is not None)})
+    rows = _read_files(source, columns, every_column, notice or note, on_fault)
     if split_column is not None and split is not None:
         rows = _of_split(rows, split_column, canonical_split(split), on_fault)
     return rows if fields is None else _checked(rows, tuple(fields), on_fault)
@@ -92,15 +98,11 @@ def read_rows(
 
 def _read_files(
     source: Source,
-    fields: Sequence[str] | None,
-    split_column: str | None,
+    columns: list[str] | None,
     every_column: bool,
     notice: Callable[[str], None],
     on_fault: OnFault,
 ) -> Iterator[Row]:
-    columns: list[str] | None = None
-    if fields is not None:
-        columns = sorted({*fields, *([split_column] if split_column is not None else [])})
     passed_over: list[tuple[str, str]] = []
     for file in source.files:
         if file.below is not None:

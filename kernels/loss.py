@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from kernels.cpu.rounding import document_multiple
 from kernels.operands import compute_dtype
 
-# (logits of a chunk (C, V), targets (S ≤ C,), scale) → (S,) losses and the scaled gradient (C, V).
-CrossEntropy = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+# (logits of a chunk (C, V), targets (S ≤ C,), scale, None or weights (S,)) → (S,) losses, which are
+# not weighted, and the scaled gradient (C, V), which is.
+CrossEntropy = Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
 IGNORE = -100  # the label of a token that is not trained
 _MOST_ROWS_CPU = 256  # the fastest of 64 … 1024 on two cores: a chunk stays near the caches
@@ -53,6 +54,7 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     cross_entropy: CrossEntropy | None = None,
     rows: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of `hidden @ weight.T` against `targets`.
 
@@ -71,6 +73,8 @@ def linear_cross_entropy(
         cross_entropy: what makes loss and gradient of a chunk; plain PyTorch where None.
         rows: (S,) int64, the rows that have a target, on the device of `hidden`. The host knows
             them before anything is computed; without them the device is asked, and waited for.
+        weights: (S,) what the loss of each of these rows is multiplied by, in fp32 (fp64 for fp64
+            input); 1 where None.
 
     Returns:
         Scalar sum over the targets; 0 where there are none, still connected to the graph.
@@ -84,6 +88,7 @@ def linear_cross_entropy(
         gradient_scale,
         chunk_rows,
         cross_entropy or _cross_entropy_,
+        weights,
         differentiable and hidden.requires_grad,
         differentiable and weight.requires_grad,
     )
@@ -100,6 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient_scale: float,
         chunk_rows: int | None,
         cross_entropy: CrossEntropy,
+        weights: Tensor | None,
         needs_hidden: bool,
         needs_weight: bool,
     ) -> Tensor:
@@ -114,6 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient_scale,
                 chunk_rows,
                 cross_entropy,
+                weights,
                 needs_hidden,
                 needs_weight,
             )
@@ -136,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * left).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 def _sum_over_chunks(
@@ -146,6 +153,7 @@ def _sum_over_chunks(
     gradient_scale: float,
     chunk_rows: int,
     cross_entropy: CrossEntropy,
+    weights: Tensor | None,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -160,7 +168,8 @@ def _sum_over_chunks(
     for start in range(0, len(targets), chunk_rows):
         chunk = slice(start, start + chunk_rows)
         logits = hidden[chunk] @ weight.t()
-        losses[chunk], grad_logits = cross_entropy(logits, targets[chunk], gradient_scale)
+        some = None if weights is None else weights[chunk]
+        losses[chunk], grad_logits = cross_entropy(logits, targets[chunk], gradient_scale, some)
         if grad_hidden is not None:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
         if grad_weight is not None and grad_weight.dtype == hidden.dtype:
@@ -169,11 +178,15 @@ def _sum_over_chunks(
             grad_weight += grad_logits.t() @ hidden[chunk]
     if grad_hidden is not None:
         grad_hidden = grad_hidden[: len(targets)]
+    if weights is not None:
+        losses *= weights
     return losses.sum(), grad_hidden, grad_weight
 
 
-def _cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return each row's loss, and the scaled gradient of the loss by the logits, in their type.
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, scale: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return each row's loss, and its gradient by the logits, scaled and weighted, in their type.
 
     `logits` are overwritten; rows behind those of `targets` get a gradient of 0.
     """
@@ -186,5 +199,7 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tens
     losses = total.log() + largest - target_logits
     wanted.div_(total / scale)
     wanted.scatter_add_(1, index, torch.full_like(target_logits, -scale))
+    if weights is not None:
+        wanted.mul_(weights[:, None])
     gradient[len(targets) :] = 0
     return losses.squeeze(1), gradient.to(logits.dtype)

@@ -362,6 +362,8 @@ MUTATIONS = [
             "fp16 gradients are made without the scale",
             "    wanted.div_(total / scale)\n"
             "    wanted.scatter_add_(1, index, torch.full_like(target_logits, -scale))\n"
+            "    if weights is not None:\n"
+            "        wanted.mul_(weights[:, None])\n"
             "    gradient[len(targets) :] = 0\n"
             "    return losses.squeeze(1), gradient.to(logits.dtype)",
             "    wanted.div_(total)\n"
@@ -369,6 +371,18 @@ MUTATIONS = [
             "    gradient[len(targets) :] = 0\n"
             "    return losses.squeeze(1), gradient.to(logits.dtype) * scale",
             "test_small_fp16_gradients_live_by_the_scale",
+        ),
+        (
+            "a row's weight is in its loss, and not in its gradient",
+            "        wanted.mul_(weights[:, None])\n",
+            "        pass\n",
+            "test_weights_multiply_the_loss_and_the_gradient_of_each_row",
+        ),
+        (
+            "every chunk has the weights of the first",
+            "some = None if weights is None else weights[chunk]",
+            "some = None if weights is None else weights[: len(targets[chunk])]",
+            "test_weights_multiply_the_loss_and_the_gradient_of_each_row",
         ),
         (
             "rows behind the targets get a gradient",
@@ -968,6 +982,12 @@ MUTATIONS = [
             "rows behind the targets keep their logits as gradients",
             "            tl.store(base + column, zeros, mask=column < vocabulary)\n",
             "            pass\n",
+            "test_the_loss_of_a_chunk",
+        ),
+        (
+            "a kernel knows of no weights",
+            "factor *= tl.load(weights_ptr + row)",
+            "factor *= 1.0",
             "test_the_loss_of_a_chunk",
         ),
     ),
@@ -1857,6 +1877,91 @@ MUTATIONS = [
             '        if _digest(arrays) != meta["fingerprint"] or meta',
             "        if meta",
             "test_a_damaged_cache_is_made_anew",
+        ),
+    ),
+    # What a row weighs.
+    *_of(
+        "data/weights.py",
+        "tests/data/test_row_weights.py",
+        (
+            "true is a weight of 1",
+            "if isinstance(value, bool) or not isinstance(",
+            "if not isinstance(",
+            "test_what_is_no_weight_is_refused_with_its_place",
+        ),
+        (
+            "text is a weight in every file",
+            "_is_csv(row.where) and _NUMBER",
+            "_NUMBER",
+            "test_what_is_no_weight_is_refused_with_its_place",
+        ),
+        (
+            "what is no number is neither too small nor too large",
+            "not 0 <= value <= _MOST:",
+            "value < 0 or value > _MOST:",
+            "test_numbers_that_json_does_not_have_are_refused",
+        ),
+    ),
+    *_of(
+        "data/arrays.py",
+        "tests/data/test_row_weights.py",
+        (
+            "a row of weight 0 is an example",
+            "        if row.weight == 0:\n",
+            "        if False:\n",
+            "test_every_kind_of_file_has_weights",
+        ),
+    ),
+    *_of(
+        "data/examples.py",
+        "tests/data/test_row_weights.py",
+        (
+            "an example of a subset weighs what another does",
+            "float(self.weights[position])",
+            "float(self._arrays.weights[position])",
+            "test_every_kind_of_file_has_weights",
+        ),
+        (
+            "rows are taken from the cache with the weights of another column",
+            '        content |= {"weight_field": weight_field}\n',
+            "        pass\n",
+            "test_weights_are_part_of_what_is_kept",
+        ),
+    ),
+    *_of(
+        "data/batch.py",
+        "tests/data/test_row_weights.py",
+        (
+            "a target has the weight of another",
+            "torch.from_numpy(weights[target_rows]) if",
+            "torch.from_numpy(weights[: len(target_rows)]) if",
+            "test_a_micro_batch_has_the_weight_of_each_target",
+        ),
+    ),
+    *_of(
+        "train/step.py",
+        "tests/train/test_weighted_steps.py",
+        (
+            "a weighted loss is divided by the number of targets alone",
+            "part.total_weight) for part in batch",
+            "part.num_targets) for part in batch",
+            "test_a_step_s_loss_and_gradient_are_those_of_the_formula",
+        ),
+        (
+            "each micro-batch has a mean weight of its own",
+            "draw, gradient_scale, mean_weight\n",
+            "draw, gradient_scale, micro_batch.total_weight / micro_batch.num_targets\n",
+            "test_every_cut_and_every_padding_gives_one_loss_and_one_gradient",
+        ),
+    ),
+    *_of(
+        "train/inputs/dataset.py",
+        "tests/train/test_weighted_steps.py",
+        (
+            "rows of an evaluation must have weights",
+            'return settings.weight_field if split == "train" else None',
+            "return settings.weight_field",
+            "tests/data/test_row_weights.py::test_what_is_shown_weighs_what_is_trained",
         ),
     ),
     *_of(

@@ -88,7 +88,10 @@ def _loss(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tensor]:
     targets = torch.arange(_M, device=t[0].device)
     targets[::5] = IGNORE
     rows = (targets != IGNORE).nonzero().squeeze(1)
-    return [ours.linear_cross_entropy(t[0], t[1], targets, rows=rows)]
+    weights = torch.linspace(0.5, 2.0, len(rows), device=t[0].device)
+    given = t[0], t[1], targets
+    weighted = ours.linear_cross_entropy(*given, rows=rows, weights=weights)
+    return [ours.linear_cross_entropy(*given, rows=rows), weighted]
 
 
 def _dequantise(ours: Operations, _: Segments, t: list[Tensor]) -> Sequence[Tensor]:

@@ -26,19 +26,22 @@ def loss_sum(
     # What the sum is multiplied by before its backward pass, where fp16 needs to know
     # (`kernels.loss`).
     gradient_scale: float = 1.0,
+    mean_weight: float | None = None,  # what its rows' weights are divided by; None: all are 1
 ) -> Tensor:
-    """Return the sum over a micro-batch's targets of their cross-entropy, in nats.
+    """Return the sum over a micro-batch's targets of their (weighted) cross-entropy, in nats.
 
     It is a sum, not a mean, so that the micro-batches of a step add up to the step's loss whatever
     the cut.
     """
     hidden, targets = head_states(model, micro_batch, device, draw)
+    weights = micro_batch.weights_over(mean_weight, hidden.dtype)
     return model.operations.linear_cross_entropy(
         hidden,
         model.head_weight(),  # of ranks that share it, whole by now
         uploaded(targets, device),
         gradient_scale=gradient_scale,
         rows=uploaded(micro_batch.target_rows, device),
+        weights=None if weights is None else uploaded(weights, device),
     )
 
 

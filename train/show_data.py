@@ -26,7 +26,7 @@ from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
 from train.config.schema import DataSettings, RunConfig
 from train.inputs.asked import asked_configuration, tokenizer_folder
-from train.inputs.dataset import fill_in_the_middle, load_data, prompt_format
+from train.inputs.dataset import fill_in_the_middle, load_data, prompt_format, weight_field
 from train.process.command import CommandParser, command, run_command
 
 DESCRIPTION = """\
@@ -59,6 +59,7 @@ class Shown:
     untrained_turns: int  # those of them that the chat template leaves nothing of
     left_out_turns: int  # those of them that the row keeps out of the loss
     thoughtless_turns: int  # those of them whose thinking the chat template leaves out
+    weight: float = 1.0  # what multiplies the loss of its targets; 0 where it is dropped for it
 
 
 def show_rows(
@@ -78,7 +79,7 @@ def show_rows(
     none = True
     for number, row in islice(_rows_of(config, split, form), most):
         none = False
-        labelled = label_rows([row], tokenizer, form)[0]
+        labelled = label_rows([row], tokenizer, form, weight_field(settings, split))[0]
         for shown in _examples(number, labelled, settings, tokenizer, fim, epoch):
             yield shown, tokenizer
     if none:
@@ -144,7 +145,13 @@ def _training_data(settings: DataSettings) -> str | tuple[str, ...]:
 def _read(
     settings: DataSettings, spec: str | tuple[str, ...], split: str, form: PromptFormat
 ) -> Iterator[Row]:
-    return read_rows(spec, fields=form.columns(), split_column=settings.split_column, split=split)
+    return read_rows(
+        spec,
+        fields=form.columns(),
+        split_column=settings.split_column,
+        split=split,
+        weight_field=weight_field(settings, split),
+    )
 
 
 def _examples(
@@ -157,8 +164,13 @@ def _examples(
 ) -> Iterator[Shown]:
     """Yield the examples of a row, or the row itself where it leaves none."""
     length, limit = len(row.input_ids), settings.max_length
-    over = f"{counted(length, 'token')}, data.max_length={limit}"
     nothing = row.input_ids, np.full(length, IGNORED)
+    if row.weight == 0:
+        yield _shown(
+            number, row, f"dropped: weight 0 in '{settings.weight_field}'", *nothing, tokenizer
+        )
+        return
+    over = f"{counted(length, 'token')}, data.max_length={limit}"
     if length > limit and settings.on_overflow == "error":
         yield _shown(number, row, f"error: {over}", *nothing, tokenizer)
         return
@@ -207,6 +219,7 @@ def _shown(
         untrained_turns=row.untrained_turns,
         left_out_turns=row.left_out_turns,
         thoughtless_turns=row.thoughtless_turns,
+        weight=1.0 if row.weight is None else row.weight,
     )
 
 
@@ -227,6 +240,7 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
     counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
     head = f"row {shown.row}, {shown.source}: {counts}"
+    head += f", weight {shown.weight:g}" if shown.weight not in (0, 1) else ""
     if shown.merged_prompts:
         fate += ", the completion begins inside a token of the prompt"
     for turns, what in (

@@ -65,7 +65,9 @@ class Run:
 class StepResult:
     """What one step did."""
 
-    loss: float  # token mean over the step's targets (nats): the number that was differentiated
+    # Token mean over the step's targets (nats), by the weights of their rows where they have such:
+    # the number that was differentiated.
+    loss: float
     learning_rate: float  # the rate of the update
     grad_norm: float  # global L2 norm of the gradient before clipping
     targets: int  # tokens with a label

@@ -1,8 +1,9 @@
 """One optimizer step: the loss of a set of examples, its gradient, and the update.
 
 The step's batch is the unit of meaning: its loss is the sum of the token losses of all its
-examples divided by the number of their targets. How the set is cut into micro-batches changes
-speed and memory only.
+examples divided by the number of their targets, each loss multiplied by its row's weight over the
+mean weight of these targets (`data.weight_field`; without it all weigh 1). How the set is cut into
+micro-batches changes speed and memory only.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def train_step(
     update itself is not caught, for it cannot be undone.
     """
     started = time.perf_counter()
-    own = [(micro_batch.num_targets, micro_batch.num_tokens) for micro_batch in batch]
-    targets, tokens = map(int, world.sums(*map(sum, zip((0, 0), *own, strict=True))))
+    own = [(part.num_targets, part.num_tokens, part.total_weight) for part in batch]
+    *counts, weight = world.sums(*map(sum, zip((0, 0, 0.0), *own, strict=True)))
+    targets, tokens = map(int, counts)
 
     def result(
         loss: float, norm: float, skipped: str | None = None, of: Sequence[MicroBatch] = batch
@@ -69,7 +71,7 @@ def train_step(
         return result(0.0, 0.0, "no targets")
     scaler_before = scaler.state() if scaler else {}
     handed_on = model, optimizer, batch, targets, precision, scaler, draw, meanwhile, at_most, world
-    gradient = partial(_gradient, *handed_on)
+    gradient = partial(_gradient, *handed_on, weight / targets)
     # Several ranks agree on what memory allows inside: what fails after that ends the run.
     computed = within_memory(gradient, precision.device) if world.size == 1 else gradient()
     losses, norm, scale = computed or ([], math.nan, 1.0)
@@ -99,6 +101,7 @@ def _gradient(
     meanwhile: Callable[[], object] | None,
     at_most: Callable[[], object] | None,
     world: World,
+    mean_weight: float,
 ) -> tuple[list[Tensor], float, float] | None:
     """Leave the gradient of the batch's token mean in the parameters, which have none.
 
@@ -120,7 +123,9 @@ def _gradient(
                 # The head's gradient is made in the forward pass: fp16 would round it before the
                 # scale.
                 gradient_scale = scale / targets if scaler else 1.0
-                loss = loss_sum(model, micro_batch, precision.device, draw, gradient_scale)
+                loss = loss_sum(
+                    model, micro_batch, precision.device, draw, gradient_scale, mean_weight
+                )
             if at_most is not None:
                 at_most()
             (loss * (scale / targets)).backward()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.source import read_rows
+from data.weights import row_weight
 from files.errors import UserError
 from files.hub import resolve_model
 from models import build
@@ -21,7 +22,7 @@ from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
 from train.inputs.adapters import with_starting_adapter
 from train.inputs.base_model import find_model, with_stored_quantization
-from train.inputs.dataset import load_data, prompt_format, refuse_without_valid
+from train.inputs.dataset import load_data, prompt_format, refuse_without_valid, weight_field
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.log.metrics import require_tensorboard
 from train.plan.decide import Machine, decide, machine_elsewhere, machine_to_plan_for, this_machine
@@ -168,8 +169,15 @@ def _counted_rows(config: RunConfig, why: Unknown) -> KnownData:
     def count(spec: str | Sequence[str] | None, split: str) -> int:
         if spec is None:
             return 0
-        rows = read_rows(spec, fields=columns, split_column=data.split_column, split=split)
-        return sum(1 for _ in rows)
+        weights = weight_field(data, split)
+        rows = read_rows(
+            spec,
+            fields=columns,
+            split_column=data.split_column,
+            split=split,
+            weight_field=weights,
+        )
+        return sum(weights is None or row_weight(row, weights) > 0 for row in rows)
 
     by_column = data.train if data.split_column is not None else None
     rows = train = count(data.train, "train")

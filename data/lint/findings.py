@@ -49,6 +49,7 @@ PROBLEMS = {
 NOTES = {
     "example_email_address": "hold an e-mail address at a domain that is kept for examples",
     "merged_prompts": "have a completion that begins inside a token of the prompt",
+    "weightless": "weigh 0 (data.weight_field): a run leaves them out",
 }
 # Places that are kept of each finding; all are counted.
 MOST_PLACES = 1000

@@ -48,6 +48,7 @@ class Settings:
     prompt_format: PromptFormat
     max_length: int
     on_overflow: str
+    weight_field: str | None = None  # of the training rows
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Scanner:
         batches = in_batches(read(on_fault))
 
         def next_rows() -> list[tuple[Row, LabelledRow | UserError]]:
-            return self._labelled(next(batches, []))
+            return self._labelled(next(batches, []), name)
 
         number = 0
         # The tokenizer's threads need nothing of Python's, and would wait for the checks otherwise.
@@ -147,16 +148,17 @@ class Scanner:
         self._look_at_endings(sets)
         return self.scan
 
-    def _labelled(self, rows: list[Row]) -> list[tuple[Row, LabelledRow | UserError]]:
-        """Return rows with their tokens, or with why a row has none."""
-        tokenizer, form = self._settings.tokenizer, self._settings.prompt_format
+    def _labelled(self, rows: list[Row], name: str) -> list[tuple[Row, LabelledRow | UserError]]:
+        """Return rows of a set with their tokens, or with why a row has none."""
+        weight_field = self._settings.weight_field if name == "train" else None
+        how = self._settings.tokenizer, self._settings.prompt_format, weight_field
         try:
-            return list(zip(rows, label_rows(rows, tokenizer, form), strict=True))
+            return list(zip(rows, label_rows(rows, *how), strict=True))
         except UserError:
             made: list[tuple[Row, LabelledRow | UserError]] = []
         for row in rows:
             try:
-                made.append((row, label_rows([row], tokenizer, form)[0]))
+                made.append((row, label_rows([row], *how)[0]))
             except UserError as fault:
                 made.append((row, fault))
         return made
@@ -198,6 +200,8 @@ class Scanner:
     def _fate(self, row: LabelledRow) -> tuple[str | None, bool]:
         """Return what training loses of a row, and whether it leaves an example."""
         length, limit = len(row.input_ids), self._settings.max_length
+        if row.weight == 0:
+            return "weightless", False
         if not num_targets(row.labels):
             return "no_target", False
         if length > limit:

@@ -93,7 +93,11 @@ def launches(step: Step, card: Card) -> list[Launch]:
         hidden = model.hidden_states(torch.empty(rows, dtype=torch.int64, device="meta"), segments)
         wanted = torch.empty(rows - len(step.lengths), dtype=torch.int64, device="meta")
         targets = torch.empty(rows, dtype=torch.int64, device="meta")
-        loss = backend.linear_cross_entropy(hidden, model.head_weight(), targets, rows=wanted)
+        # Rows with weights have a kernel of their own; one of the steps has such.
+        weights = torch.empty(len(wanted), device="meta") if step.rank == 0 else None
+        loss = backend.linear_cross_entropy(
+            hidden, model.head_weight(), targets, rows=wanted, weights=weights
+        )
         loss.backward()
         build_optimizer(step.optimizer, model, weight_decay=0.1, operations=backend).step(1e-3)
     return found

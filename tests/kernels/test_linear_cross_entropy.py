@@ -42,6 +42,37 @@ def test_value_and_gradients(chunk_rows, masked):
     assert not hidden.grad[targets == IGNORE].any()
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_weights_multiply_the_loss_and_the_gradient_of_each_row(chunk_rows, monkeypatch):
+    monkeypatch.setattr(kernels.cpu.rounding, "rounds", lambda device, dtype: True)
+    hidden, weight, targets = problem()
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    weights = torch.linspace(0.1, 40.0, len(rows), dtype=torch.float64)
+    losses = F.cross_entropy((hidden @ weight.T)[rows], targets[rows], reduction="none")
+    expected = torch.autograd.grad(3.0 * (losses * weights).sum(), (hidden, weight))
+    ours = linear_cross_entropy(
+        hidden, weight, targets,
+        chunk_rows=chunk_rows, gradient_scale=3.0, rows=rows, weights=weights,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, (losses * weights).sum(), **EXACT)
+    for gradient, exact in zip(
+        torch.autograd.grad(3.0 * ours, (hidden, weight)), expected, strict=True
+    ):
+        torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-11)  # terms of order 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_one_change_no_bit(dtype):
+    results = []
+    for weights in (None, torch.ones(23)):
+        hidden, weight, targets = problem(dtype=dtype, masked=0.0)
+        loss = linear_cross_entropy(
+            hidden, weight, targets, chunk_rows=7, gradient_scale=0.3, weights=weights
+        )
+        results.append([loss, *torch.autograd.grad(0.3 * loss, (hidden, weight))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_rows_that_only_repeat_a_shape_count_for_nothing(monkeypatch):
     """Also in the gradient of the head, which is there where all of a model is trained."""
     monkeypatch.setattr(kernels.cpu.rounding, "rounds", lambda device, dtype: True)

@@ -237,13 +237,15 @@ def test_gelu_takes_the_bias_of_the_layer_before_it() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [9001, slow(2), slow(41), slow(1024)])
-def test_the_loss_of_a_chunk(vocabulary: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_a_chunk(vocabulary: int, dtype: torch.dtype, weighted: bool) -> None:
     logits = draw(6, vocabulary, dtype=dtype, scale=4.0)
     targets = torch.tensor([0, vocabulary - 1, 1, 0, vocabulary // 2], device=DEVICE)
     exact = logits[:5].double().requires_grad_()
+    weights = torch.tensor([1.0, 0.5, 0.3, 0.0, 0.75], device=DEVICE) if weighted else None
     expected = F.cross_entropy(exact, targets, reduction="none")
-    expected.sum().mul(0.25).backward()
-    losses, gradient = loss.cross_entropy_(logits, targets, 0.25)
+    (expected if weights is None else expected * weights).sum().mul(0.25).backward()
+    losses, gradient = loss.cross_entropy_(logits, targets, 0.25, weights)
     assert gradient.data_ptr() == logits.data_ptr()
     assert not gradient[5].any()
     assert exact.grad is not None
@@ -280,3 +282,10 @@ def test_the_loss_through_its_head(dtype: torch.dtype) -> None:
         [hidden, weight],
         41,
     )
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    logits, targets = draw(6, 41, dtype=torch.float32, scale=4.0), torch.arange(6, device=DEVICE)
+    plain = loss.cross_entropy_(logits.clone(), targets, 0.3)
+    ones = loss.cross_entropy_(logits.clone(), targets, 0.3, torch.ones(6, device=DEVICE))
+    assert all(torch.equal(one, other) for one, other in zip(plain, ones, strict=True))

@@ -87,8 +87,8 @@ def test_a_run_records_its_spikes_and_a_resumed_one_the_same(
     """Stopped after step 34, so that the window of the spike at step 37 spans the stop."""
     loss_sum = step_module.loss_sum
 
-    def spiked(model: Any, micro_batch: Any, device: Any, draw: Any, scale: float) -> torch.Tensor:
-        loss = loss_sum(model, micro_batch, device, draw, scale)
+    def spiked(model: Any, micro_batch: Any, device: Any, draw: Any, *rest: float) -> torch.Tensor:
+        loss = loss_sum(model, micro_batch, device, draw, *rest)
         return loss + 10.0 * micro_batch.num_targets if draw[1] == 37 else loss
 
     monkeypatch.setattr(step_module, "loss_sum", spiked)

@@ -294,9 +294,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def install(value: float, strikes: Callable[[MicroBatch, int], bool]) -> None:
         def poisoned(
-            model: CausalLM, micro_batch: MicroBatch, device: Any, draw: Any, scale: float
+            model: CausalLM, micro_batch: MicroBatch, device: Any, draw: Any, *rest: float
         ) -> torch.Tensor:
-            loss = loss_sum(model, micro_batch, device, draw, scale)
+            loss = loss_sum(model, micro_batch, device, draw, *rest)
             return loss + value if strikes(micro_batch, draw[1]) else loss
 
         monkeypatch.setattr(step_module, "loss_sum", poisoned)

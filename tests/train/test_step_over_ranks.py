@@ -180,8 +180,10 @@ def test_an_overflow_on_one_rank_halves_the_scale_of_all(monkeypatch: pytest.Mon
 
     honest = step.loss_sum
 
-    def loss_sum(model: CausalLM, part: MicroBatch, device: Any, draw: Any, scale: float) -> Tensor:
-        loss = honest(model, part, device, draw, scale)
+    def loss_sum(
+        model: CausalLM, part: MicroBatch, device: Any, draw: Any, scale: float, *rest: float
+    ) -> Tensor:
+        loss = honest(model, part, device, draw, scale, *rest)
         targets = sum(EXAMPLES.num_targets)
         return loss * torch.inf if 7 in part.examples and scale * targets > 2**14 else loss
 

@@ -31,6 +31,11 @@ class DataSettings:
         words=("text", "template", "completion", "messages", "instruction"),
     )
     text_field: str = key("text", "the column of data.format = text")
+    weight_field: str | None = key(
+        None,
+        "a column of numbers from 0: what the loss of a training row's targets is multiplied by, "
+        "before a step's mean is taken; rows of 0 are left out",
+    )
     prompt_template: str | None = key(
         None,
         "the prompt, with {column} placeholders; {?column}…{/column} is a part that is left out "

@@ -53,6 +53,7 @@ RENAMED = each(
         "dataset_text_field text_column text_column_name training_field": "data.text_field",
         "default_system default_system_message": "data.system_prompt",
         "completion_only_loss": "data.completion_only",
+        "weight_column": "data.weight_field",
         "test_file": "data.test",
         "train_file": "data.train",
         "validation_file": "data.valid",

@@ -100,6 +100,11 @@ def prompt_format(settings: DataSettings) -> PromptFormat:
     return PromptFormat(**{name: getattr(settings, name) for name in names})
 
 
+def weight_field(settings: DataSettings, split: str) -> str | None:
+    """Return the column of a split's weights: only what is trained on is weighed."""
+    return settings.weight_field if split == "train" else None
+
+
 def fill_in_the_middle(config: RunConfig, tokenizer: Tokenizer) -> FillInTheMiddle | None:
     """Return which examples have a hole, and where; None where `data.fim_rate` is 0.
 
@@ -129,6 +134,7 @@ def examples_of(
     *,
     column: str | None = None,
     fim: FillInTheMiddle | None = None,
+    weight_column: str | None = None,
 ) -> Examples:
     """Return the examples of rows, cut as `settings` say, as `data.examples.load_examples` does."""
     return load_examples(
@@ -141,6 +147,7 @@ def examples_of(
         on_overflow=settings.on_overflow,
         cache_root=cache_root(),
         fim=fim,
+        weight_field=weight_column,
     )
 
 
@@ -161,9 +168,9 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
 
-    def load(spec: str | Sequence[str], split: str | None) -> Examples:
-        column = settings.split_column
-        examples = examples_of(spec, split, settings, tokenizer, form, column=column, fim=fim)
+    def load(spec: str | Sequence[str], split: str) -> Examples:
+        columns = {"column": settings.split_column, "weight_column": weight_field(settings, split)}
+        examples = examples_of(spec, split, settings, tokenizer, form, fim=fim, **columns)
         if decoder is not None:
             check_vocabulary(
                 examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.examples import Examples
     from train.inputs.dataset import Data
 
 
@@ -47,7 +48,14 @@ class KnownData:
             num_valid=data.num_valid,
             num_test=0 if data.test is None else len(data.test),
             lengths=data.train.lengths.tolist(),
-            counts=dataclasses.asdict(data.train.counts),
+            counts=dataclasses.asdict(data.train.counts) | _weights(data.train),
             num_targets=data.num_targets.tolist(),
             fingerprints=data.fingerprints,
         )
+
+
+def _weights(train: Examples) -> dict[str, float]:
+    """Return the least and the largest weight of a training example, where rows have weights."""
+    if train.weights is None:
+        return {}
+    return {"least_weight": float(train.weights.min()), "most_weight": float(train.weights.max())}

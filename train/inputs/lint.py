@@ -77,8 +77,9 @@ def lint(config: RunConfig) -> tuple[Scan, Settings, dict[str, str]]:
         prompt_format(data),
         data.max_length,
         data.on_overflow,
+        data.weight_field,
     )
-    check_settings(**vars(settings))
+    check_settings(settings.tokenizer, settings.prompt_format, data.max_length, data.on_overflow)
     scanner = Scanner(settings)
     sources: dict[str, str] = {}
     with tqdm(unit=" rows", disable=None, leave=False, file=sys.stderr) as bar:

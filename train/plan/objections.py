@@ -144,9 +144,11 @@ def _of_the_data(
         found.append(f"data.prompt_template is not read under data.format={data.format}")
     rows = counts.get("rows")
     limit = f"data.max_length={data.max_length}"
+    weightless = counts.get("weightless", 0)
+    weightless = f"of weight 0 ({weightless:,} of them), " if weightless else ""
     for name, what in (
         ("truncated", f"cut at {limit}"),
-        ("dropped", f"dropped: longer than {limit}, or without a token to train on"),
+        ("dropped", f"dropped: longer than {limit}, {weightless}or without a token to train on"),
     ):
         share = counts.get(name)
         if share and rows:

@@ -39,6 +39,8 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     count = document["num_examples"]
     data = document["data"]
     examples = "unknown" if count is None else f"{count:,} ({document['num_examples_from']})"
+    if "least_weight" in data:
+        examples += f" of weight {data['least_weight']:g} to {data['most_weight']:g}"
     held = [
         f"{data[f'{name}_examples']:,} {name}"
         for name in ("valid", "test")

@@ -61,6 +61,11 @@ def events(record: Record) -> Iterable[str]:
         yield f"Profiled: {names}; the steps in them took longer for it."
     if damaged := sorted(path.name for path in record.folder.glob("checkpoints/corrupt-*")):
         yield f"Damaged, and set aside: {', '.join(damaged)}."
+    if column := record.section("data").get("weight_field"):
+        yield (
+            f"Targets of the training rows were weighed by their `{column}`, and so the train loss "
+            "is a weighted mean; valid and test losses count every target once."
+        )
     skipped = [row for row in record.train if row.get("skipped")]
     for reason in sorted({row["skipped"] for row in skipped}):
         rows = [row for row in skipped if row["skipped"] == reason]
