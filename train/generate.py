@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from train.generation.command import answer
+from train.generation.command import answer, parser
 from train.generation.sampling import Sampling
 from train.process.command import run_command
 
@@ -58,7 +58,7 @@ def generate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line; return the exit code."""
-    return run_command(lambda: answer(arguments))
+    return run_command(lambda: answer(parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ _GOES_WITH = {
 }
 
 
-def answer(arguments: Sequence[str] | None) -> int:
+def answer(options: argparse.Namespace) -> int:
     """Do what the command line asks for; return the exit code."""
-    options = _parser().parse_args(arguments)
     sampling = _checked(options)
     if options.prompts is not None:
         return _answer_rows(options, sampling)
@@ -58,7 +57,8 @@ def answer(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _parser() -> CommandParser:
+def parser() -> CommandParser:
+    """Return the options of the command."""
     parser = CommandParser(
         "generate",
         description="Complete prompts with a run's final model, an adapter, or a model folder. "
