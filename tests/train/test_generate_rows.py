@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from references import EOS, write_reference
+from byte_tokenizer import write_byte_tokenizer
 from runs import Refused
+from small import small_model
 
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.atomic import write_json
 from models import load_model
+from models.weights import save_model
 from train.generate import generate, main
 from train.generation import decode as decode_module
 from train.generation.decode import Asked
@@ -25,7 +27,11 @@ OPTIONS = ("--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "9")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_reference(tmp_path_factory.mktemp("base"))
+    folder = tmp_path_factory.mktemp("base")
+    write_byte_tokenizer(folder, "<eos>")
+    model = small_model("qwen2", vocab_size=257, max_position_embeddings=64)
+    save_model(model, folder, config=model.config)
+    return folder
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def alone(base: Path, **settings: Any) -> list[str]:
             settings["seed"] = key
         ids = tokenizer.encode(prompt)
         texts.append(
-            tokenizer.decode(generate(model, ids, max_new_tokens=9, stop_ids=[EOS], **settings))
+            tokenizer.decode(generate(model, ids, max_new_tokens=9, stop_ids=[0], **settings))
         )
     return texts
 
