@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import data, harness, kernels, memory, versus_peft
+from benchmarks import data, generation, harness, kernels, memory, versus_peft
 
 DOCUMENTS = tuple(harness.ROOT / place / "README.md" for place in ("", "benchmarks", "kernels"))
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
     "ratios": versus_peft.ratios_table,
     "versus_peft": versus_peft.table,
     "data": data.table,
+    "generation": generation.table,
     "kernels": kernels.table,
     "gpu": versus_peft.gpu_table,
     "memory": memory.table,

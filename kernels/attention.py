@@ -105,7 +105,7 @@ def attend_last(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     *,
     scale: float,
     window: int | None = None,
@@ -116,24 +116,30 @@ def attend_last(
         q: (D, heads, d) rotated queries, one a document.
         keys: (D, S, kv, d) rotated keys, a document's in the first rows; the others are finite.
         values: Like `keys`.
-        positions: (D,) the row of each document's last token, up to which it sees.
+        positions: (D,) the row of each document's last token, up to which it sees; None: the last
+            row of all.
         scale: Factor of the scores.
         window: As of `attention`.
 
     Returns:
         (D, heads · d).
     """
-    row = torch.arange(keys.shape[1], device=q.device)
-    visible = row <= positions[:, None]
-    if window is not None:
-        visible &= row > positions[:, None] - window
+    visible = None
+    if positions is not None:
+        row = torch.arange(keys.shape[1], device=q.device)
+        visible = row <= positions[:, None]
+        if window is not None:
+            visible &= row > positions[:, None] - window
+        visible = visible[:, None, None]
+    elif window is not None:
+        keys, values = keys[:, -window:], values[:, -window:]
+    # The heads that share a key head are its queries: its keys are read once.
     out = F.scaled_dot_product_attention(
-        q.unsqueeze(2),
+        q.unflatten(1, (keys.shape[2], -1)),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=visible[:, None, None],
+        attn_mask=visible,
         scale=scale,
-        enable_gqa=q.shape[1] != keys.shape[2],
     )
     return out.flatten(1)
 

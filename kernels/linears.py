@@ -44,6 +44,7 @@ from kernels.remade import linears_of_remade
 from kernels.segments import Segments
 from kernels.streamed import StreamedWeight
 
+_WHOLE = (Tensor, StreamedWeight)  # weights that are not quantised
 # A function and what it makes the input of; see `Made`.
 Again = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
@@ -63,6 +64,11 @@ def linears(
         One (M, N) tensor a layer: Wx + b + scale · B(A(dropout(x))), in the base product's type.
     """
     value, remake = value_of(x), isinstance(x, Made) and x.remake
+    if all(layer.lora_a is None and isinstance(layer.weight, _WHOLE) for layer in operands):
+        if isinstance(x, Made) and remake and any(layer.weight.requires_grad for layer in operands):
+            return linears_of_remade(x._replace(made=value), operands)
+        lowered = _lowered(value, len(operands))
+        return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
     again = None if keeps_inputs(value.device) and not remake else made_again(x, operands)
     if any(layer.magnitude is not None for layer in operands):
         return [
@@ -71,13 +77,6 @@ def linears(
             else linears(one, [layer], segments)[0]
             for one, layer in zip(_lowered(value, len(operands)), operands, strict=True)
         ]
-    whole = all(isinstance(layer.weight, Tensor | StreamedWeight) for layer in operands)
-    if whole and all(layer.lora_a is None for layer in operands):
-        trained = [layer for layer in operands if layer.weight.requires_grad]
-        if isinstance(x, Made) and remake and trained:
-            return linears_of_remade(x._replace(made=value), operands)
-        lowered = _lowered(value, len(operands))
-        return [_plain(x, layer) for x, layer in zip(lowered, operands, strict=True)]
     return list(_Linears.apply(value, again, *flattened(operands, segments)))  # pyright: ignore[reportGeneralTypeIssues]
 
 
@@ -124,14 +123,15 @@ def _plain(x: Tensor, layer: Operands) -> Tensor:
         return _Streamed.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
     assert isinstance(weight, Tensor)
     if not torch.is_autocast_enabled(x.device.type):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if weight.dtype != x.dtype:
+            weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x, weight, bias)
 
 
 def _lowered(x: Tensor, times: int) -> Sequence[Tensor]:
     """Return `x` that often, in the type that is computed in: autocast would copy it each time."""
-    dtype = compute_dtype(x)
-    if times == 1 or x.dtype == dtype:
+    if times == 1 or x.dtype == (dtype := compute_dtype(x)):
         return [x] * times
     return _Lowered.apply(x, dtype, times)  # pyright: ignore[reportReturnType]  # apply is untyped
 

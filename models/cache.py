@@ -25,12 +25,24 @@ class KeyValueCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.length = 0  # tokens held; advanced once a forward pass, after the last layer
+        # Tokens held; advanced once a forward pass, after the last layer. What is set lower forgets
+        # the tokens behind.
+        self.length = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def advance(self, rows: int) -> None:
         """Count the rows of a pass, when all layers have stored them."""
         self.length += rows
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens, those that are held included."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for layer, held in self._layers.items():
+            keys, values = (x.new_empty((capacity, *x.shape[1:])) for x in held)
+            keys[: self.length], values[: self.length] = (x[: self.length] for x in held)
+            self._layers[layer] = keys, values
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new rows of a layer, (M, kv, d) each, and return all N of them.
@@ -53,8 +65,8 @@ class KeyValueCache:
 class BatchCache:
     """The keys and values of D documents that are written on together, a token each in a pass.
 
-    The first pass holds the beginnings of all, each in as many rows as the longest has; every later
-    one a row for each document, in their order. As with `KeyValueCache`, keys are stored rotated;
+    The first pass holds the beginnings of all, end to end; every later one a row for each document,
+    in their order. As with `KeyValueCache`, keys are stored rotated;
     models with `dynamic` rotary scaling, whose frequencies differ between documents, cannot.
 
     Args:
@@ -67,6 +79,7 @@ class BatchCache:
         self.capacity = capacity
         self.length = 0  # tokens of the longest document
         self.lengths = torch.tensor(lengths, device=device)  # (D,) tokens of each
+        self._rows: Tensor | None = None  # which of all documents' rows this pass's stand in
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,26 +89,34 @@ class BatchCache:
             In the first pass these rows; afterwards all of them, (D, N, kv, d) each, of which a
             document's are the first, as many as it has tokens, and the new one.
         """
-        if self.length == 0:
-            documents = len(self.lengths)
-            room = (documents, self.capacity, *k.shape[1:])
+        if layer not in self._layers:
+            room = (len(self.lengths), self.capacity, *k.shape[1:])
             # Zeros: what a mask hides must be finite all the same.
-            self._layers[layer] = keys, values = k.new_zeros(room), v.new_zeros(room)
-            rows = len(k) // documents
-            keys[:, :rows], values[:, :rows] = (x.unflatten(0, (documents, rows)) for x in (k, v))
+            self._layers[layer] = k.new_zeros(room), v.new_zeros(room)
+        if self._rows is None:
+            starts = torch.arange(len(self.lengths), device=k.device) * self.capacity
+            self._rows = starts + self.lengths if self.length else self._beginnings(starts)
+        stored = self._layers[layer]
+        for old, new in zip(stored, (k, v), strict=True):
+            old.flatten(0, 1).index_copy_(0, self._rows, new)
+        if self.length == 0:
             return k, v
-        place = torch.arange(len(self.lengths), device=k.device), self.lengths
-        stored_keys, stored_values = self._layers[layer]
-        stored_keys[place], stored_values[place] = k, v
-        return stored_keys[:, : self.length + 1], stored_values[:, : self.length + 1]
+        keys, values = (x[:, : self.length + 1] for x in stored)
+        return keys, values
+
+    def _beginnings(self, starts: Tensor) -> Tensor:
+        """Return the rows of all tokens of the beginnings, end to end."""
+        place = torch.arange(self.capacity, device=starts.device)
+        return (starts[:, None] + place)[place < self.lengths[:, None]]
 
     def advance(self, rows: int) -> None:
         """Count the tokens of a pass, when all layers have stored them."""
         if self.length == 0:
-            self.length = rows // len(self.lengths)
+            self.length = int(self.lengths.max())
         else:
             self.length += 1
             self.lengths += 1
+        self._rows = None
 
     def keep(self, documents: Sequence[int]) -> None:
         """Go on with these documents alone, in this order."""

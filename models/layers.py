@@ -159,22 +159,24 @@ class Attention(nn.Module):
         q, k = run.rotary(q, k, *tables)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        if isinstance(cache, BatchCache) and cache.length > 0:
-            scale = self.head_dim**-0.5
+        held, scale = 0 if cache is None else cache.length, self.head_dim**-0.5
+        if isinstance(cache, BatchCache) and held:
             attended = attend_last(q, k, v, cache.lengths, scale=scale, window=self.window)
-            return run.linears(attended, [self.o_proj.operands()], segments)[0]
-        attended = run.attention(
-            q,
-            k,
-            v,
-            segments,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            dropout=self.attention_dropout.p,
-            module=self.attention_dropout.id,
-            implementation=self.implementation,
-            cache_length=0 if cache is None else cache.length,
-        )
+        elif held and len(q) == 1 and self.implementation == "sdpa":
+            attended = attend_last(q, k[None], v[None], None, scale=scale, window=self.window)
+        else:
+            attended = run.attention(
+                q,
+                k,
+                v,
+                segments,
+                scale=scale,
+                window=self.window,
+                dropout=self.attention_dropout.p,
+                module=self.attention_dropout.id,
+                implementation=self.implementation,
+                cache_length=held,
+            )
         return run.linears(attended, [self.o_proj.operands()], segments)[0]
 
 

@@ -52,7 +52,10 @@ def rotary_tables(
         size = 1.0
     angles = segments.positions[:, None].float() * frequencies
     angles = torch.cat((angles, angles), -1)
-    return (angles.cos() * size).to(dtype), (angles.sin() * size).to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if size != 1:
+        cos, sin = cos * size, sin * size
+    return cos.to(dtype), sin.to(dtype)
 
 
 @lru_cache(maxsize=1024)

@@ -117,9 +117,9 @@ def library_files() -> Iterator[str]:
                 continue
 
 
-def write_model(folder: Path, **changes: Any) -> Path:
-    """Write a small StarCoder2 with a tokenizer that has the tokens, and return its folder."""
-    write_tokenizer(folder, "starcoder2")
+def write_model(folder: Path, family: str = "starcoder2", **changes: Any) -> Path:
+    """Write a small StarCoder2 with a family's tokenizer, and return its folder."""
+    write_tokenizer(folder, family)
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     model = small_model("starcoder2", vocab_size=vocabulary, **changes)
     save_model(model, folder, config=model.config)

@@ -575,7 +575,7 @@ MUTATIONS = [
         "tests/kernels/test_linears.py",
         (
             "layers of one input make and keep a copy of it each",
-            "    if times == 1 or x.dtype == dtype:\n",
+            "    if times == 1 or x.dtype == (dtype := compute_dtype(x)):\n",
             "    if True:\n",
             "test_under_autocast_an_input_is_lowered_and_kept_once",
         ),
@@ -591,7 +591,7 @@ MUTATIONS = [
         "tests/models/test_autocast.py",
         (
             "CUDA's autocast makes a LayerNorm in fp32",
-            "    with torch.autocast(x.device.type, enabled=False):\n        return F.layer_norm",
+            "    with _without_autocast(x):\n        return F.layer_norm",
             "    if True:\n        return F.layer_norm",
             "test_layer_norm_stays_in_the_type_of_its_input",
         ),
@@ -699,8 +699,8 @@ MUTATIONS = [
         ),
         (
             "a weight that is trained reads the source of its input",
-            "any(layer.weight.requires_grad for layer in operands)",
-            "False",
+            "isinstance(x, Made) or any(layer.weight.requires_grad for layer in operands)",
+            "isinstance(x, Made)",
             "tests/kernels/test_triton_inputs.py::test_an_input_is_kept_where_weights_are_trained",
         ),
         (
@@ -1434,8 +1434,8 @@ MUTATIONS = [
         "tests/models/test_layers.py",
         (
             "attention is scaled by the head's size, not its root",
-            "scale=self.head_dim**-0.5",
-            "scale=self.head_dim**-1.0",
+            "cache.length, self.head_dim**-0.5\n",
+            "cache.length, self.head_dim**-1.0\n",
             "tests/models/test_parity.py::test_logits_for_each_family_rope_and_attention",
         ),
         (
@@ -2972,7 +2972,7 @@ MUTATIONS = [
         "tests/train/test_streaming.py",
         (
             "layers without adapters add their gradients in another order where they are streamed",
-            "isinstance(layer.weight, Tensor | StreamedWeight)",
+            "isinstance(layer.weight, _WHOLE)",
             "isinstance(layer.weight, Tensor)",
             "test_streamed_layers_give_the_bits_of_resident_ones[qwen2-lowered-some]",
         ),
@@ -4452,25 +4452,192 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/evaluation/completions.py",
+        "train/generation/decode.py",
         "tests/train/test_completions.py",
         (
             "every document of a batch stands at the longest one's position",
-            "positions=cache.lengths.clone(),",
-            "positions=cache.lengths * 0 + cache.length,",
+            "positions = past.lengths.clone()\n",
+            "positions = past.lengths * 0 + past.length\n",
             "test_greedy_batches_equal_transformers",
         ),
         (
             "who has ended stays in the cache",
-            "            cache.keep(staying)\n",
-            "            cache.keep(range(len(staying)))\n",
+            "            past.keep(staying)\n",
+            "            past.keep(range(len(staying)))\n",
+            "test_greedy_batches_equal_transformers",
+        ),
+        (
+            "a batch's logits are those of other documents' last tokens",
+            "        last = torch.tensor(lengths).cumsum(0) - 1\n",
+            "        last = torch.tensor(lengths).sort()[0].cumsum(0) - 1\n",
             "test_greedy_batches_equal_transformers",
         ),
         (
             "all samples of a row are drawn alike",
-            "        for number in key:\n",
-            "        for number in key[:1]:\n",
+            "        for number in self.key:\n",
+            "        for number in self.key[:1]:\n",
             "test_draws_are_those_of_the_row_and_sample_whatever_the_batch",
+        ),
+    ),
+    *_of(
+        "train/generation/decode.py",
+        "tests/train/test_cached_generation.py",
+        (
+            "what a cache remembers of a chat is forgotten",
+            "        past = cache or KeyValueCache(capacity)\n",
+            "        past = KeyValueCache(capacity)\n",
+            "test_it_writes_what_is_written_without",
+        ),
+    ),
+    *_of(
+        "kernels/attention.py",
+        "tests/train/test_cached_generation.py",
+        (
+            "a document that is written on alone sees one key beyond its window",
+            "keys[:, -window:], values[:, -window:]",
+            "keys[:, -window - 1 :], values[:, -window - 1 :]",
+            "test_it_writes_what_is_written_without",
+        ),
+    ),
+    *_of(
+        "models/cache.py",
+        "tests/train/test_cached_generation.py",
+        (
+            "more room for a cache is empty room",
+            "= (x[: self.length] for x in held)\n",
+            "= (0 * x[: self.length] for x in held)\n",
+            "test_it_writes_what_is_written_without",
+        ),
+        (
+            "the beginnings of a batch all stand in the first document's rows",
+            "        return (starts[:, None] + place)[place < self.lengths[:, None]]\n",
+            "        return (0 * starts[:, None] + place)[place < self.lengths[:, None]]\n",
+            "test_it_writes_what_is_written_without",
+        ),
+    ),
+    *_of(
+        "kernels/reference.py",
+        "tests/train/test_generate.py",
+        (
+            "without gradients queries and keys turn the other way",
+            "torch.cat((-high, low), -1), sin[:, None]",
+            "torch.cat((high, -low), -1), sin[:, None] * 2",
+            "test_greedy_equals_transformers",
+        ),
+    ),
+    *_of(
+        "train/generation/sampling.py",
+        "tests/train/test_sampling.py",
+        (
+            "top-p is taken before top-k",
+            "    if 0 < sampling.top_k < len(scores):\n",
+            "    if 0 < sampling.top_k < len(scores) and sampling.top_p == 1:\n",
+            "test_top_k_and_top_p_are_transformers",
+        ),
+        (
+            "of those as likely as the last of top-k one stays",
+            "scores[scores < scores.topk(sampling.top_k).values[-1]] = -math.inf",
+            "scores[scores.argsort(descending=True)[sampling.top_k :]] = -math.inf",
+            "test_those_as_likely_as_the_last_of_top_k_stay",
+        ),
+    ),
+    *_of(
+        "train/generation/stream.py",
+        "tests/train/test_text_stream.py",
+        (
+            "half a character is shown",
+            "        if text.endswith(_NOT_WHOLE):\n",
+            "        if False:\n",
+            "test_characters_come_whole_and_as_soon_as_they_are",
+        ),
+        (
+            "the bytes of a run are shown before its end",
+            "        if self._amid_bytes:\n            return",
+            "        if False:\n            return",
+            "test_bytes_of_a_character_after_which_one_too_many_comes_are_held",
+        ),
+        (
+            "a token without a text ends a run of bytes",
+            "not self._decode(ids[-1:])",
+            "False",
+            "test_any_tokens_give_their_whole_text",
+        ),
+        (
+            "the window moves behind spaces, which a text does not begin with",
+            "        if piece.strip():",
+            "        if True:",
+            "test_any_tokens_give_their_whole_text",
+        ),
+    ),
+    *_of(
+        "train/generation/rows.py",
+        "tests/train/test_generate_rows.py",
+        (
+            "rows are drawn alike",
+            "Asked(ids, (row,)) for row",
+            "Asked(ids, (0,)) for row",
+            "test_each_row_is_completed_as_alone",
+        ),
+        (
+            "what was kept is not read",
+            '        return {one["row"]: one["ids"] for one in found}\n',
+            "        return {}\n",
+            "test_a_command_that_was_stopped_goes_on_where_it_was",
+        ),
+        (
+            "completions of other settings are taken over",
+            '!= {"of": self._fingerprint}',
+            "== {}",
+            "test_a_command_that_was_stopped_goes_on_where_it_was",
+        ),
+        (
+            "a column of the rows is overwritten",
+            "        if column in row.values:\n",
+            "        if False:\n",
+            "test_bad_rows_are_one_sentence",
+        ),
+    ),
+    *_of(
+        "train/generation/chat.py",
+        "tests/train/test_chat.py",
+        (
+            "a changed history is not fed again",
+            "        return min(common_prefix(prompt, self._known), len(prompt) - 1)\n",
+            "        return min(len(self._known), len(prompt) - 1)\n",
+            "test_a_template_that_changes_what_was_said_is_fed_again",
+        ),
+        (
+            "keys with the frequencies of another length are kept",
+            'self._loaded.model.config.rope.rope_type == "dynamic"',
+            "False",
+            "test_frequencies_of_the_length_are_fed_again",
+        ),
+        (
+            "a turn that did not fit stays in the history",
+            '        turns = [*self.messages, {"role": "user", "content": text}]\n',
+            '        self.messages.append({"role": "user", "content": text})\n'
+            "        turns = self.messages\n",
+            "test_the_end_of_the_context_is_said_and_the_chat_goes_on",
+        ),
+    ),
+    *_of(
+        "train/generation/loaded.py",
+        "tests/train/test_runs_with_holes.py",
+        (
+            "a run on holes does not know what ends one",
+            "        stop_ids |= {FimTokens(tokenizer).end_id}\n",
+            "        pass\n",
+            "test_what_is_completed_ends_where_a_hole_ends",
+        ),
+    ),
+    *_of(
+        "train/generation/command.py",
+        "tests/train/test_generate.py",
+        (
+            "both completions of a comparison are the adapter's",
+            "adapted=not options.compare",
+            "adapted=True",
+            "test_with_and_without_the_adapter_stand_side_by_side",
         ),
     ),
     *_of(

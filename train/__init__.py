@@ -14,7 +14,7 @@ log/         metrics.jsonl, TensorBoard, the console
 report/      report.md and its plots, the model card, runs compared
 publish/     what leaves this machine when asked: to the Hub, to other trackers
 finish.py    before the first step and after the last
-generate.py merge.py    using the result
+generate.py generation/ merge.py    using the result
 evaluation/  how good it is: likelihood, completions, programs that pass; what a merge changed
 survey.py show_data.py  a look before anything large is read; the rows
 process/ text.py        command line manners, signals, ranks, memory; how numbers are written

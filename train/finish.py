@@ -16,7 +16,8 @@ from files.folders import MANIFEST
 from kernels.cpu.rounding import library
 from lora import adapter_config
 from train.evaluation.during import evaluate_run
-from train.generate import find_stop_ids, generate
+from train.generate import generate
+from train.generation.loaded import find_stop_ids
 from train.log.console import closing_summary, redrawn_text
 from train.log.records import Records
 from train.log.samples import MOST_NEW_TOKENS, choose_samples

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from data.tokenizer import Tokenizer
 from train.config.load import load_config
-from train.generate import load_run
+from train.generation.loaded import load_run
 from train.merge import merge_adapter
 from train.run import main
 

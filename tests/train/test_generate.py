@@ -1,6 +1,8 @@
 """Generation: transformers' when greedy, true to the distribution when drawn; the command."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,10 @@ from models import load_model
 from models.config import RopeConfig
 from train.config.load import load_config
 from train.config.toml import to_toml
-from train.generate import (
-    context_length,
-    find_stop_ids,
-    generate,
-    main,
-    next_token,
-    token_probabilities,
-)
+from train.generate import generate, main
+from train.generation.decode import context_length
+from train.generation.loaded import find_stop_ids
+from train.generation.sampling import Sampling, next_tokens, token_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,8 @@ def test_temperature_and_top_p_give_the_distribution(
     temperature: float, top_p: float, weights: list[float]
 ) -> None:
     expected = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    probabilities = token_probabilities(LOGITS, temperature, top_p)
+    sampling = Sampling(1, temperature=temperature, top_p=top_p)
+    probabilities = token_probabilities(LOGITS, sampling)
     # The logits are fp32: a relative rounding of 2**-24 of values up to 2.4, twice at temperature
     # 0.5, then exponentiated.
     torch.testing.assert_close(probabilities, expected, rtol=1e-6, atol=0)
@@ -114,9 +113,8 @@ def test_temperature_and_top_p_give_the_distribution(
 def test_draws_follow_the_distribution() -> None:
     generator = torch.Generator().manual_seed(3)
     count = 4000
-    draws = [
-        next_token(LOGITS, temperature=1.0, top_p=0.76, generator=generator) for _ in range(count)
-    ]
+    sampling = Sampling(1, temperature=1.0, top_p=0.76)
+    draws = [next_tokens(LOGITS[None], sampling, [generator])[0] for _ in range(count)]
     for token, weight in enumerate((0.15, 0.5, 0.0, 0.25)):
         p = weight / 0.9
         # Five standard deviations of a binomial count; a token that top-p cut is never drawn.
@@ -141,7 +139,8 @@ def test_logits_that_are_not_finite_are_refused(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}],
 )
 def test_settings_out_of_range_are_refused(base: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -219,6 +218,38 @@ def test_an_adapter_applies_the_prompt_format_beside_it(
     raw = completed(capsys, "--adapter", adapter, "--prompt", "why", "--raw")
     assert raw == adapted(base, adapter, "why") != expected
     assert expected != greedy(base, "Q: why\nA: ", max_new_tokens=12, stop_ids=[EOS])
+
+
+def test_with_and_without_the_adapter_stand_side_by_side(
+    base: Path, adapter: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    plain = greedy(base, "Q: why\nA: ", max_new_tokens=12, stop_ids=[EOS])
+    changed = adapted(base, adapter, "Q: why\nA: ")
+    for stream in ("--stream", "--no-stream"):
+        said = completed(capsys, "--adapter", adapter, "--prompt", "why", "--compare", stream)
+        assert said == f"--- without the adapter\n{plain}\n--- with the adapter\n{changed}"
+    assert "--model has none" in refused(main, "--model", base, "--prompt", "x", "--compare")
+    wrong = ("--adapter", adapter, "--chat", "--compare")
+    assert "two completions of one prompt" in refused(main, *wrong)
+
+
+@pytest.mark.parametrize("temperature", ["0", "2"])
+def test_what_is_streamed_is_the_text(
+    temperature: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of bytes that are no text in all places, too."""
+    command = ("--model", base, "--prompt", "é", "--temperature", temperature)
+    whole, streamed = (completed(capsys, *command, how) for how in ("--no-stream", "--stream"))
+    assert streamed == whole != ""
+
+
+def test_bad_options_are_refused_before_torch_is_imported() -> None:
+    code = (
+        "import sys, train.generate as g; "
+        "assert g.main(['--model', 'x', '--prompt', 'x', '--top-k', '-1']) == 2; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_several_columns_are_asked_for_by_name(
@@ -299,7 +330,7 @@ def test_a_damaged_checkpoint_and_what_is_no_run_s_are_refused(
 
 
 def test_a_run_of_full_fine_tuning_needs_no_base(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = {"model.path": str(tmp_path / "gone"), "train.method": "full"}
     (tmp_path / "config.toml").write_text(to_toml(load_config(overrides=overrides)))
@@ -308,6 +339,8 @@ def test_a_run_of_full_fine_tuning_needs_no_base(
         (tmp_path / "final" / file.name).write_bytes(file.read_bytes())
     expected = greedy(base, "def f(", max_new_tokens=12, stop_ids=[EOS])
     assert completed(capsys, "--run", tmp_path, "--prompt", "def f(") == expected
+    said = refused(main, "--run", tmp_path, "--prompt", "x", "--compare")
+    assert "was trained in full and has no adapter to leave out" in said
 
 
 def test_a_checkpoint_of_full_fine_tuning_has_the_tokenizer_of_its_base(

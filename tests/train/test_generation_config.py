@@ -12,7 +12,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from data.tokenizer import Tokenizer
 from lora import LoraConfig, inject, save_adapter
 from models import load_model
-from train.generate import find_stop_ids, load_from_adapter, load_from_model, load_run
+from train.generation.loaded import (
+    find_stop_ids,
+    load_from_adapter,
+    load_from_model,
+    load_run,
+)
 from train.merge import merge_adapter
 
 GENERATION_CONFIG = "generation_config.json"

@@ -17,6 +17,7 @@ from train import generate as generate_module
 from train.config.load import load_config
 from train.evaluation import holes as holes_module
 from train.generate import generate
+from train.generation.loaded import load_run
 from train.inputs.dataset import load_data
 from train.run import main
 from train.show_data import main as show_data
@@ -150,6 +151,19 @@ def test_generate_fills_a_hole(model: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
+def test_what_is_completed_ends_where_a_hole_ends(rows: Path, tmp_path: Path) -> None:
+    """Code Llama ends a hole with a token that ends no text, for `generate` and `evaluate`."""
+    import torch
+
+    model = write_model(tmp_path / "model", "codellama")
+    for rate, stops in ((0.7, True), (0.0, False)):
+        values = settings(model, rows, tmp_path / f"run-{rate}", **{"train.max_steps": 1})
+        run = train({**values, "data.fim_rate": rate}).folder
+        loaded = load_run(run, torch.device("cpu"), torch.float32)
+        assert loaded.tokenizer.eos_id in loaded.stop_ids
+        assert (loaded.tokenizer.token_id("▁<EOT>") in loaded.stop_ids) == stops
+
+
 def test_the_system_prompt_of_training_stands_before_the_prefix(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -157,7 +171,7 @@ def test_the_system_prompt_of_training_stands_before_the_prefix(
 
     values = {"data.system_prompt": "Be brief.", "train.max_steps": 1}
     run = train(settings(model, rows, tmp_path / "run", **values)).folder
-    loaded = generate_module.load_run(run, torch.device("cpu"), torch.float32)
+    loaded = load_run(run, torch.device("cpu"), torch.float32)
     text = "<fim_prefix>Be brief.\n\ndef<fim_suffix>x<fim_middle>"
     assert loaded.hole_ids("def", "x") == loaded.tokenizer.encode(text)
     assert loaded.hole_ids("def", "x", raw=True) == FimTokens(loaded.tokenizer).prompt_ids(

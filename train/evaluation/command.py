@@ -31,19 +31,13 @@ from train.batches import evaluation_batching
 from train.config.command_line import parse
 from train.config.load import load_config, resolve_key
 from train.config.schema import RunConfig
-from train.evaluation.completions import Sampling, complete_all
 from train.evaluation.likelihood import Estimate, score
 from train.evaluation.problems import Problem, problem_of, with_columns
 from train.evaluation.programs import require_limits, run_programs, warning
 from train.evaluation.tasks import Task, rates, tasks_of_examples, tasks_of_problems
-from train.generate import (
-    Generator,
-    check_settings,
-    load_from_adapter,
-    load_from_model,
-    load_run,
-    room,
-)
+from train.generation.decode import complete_all, room
+from train.generation.loaded import Generator, load_from_adapter, load_from_model, load_run
+from train.generation.sampling import Sampling
 from train.inputs.dataset import examples_of, prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES, Precision
@@ -161,7 +155,7 @@ def _parser() -> CommandParser:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse numbers out of their range, and fill in what follows from others."""
-    check_settings(options.max_new_tokens, options.temperature, options.top_p)
+    _sampling(options)
     try:
         options.k = sorted({int(number) for number in options.k.split(",")})
     except ValueError:
@@ -185,6 +179,15 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.run_code:
         require_limits()
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, str]:
@@ -325,21 +328,15 @@ def _complete(
     options: argparse.Namespace, loaded: Generator, tasks: Sequence[Task], precision: Precision
 ) -> list[dict[str, Any]]:
     """Complete the tasks, run what is to be run, and return what each completion is worth."""
-    sampling = Sampling(
-        options.max_new_tokens,
-        loaded.stop_ids,
-        options.temperature,
-        options.top_p,
-        options.seed,
-    )
+    sampling = replace(_sampling(options), stop_ids=loaded.stop_ids)
     asked = [task.asked(options.samples, loaded.tokenizer) for task in tasks]
     flat = [one for some in asked for one in some]
     with (
         precision.autocast(),
         tqdm(total=len(flat), unit=" completions", disable=None, leave=False) as bar,
     ):
-        for done in complete_all(loaded.model, flat, sampling, options.batch_size or 16):
-            bar.update(done - bar.n)
+        for batch in complete_all(loaded.model, flat, sampling, options.batch_size or 16):
+            bar.update(len(batch))
     for task, some in zip(tasks, asked, strict=True):
         task.take(some, loaded.tokenizer)
     programs = [program for task in tasks for program in task.programs()]

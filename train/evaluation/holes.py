@@ -9,7 +9,9 @@ from itertools import islice
 from data.examples import Example, Examples
 from data.fim import ROOM, FimTokens
 from models.layers import CausalLM
-from train.generate import find_stop_ids, generate, room
+from train.generate import generate
+from train.generation.decode import room
+from train.generation.loaded import find_stop_ids
 from train.state import EvalResult, Run
 
 

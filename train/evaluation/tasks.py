@@ -14,10 +14,10 @@ from data.prompt import PromptFormat
 from data.source import Row
 from data.tokenizer import Tokenizer
 from train.evaluation.code import edit_similarity, exact_match, parses
-from train.evaluation.completions import Asked
 from train.evaluation.likelihood import Estimate, mean
 from train.evaluation.problems import Problem, pass_at_k
 from train.evaluation.programs import Outcome
+from train.generation.decode import Asked
 
 # How many examples are looked at for one that is completed: not all are whole and have a prompt.
 _LOOKED_AT = 20

@@ -1,0 +1,1 @@
+"""Text from a model: the loop, what it is loaded from, and the command `lathe generate`."""
