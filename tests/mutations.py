@@ -3824,7 +3824,7 @@ MUTATIONS = [
             "a program that is started again takes one of its runs for another",
             "World.from_environment(asked=asked)",
             "World.from_environment()",
-            "test_a_program_s_runs_each_go_on_when_torchrun_starts_it_again",
+            "test_a_program_s_runs_each_go_on_when_its_ranks_are_started_again",
         ),
     ),
     *_of(
