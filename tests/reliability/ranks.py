@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch.distributed.fsdp  # as the line before: once, and not in every rank that is forked
 from trials import MAX_SECONDS
 
 from files.faults import listening
