@@ -18,7 +18,7 @@ import pytest
 import torch
 from infilling import write_model, write_rows
 from ranks import ended, said, start_program, start_ranks, train_on_ranks
-from runs import rows_of
+from runs import arguments, rows_of
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from trials import MAX_SECONDS, attempt, begin_or_resume, killed_at, outcome, settings
@@ -442,12 +442,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     changes = {"train.max_steps": 400, "checkpoint.steps": 5, "eval.steps": None}
     changes["schedule.warmup_ratio"] = 0  # of the length, which is another below
-    keys = {**values, **changes, "train.output_dir": str(folder)}
-    toml = {None: "none", True: "true", False: "false"}
-    typed = [
-        f"{key}={toml[value] if value is None or isinstance(value, bool) else json.dumps(value)}"
-        for key, value in keys.items()
-    ]
+    typed = arguments({**values, **changes, "train.output_dir": folder})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["--max-restarts=1", "-m", "train.run", *typed]
     with open(log, "wb") as file:
