@@ -1,4 +1,4 @@
-"""The demo as a newcomer runs it: `python -m train.run --preset demo`, then `train.generate`."""
+"""The demo as a newcomer runs it: `lathe --preset demo`, then `lathe generate`."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,7 @@ import pytest
 from children import ROOT, python
 from runs import rows_of
 
-
-def command(module: str, *arguments: str, cache: Path) -> str:
-    return python("-m", module, *arguments, LATHE_CACHE=str(cache), HF_HUB_OFFLINE="1").stdout
-
-
-def run_demo(tmp_path: Path, *changes: str) -> tuple[Path, list[dict[str, Any]]]:
-    run = tmp_path / "run"
-    cache = tmp_path / "cache"
-    command("train.run", "--preset", "demo", f"output_dir={run}", *changes, cache=cache)
-    return run, rows_of(run)
+from lathe import main
 
 
 def losses(rows: list[dict[str, Any]], split: str) -> list[float]:
@@ -29,24 +20,26 @@ def test_the_shipped_base_model_is_small_enough() -> None:
     assert sum(path.stat().st_size for path in base.iterdir()) <= 10_000_000
 
 
-def test_a_few_steps_of_the_demo_already_help(tmp_path: Path) -> None:
+def test_a_few_steps_of_the_demo_already_help(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
     changes = ("max_steps=6", "eval.steps=6", "eval.samples=0", "data.test=none")
-    run, rows = run_demo(tmp_path, *changes)
-    before, after = losses(rows, "valid")
+    assert main(["--preset", "demo", f"output_dir={run}", *changes]) == 0
+    before, after = losses(rows_of(run), "valid")
     assert after < before
-    completion = command(
-        "train.generate",
-        *("--run", str(run), "--prompt", "Write `def add(a, b)`.\n\nReturn the sum."),
-        *("--max-new-tokens", "20"),
-        cache=tmp_path / "cache",
-    )
-    assert completion.strip()
+    capsys.readouterr()
+    asked = ("--prompt", "Write `def add(a, b)`.\n\nReturn the sum.", "--max-new-tokens", "20")
+    assert main(["generate", "--run", str(run), *asked]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path) -> None:
     """The valid loss falls clearly, the test loss falls with it, and the report shows all of it."""
-    run, rows = run_demo(tmp_path)
+    run, cache = tmp_path / "run", str(tmp_path / "cache")
+    python("-m", "train.run", "--preset", "demo", f"output_dir={run}", LATHE_CACHE=cache)
+    rows = rows_of(run)
     valid, test = losses(rows, "valid"), losses(rows, "test")
     assert min(valid) < 0.9 * valid[0]
     assert test[-1] < 0.9 * test[0]

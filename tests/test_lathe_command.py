@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,33 @@ from lathe import main
 if __name__ == "__main__":
     sys.exit(main())
 """
+# Several commands in one interpreter, each as if it were typed: torch is imported once.
+SEVERAL = (
+    SCRIPT.partition("if __name__")[0]
+    + """\
+import contextlib, io, json, shlex
+settings = sys.argv[1:]
+def lathe(*arguments):
+    sys.argv = [__file__.replace("several", "lathe"), *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main() == 0, arguments
+    return out.getvalue()
+shown = lathe("show-data", *settings, "--json").splitlines()
+assert json.loads(shown[0])["source"] == "rows.jsonl:1"
+assert "nothing found" in lathe("lint", *settings)
+assert json.loads(lathe(*settings, "--plan", "--json"))["total_steps"] == 2
+printed = lathe("run", *settings, "train.output_dir=runs/it's a")
+following = {words[0]: words[1:] for words in map(shlex.split, printed.splitlines()[-4:])}
+assert following["try"][:2] == ["lathe", "generate"]
+assert following["merge"] == ["lathe", "merge", "runs/it's a", "MERGED_MODEL"]
+with contextlib.redirect_stderr(io.StringIO()) as err:
+    lathe(*following["try"][1:], "--max-new-tokens", "2")
+assert err.getvalue().count("\\n") == 1, err.getvalue()
+lathe(*following["merge"][1:])
+assert lathe("report", "runs/it's a") == "runs/it's a/report.md\\n"
+assert "nothing is left to do" in lathe("--resume", "runs/it's a")
+"""
+)
 OURS = ("files", "kernels", "lora", "models", "data", "train")
 
 
@@ -39,22 +65,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": f"def f{i}(x):\n    return x + {i}\n"} for i in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bin").mkdir()
-    script = folder / "bin" / "lathe"
-    script.write_text(SCRIPT)
-    script.chmod(0o755)
+    for name, text in (("lathe", SCRIPT), ("several", SEVERAL)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     return folder
 
 
 def lathe(
-    project: Path, *arguments: str, code: int = 0, **environment: str
+    project: Path, *arguments: str, code: int = 0, program: str = "lathe", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Type `lathe ARGUMENTS` in the project's folder."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
     cache = str(project / "cache")
     done = subprocess.run(
-        ["lathe", *arguments],
-        executable=project / "bin" / "lathe",
+        [program, *arguments],
+        executable=project / "bin" / program,
         cwd=project,
         env={**kept, "PATH": path, "LATHE_CACHE": cache, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -71,21 +97,8 @@ def test_every_command_works_where_nearly_everything_bears_our_names(project: Pa
     """And what a run prints to be typed next is typed next, as it stands."""
     base = ROOT / "data" / "demo" / "base"
     settings = (f"model.path={base}", *SMALL, "data.valid_fraction=0.2", "run_name=it's one")
-
-    shown = lathe(project, "show-data", *settings, "--json").stdout.splitlines()
-    assert json.loads(shown[0])["source"] == "rows.jsonl:1"
-    assert "nothing found" in lathe(project, "lint", *settings).stdout
-    assert json.loads(lathe(project, *settings, "--plan", "--json").stdout)["total_steps"] == 2
-
-    printed = lathe(project, "run", *settings, "train.output_dir=runs/it's a").stdout
-    following = {words[0]: words[1:] for words in map(shlex.split, printed.splitlines()[-4:])}
-    assert following["try"][:2] == ["lathe", "generate"]
-    assert following["merge"] == ["lathe", "merge", "runs/it's a", "MERGED_MODEL"]
-    assert lathe(project, *following["try"][1:], "--max-new-tokens", "2").stderr.count("\n") == 1
-    lathe(project, *following["merge"][1:])
+    lathe(project, *settings, program="several")
     assert (project / "MERGED_MODEL" / "model.safetensors").is_file()
-    assert lathe(project, "report", "runs/it's a").stdout == "runs/it's a/report.md\n"
-    assert "nothing is left to do" in lathe(project, "--resume", "runs/it's a").stdout
 
 
 @pytest.mark.parametrize(
@@ -98,14 +111,15 @@ def test_our_folders_are_ours_whatever_python_s_path_is(
 ) -> None:
     assert lathe(project, "--list-presets", **environment).stdout.startswith("preset ")
     (project / "print_files.py").write_text(
-        f"import lathe\nfor name in {OURS!r}: print(__import__(name).__file__)"
+        "import lathe\nfrom importlib.util import find_spec\n"
+        f"for name in {OURS!r}: print(find_spec(name).origin)"
     )
     path = os.pathsep.join([str(project / "src"), str(ROOT)])
     found = python("-P", "print_files.py", cwd=project, **{**environment, "PYTHONPATH": path})
     assert found.stdout.splitlines() == [str(ROOT / name / "__init__.py") for name in OURS]
 
 
-@pytest.mark.parametrize("path", ["src", ""])
+@pytest.mark.parametrize("path", ["src", pytest.param("", marks=pytest.mark.slow)])
 def test_the_child_that_renders_chat_templates_is_immune_too(project: Path, path: str) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     base = project / "chat base"
@@ -128,7 +142,7 @@ def test_the_runs_of_a_proof_are_immune_too(project: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["run", "show-data", *(pytest.param(n, marks=pytest.mark.slow) for n in ("generate", "merge"))],
+    ["run", *(pytest.param(n, marks=pytest.mark.slow) for n in ("show-data", "generate", "merge"))],
 )
 def test_help_says_what_was_typed(project: Path, name: str) -> None:
     typed = "lathe" if name == "run" else f"lathe {name}"

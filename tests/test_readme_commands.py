@@ -219,7 +219,7 @@ def test_the_commands_after_a_run(place: Path, capsys: pytest.CaptureFixture[str
 def test_the_python_of_readme_runs(place: Path) -> None:
     source = "\n".join(blocks(README, "python")).replace("path/to/folder", str(BASE))
     assert "load_config" in source and "save_adapter" in source
-    short = '"train.max_steps": 1, "data.test": None, "eval.samples": 0'
+    short = '"train.max_steps": 1, "data.test": None, "eval.samples": 0, "eval.on_start": False'
     assert source.count('"train.max_steps": 3') == 1
     source = source.replace('"train.max_steps": 3', short)
     exec(compile(source, "README.md", "exec"), {"input_ids": torch.tensor([[1, 2, 3]])})

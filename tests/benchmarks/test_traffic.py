@@ -286,7 +286,24 @@ def two_layers(preset: str, **settings: object) -> tuple[RunConfig, DecoderConfi
         return decide(config, Machine("cuda", H200.memory)), traffic.with_layers(decoder, 2)
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "default"])
+# Of each family each method; the other presets' sizes are slow.
+QUICK = {
+    "codellama-7b",
+    "demo-base",
+    "qwen2.5-coder-1.5b",
+    "starcoder2-3b",
+    "starcoder2-3b-lora",
+}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in preset_names()
+        if name != "default"
+    ],
+)
 def test_the_plan_s_activations_are_what_a_step_keeps(preset: str) -> None:
     found = two_layers(preset, **{"model.gradient_checkpointing": False})
     assert found is not None

@@ -1,12 +1,13 @@
 """Compile the Triton kernels of whole steps for cards that are not here, and say what they take.
 
-    python -m tests.kernels.compiled [--all | --card NAME | --launches] [--json]
+    python -m tests.kernels.compiled [--all | --card NAME | --few] [--launches] [--json]
 
 A step is that of a model of one layer on the meta device: forward, loss, backward and update, by
-the code that a run goes through. Without `--all` two models of odd sizes have every kernel in most
-of its variants, for `test_compiled.py`, on every card or the one named. With it they have the sizes
-of all presets, adapted with dropout and without and trained in full, in both half precisions: some
-minutes. With `--launches` nothing is compiled: one JSON object says what is launched.
+the code that a run goes through. Two models of odd sizes have every kernel in most of its variants,
+on every card or the one named. With `--few` every kernel is compiled once, for one card or another:
+what `test_compiled.py` does each time. With `--all` models have the sizes of all presets, adapted
+with dropout and without and trained in full, in both half precisions: some minutes. With
+`--launches` one JSON object says what is launched, too.
 
 It exits with 1 where a kernel breaks a limit of `benchmarks.absent_card`. For another version of
 Triton, in a folder of its own: pip install --no-deps --target FOLDER triton==3.6.0, then
@@ -139,6 +140,15 @@ def odd_steps() -> Iterator[tuple[str, Step]]:
     yield "sm_80", Step(_STARCODER2, "bf16", 0, 0.0, _RAGGED)
 
 
+def few_steps() -> Iterator[tuple[str, Step]]:
+    """Yield (card, step): every kernel for a card, both half precisions."""
+    yield "sm_89", Step(_STARCODER2 | _DROPS, "bf16", 12, 0.1, _RAGGED)
+    for kind in (None, *KINDS):
+        yield "sm_90", Step(_QWEN2, "fp16", 12, 0.0, _RAGGED, quantization=kind)
+    yield "sm_80", Step(_QWEN2, "bf16", 0, 0.0, _RAGGED, "adafactor")
+    yield "sm_80", Step(_STARCODER2, "bf16", 0, 0.0, _RAGGED)
+
+
 def steps_of_presets() -> Iterator[tuple[str, Step]]:
     """Yield (card, step) for the architectures of all presets."""
     presets = map(read_preset, preset_names())
@@ -205,10 +215,10 @@ def launched() -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Print a table, or one JSON object."""
-    if "--launches" in arguments:
-        print(json.dumps(launched()))
-        return 0
-    steps = steps_of_presets() if "--all" in arguments else odd_steps()
+    if "--all" in arguments:
+        steps = steps_of_presets()
+    else:
+        steps = few_steps() if "--few" in arguments else odd_steps()
     if "--card" in arguments:
         card = arguments[arguments.index("--card") + 1]
         steps = (pair for pair in steps if pair[0] == card)
@@ -217,10 +227,12 @@ def main(arguments: list[str]) -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         for binary in compiled(steps):
             binaries.append(binary)
-            if "--json" not in arguments:
+            if not {"--json", "--launches"}.intersection(arguments):
                 print(*binary.values(), flush=True)
     faults = sum(bool(binary["faults"]) for binary in binaries)
-    if "--json" in arguments:
+    if "--launches" in arguments:
+        print(json.dumps({**launched(), "binaries": binaries}))
+    elif "--json" in arguments:
         print(json.dumps(binaries))
     else:
         print(f"Triton {triton.__version__}: {len(binaries)} binaries, {faults} beyond a limit")

@@ -56,7 +56,8 @@ def test_loss_and_gradients_are_those_of_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("method", "policy"), [("full", "norms"), ("lora", "mlp"), ("full", "layers")]
+    ("method", "policy"),
+    [("full", "norms"), ("lora", "mlp"), pytest.param("full", "layers", marks=pytest.mark.slow)],
 )
 def test_policies_change_no_more_than_an_input_s_last_bit(method: str, policy: str) -> None:
     """Layers run the same kernels again; what is made again otherwise is by torch's formulas."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch.distributed.fsdp  # as the line before: once, and not in every rank that is forked
 from trials import MAX_SECONDS
 
 from files.faults import listening
@@ -45,19 +47,34 @@ def start_ranks(
     The words of rank n are added to `folder/rank-n.txt`; `environment` is what torchrun sets more.
     With `times` a rank does its work that often, and meets the others each time.
     """
+
+    def answer() -> int:
+        codes = []
+        for _ in range(times):
+            with World.from_environment().joined() as world:
+                codes.append(work(world))
+        return max(codes)
+
+    return start_program(size, answer, folder, timeout=timeout, environment=environment)
+
+
+def start_program(
+    size: int,
+    program: Callable[[], int],
+    folder: Path,
+    *,
+    timeout: float = 60.0,
+    environment: Mapping[str, str] = {},
+) -> list[int]:
+    """Fork `size` ranks of a program that joins the others by itself, as `start_ranks` does."""
     folder.mkdir(parents=True, exist_ok=True)
     described = {"MASTER_PORT": str(free_port()), TIMEOUT_VARIABLE: str(timeout), **environment}
     log = str(folder / "rank-{}.txt")
-    return [_fork(n, size, described, work, Path(log.format(n)), times) for n in range(size)]
+    return [_fork(n, size, described, program, Path(log.format(n))) for n in range(size)]
 
 
 def _fork(
-    rank: int,
-    size: int,
-    described: Mapping[str, str],
-    work: Callable[[World], int],
-    log: Path,
-    times: int,
+    rank: int, size: int, described: Mapping[str, str], program: Callable[[], int], log: Path
 ) -> int:
     child = os.fork()
     if child:
@@ -77,19 +94,11 @@ def _fork(
                 **described,
             }
         )
-
-        def answer() -> int:
-            codes = []
-            for _ in range(times):
-                with World.from_environment().joined() as world:
-                    codes.append(work(world))
-            return max(codes)
-
         with open(log, "a", encoding="utf-8") as sys.stdout:
             sys.stderr = sys.stdout
             report.draw_plots = lambda *_, **__: None
             try:
-                code = run_command(answer, over_ranks=True)
+                code = run_command(program, over_ranks=True)
             except SystemExit as ended:
                 code = int(ended.code or 0)
             except BaseException:

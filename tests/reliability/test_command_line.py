@@ -6,13 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
 import pytest
 from runs import arguments
-from trials import MAX_SECONDS, outcome, settings
+from trials import MAX_SECONDS, begin_or_resume, outcome, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 Record = Callable[[str, object], None]
@@ -66,13 +65,9 @@ def test_the_command_killed_by_the_clock_ends_in_the_same_bits(
     changes = {"train.max_steps": 50, "checkpoint.steps": 10, "eval.steps": 20, "log.steps": 1}
     values = settings(model_folder, rows_file, **changes)
     killed, alone = tmp_path / "killed", tmp_path / "alone"
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for kills_of_it, place in ((kills, killed), (0, alone)):
-            place.mkdir()
-            given = arguments({**values, "train.output_dir": place / "run"})
-            jobs.append(pool.submit(killed_by_the_clock, kills_of_it, given, place))
-    assert jobs[0].result() == [-signal.SIGKILL] * kills + [0]
-    assert jobs[1].result() == [0]
+    killed.mkdir()
+    given = arguments({**values, "train.output_dir": killed / "run"})
+    assert killed_by_the_clock(kills, given, killed) == [-signal.SIGKILL] * kills + [0]
+    assert begin_or_resume({**values, "train.output_dir": str(alone / "run")}) == 0
     record_property("kills of the command by the clock", kills)
     assert outcome(killed / "run") == outcome(alone / "run")

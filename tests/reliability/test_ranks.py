@@ -17,16 +17,22 @@ from typing import Any
 import pytest
 import torch
 from infilling import write_model, write_rows
-from ranks import ended, said, start_ranks, train_on_ranks
-from runs import rows_of
+from ranks import ended, said, start_program, start_ranks, train_on_ranks
+from runs import arguments, rows_of
 from safetensors.torch import load_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from trials import MAX_SECONDS, attempt, begin_or_resume, killed_at, outcome, settings
 
 from files.errors import UserError
+from files.faults import listening
 from train.config.command_line import parse
+from train.config.load import load_config
 from train.process.world import World
-from train.run import _answer
+from train.run import _answer, run
+
+
+def slow(value: object) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_a_changed_base_is_the_same_whole_one_on_every_rank(
     assert json.loads((folders[1] / "plan.json").read_text())["sharding"] == "replicate"
 
 
-@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+@pytest.mark.parametrize("sharding", ["replicate", slow("shard")])
 def test_holes_are_the_same_over_ranks(sharding: str, tmp_path: Path) -> None:
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows")
     asked = {"data.fim_rate": 0.7, "data.fim_unit": "syntax", "data.max_length": 64}
@@ -449,12 +455,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     changes = {"train.max_steps": 400, "checkpoint.steps": 5, "eval.steps": None}
     changes["schedule.warmup_ratio"] = 0  # of the length, which is another below
-    keys = {**values, **changes, "train.output_dir": str(folder)}
-    toml = {None: "none", True: "true", False: "false"}
-    typed = [
-        f"{key}={toml[value] if value is None or isinstance(value, bool) else json.dumps(value)}"
-        for key, value in keys.items()
-    ]
+    typed = arguments({**values, **changes, "train.output_dir": folder})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["--max-restarts=1", "-m", "train.run", *typed]
     with open(log, "wb") as file:
@@ -479,15 +480,52 @@ def test_torchrun_starts_a_killed_rank_again_and_a_signal_preempts_all(
         assert (row["loss"], row["grad_norm"]) == (expected["loss"], expected["grad_norm"])
 
 
+def two_runs(values: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Return the settings of a program's runs."""
+    changes = {**values, "checkpoint.steps": 1, "eval.steps": None}
+    return [
+        changes | {"train.max_steps": steps, "train.output_dir": str(folder / name)}
+        for name, steps in (("first", 2), ("second", 12))
+    ]
+
+
+def assert_both_whole(folder: Path) -> None:
+    assert (folder / "died").exists()
+    for name, steps in (("first", 2), ("second", 12)):
+        found = [row["step"] for row in rows(folder / name) if row["kind"] == "train"]
+        assert found == list(range(1, steps + 1))
+    assert json.loads((folder / "first" / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_program_s_runs_each_go_on_when_its_ranks_are_started_again(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of two runs that a program does, the first is done once, and the second is taken up."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    agents = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def dies(_: str) -> None:
+        saved = any((tmp_path / "second" / "checkpoints").glob("step-*"))
+        if saved and os.environ["RANK"] == "1" and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def program() -> int:
+        for one in two_runs(values, tmp_path):
+            with listening(dies):
+                print("run", run(load_config(overrides=one)).name)
+        return 0
+
+    assert ended(start_program(2, program, tmp_path, environment=agents)) == [2, -9]
+    assert ended(start_program(2, program, tmp_path, environment=agents)) == [0, 0]
+    assert [said(tmp_path, rank).count("run second\n") for rank in (0, 1)] == [1, 1]
+    assert_both_whole(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_program_s_runs_each_go_on_when_torchrun_starts_it_again(
     values: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of two runs that a script does, the first is done once, and the second is taken up."""
-    several = [
-        {**values, "train.max_steps": steps, "checkpoint.steps": 1, "eval.steps": None}
-        | {"train.output_dir": str(tmp_path / name)}
-        for name, steps in (("first", 2), ("second", 40))
-    ]
     script = tmp_path / "two_runs.py"
     script.write_text(
         f"""
@@ -504,7 +542,7 @@ def dies(point):
         once.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-for values in {several!r}:
+for values in {two_runs(values, tmp_path)!r}:
     with listening(dies):
         print("run", run(load_config(overrides=values)).name)
 """
@@ -519,12 +557,8 @@ for values in {several!r}:
         timeout=MAX_SECONDS,
     )
     assert told.returncode == 0, told.stderr
-    assert (tmp_path / "died").exists()
     assert told.stdout.count("run second") == 2  # ranks print what is outside of a run
-    for name, steps in (("first", 2), ("second", 40)):
-        found = [row["step"] for row in rows(tmp_path / name) if row["kind"] == "train"]
-        assert found == list(range(1, steps + 1))
-    assert json.loads((tmp_path / "first" / "status.json").read_text())["state"] == "finished"
+    assert_both_whole(tmp_path)
 
 
 def test_only_rank_0_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,8 +580,8 @@ def test_only_rank_0_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         {"train.precision": "fp16", "optimizer.learning_rate": 1e-3},
         {"train.method": "lora", "train.sharding": "shard", "lora.bias": "all"},
-        {"model.gradient_checkpointing": True, "train.micro_batch_tokens": 40},
-        {"model.gradient_checkpointing": "mlp"},
+        slow({"model.gradient_checkpointing": True, "train.micro_batch_tokens": 40}),
+        slow({"model.gradient_checkpointing": "mlp"}),
         {
             "train.method": "lora",
             "train.sharding": "shard",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import arguments
 from trials import MAX_SECONDS, begin_or_resume, settings
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -52,12 +53,7 @@ def test_a_run_over_two_hosts_is_the_run_of_one_process(
         one_layer, few_rows, **{"train.max_steps": 4, "train.effective_batch_size": 5}
     )
     folder = tmp_path / "over-two" / "run"
-    typed = [
-        f"{key}={json.dumps(value) if isinstance(value, list) else str(value).lower()}"
-        if isinstance(value, bool | list)
-        else f"{key}={value}"
-        for key, value in {**values, "train.output_dir": str(folder)}.items()
-    ]
+    typed = arguments({**values, "train.output_dir": folder})
     running = []
     for number, (namespace, interface, address) in enumerate(hosts):
         command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "torch.distributed.run"]

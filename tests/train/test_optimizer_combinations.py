@@ -39,9 +39,16 @@ COMBINATIONS: list[tuple[str, str, dict[str, Any]]] = [
     *(("full", optimizer, {}) for optimizer in OPTIMIZERS),
     *(("full", optimizer, BF16) for optimizer in OPTIMIZERS if optimizer != "adamw_8bit"),
 ]
+# Every optimizer and every method; test_combinations.py has some of the others.
+QUICK = [COMBINATIONS[OPTIMIZERS.index(name)] for name in ("adamw", "adamw_8bit")]
+QUICK += [("full", "paged_adamw", {}), ("full", "adafactor", {}), ("full", "adafactor", BF16)]
 
 
-@pytest.mark.parametrize(("method", "optimizer", "more"), COMBINATIONS, ids=str)
+@pytest.mark.parametrize(
+    ("method", "optimizer", "more"),
+    [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in COMBINATIONS],
+    ids=str,
+)
 def test_two_steps_stopped_between_and_the_bytes_of_the_state(
     method: str,
     optimizer: str,

@@ -268,27 +268,42 @@ def test_ledger_of_full_fine_tuning_holds_masters_and_lowered_copies() -> None:
     assert lowered["weights"] == 4 * sizes.base + 2 * sizes.matmul
 
 
+WAYS = [
+    ("lora", 0.0, "fp32", "sdpa"),
+    ("lora", 0.05, "bf16", "sdpa"),
+    ("lora", 0.05, "fp32", "eager"),
+    ("full", 0.0, "bf16", "sdpa"),
+    ("full", 0.0, "fp32", "eager"),
+    ("dora", 0.0, "fp32", "sdpa"),
+    ("dora", 0.05, "bf16", "sdpa"),
+    ("pissa", 0.05, "bf16", "sdpa"),
+    ("embedding", 0.05, "bf16", "sdpa"),
+    ("rows", 0.0, "fp32", "sdpa"),
+]
+ARCHITECTURES = [LLAMA, MISTRAL, QWEN3, STARCODER2]
+
+
+def every_pair() -> list[Any]:
+    """Return all of policies, ways and architectures; quick are those that have every pair once."""
+    return [
+        pytest.param(
+            *way,
+            policy,
+            raw,
+            marks=() if (i + j - k) % len(ARCHITECTURES) == 0 else pytest.mark.slow,
+            id="-".join([policy, *map(str, way), raw["model_type"]]),
+        )
+        for i, policy in enumerate(POLICIES)
+        for j, way in enumerate(WAYS)
+        for k, raw in enumerate(ARCHITECTURES)
+    ]
+
+
 @pytest.mark.parametrize(
-    "raw", [LLAMA, MISTRAL, QWEN3, STARCODER2], ids=lambda raw: raw["model_type"]
+    ("method", "dropout", "precision", "attention", "policy", "raw"), every_pair()
 )
-@pytest.mark.parametrize(
-    ("method", "dropout", "precision", "attention"),
-    [
-        ("lora", 0.0, "fp32", "sdpa"),
-        ("lora", 0.05, "bf16", "sdpa"),
-        ("lora", 0.05, "fp32", "eager"),
-        ("full", 0.0, "bf16", "sdpa"),
-        ("full", 0.0, "fp32", "eager"),
-        ("dora", 0.0, "fp32", "sdpa"),
-        ("dora", 0.05, "bf16", "sdpa"),
-        ("pissa", 0.05, "bf16", "sdpa"),
-        ("embedding", 0.05, "bf16", "sdpa"),
-        ("rows", 0.0, "fp32", "sdpa"),
-    ],
-)
-@pytest.mark.parametrize("policy", POLICIES)
 def test_activations_are_what_autograd_saves(
-    raw: dict, method: str, dropout: float, precision: str, attention: str, policy: str
+    method: str, dropout: float, precision: str, attention: str, policy: str, raw: dict
 ) -> None:
     beside = {
         "dora": {"lora.use_dora": True},

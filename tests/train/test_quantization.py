@@ -226,7 +226,10 @@ def test_ledger_of_quantised_weights() -> None:
         assert ledger["weights"] == 2 * (sizes.base - linears) + packed + 2 * 64 * 192
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("nf4", "none"), ("int8", "none"), ("nf4", "layers")])
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [("nf4", "none"), ("int8", "none"), pytest.param("nf4", "layers", marks=pytest.mark.slow)],
+)
 def test_memory_that_was_planned_is_what_a_step_takes(
     folder: Path,  # an earlier run: what a process loads once is there
     model_folder: Path,

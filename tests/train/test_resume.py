@@ -72,7 +72,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Others are among the combinations of test_combinations.py and test_optimizer_combinations.py.
+SLOW = ("lora, adafactor, linear, padded", "full, adamw")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in VARIANTS]
+)
 def test_stopped_and_resumed_equals_uninterrupted(
     name: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

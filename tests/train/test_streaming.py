@@ -116,13 +116,30 @@ def assert_same(one: Any, other: Any) -> None:
 TARGETS = [None, ["q_proj", "o_proj"]]
 
 
-@pytest.mark.parametrize("targets", TARGETS, ids=["all", "some"])
-@pytest.mark.parametrize(
-    ("stored", "lowered"),
-    [(torch.float32, False), (torch.bfloat16, True), (torch.float32, True)],
-    ids=["fp32", "bf16", "lowered"],
-)
-@pytest.mark.parametrize("family", FAMILIES)
+TYPES = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, True),
+    "lowered": (torch.float32, True),
+}
+
+
+def every_pair() -> list[Any]:
+    """Return all of families, types and targets; quick are half, which have every pair."""
+    return [
+        pytest.param(
+            family,
+            *TYPES[name],
+            targets,
+            marks=() if (i + j + k) % 2 else pytest.mark.slow,
+            id=f"{family}-{name}-{('all', 'some')[k]}",
+        )
+        for i, family in enumerate(FAMILIES)
+        for j, name in enumerate(TYPES)
+        for k, targets in enumerate(TARGETS)
+    ]
+
+
+@pytest.mark.parametrize(("family", "stored", "lowered", "targets"), every_pair())
 def test_streamed_layers_give_the_bits_of_resident_ones(
     family: str, stored: torch.dtype, lowered: bool, targets: list[str] | None
 ) -> None:

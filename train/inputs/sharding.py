@@ -11,22 +11,20 @@ run. Beside adapters only the frozen base is: the adapters are whole on every ra
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 
 from data.batch import IGNORED, MicroBatch
 from models.layers import CausalLM
 from train.optim.buffers import Sharing
 from train.precision import Precision
 from train.process.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # What a rank does that has none left to do: a document without targets, whose gradient is zero.
 NOTHING = MicroBatch(
@@ -46,6 +44,15 @@ def share_weights(model: CausalLM, world: World, precision: Precision) -> None:
     What the rows hold is not defined until `place` has filled them. Adapters, where there are any,
     are made whole.
     """
+    # Here, for one process needs none of it: a third of what a run imports.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     device = precision.device
     trained = {p for p in model.parameters() if p.requires_grad}
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -75,10 +82,15 @@ def share_weights(model: CausalLM, world: World, precision: Precision) -> None:
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
 
 
+def _is_shared(x: Tensor) -> TypeGuard[DTensor]:
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(x, loaded.DTensor)
+
+
 def place(parameter: nn.Parameter, value: Tensor) -> None:
     """Fill a parameter from a whole tensor: all of it, or this rank's rows."""
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
+        if _is_shared(parameter):
             first, rows = own_rows(parameter)
             parameter.to_local().copy_(value[first : first + rows])
         else:
@@ -97,7 +109,7 @@ def sharing_of(model: nn.Module, world: World) -> Sharing | None:
     sources = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and isinstance(parameter, DTensor)
+        if parameter.requires_grad and _is_shared(parameter)
     }
     if not sources:
         return None
@@ -112,14 +124,15 @@ def sharing_of(model: nn.Module, world: World) -> Sharing | None:
 
 def local_rows(x: Tensor) -> Tensor:
     """Return this rank's rows of a shared tensor, as a view; a whole one as it is."""
-    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
+    return x.to_local().detach() if _is_shared(x) else x.detach()
 
 
 def reshard(model: nn.Module) -> None:
     """Give back what is gathered, so that the next use sees rows that were written since."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if loaded := sys.modules.get("torch.distributed.fsdp"):
+        for module in model.modules():
+            if isinstance(module, loaded.FSDPModule):
+                module.reshard()
 
 
 def missing(passes: int, world: World) -> int:
