@@ -2,7 +2,6 @@
 
 command.py      the command: rows in, a table or JSON out
 likelihood.py   loss and accuracy of each row's targets; standard errors
-completions.py  completions of many prompts at once
 code.py         what a completion is worth as code: it parses, it is the reference
 problems.py     rows with tests: HumanEval's and MBPP's columns; pass@k
 programs.py     a program in a limited child process

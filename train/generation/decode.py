@@ -85,8 +85,7 @@ def decode(
     Raises:
         UserError: A prompt is empty or fills the context, or logits are not finite.
     """
-    head = model.head_weight()
-    device = head.device
+    device = model.head_weight().device
     left = [min(sampling.max_new_tokens, room(model.config, one.prompt_ids)) for one in batch]
     generators = [torch.Generator().manual_seed(one.seed(sampling)) for one in batch]
     for one in batch:
@@ -109,8 +108,8 @@ def decode(
         hidden = model.hidden_states(fed.to(device), segments, past)
         if last is not None:
             hidden = hidden[last.to(device)]
-        head = head.to(hidden.dtype)
-        logits = F.linear(hidden, head).cpu()
+        head = model.head_weight()  # of ranks that share it, whole by now
+        logits = F.linear(hidden, head.to(hidden.dtype)).cpu()
         tokens = next_tokens(logits, sampling, [generators[number] for number in writing])
         staying = []
         for row, number in enumerate(writing):
