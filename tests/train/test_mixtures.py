@@ -38,7 +38,7 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def settings(model: Path, sources: Path, output: str = "run", **changes: Any) -> dict[str, Any]:
+def settings(model: Path, sources: Path, output: Any = "run", **changes: Any) -> dict[str, Any]:
     """Return a run of 7 steps of 6 of 18 examples: two epochs and a third."""
     values: dict[str, Any] = {
         "data.train": [str(sources / "few.jsonl"), str(sources / "many.jsonl")],
@@ -212,6 +212,26 @@ def test_ranks_share_a_step_that_draws_an_example_twice(model_folder: Path, sour
             for index in micro_batch.examples
         ]
         assert sorted(taken) == sorted(whole)
+
+
+def test_steps_of_tokens_are_cut_in_the_mixture_s_order(
+    model_folder: Path, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Targets are 6 of a short row, 30 of a long one; a step stops when it has 50 of them."""
+    wanted = {"train.effective_batch_tokens": 50, "train.max_steps": None}
+    values = settings(model_folder, sources, **wanted, **{"train.num_train_epochs": 3})
+    config = load_config(overrides=values)
+    data = load_data(config, model_folder, None)
+    plan = plan_run(config, len(data.train), rows=data)
+    batches = StepBatches.of(config, plan, data)
+    for step in range(1, plan.total_steps + 1):
+        epoch, start, stop = plan.batch(step)
+        targets = data.train.num_targets[batches.order(epoch)[start:stop]]
+        assert targets[:-1].sum() < 50
+        assert targets.sum() >= 50 or stop == 18
+    assert plan.batch(plan.total_steps)[::2] == (2, 18)
+    assert main([*arguments(values), "--plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_steps"] == plan.total_steps
 
 
 def test_a_split_column_a_folder_and_a_packed_file_are_sources(
