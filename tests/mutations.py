@@ -1945,6 +1945,16 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/plan/cuts.py",
+        "tests/train/test_mixtures.py",
+        (
+            "steps of tokens are cut as if all examples came once",
+            "            mixture=rows.mixture,\n",
+            "",
+            "test_steps_of_tokens_are_cut_in_the_mixture_s_order",
+        ),
+    ),
+    *_of(
         "data/order.py",
         "tests/data/test_order.py",
         (
@@ -2379,8 +2389,8 @@ MUTATIONS = [
         ),
         (
             "each epoch is cut as the first",
-            "epoch=len(done), shuffle",
-            "epoch=0, shuffle",
+            "epoch=len(done),",
+            "epoch=0,",
             "test_each_epoch_is_cut_by_its_own_order",
         ),
         (
