@@ -118,6 +118,7 @@ class Stored:
     arrays: Arrays
     counts: Counts
     fingerprint: str
+    source_rows: tuple[int, ...] = ()  # rows read of each source, where they were told apart
 
 
 def in_memory(build: Callable[[Path], None]) -> Stored:
@@ -170,7 +171,8 @@ def _open(folder: Path, in_memory: bool = False) -> Stored | None:
             arrays = Arrays(**{name: np.array(array) for name, array in arrays.named()})
         if _digest(arrays) != meta["fingerprint"] or meta["sha256"] != _hash_of(meta):
             return None
-        return Stored(arrays, Counts(**meta["counts"]), meta["fingerprint"])
+        source_rows = tuple(meta.get("source_rows", ()))
+        return Stored(arrays, Counts(**meta["counts"]), meta["fingerprint"], source_rows)
     except Exception:  # whatever a damaged file brings about, the answer is to make it anew
         return None
 
@@ -313,8 +315,8 @@ class Writer:
         self._holes_from.append(piece.start)
         return UNPARSED * piece.unparsed | HOLELESS * piece.holds_tokens
 
-    def close(self, name: str) -> None:
-        """Finish the files.
+    def close(self, name: str, source_rows: Sequence[int] = ()) -> None:
+        """Finish the files; `source_rows` are the rows of each source, where they count.
 
         Raises:
             NoRowsError: There was no row.
@@ -363,6 +365,7 @@ class Writer:
             **dict(zip(IN_A_ROW, self._in_rows.tolist(), strict=True)),
         )
         meta = {"fingerprint": _digest(_mapped(self._folder)), "counts": asdict(counts)}
+        meta |= {"source_rows": list(source_rows)} if source_rows else {}
         write_json(self._folder / "meta.json", {**meta, "sha256": _hash_of(meta)})
 
     def _nothing_left(self, name: str) -> str:

@@ -37,7 +37,7 @@ from data.labels import labelled_rows
 from data.locate import Source, open_source
 from data.packed import ending_of
 from data.prompt import PromptFormat
-from data.source import read_rows
+from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
 from files.atomic import sha256_file
 from files.errors import UserError, did_you_mean
@@ -83,6 +83,8 @@ class Examples:
         rows: (N,) int64 the row of the data that each example comes from, counted from 0; a row
             makes several examples under `data.on_overflow=split`.
         weights: (N,) float64 the weight of each example's row; None where rows have none.
+        source_rows: Rows of each source, one source after the other, held out or not; empty where
+            they were not loaded by source.
         counts: What became of the rows.
         fingerprint: sha256 of ids, labels, weights and their order: equal if and only if training
             sees the same data.
@@ -99,7 +101,7 @@ class Examples:
         self._arrays = arrays = stored.arrays
         self._positions = np.arange(len(arrays.targets)) if positions is None else positions
         self.counts = stored.counts
-        self.fingerprint = stored.fingerprint
+        self.fingerprint, self.source_rows = stored.fingerprint, stored.source_rows
         self.lengths: np.ndarray = np.diff(arrays.offsets)[self._positions]
         self.num_targets: np.ndarray = arrays.targets[self._positions]
         self.rows: np.ndarray = arrays.rows[self._positions]
@@ -185,7 +187,8 @@ class Examples:
             **dict(zip(IN_A_ROW, counted, strict=True)),
         )
         digest = hashlib.sha256(self.fingerprint.encode() + positions.astype("<i8").tobytes())
-        return Examples(Stored(self._arrays, counts, digest.hexdigest()), positions, self.fim)
+        stored = Stored(self._arrays, counts, digest.hexdigest(), self.source_rows)
+        return Examples(stored, positions, self.fim)
 
 
 def cache_root() -> Path:
@@ -205,6 +208,7 @@ def load_examples(
     cache_root: Path | None,
     fim: FillInTheMiddle | None = None,
     weight_field: str | None = None,
+    by_source: bool = False,
 ) -> Examples:
     """Return the examples of a data set; where it is cached, no row is read.
 
@@ -220,6 +224,7 @@ def load_examples(
         cache_root: Folder of the cache (`cache_root()`), or None to keep the examples in memory.
         fim: Which of them have a hole, and where; None: none has.
         weight_field: Column of the rows' weights; None: they have none.
+        by_source: Keep how many rows each entry of a list has (`Examples.source_rows`).
 
     Raises:
         NoRowsError: It holds no row of the split.
@@ -228,21 +233,30 @@ def load_examples(
     check_settings(tokenizer, prompt_format, max_length, on_overflow)
     # Where a column tells the splits apart, every file is read.
     source = open_source(spec, None if split_column else split)
+    parts = source.parts if by_source else (source,)
 
     def build(folder: Path) -> None:
-        rows = read_rows(
-            source,
-            fields=prompt_format.columns(),
-            split_column=split_column,
-            split=split,
-            weight_field=weight_field,
-        )
+        read: list[int] = []
+
+        def rows() -> Iterator[Row]:
+            for part in parts:
+                read.append(0)
+                for row in read_rows(
+                    part,
+                    fields=prompt_format.columns(),
+                    split_column=split_column,
+                    split=split,
+                    weight_field=weight_field,
+                ):
+                    read[-1] += 1
+                    yield row
+
         writer = Writer(folder, max_length, on_overflow, fim)
-        made = labelled_rows(rows, tokenizer, prompt_format, weight_field)
+        made = labelled_rows(rows(), tokenizer, prompt_format, weight_field)
         with contextlib.closing(made) as labelled:
             for row in labelled:
                 writer.add(row)
-        writer.close(source.spec)
+        writer.close(source.spec, read if by_source else ())
 
     if cache_root is None:
         return Examples(in_memory(build), fim=fim)
@@ -253,6 +267,8 @@ def load_examples(
         content |= {"fim_unit": fim.unit}
     if weight_field is not None:
         content |= {"weight_field": weight_field}
+    if by_source:
+        content |= {"sources": [len(part.files) for part in parts]}
     key = _key(content, tokenizer, prompt_format, max_length, on_overflow)
     return Examples(cached(cache_root, key, build), fim=fim)
 

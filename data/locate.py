@@ -89,11 +89,13 @@ class Source:
         spec: the specification, as the user wrote it.
         files: the files.
         commit: the commit of a data set of the Hub; None otherwise.
+        parts: of a list, what each of its entries stands for.
     """
 
     spec: str
     files: tuple[SourceFile, ...]
     commit: str | None = None
+    parts: tuple[Source, ...] = ()
 
 
 def open_source(spec: str | Path | Sequence[str | Path], split: str | None = None) -> Source:
@@ -122,7 +124,7 @@ def open_source(spec: str | Path | Sequence[str | Path], split: str | None = Non
                     "and its rows would count twice; leave one of them out"
                 )
             asked_by[path] = source.spec
-    return Source(listed([str(part) for part in spec]), tuple(files))
+    return Source(listed([str(part) for part in spec]), tuple(files), parts=tuple(sources))
 
 
 def has_wildcards(spec: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from data.mixture import Mixture
+
 # Groups sorted together at most: enough to find like lengths, few enough to stay random.
 _MAX_GROUPS_IN_CHUNK = 50
 
@@ -15,10 +17,13 @@ def epoch_order(
     seed: int,
     epoch: int,
     shuffle: bool = True,
+    mixture: Mixture | None = None,
     lengths: np.ndarray | None = None,
     group_size: int | None = None,
 ) -> np.ndarray:
     """Return the indices 0 … num_examples - 1 in the order of an epoch.
+
+    With `mixture` they are what that draws: some indices more than once, others not at all.
 
     With `lengths`, chunks of k groups of `group_size` are each sorted from long to short, where
     k = min(num_examples // (4 * group_size), 50), at least 1; then the longest example of all
@@ -29,6 +34,7 @@ def epoch_order(
         seed: The run's seed.
         epoch: 0-based.
         shuffle: False: begin from the order of the data.
+        mixture: The sources of the examples, and the share of each; None: all examples once.
         lengths: (num_examples,) tokens of each example, to group by length.
         group_size: Examples of a step; needed with `lengths`.
 
@@ -45,7 +51,9 @@ def epoch_order(
         generator = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(num_examples, generator=generator).numpy()
     else:
-        order = np.arange(num_examples, dtype=np.int64)
+        order = np.arange(num_examples, dtype=np.int64) if mixture is None else mixture.spread()
+    if mixture is not None:
+        order = mixture.drawn(seed=seed, epoch=epoch, shuffle=shuffle)[order]
     if lengths is None or num_examples == 0:
         return order
     if group_size is None or len(lengths) != num_examples:

@@ -1837,6 +1837,124 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/mixture.py",
+        "tests/data/test_mixture.py",
+        (
+            "every epoch begins its sources anew",
+            "self._draws(source, epoch * count, count,",
+            "self._draws(source, 0, count,",
+            "test_all_of_a_source_comes_once_before_any_of_it_comes_twice",
+        ),
+        (
+            "a source is permuted once, and then alike each time",
+            "counter = np.array([0, 0, source, number], dtype=np.uint64)",
+            "counter = np.array([0, 0, source, 0], dtype=np.uint64)",
+            "test_all_of_a_source_comes_once_before_any_of_it_comes_twice",
+        ),
+        (
+            "sources of one size are permuted alike",
+            "counter = np.array([0, 0, source, number], dtype=np.uint64)",
+            "counter = np.array([0, 0, 0, number], dtype=np.uint64)",
+            "test_sources_of_one_size_are_permuted_each_in_its_own_way",
+        ),
+        (
+            "an epoch begins where a round of the source does",
+            "begin = start - first * len(own)",
+            "begin = 0",
+            "test_all_of_a_source_comes_once_before_any_of_it_comes_twice",
+        ),
+        (
+            "places go to the smallest remainders",
+            "key=lambda j: places[j] - quotas[j])",
+            "key=lambda j: quotas[j] - places[j])",
+            "test_places_are_shared_out_by_largest_remainders",
+        ),
+        (
+            "a source begins with the last row of the one before it",
+            'examples.rows, side="right")',
+            'examples.rows, side="left")',
+            "test_a_source_is_its_rows_whichever_of_them_are_left",
+        ),
+        (
+            "without shuffling sources come one after another",
+            "places = [(2 * np.arange(count) + 1) / (2 * count) for",
+            "places = [np.zeros(count) for",
+            "test_without_shuffling_sources_keep_their_order_and_are_spread_evenly",
+        ),
+        (
+            "the hash does not tell where sources end",
+            """digest.update(b"source" + own.astype""",
+            """digest.update(own.astype""",
+            "test_the_hash_tells_where_a_source_ends",
+        ),
+    ),
+    *_of(
+        "data/order.py",
+        "tests/data/test_mixture.py",
+        (
+            "what a mixture draws is not shuffled",
+            "epoch=epoch, shuffle=shuffle)[order]",
+            "epoch=epoch, shuffle=shuffle)",
+            "test_the_places_are_shuffled_as_without_a_mixture",
+        ),
+    ),
+    *_of(
+        "data/examples.py",
+        "tests/train/test_mixtures.py",
+        (
+            "the same files as other sources are taken from the cache",
+            'content |= {"sources": [len(part.files) for part in parts]}',
+            'content |= {"sources": len(parts)}',
+            "test_where_a_source_ends_is_kept_with_the_rows",
+        ),
+    ),
+    *_of(
+        "train/inputs/dataset.py",
+        "tests/train/test_mixtures.py",
+        (
+            "a resume does not see that rows changed their source",
+            'hashes["train"] = self.mixture.fingerprint(self.train.fingerprint)',
+            'hashes["train"] = self.train.fingerprint',
+            "test_a_resumed_run_keeps_its_sources",
+        ),
+    ),
+    *_of(
+        "train/batches.py",
+        "tests/train/test_mixtures.py",
+        (
+            "weights change nothing",
+            "            mixture=data.mixture,\n",
+            "",
+            "test_a_run_trains_the_shares_and_its_plan_says_them",
+        ),
+    ),
+    *_of(
+        "train/plan/mixture.py",
+        "tests/train/test_mixtures.py",
+        (
+            "a source's targets count as if each of its examples came once",
+            "source.places * source.targets / source.examples for source",
+            "source.targets for source",
+            "test_a_run_trains_the_shares_and_its_plan_says_them",
+        ),
+        (
+            "a run's rows are seen as often as an epoch's",
+            "epochs * source.places / source.examples",
+            "source.places / source.examples",
+            "test_times_seen_are_of_the_whole_run",
+        ),
+    ),
+    *_of(
+        "train/plan/cuts.py",
+        "tests/train/test_mixtures.py",
+        (
+            "steps of tokens are cut as if all examples came once",
+            "            mixture=rows.mixture,\n",
+            "",
+            "test_steps_of_tokens_are_cut_in_the_mixture_s_order",
+        ),
+    ),
+    *_of(
         "data/order.py",
         "tests/data/test_order.py",
         (
@@ -2271,8 +2389,8 @@ MUTATIONS = [
         ),
         (
             "each epoch is cut as the first",
-            "epoch=len(done), shuffle",
-            "epoch=0, shuffle",
+            "epoch=len(done),",
+            "epoch=0,",
             "test_each_epoch_is_cut_by_its_own_order",
         ),
         (

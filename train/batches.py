@@ -9,6 +9,7 @@ import numpy as np
 
 from data.batch import Batching, MicroBatch, micro_batches
 from data.examples import Examples
+from data.mixture import Mixture
 from data.order import balanced_shares, epoch_order
 from train.config.schema import RunConfig
 from train.inputs.dataset import Data
@@ -47,6 +48,7 @@ class StepBatches:
     effective_batch_size: int
     batching: Batching
     world: World = ALONE
+    mixture: Mixture | None = None
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)
     _ahead: tuple[tuple[int, ...], list[MicroBatch]] | None = field(default=None, repr=False)
 
@@ -61,6 +63,7 @@ class StepBatches:
             effective_batch_size=plan.effective_batch_size,
             batching=train_batching(config, data.tokenizer.pad_id),
             world=world,
+            mixture=data.mixture,
         )
 
     def order(self, epoch: int) -> np.ndarray:
@@ -71,6 +74,7 @@ class StepBatches:
                 seed=self.seed,
                 epoch=epoch,
                 shuffle=self.shuffle,
+                mixture=self.mixture,
                 lengths=self.examples.lengths if self.group_by_length else None,
                 group_size=self.effective_batch_size,
             )

@@ -20,6 +20,7 @@ import numpy as np
 from data.arrays import NoRowsError, pieces
 from data.fim import FillInTheMiddle
 from data.labels import IGNORED, LabelledRow, label_rows, num_targets
+from data.locate import open_source
 from data.prompt import PromptFormat
 from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Shown:
 
     row: int  # number of the row in its split, from 0, as `rows` in metrics.jsonl
     source: str  # `FILE:LINE`
+    entry: str | None  # the entry of data.train that it is drawn from, of a mixture (data.weights)
     # `whole`, `cut`, `split` or `dropped`, with the reason in words, or `with a hole`.
     fate: str
     text: str  # the row as text, before anything is cut
@@ -76,12 +78,13 @@ def show_rows(
     settings = config.data
     tokenizer = Tokenizer.load(tokenizer_folder(config), settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
-    none = True
+    none, entries = True, _entries(settings) if split == "train" else {}
     for number, row in islice(_rows_of(config, split, form), most):
         none = False
+        entry = entries.get(row.where.rpartition(":")[0])
         labelled = label_rows([row], tokenizer, form, weight_field(settings, split))[0]
         for shown in _examples(number, labelled, settings, tokenizer, fim, epoch):
-            yield shown, tokenizer
+            yield dataclasses.replace(shown, entry=entry), tokenizer
     if none:
         raise NoRowsError(f"data.{split}: no rows")
 
@@ -119,6 +122,15 @@ def _rows_of(config: RunConfig, split: str, form: PromptFormat) -> Iterator[tupl
             f"a {split} set; show another split, or name its file as data.{split}=FILE"
         )
     return zip(count(), _read(settings, spec, split, form), strict=False)
+
+
+def _entries(settings: DataSettings) -> dict[str, str]:
+    """Return the entry of `data.train` that each file belongs to; of no mixture nothing."""
+    if settings.weights is None:
+        return {}
+    split = None if settings.split_column else "train"
+    parts = open_source(_training_data(settings), split).parts
+    return {file.name: part.spec for part in parts for file in part.files}
 
 
 def _held_out(config: RunConfig) -> set[int] | None:
@@ -207,6 +219,7 @@ def _shown(
     return Shown(
         row=number,
         source=row.where,
+        entry=None,
         fate=fate,
         text=row.text,
         input_ids=ids.tolist(),
@@ -239,7 +252,8 @@ def shown_text(shown: Shown, tokenizer: Tokenizer, marks: tuple[str, str] = _PLA
     """Return an example for a reader: a line about it, and its text, trained parts marked."""
     fate = "" if shown.fate == "whole" else f", {shown.fate}"
     counts = f"{counted(shown.tokens, 'token')}, {counted(shown.targets, 'target')}"
-    head = f"row {shown.row}, {shown.source}: {counts}"
+    of = f" (of {shown.entry})" if shown.entry and shown.entry not in shown.source else ""
+    head = f"row {shown.row}, {shown.source}{of}: {counts}"
     head += f", weight {shown.weight:g}" if shown.weight not in (0, 1) else ""
     if shown.merged_prompts:
         fate += ", the completion begins inside a token of the prompt"

@@ -18,6 +18,12 @@ class DataSettings:
         None,
         "file, folder, glob (data/*.jsonl), or hub:owner/name[:config][:split]; or a list of these",
     )
+    weights: tuple[float, ...] | None = key(
+        None,
+        "of a list in data.train, the share of each entry in the examples of an epoch; none: every "
+        "example once",
+        above=0,
+    )
     valid: str | tuple[str, ...] | None = key(None, "the same, for evaluation during the run")
     test: str | tuple[str, ...] | None = key(None, "the same, for one evaluation at the end")
     split_column: str | None = key(

@@ -17,6 +17,7 @@ from typing import Any
 
 from files.errors import UserError
 from train.config.stack import (
+    AN_EPOCH,
     BEST,
     LORA_ALONE,
     QUANTISED,
@@ -211,6 +212,13 @@ def _rows(value: Any, layer: Mapping[str, Any]) -> Settings:
     return {"data.train": value}
 
 
+def _mixed(value: Any, layer: Mapping[str, Any]) -> Settings:
+    """LLaMA-Factory's `concat` has no shares, and its others end an epoch elsewhere."""
+    if value == "concat" and not {"interleave_probs", "data.weights", "weights"} & layer.keys():
+        return {}
+    raise UserError(f"say data.weights=[SHARES], or leave both out: {AN_EPOCH}")
+
+
 def _targets(value: Any, layer: Mapping[str, Any]) -> Settings:
     every = ("all", "all-linear", ["all-linear"], '["all-linear"]', "['all-linear']")
     return {"lora.target_modules": "all-linear" if value in every else value}
@@ -349,6 +357,7 @@ TRANSLATED: dict[str, Spelling] = each(
             {True: "longest", "longest": "longest", "max_length": "max_length"},
             "say data.batching=max_length, longest or unpadded",
         ),
+        "mix_strategy": ((), _mixed),
         "mask_history": _words(
             "data.train_on", {True: "last", False: "all"}, "say data.train_on=last or all"
         ),

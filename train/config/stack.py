@@ -54,6 +54,7 @@ RENAMED = each(
         "default_system default_system_message": "data.system_prompt",
         "completion_only_loss": "data.completion_only",
         "weight_column": "data.weight_field",
+        "dataset_weights interleave_prob interleave_probs sampling_probabilities": "data.weights",
         "test_file": "data.test",
         "train_file": "data.train",
         "validation_file": "data.valid",
@@ -98,6 +99,10 @@ _RANKS = "the ranks are torchrun's, and train.sharding says how they share a mod
 _NO_HUB = "no run uploads anything: `lathe push RUN` does, after it"
 _ATTENTION = "say model.attention=auto: unpadded rows run in torch's own fused attention"
 _ANSWERS_ALONE = "models are trained on given answers alone, with the cross-entropy of their tokens"
+AN_EPOCH = (
+    "an epoch has as many examples as all sources together, in the shares of data.weights if that "
+    "is given, and a source that runs out begins anew"
+)
 _LOADER = "rows are tokenised once, before training, and read from a memory map"
 _HUB_ENVIRONMENT = "set it in the environment as huggingface_hub reads it"
 _KERNELS = "the fused operations are this project's own: train.kernels"
@@ -178,6 +183,7 @@ UNSUPPORTED = each(
         # rows
         "data_collator": "data.format says how rows become tokens, data.batching how they are "
         "laid out",
+        "stopping_strategy": AN_EPOCH,
         "data_seed": "all draws follow from train.seed",
         "dataloader_drop_last": "the last, smaller step of an epoch is always done",
         "dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
@@ -186,8 +192,8 @@ UNSUPPORTED = each(
         "streaming": _LOADER,
         "dataset_kwargs": "data.format says how rows become tokens",
         "dataset_prepared_path": f"{_LOADER}; LATHE_CACHE says where that lies",
-        "datasets": "one set of rows is named by data.train, data.valid and data.test, their "
-        "format by data.format",
+        "datasets": "rows are named by data.train (one name, or a list, mixed by data.weights), "
+        "data.valid and data.test, their format by data.format",
         "eval_packing": "evaluation lays rows out as training does (data.batching)",
         "formatting_func": "say it as data.prompt_template and data.completion_template with "
         "{column} placeholders",

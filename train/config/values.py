@@ -86,6 +86,8 @@ def _from_text(key: Key, text: str) -> Any:
         return _table_from_text(text)
     if key.item is int and re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
         return [int(item) for item in text.split(",")]
+    if key.item is float and re.fullmatch(r"\d[\d.]*(,\d[\d.]*)+", text):  # 0.7,0.3
+        text = f"[{text}]"
     is_path = key.path in PATH_KEYS
     only_text = key.scalars == {str} and (key.item is None or (is_path and text[:1] != "["))
     if only_text and text[:1] not in ("'", '"'):

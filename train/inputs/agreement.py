@@ -41,7 +41,7 @@ def agree_on_run(config: RunConfig, data: Data, decoder: DecoderConfig, world: W
     for name in ("train", "valid", "test"):
         rows = getattr(data, name)
         holds = (
-            f"{counted(len(rows), 'example')} ({rows.fingerprint[:12]})"
+            f"{counted(len(rows), 'example')} ({str(data.fingerprints[name])[:12]})"
             if rows is not None
             else "nothing"
         )

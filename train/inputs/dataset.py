@@ -17,6 +17,7 @@ import numpy as np
 from data.arrays import NoRowsError
 from data.examples import Examples, cache_root, check_vocabulary, load_examples
 from data.fim import FillInTheMiddle, FimTokens
+from data.mixture import Mixture
 from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.row_files import without_absent
@@ -37,6 +38,7 @@ class Data:
     train: Examples
     valid: Examples | None
     test: Examples | None
+    mixture: Mixture | None = None
 
     @property
     def num_valid(self) -> int:
@@ -57,7 +59,10 @@ class Data:
     def fingerprints(self) -> dict[str, str | None]:
         """The hash of each set's ids and labels: equal where training sees the same data."""
         sets = {"train": self.train, "valid": self.valid, "test": self.test}
-        return {name: None if rows is None else rows.fingerprint for name, rows in sets.items()}
+        hashes = {name: None if rows is None else rows.fingerprint for name, rows in sets.items()}
+        if self.mixture is not None:
+            hashes["train"] = self.mixture.fingerprint(self.train.fingerprint)
+        return hashes
 
 
 def with_rows(
@@ -135,6 +140,7 @@ def examples_of(
     column: str | None = None,
     fim: FillInTheMiddle | None = None,
     weight_column: str | None = None,
+    by_source: bool = False,
 ) -> Examples:
     """Return the examples of rows, cut as `settings` say, as `data.examples.load_examples` does."""
     return load_examples(
@@ -148,6 +154,7 @@ def examples_of(
         cache_root=cache_root(),
         fim=fim,
         weight_field=weight_column,
+        by_source=by_source,
     )
 
 
@@ -168,9 +175,11 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
 
-    def load(spec: str | Sequence[str], split: str) -> Examples:
+    def load(spec: str | Sequence[str], split: str, *, by_source: bool = False) -> Examples:
         columns = {"column": settings.split_column, "weight_column": weight_field(settings, split)}
-        examples = examples_of(spec, split, settings, tokenizer, form, fim=fim, **columns)
+        examples = examples_of(
+            spec, split, settings, tokenizer, form, fim=fim, by_source=by_source, **columns
+        )
         if decoder is not None:
             check_vocabulary(
                 examples, decoder.vocab_size, tokenizer, padded=settings.batching != "unpadded"
@@ -189,13 +198,16 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
                 return None
             raise
 
-    train = load(settings.train, "train")
+    train = load(settings.train, "train", by_source=settings.weights is not None)
     valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
     if valid is None:
         refuse_without_valid(config)
-    return Data(tokenizer, form, train, valid, test)
+    mixture = None
+    if settings.weights is not None:
+        mixture = Mixture.of(train, settings.train, settings.weights)
+    return Data(tokenizer, form, train, valid, test, mixture)
 
 
 def refuse_without_valid(config: RunConfig) -> None:

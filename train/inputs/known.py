@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from data.mixture import MixedSource, Mixture
+
 if TYPE_CHECKING:
     from data.examples import Examples
     from train.inputs.dataset import Data
@@ -32,25 +34,31 @@ class KnownData:
     num_examples: int  # training examples; rows, where they could not be tokenised
     num_valid: int  # valid examples; 0 plans no evaluation
     num_test: int  # test examples
-    lengths: Sequence[int] | Unknown  # tokens of each training example
+    # Tokens of each training example; of a mixture, of those that an epoch is expected to draw.
+    lengths: Sequence[int] | Unknown
     # What the data held (rows, truncated, dropped, …), passed on as it is.
     counts: Mapping[str, Any]
     # Targets of each training example; None where they could not be tokenised.
     num_targets: Sequence[int] | None = None
     # The hash of each set's ids and labels, where they are known.
     fingerprints: Mapping[str, str | None] = field(default_factory=dict)
+    mixture: Mixture | None = None  # data.weights
+    sources: Sequence[MixedSource] = ()  # of the mixture
 
     @classmethod
     def of(cls, data: Data) -> KnownData:
         """Return what is known of data that was tokenised."""
+        mixture, lengths = data.mixture, data.train.lengths
         return cls(
             num_examples=len(data.train),
             num_valid=data.num_valid,
             num_test=0 if data.test is None else len(data.test),
-            lengths=data.train.lengths.tolist(),
+            lengths=(lengths if mixture is None else mixture.lengths(lengths)).tolist(),
             counts=dataclasses.asdict(data.train.counts) | _weights(data.train),
             num_targets=data.num_targets.tolist(),
             fingerprints=data.fingerprints,
+            mixture=mixture,
+            sources=() if mixture is None else mixture.sources(data.train),
         )
 
 

@@ -22,6 +22,8 @@ from train.config.schema import RunConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from data.mixture import Mixture
+
 
 class Rows(Protocol):
     """Examples to train on, as a run (`Data`) and a plan (`KnownData`) have them."""
@@ -29,6 +31,11 @@ class Rows(Protocol):
     @property
     def num_targets(self) -> np.ndarray | Sequence[int] | None:
         """(N,) targets of each, None where they are not known."""
+        ...
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The sources and the share of each; None: an epoch has every example once."""
         ...
 
 
@@ -115,7 +122,11 @@ def cut_by_targets(config: RunConfig, rows: Rows | None, *, at_most: int) -> Cut
     done: list[int] = []
     while len(done) < epochs and len(stops) < min(train.max_steps or math.inf, at_most + 1):
         order = epoch_order(
-            len(targets), seed=train.seed, epoch=len(done), shuffle=config.data.shuffle
+            len(targets),
+            seed=train.seed,
+            epoch=len(done),
+            shuffle=config.data.shuffle,
+            mixture=rows.mixture,
         )
         stops += stops_of(targets[order].tolist(), train.effective_batch_tokens)
         done.append(len(stops))

@@ -21,6 +21,7 @@ from train.plan.refusals import (
     refuse_with_holes,
     refuse_with_quantization,
     refuse_with_steps_of_tokens,
+    refuse_with_weights,
     wants_whole_weights,
     why_not_streamed,
 )
@@ -126,11 +127,12 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
         UserError: The base would be stored in a half precision other than the one that is computed
             in, or quantised and trained, shared or compiled; or the kernels cannot run there, or
             they or what is asked of activations not with `train.compile`; or its layers cannot be
-            streamed; or the steps to trace are none.
+            streamed; or the steps to trace are none; or shares are not those of a list's entries.
     """
     refuse_with_holes(config)
     refuse_with_steps_of_tokens(config)
     refuse_with_quantization(config)
+    refuse_with_weights(config)
     profiled_steps(config.train.profile_steps, config.train.max_steps)  # before rows are read
     streams = config.model.stream_layers == "true"
     if streams and (because := why_not_streamed(config, machine.device)):

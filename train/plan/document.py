@@ -35,6 +35,7 @@ from train.plan.ledger import (
     widths,
 )
 from train.plan.memory import counted_precision, memory_of
+from train.plan.mixture import mixture_document
 from train.plan.objections import objections
 from train.plan.sharing import rank_facts
 from train.plan.sizes import model_sizes
@@ -151,6 +152,7 @@ def plan_document(
         "disk": disk_bytes(config, plan, sizes, known),
         "compute": compute_estimate(config, plan, sizes, lengths, policy),
         "data": {"valid_examples": valid, "test_examples": test, **counts},
+        "mixture": mixture_document(data, plan) if isinstance(data, KnownData) and plan else None,
         "fingerprints": dict(data.fingerprints) if isinstance(data, KnownData) else {},
         "claims": [claim_row(claim, value) for claim, value in check_claims(preset)],
         "departures": list(preset.departures) if preset else [],

@@ -12,6 +12,7 @@ from train.config.schema import KEYS, RunConfig
 from train.inputs.adapters import starting_adapter_note
 from train.inputs.known import KnownData, Unknown
 from train.plan.decide import Machine, decide_attention
+from train.plan.mixture import mixture_objections
 from train.plan.steps import RunPlan
 from train.process.room import available_memory
 from train.text import size_text
@@ -37,6 +38,7 @@ def objections(
         *starting_adapter_note(config),
         *_of_the_model(config, decoder, machine),
         *_of_the_data(config, document, data),
+        *mixture_objections(document),
         *(_of_the_steps(config, document, plan) if plan else _of_unknown_steps(document)),
         *_of_the_room(config, document),
         *_of_the_bits(config, document, machine),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from files.errors import UserError
+from files.errors import UserError, counted
 from train.config.schema import RunConfig
 
 
@@ -47,6 +47,24 @@ def refuse_with_holes(config: RunConfig) -> None:
         raise UserError(
             f"{asked} with data.append_eos=false: what ends a middle is how a model learns where "
             "the hole ends, and it is trained; use data.append_eos=true, or data.fim_rate=0"
+        )
+
+
+def refuse_with_weights(config: RunConfig) -> None:
+    """Refuse shares of sources (`data.weights`) that are not told apart, one number for each."""
+    data = config.data
+    if data.weights is None:
+        return
+    if data.train is None or isinstance(data.train, str):
+        raise UserError(
+            "data.weights gives each entry of a list its share, and data.train is no list: write "
+            """data.train='["A.jsonl", "B.jsonl"]', or leave data.weights out"""
+        )
+    entries, numbers = len(data.train), len(data.weights)
+    if entries != numbers:
+        raise UserError(
+            f"data.weights holds {counted(numbers, 'number')} for the "
+            f"{counted(entries, 'entry', 'entries')} of data.train; give one for each"
         )
 
 

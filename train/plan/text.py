@@ -9,6 +9,7 @@ from files.errors import counted
 from train.config.layers import preset_names
 from train.config.presets import Preset, read_preset
 from train.plan.ledger import MEMORY_CATEGORIES, SHARE_OF_PEAK
+from train.plan.mixture import mixture_rows
 from train.plan.steps import effective_batch_size, plan_run
 from train.text import aligned, size_text
 
@@ -67,6 +68,7 @@ def head_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("model", f"{document['model'] or 'unknown'}, {document['method']}, {precision}"),
         ("examples", ", ".join([examples, *held])),
+        *mixture_rows(document),
         ("batch", batch),
         *_step_rows(document),
         *_parameter_rows(document),

@@ -18,6 +18,7 @@ from train.report.against_plan import claims, plan_against_actual
 from train.report.card import write_card
 from train.report.costs import predicted_against_measured, speed_and_memory
 from train.report.evaluated import evaluated
+from train.report.mixture import mixture
 from train.report.notes import events, notes
 from train.report.plots import draw_plots
 from train.report.record import Record, read_record
@@ -55,6 +56,7 @@ def render_report(record: Record, plots: Sequence[Path] | None) -> str:
         _bullets("Notes", notes(record)),
         _bullets("What happened on the way", list(events(record))),
         _curves(record, plots),
+        mixture(record),
         _evaluations(record),
         evaluated(record),
         plan_against_actual(record),
