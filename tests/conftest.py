@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,18 @@ def _no_matplotlib() -> Iterator[None]:
     """Draw nothing, as where matplotlib is not installed: plots are most of a short run's time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(sys.modules, FIGURES, None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """Wait for no disk: a killed process loses nothing that it wrote, only a machine would.
+
+    A short run makes some thirty calls, which are a third of its time. That they are made, and
+    when, is tested where somebody listens to them.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "fsync", lambda _: None)
         yield
 
 
