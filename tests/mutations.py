@@ -3859,7 +3859,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/merge.py",
+        "train/merge/fold.py",
         "tests/train/test_merge.py",
         (
             "another program's config.toml ends a merge",
@@ -4642,7 +4642,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/evaluation/command.py",
+        "train/evaluation/__main__.py",
         "tests/train/test_evaluate_command.py",
         (
             "a model's programs run without anybody's leave",
@@ -4650,6 +4650,10 @@ MUTATIONS = [
             "        if False:\n",
             "test_what_cannot_be_is_refused_in_one_sentence",
         ),
+    ),
+    *_of(
+        "train/evaluation/command.py",
+        "tests/train/test_evaluate_command.py",
         (
             "completed rows are the first ones",
             "tasks_of_examples(examples, tokenizer, most)",
@@ -4675,7 +4679,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/merge.py",
+        "train/merge/fold.py",
         "tests/train/test_merge.py",
         (
             "the tolerance is one of the loss",
@@ -4692,6 +4696,22 @@ MUTATIONS = [
             '        return 1 - value if metric == "token_accuracy" else value\n',
             "        return value\n",
             "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
+        ),
+    ),
+    *_of(
+        "train/report/record.py",
+        "tests/train/test_report.py",
+        (
+            "a killed run is running for ever",
+            "    _tell_interrupted(folder",
+            "    (folder",
+            "test_a_run_whose_process_is_gone_is_not_running",
+        ),
+        (
+            "a run that runs is interrupted",
+            "is_locked(folder) is False",
+            "is_locked(folder) is not None",
+            "test_a_run_whose_process_is_gone_is_not_running",
         ),
     ),
     *_of(
@@ -4735,7 +4755,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/merge.py",
+        "train/merge/fold.py",
         "tests/train/test_quantization.py",
         (
             "which weights were merged is not said",
