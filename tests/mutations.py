@@ -4774,6 +4774,46 @@ MUTATIONS = [
             "test_what_is_certain_is_taken_and_said",
         ),
     ),
+    *_of(
+        "train/saving/artifact.py",
+        "tests/train/test_command.py",
+        (
+            "a folder that is not there is looked for with torch",
+            "    if not run_or_adapter.is_dir():\n",
+            "    if False:\n",
+            "test_what_is_cheap_to_answer_does_not_wait_for_torch",
+        ),
+    ),
+    *_of(
+        "train/inputs/dataset.py",
+        "tests/train/test_prepare.py",
+        (
+            "any column called split is noted",
+            "named.lower() in SPLIT_NAMES",
+            "named",
+            "test_a_column_of_splits_that_nobody_reads_is_noted",
+        ),
+    ),
+    *_of(
+        "train/process/progress.py",
+        "tests/train/test_evaluate_command.py",
+        (
+            "a log is filled with lines",
+            "time.monotonic() - said >= SECONDS_BETWEEN_LINES",
+            "True",
+            "test_in_a_log_a_line_now_and_then_says_how_far_it_is",
+        ),
+    ),
+    *_of(
+        "train/config/completion.py",
+        "tests/train/test_described.py",
+        (
+            "an evaluation is offered every key",
+            'if "section" in sections or key.split(".")[0] in sections',
+            "if sections",
+            "test_bash_offers_each_command_s_own_options_and_what_they_take",
+        ),
+    ),
     # --- what follows a run ----------------------------------------------------------------------
     *_of(
         "files/folders.py",

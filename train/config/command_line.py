@@ -26,6 +26,7 @@ from train.process.command import CommandParser, command
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
 SETTINGS = "section.key=value"
+_ENDINGS_OF_ROWS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 DESCRIPTION = """\
 Fine-tune a code model (LoRA or full) in plain PyTorch: one run, from a preset, a file and key=value
@@ -257,10 +258,12 @@ def _overrides(settings: Sequence[str]) -> dict[str, str]:
             meant = f" (or --preset {setting}?)" if setting in preset_names() else ""
             names = difflib.get_close_matches(setting.replace("_", "-"), OTHER_COMMANDS, n=1)
             meant = f" (or `{command(names[0])} …`?)" if names else meant
-            meant = f" (or data.train={setting}?)" if os.path.exists(setting) else meant
+            is_rows = os.path.exists(setting) or setting.endswith(_ENDINGS_OF_ROWS)
+            meant = f" (or data.train={setting}?)" if is_rows else meant
             raise UserError(f"'{setting}' is not a setting: write section.key=value{meant}")
         # A key given again comes later in the order too, so that the last one rules.
-        overrides.pop(key, None)
+        if overrides.pop(key, value) != value:
+            note(f"{key} is given more than once: the last one rules, {setting}")
         overrides[key] = value
     return overrides
 

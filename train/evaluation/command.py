@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.arrays import Writer, in_memory
 from data.examples import Examples, check_vocabulary
@@ -33,6 +32,7 @@ from train.generation.loaded import Generator, load_from_adapter, load_from_mode
 from train.inputs.dataset import examples_of, prompt_format
 from train.plan.decide import decide_device, decide_precision
 from train.precision import COMPUTE_DTYPES, Precision
+from train.process.progress import progress
 from train.report.evaluated import EVALUATIONS_FILE, metric_text
 from train.report.page import write_report
 from train.saving.artifact import run_and_trained
@@ -75,7 +75,8 @@ def evaluate_asked(
     if options.batch_size is not None:
         batching = replace(batching, micro_batch_size=options.batch_size)
     tasks = _tasks(options, loaded, examples, problems, rows, form)
-    metrics = score(loaded.model, examples, batching, precision).estimates()
+    with progress(len(examples), "row") as tell:
+        metrics = score(loaded.model, examples, batching, precision, tell).estimates()
     verdicts = _complete(options, loaded, tasks, precision)
     metrics |= rates(verdicts, options.k) if verdicts else {}
     document = {
@@ -187,12 +188,11 @@ def _complete(
     sampling = replace(options.sampling, stop_ids=loaded.stop_ids)
     asked = [task.asked(options.samples, loaded.tokenizer) for task in tasks]
     flat = [one for some in asked for one in some]
-    with (
-        precision.autocast(),
-        tqdm(total=len(flat), unit=" completions", disable=None, leave=False) as bar,
-    ):
+    done = 0
+    with precision.autocast(), progress(len(flat), "completion") as tell:
         for batch in complete_all(loaded.model, flat, sampling, options.batch_size or 16):
-            bar.update(len(batch))
+            done += len(batch)
+            tell(done)
     for task, some in zip(tasks, asked, strict=True):
         task.take(some, loaded.tokenizer)
     programs = [program for task in tasks for program in task.programs()]

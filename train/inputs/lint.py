@@ -32,7 +32,7 @@ from files.errors import UserError, listed
 from train.config.load import load_config
 from train.config.schema import DataSettings, RunConfig
 from train.inputs.asked import add_run_arguments, asked_configuration, run_arguments
-from train.inputs.dataset import held_out_rows, prompt_format
+from train.inputs.dataset import held_out_rows, prompt_format, tell_split_column
 from train.inputs.model_files import tokenizer_folder
 from train.process.command import CommandParser, run_command
 
@@ -82,6 +82,7 @@ def lint(config: RunConfig) -> tuple[Scan, Settings, dict[str, str]]:
     )
     check_settings(settings.tokenizer, settings.prompt_format, data.max_length, data.on_overflow)
     scanner = Scanner(settings)
+    tell_split_column(data)
     sources: dict[str, str] = {}
     with tqdm(unit=" rows", disable=None, leave=False, file=sys.stderr) as bar:
         for name in SETS:
