@@ -58,7 +58,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     known = list(candidates)
     longer = [one for one in known if len(name) > 1 and one.startswith(name)]
     one_only = longer if len(longer) == 1 else None
-    cutoff = 0.6 if len(name) > 4 else 0.5  # one letter of a short word is much of it
+    cutoff = 0.65 if len(name) > 4 else 0.5  # one letter of a short word is much of it
     nearest = one_only or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
