@@ -137,21 +137,21 @@ def test_what_is_cheap_to_answer_does_not_wait_for_torch(tmp_path: Path) -> None
     """Help, wrong arguments, folders that are not there, rows: torch takes seconds to import."""
     (tmp_path / "rows.jsonl").write_text('{"text": "x = 1"}\n')
     rows = [f"model.path={ROOT / 'data' / 'demo' / 'base'}", "data.train=rows.jsonl"]
-    names = [name for name in MODULES if name != "generate"]
     asked = [
-        *([name, "--help"] for name in names),
-        *([name, "--bogus"] for name in names),
-        *(["--schema"], ["--list-presets"], ["--show", "demo"]),
+        *([name, "--help"] for name in MODULES),
+        *([name, "--bogus"] for name in MODULES),
+        *(["--completion", "zsh"], ["--schema"], ["--list-presets"], ["--show", "demo"]),
         *(["genrate"], ["model.pth=x"], ["train.seed=x"], ["--resume", "none"]),
         *(["show-data", *rows], ["lint", *rows], ["lint", "none.jsonl", rows[0]]),
         *(["merge", "none", "out"], ["evaluate", "./none", "--data", "rows.jsonl"]),
         *(["evaluate", ".", "lora.r=2", "--data", "rows.jsonl"], ["push", "none"]),
-        *(["report", "none"], ["export-metrics", "none", "--to", "csv"]),
+        *(["generate", "--model", "x", "--prompt", "x", "--top-p", "2"], ["report", "none"]),
+        *(["generate", "--run", "none", "--prompt", "x"], ["export-metrics", "none", "--to=csv"]),
     ]
     done = python("-c", ANSWERING, given=json.dumps(asked), cwd=tmp_path)
     assert json.loads(done.stdout) == []
-    assert done.stderr.count("usage: ") == len(names)
-    assert done.stderr.count("error: ") == len(names) + 11
+    assert done.stderr.count("usage: ") == len(MODULES)
+    assert done.stderr.count("error: ") == len(MODULES) + 13
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "run"])
