@@ -24,17 +24,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 HOUSE = os.path.dirname(os.path.abspath(__file__))
 FOLDERS = ("files", "kernels", "lora", "models", "data", "train")
-COMMANDS = {
-    "run": "train.run",
-    "show-data": "train.show_data",
-    "lint": "train.inputs.lint",
-    "generate": "train.generate",
-    "merge": "train.merge",
-    "report": "train.report.__main__",
-    "push": "train.publish.push",
-    "export-metrics": "train.publish.export_metrics",
-    "evaluate": "train.evaluate",
-}
 
 
 class OwnFolders:
@@ -54,9 +43,11 @@ if OwnFolders not in sys.meta_path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the command line with the command that it names, and return its exit code."""
+    from train.process.command import MODULES
+
     given = list(sys.argv[1:] if argv is None else argv)
-    name = given.pop(0) if given and given[0] in COMMANDS else "run"
-    return import_module(COMMANDS[name]).main(given)
+    name = given.pop(0) if given and given[0] in MODULES else "run"
+    return import_module(MODULES[name]).main(given)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from data.mixture import Mixture
 
@@ -48,6 +47,8 @@ def epoch_order(
     of transformers 5.23 `get_length_grouped_indices`, drawn from (seed, epoch) alone.
     """
     if shuffle:
+        import torch  # not above: who looks at rows alone does without
+
         generator = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(num_examples, generator=generator).numpy()
     else:

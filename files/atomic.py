@@ -140,6 +140,23 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_locked(folder: str | Path) -> bool | None:
+    """Return whether a process has the right to write in a run's folder; None: nobody can tell."""
+    path = Path(folder) / LOCK_NAME
+    if not path.is_file():
+        return None
+    lock = FileLock(path, mode=stat.S_IMODE(path.stat().st_mode))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            lock.acquire(blocking=False)
+    except Timeout:
+        return True if isinstance(lock, FileLock) else None
+    except (OSError, NotImplementedError):
+        return None
+    lock.release()
+    return False if isinstance(lock, FileLock) else None
+
+
 class RunLock:
     """The right to write in a run's folder, held by one process at a time.
 

@@ -51,8 +51,15 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the candidate nearest to `name`, or an empty string."""
-    nearest = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    """Return `"; did you mean 'x'?"` for the candidate nearest to `name`, or an empty string.
+
+    The nearest is the only one that begins so, else one of which most is the same.
+    """
+    known = list(candidates)
+    longer = [one for one in known if len(name) > 1 and one.startswith(name)]
+    one_only = longer if len(longer) == 1 else None
+    cutoff = 0.65 if len(name) > 4 else 0.5  # one letter of a short word is much of it
+    nearest = one_only or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 

@@ -11,14 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(
-    *arguments: str, code: int = 0, cwd: Path = ROOT, **environment: str
+    *arguments: str, code: int = 0, cwd: Path = ROOT, given: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python on one thread, our folders on its path; it must end with the exit code `code`."""
+    """Run Python on one thread, our folders on its path; it must end with the exit code `code`.
+
+    Its standard input is what is `given`.
+    """
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, **ours, **environment},
+        input=given,
         capture_output=True,
         text=True,
     )

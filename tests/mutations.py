@@ -3977,7 +3977,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/merge.py",
+        "train/merge/fold.py",
         "tests/train/test_merge.py",
         (
             "another program's config.toml ends a merge",
@@ -4760,7 +4760,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/evaluation/command.py",
+        "train/evaluation/__main__.py",
         "tests/train/test_evaluate_command.py",
         (
             "a model's programs run without anybody's leave",
@@ -4768,6 +4768,10 @@ MUTATIONS = [
             "        if False:\n",
             "test_what_cannot_be_is_refused_in_one_sentence",
         ),
+    ),
+    *_of(
+        "train/evaluation/command.py",
+        "tests/train/test_evaluate_command.py",
         (
             "completed rows are the first ones",
             "tasks_of_examples(examples, tokenizer, most)",
@@ -4793,7 +4797,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/merge.py",
+        "train/merge/fold.py",
         "tests/train/test_merge.py",
         (
             "the tolerance is one of the loss",
@@ -4810,6 +4814,22 @@ MUTATIONS = [
             '        return 1 - value if metric == "token_accuracy" else value\n',
             "        return value\n",
             "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
+        ),
+    ),
+    *_of(
+        "train/report/record.py",
+        "tests/train/test_report.py",
+        (
+            "a killed run is running for ever",
+            "    _tell_interrupted(folder",
+            "    (folder",
+            "test_a_run_whose_process_is_gone_is_not_running",
+        ),
+        (
+            "a run that runs is interrupted",
+            "is_locked(folder) is False",
+            "is_locked(folder) is not None",
+            "test_a_run_whose_process_is_gone_is_not_running",
         ),
     ),
     *_of(
@@ -4853,7 +4873,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "train/merge.py",
+        "train/merge/fold.py",
         "tests/train/test_quantization.py",
         (
             "which weights were merged is not said",
@@ -4870,6 +4890,46 @@ MUTATIONS = [
             "return {key: word} if value is True else {}",
             "return {}",
             "test_what_is_certain_is_taken_and_said",
+        ),
+    ),
+    *_of(
+        "train/saving/artifact.py",
+        "tests/train/test_command.py",
+        (
+            "a folder that is not there is looked for with torch",
+            "    if not run_or_adapter.is_dir():\n",
+            "    if False:\n",
+            "test_what_is_cheap_to_answer_does_not_wait_for_torch",
+        ),
+    ),
+    *_of(
+        "train/inputs/dataset.py",
+        "tests/train/test_prepare.py",
+        (
+            "any column called split is noted",
+            "named.lower() in SPLIT_NAMES",
+            "named",
+            "test_a_column_of_splits_that_nobody_reads_is_noted",
+        ),
+    ),
+    *_of(
+        "train/process/progress.py",
+        "tests/train/test_evaluate_command.py",
+        (
+            "a log is filled with lines",
+            "time.monotonic() - said >= SECONDS_BETWEEN_LINES",
+            "True",
+            "test_in_a_log_a_line_now_and_then_says_how_far_it_is",
+        ),
+    ),
+    *_of(
+        "train/config/completion.py",
+        "tests/train/test_described.py",
+        (
+            "an evaluation is offered every key",
+            'if "section" in sections or key.split(".")[0] in sections',
+            "if sections",
+            "test_bash_offers_each_command_s_own_options_and_what_they_take",
         ),
     ),
     # --- what follows a run ----------------------------------------------------------------------

@@ -17,8 +17,9 @@ from train.batches import evaluation_batching
 from train.config.schema import RunConfig
 from train.healing import do_less, is_single, kept_policy
 from train.inputs.agreement import agree_on_weights
-from train.inputs.base_model import base_dtype, find_model, load_base, load_shared, make_trainable
+from train.inputs.base_model import base_dtype, load_base, load_shared, make_trainable
 from train.inputs.dataset import Data
+from train.inputs.model_files import find_model
 from train.inputs.sharding import sharing_of
 from train.inputs.streaming import stream_layers
 from train.log.records import Records

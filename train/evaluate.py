@@ -14,7 +14,7 @@ from torch import Tensor
 from data.batch import Batching, micro_batches
 from data.examples import Examples
 from models.layers import CausalLM
-from train.evaluation.command import main  # of `python -m train.evaluate`
+from train.evaluation.__main__ import main  # of `python -m train.evaluate`
 from train.evaluation.likelihood import token_losses
 from train.inputs.sharding import NOTHING, missing
 from train.loss import exact_sum, loss_sum

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.config.command_line import Arguments, completion_text, parse, show_text
+from train.config.command_line import Arguments, parse, parser, show_text
+from train.config.completion import completion
 from train.config.json_schema import json_schema_text
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.plan.text import list_presets_text
-from train.process.command import run_command
+from train.process.command import other_parsers, run_command
 from train.process.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
     from train.inputs.agreement import agree_on_run
-    from train.inputs.base_model import find_model, with_stored_quantization
+    from train.inputs.base_model import with_stored_quantization
     from train.inputs.dataset import load_data
+    from train.inputs.model_files import find_model
     from train.kernel_check import vouch
     from train.loop import train
     from train.plan.decide import decide, decide_device, this_machine
@@ -167,8 +169,11 @@ def _answer(arguments: Arguments, world: World) -> int:
     if arguments.list_presets or arguments.show:
         print(show_text(arguments.show) if arguments.show else list_presets_text())
         return 0
-    if arguments.schema or arguments.completion:
-        print(completion_text(arguments.completion) if arguments.completion else json_schema_text())
+    if arguments.schema:
+        print(json_schema_text())
+        return 0
+    if arguments.completion:
+        print(completion(arguments.completion, {"run": parser(), **other_parsers()}))
         return 0
     # Ranks that were started again go on with the run that they had begun.
     place = arguments.resume or world.kept_folder()

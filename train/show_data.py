@@ -26,8 +26,9 @@ from data.source import Row, read_rows
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
 from train.config.schema import DataSettings, RunConfig
-from train.inputs.asked import asked_configuration, tokenizer_folder
+from train.inputs.asked import add_run_arguments, asked_configuration, run_arguments
 from train.inputs.dataset import fill_in_the_middle, load_data, prompt_format, weight_field
+from train.inputs.model_files import tokenizer_folder
 from train.process.command import CommandParser, command, run_command
 
 DESCRIPTION = """\
@@ -279,13 +280,15 @@ def printable(text: str) -> str:
     )
 
 
-def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parser() -> CommandParser:
+    """Return the options of the command."""
     parser = CommandParser(
         "show-data",
         usage="%(prog)s [arguments of train.run] [--rows N] [--split SPLIT] [--epoch N] [--json]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_run_arguments(parser)
     parser.add_argument(
         "--rows", metavar="N", help=f"rows to show (default {ROWS}; with --json all)"
     )
@@ -296,7 +299,12 @@ def _split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         "--epoch", default="0", metavar="N", help="of which the holes are shown, from 0 (training)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    asked, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def _asked(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    asked, rest = parser().parse_known_intermixed_args(argv)
+    rest += run_arguments(asked, asked.settings)
     if asked.split not in _SPLITS:
         raise UserError(f"--split {asked.split}: is none of {', '.join(_SPLITS)}")
     if not asked.epoch.isdecimal():
@@ -315,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(argv: Sequence[str]) -> int:
-    asked, rest = _split_arguments(argv)
+    asked, rest = _asked(argv)
     most = asked.rows or (None if asked.json else ROWS)
     in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     configuration = asked_configuration(rest, "show-data")

@@ -21,9 +21,10 @@ from train.config.command_line import Arguments
 from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
 from train.inputs.adapters import with_starting_adapter
-from train.inputs.base_model import find_model, with_stored_quantization
+from train.inputs.base_model import with_stored_quantization
 from train.inputs.dataset import load_data, prompt_format, refuse_without_valid, weight_field
 from train.inputs.known import NO_DATA, KnownData, Unknown
+from train.inputs.model_files import find_model
 from train.log.metrics import require_tensorboard
 from train.plan.decide import Machine, decide, machine_elsewhere, machine_to_plan_for, this_machine
 from train.plan.document import plan_document

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from children import python
 
-from files.errors import UserError
+from files.errors import UserError, did_you_mean
 from train.config.command_line import Arguments, parse, show_text
 from train.config.layers import preset_names
 from train.config.load import load_config
@@ -78,6 +78,7 @@ def test_of_two_settings_of_a_key_the_later_rules() -> None:
         ("--batch-size=4", ["per_device_train_batch_size=VALUE or train.effective_batch_size="]),
         ("--load_in_4bit", ["no dashes", "model.quantization=VALUE"]),
         ("demo", ["'demo' is not a setting", "--preset demo"]),
+        ("not-here.jsonl", ["is not a setting", "(or data.train=not-here.jsonl?)"]),
         ("=3", ["section.key=value"]),
         ("--json", ["--json goes with --plan"]),
         ("--ranks 2", ["--ranks goes with --plan"]),
@@ -169,3 +170,19 @@ def test_a_file_alone_is_answered_with_the_setting_and_nothing_with_the_demo(
         parse(["rows.jsonl"])
     assert parse([]).preset == "demo"
     assert "running the preset demo" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_given_again_is_noted_and_the_last_one_rules(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = parse(["data.train=a.jsonl", "seed=1", "data.train=b.jsonl", "seed=1"])
+    assert list(asked.overrides.items()) == [("data.train", "b.jsonl"), ("seed", "1")]
+    said = "note: data.train is given more than once: the last one rules, data.train=b.jsonl\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_neighbour_is_one_that_begins_so_or_is_nearly_the_same() -> None:
+    keys = ["optimizer.learning_rate", "lora.r", "lora.lora_alpha", "data.train"]
+    assert did_you_mean("optimizer.l", keys) == "; did you mean 'optimizer.learning_rate'?"
+    assert did_you_mean("lora.lora_alfa", keys) == "; did you mean 'lora.lora_alpha'?"
+    assert did_you_mean("my-model", ["runs", "demo-base", "my-rows.jsonl"]) == ""

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from data.tokenizer import Tokenizer
 from train.config.load import load_config
 from train.generation.loaded import load_run
-from train.merge import merge_adapter
+from train.merge.fold import merge_adapter
 from train.run import main
 
 TEMPLATE = (

@@ -1,5 +1,6 @@
 """How commands are called and what they answer, whichever of them it is."""
 
+import json
 import runpy
 import sys
 import warnings
@@ -7,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import ROOT
+from children import ROOT, python
 from runs import Refused
 
 from files.errors import counted, note
-from train import evaluate, generate, merge, run, show_data
+from train import evaluate, generate, run, show_data
 from train.inputs import lint
+from train.merge import __main__ as merge
 from train.process import command as command_module
-from train.process.command import command
+from train.process.command import MODULES, command
 from train.publish import export_metrics, push
 from train.report import __main__ as report
 
@@ -56,7 +58,7 @@ def test_an_option_given_twice_is_refused_for_one_value_would_be_lost(
 
 
 def test_what_may_be_given_several_times_still_may() -> None:
-    asked = generate._parser().parse_args(["--run", "x", "--field", "a=1", "--field", "b=2"])
+    asked = generate.parser().parse_args(["--run", "x", "--field", "a=1", "--field", "b=2"])
     assert asked.field == ["a=1", "b=2"]
 
 
@@ -114,6 +116,42 @@ def test_a_folder_that_is_not_there_is_said_to_be_not_there(
     assert "no such folder" in said.partition("cannot be reached")[0]
     if "step" not in arguments:
         assert "did you mean 'demo-1'?" in said
+
+
+# Each command line of the child's standard input is answered in it; what imported torch is printed.
+ANSWERING = """
+import json, sys
+from contextlib import redirect_stdout, suppress
+import lathe
+found = []
+for arguments in json.load(sys.stdin):
+    with suppress(SystemExit), redirect_stdout(sys.stderr):
+        lathe.main(arguments)
+    if sys.modules.pop("torch", None):
+        found.append(arguments)
+print(json.dumps(found))
+"""
+
+
+def test_what_is_cheap_to_answer_does_not_wait_for_torch(tmp_path: Path) -> None:
+    """Help, wrong arguments, folders that are not there, rows: torch takes seconds to import."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "x = 1"}\n')
+    rows = [f"model.path={ROOT / 'data' / 'demo' / 'base'}", "data.train=rows.jsonl"]
+    asked = [
+        *([name, "--help"] for name in MODULES),
+        *([name, "--bogus"] for name in MODULES),
+        *(["--completion", "zsh"], ["--schema"], ["--list-presets"], ["--show", "demo"]),
+        *(["genrate"], ["model.pth=x"], ["train.seed=x"], ["--resume", "none"]),
+        *(["show-data", *rows], ["lint", *rows], ["lint", "none.jsonl", rows[0]]),
+        *(["merge", "none", "out"], ["evaluate", "./none", "--data", "rows.jsonl"]),
+        *(["evaluate", ".", "lora.r=2", "--data", "rows.jsonl"], ["push", "none"]),
+        *(["generate", "--model", "x", "--prompt", "x", "--top-p", "2"], ["report", "none"]),
+        *(["generate", "--run", "none", "--prompt", "x"], ["export-metrics", "none", "--to=csv"]),
+    ]
+    done = python("-c", ANSWERING, given=json.dumps(asked), cwd=tmp_path)
+    assert json.loads(done.stdout) == []
+    assert done.stderr.count("usage: ") == len(MODULES)
+    assert done.stderr.count("error: ") == len(MODULES) + 13
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "run"])

@@ -13,11 +13,13 @@ import pytest
 from runs import Refused
 
 from files.errors import UserError
-from train.config.command_line import OPTIONS, OTHER_COMMANDS, completion_text, show_text
+from train.config.command_line import OTHER_COMMANDS, parser, show_text
+from train.config.completion import completion
 from train.config.json_schema import json_schema
 from train.config.layers import preset_names
 from train.config.load import load_config
 from train.config.schema import KEYS, SECTIONS
+from train.process.command import CommandParser, other_parsers
 from train.run import main
 
 TYPES = {"string": str, "boolean": bool, "object": dict, "array": list}
@@ -146,8 +148,12 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str], refused: Refu
     assert main(["--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == json_schema()
     assert main(["--completion", "bash"]) == 0
-    assert capsys.readouterr().out == completion_text("bash") + "\n"
+    assert capsys.readouterr().out == completion("bash", parsers()) + "\n"
     assert "bash, zsh, fish; did you mean 'zsh'?" in refused(main, "--completion", "zssh")
+
+
+def parsers() -> dict[str, CommandParser]:
+    return {"run": parser(), **other_parsers()}
 
 
 def completed(*words: str, split: bool = True) -> set[str]:
@@ -162,7 +168,7 @@ def completed(*words: str, split: bool = True) -> set[str]:
         parts.append("")
     quoted = " ".join(f"'{part}'" for part in parts)
     script = (
-        f"{completion_text('bash')}\n"
+        f"{completion('bash', parsers())}\n"
         "compopt() { :; }  # wants a completion in flight\n"
         f"COMP_WORDS=({quoted}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))\n"
         '_lathe; printf "%s\\n" "${COMPREPLY[@]}"\n'
@@ -178,7 +184,8 @@ def test_bash_offers_commands_options_keys_and_their_words(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("")
     keys = {f"{path}=" for path in KEYS}
-    assert completed("lathe", "") == {"run", *OTHER_COMMANDS, *OPTIONS, *keys}
+    options = {"--plan", "--preset", "--resume", "--completion", "--help"}
+    assert completed("lathe", "") > {"run", *OTHER_COMMANDS, *options, *keys}
     assert completed("lathe", "run", "lora.r") == {k for k in keys if k.startswith("lora.r")}
     assert completed("lathe", "train.method=") == {"lora", "full"}
     assert completed("lathe", "--plan", "optimizer.name=ad") == {
@@ -195,9 +202,32 @@ def test_bash_offers_commands_options_keys_and_their_words(
     assert completed("lathe", "--completion", "") == {"bash", "zsh", "fish"}
 
 
+def test_bash_offers_each_command_s_own_options_and_what_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    assert completed("lathe", "merge", "--") == {
+        *("--help", "--base", "--quantization", "--data", "--tolerance")
+    }
+    assert completed("lathe", "merge", "--quantization", "") == {"nf4", "int8"}
+    assert completed("lathe", "merge", "--tolerance", "") == set()
+    assert completed("lathe", "evaluate", "--data", "") == {"rows.jsonl"}
+    assert completed("lathe", "evaluate", "x", "lora.") == set()
+    assert completed("lathe", "evaluate", "x", "data.fo") == {"data.format="}
+    assert completed("lathe", "export-metrics", "x", "--to", "m") == {"mlflow"}
+    assert completed("lathe", "report", "--to", "r") == {"rows.jsonl"}
+    assert completed("lathe", "lint", "ro") == {"rows.jsonl"}
+    assert completed("lathe", "lint", "--p") == {"--preset", "--picture"}
+    assert completed("lathe", "show-data", "--sp") == {"--split"}
+    assert completed("lathe", "show-data", "--pl") == set()  # that is a run's
+    # A command's name behind another argument is none.
+    assert "--plan" in completed("lathe", "--preset", "demo", "--")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_can_read_its_script_which_knows_every_key(shell: str) -> None:
-    script = completion_text(shell)
+    script = completion(shell, parsers())
     assert all(f"{path}=" in script for path in KEYS)
     assert all(command in script for command in OTHER_COMMANDS)
     if shutil.which(shell) is None:

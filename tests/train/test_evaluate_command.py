@@ -23,6 +23,7 @@ from train.evaluate import main
 from train.evaluation import tasks
 from train.evaluation.code import code_of, edit_similarity, exact_match, parses
 from train.evaluation.problems import problem_of, with_columns
+from train.process import progress
 
 ROWS = [
     {"prompt": f"def f{number}(x):\n", "completion": f"  return x*{'9' * number}\n"}
@@ -275,3 +276,18 @@ def test_completed_rows_are_spread_evenly_and_cut_ones_left_out(
     evaluated(*given)
     assert len(out.read_text().splitlines()) == 5
     assert evaluated(*asked, "--complete", 0)["completions"] is None
+
+
+@pytest.mark.usefixtures("cache")
+def test_in_a_log_a_line_now_and_then_says_how_far_it_is(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = lines(tmp_path / "rows.jsonl", ROWS)
+    given = ("--data", data, "data.format=completion", "--max-new-tokens", 1, "--batch-size", 2)
+    assert main([str(one) for one in (base, *given)]) == 0
+    assert "done" not in capsys.readouterr().err  # a short one needs none
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert main([str(one) for one in (base, *given)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("done")]
+    of = [f"{done} of 5 {noun} done" for noun in ("rows", "completions") for done in (2, 4)]
+    assert said == of

@@ -18,7 +18,7 @@ from train.generation.loaded import (
     load_from_model,
     load_run,
 )
-from train.merge import merge_adapter
+from train.merge.fold import merge_adapter
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -20,7 +20,7 @@ from lora import LoraConfig, inject, load_adapter
 from models import load_model
 from train.config.load import load_config
 from train.config.toml import to_toml
-from train.merge import merge_adapter
+from train.merge.fold import merge_adapter
 from train.plan.decide import Machine, decide_sharding
 from train.run import main
 

@@ -23,7 +23,8 @@ from models.weights import initialise, save_model
 from train.config.load import load_config
 from train.config.toml import to_toml
 from train.evaluation.receipt import outputs, receipt, rows_to_compare
-from train.merge import checkpoint_dtype, main
+from train.merge.__main__ import main
+from train.merge.fold import checkpoint_dtype
 
 DOCUMENT: dict[str, Any] = {
     "model_type": "qwen2",

@@ -520,6 +520,10 @@ def test_few_rows_and_valid_sets_that_say_little_are_said(tmp_path: Path) -> Non
     text = warnings_of(load_config(overrides=overrides), held(20, 20, rows=20))
     assert "all 20 examples are fewer than the 64 of one step" in text
     assert "data.valid is data.train" in text and "there is no valid set" not in text
+    assert "no evaluation before the last step" not in text
+    never = {**overrides, "eval.steps": "none"}
+    text = warnings_of(load_config(overrides=never), held(20, 20, rows=20))
+    assert "20 valid examples and no evaluation before the last step: eval.steps=epoch" in text
     without = load_config(overrides={"data.train": str(rows), "eval.steps": 5})
     text = warnings_of(without, held(64))
     assert "evaluations are asked for, and there is no valid set" in text

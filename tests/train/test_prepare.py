@@ -46,6 +46,18 @@ def test_a_split_column_need_not_name_all_splits(model_folder: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("cache")
+def test_a_column_of_splits_that_nobody_reads_is_noted(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ["train", "valid"])
+    load(model_folder, rows)
+    assert "data.split_column=split makes train, valid and test sets" in capsys.readouterr().err
+    load(model_folder, rows, **{"data.split_column": "split"})
+    load(model_folder, write_rows(tmp_path / "rows.jsonl", ["left", "right"]))
+    assert "split" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cache")
 def test_a_set_that_is_named_must_have_rows(model_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ["train"] * 5)
     empty = write_rows(tmp_path / "empty.jsonl", [])

@@ -21,7 +21,7 @@ from models.quantised import dequantise
 from models.weights import save_model
 from train.config.load import load_config
 from train.generation.loaded import load_run
-from train.merge import main as merge_command
+from train.merge.__main__ import main as merge_command
 from train.plan.decide import UNKNOWN, Machine, decide, decide_sharding
 from train.plan.ledger import memory_ledger
 from train.plan.sizes import model_sizes

@@ -1,6 +1,7 @@
 """report.md and its plots, from made-up runs in every state."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from made_up import CONFIG, make_run, rewrite, rows_of
 
+from files.atomic import RunLock
 from files.errors import UserError
 from train.report.__main__ import main
 from train.report.costs import card_of
@@ -276,6 +278,20 @@ def test_early_stopping_and_an_unfinished_run_are_told(tmp_path: Path) -> None:
     running = make_run(tmp_path / "b", steps=50, state="running", reason=None)
     assert "not finished: running after 50 of 120 steps" in notes_of(running)
     assert f"--resume {running}" in notes_of(running)
+
+
+def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path) -> None:
+    """A kill leaves no time to say so; the lock ends with the process."""
+    folder = make_run(tmp_path / "a", steps=50, state="running", reason="training")
+    os.utime(folder / "status.json", (1e9, 1e9))
+    os.utime(folder / "metrics.jsonl", (1e9 + 60, 1e9 + 60))
+    with RunLock(folder):
+        assert read_record(folder).outcome == "running (training) after 50 of 120 steps"
+    said = "interrupted (no sign since 2001-09-09 01:47:40 UTC) after 50 of 120 steps"
+    assert f"not finished: {said}" in notes_of(folder)
+    assert f"--resume {folder}" in notes_of(folder)
+    with RunLock(folder):  # looking took nothing away
+        pass
 
 
 def test_a_train_loss_that_ends_above_its_lowest_has_diverged(tmp_path: Path) -> None:

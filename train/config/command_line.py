@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from files.errors import UserError, counted, did_you_mean, note
-from train.config.completion import completion
 from train.config.layers import preset_names
 from train.config.presets import read_preset
 from train.config.schema import KEYS
@@ -26,21 +25,8 @@ from train.process.command import CommandParser, command
 
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
-OPTIONS = (
-    *(
-        "--preset",
-        "--config",
-        "--plan",
-        "--json",
-        "--ranks",
-        "--memory",
-        "--gpu",
-        "--price",
-        "--resume",
-        "--prove-resume",
-    ),
-    *("--list-presets", "--show", "--schema", "--completion", "--help"),
-)
+SETTINGS = "section.key=value"
+_ENDINGS_OF_ROWS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst")
 
 DESCRIPTION = """\
 Fine-tune a code model (LoRA or full) in plain PyTorch: one run, from a preset, a file and key=value
@@ -107,7 +93,8 @@ class Arguments:
     overrides: dict[str, str] = field(default_factory=dict)
 
 
-def _parser() -> CommandParser:
+def parser() -> CommandParser:
+    """Return the options of a run."""
     commands = "\n".join(f"  {command(name)}  {what}" for name, what in OTHER_COMMANDS.items())
     parser = CommandParser(
         "run",
@@ -115,7 +102,7 @@ def _parser() -> CommandParser:
         epilog=EPILOG.replace("OTHER_COMMANDS", commands).replace("LATHE", command()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings")
+    parser.add_argument("settings", nargs="*", metavar=SETTINGS, help="settings")
     parser.add_argument("--preset", metavar="NAME", help="start from a preset")
     parser.add_argument(
         "--config", dest="config_file", metavar="FILE.toml", help="settings of a file, over it"
@@ -171,7 +158,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         UserError: An unknown option, or options that exclude each other.
         SystemExit: After `--help`, with code 0.
     """
-    asked, unknown = _parser().parse_known_intermixed_args(_with_steps_before_kill(argv))
+    asked, unknown = parser().parse_known_intermixed_args(_with_steps_before_kill(argv))
     if unknown:
         raise UserError(_about_option(unknown[0]))
     values = vars(asked)
@@ -271,10 +258,12 @@ def _overrides(settings: Sequence[str]) -> dict[str, str]:
             meant = f" (or --preset {setting}?)" if setting in preset_names() else ""
             names = difflib.get_close_matches(setting.replace("_", "-"), OTHER_COMMANDS, n=1)
             meant = f" (or `{command(names[0])} …`?)" if names else meant
-            meant = f" (or data.train={setting}?)" if os.path.exists(setting) else meant
+            is_rows = os.path.exists(setting) or setting.endswith(_ENDINGS_OF_ROWS)
+            meant = f" (or data.train={setting}?)" if is_rows else meant
             raise UserError(f"'{setting}' is not a setting: write section.key=value{meant}")
         # A key given again comes later in the order too, so that the last one rules.
-        overrides.pop(key, None)
+        if overrides.pop(key, value) != value:
+            note(f"{key} is given more than once: the last one rules, {setting}")
         overrides[key] = value
     return overrides
 
@@ -288,18 +277,8 @@ def _about_option(option: str) -> str:
         return f"unknown option '{option}': settings have no dashes, write {write}"
     if sentence := unsupported(name):
         return f"'{option}' is not supported: {sentence}"
-    return (
-        f"unknown option '{option}'{did_you_mean(option, OPTIONS)} (--help shows what is possible)"
-    )
-
-
-def completion_text(shell: str) -> str:
-    """Return the script that makes a shell complete the command line.
-
-    Raises:
-        UserError: There is none for this shell.
-    """
-    return completion(shell, list(OTHER_COMMANDS), OPTIONS)
+    known = [name for action in parser().actions() for name in action.option_strings]
+    return f"unknown option '{option}'{did_you_mean(option, known)} (--help shows what is possible)"
 
 
 def show_text(name: str) -> str:

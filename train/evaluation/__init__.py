@@ -1,6 +1,7 @@
 """`lathe evaluate`: how good a model is on rows that it was not trained on.
 
-command.py      the command: rows in, a table or JSON out
+__main__.py     the command: what it is asked
+command.py      what it does: rows in, a table or JSON out
 likelihood.py   loss and accuracy of each row's targets; standard errors
 code.py         what a completion is worth as code: it parses, it is the reference
 problems.py     rows with tests: HumanEval's and MBPP's columns; pass@k

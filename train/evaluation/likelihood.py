@@ -15,7 +15,7 @@ section 2.2, with the small-sample factor of Liang and Zeger's estimator (Stata'
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -108,8 +108,16 @@ def mean(
     return Estimate(float(value), float(np.sqrt(number / (number - 1) * squares) / total), number)
 
 
-def score(model: CausalLM, examples: Examples, batching: Batching, precision: Precision) -> Scores:
+def score(
+    model: CausalLM,
+    examples: Examples,
+    batching: Batching,
+    precision: Precision,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Scores:
     """Return what the model gives each example, without dropout; the longest come first.
+
+    Each batch's end is told by the number of examples that are done.
 
     Raises:
         UserError: Memory does not suffice for a single example.
@@ -133,6 +141,7 @@ def score(model: CausalLM, examples: Examples, batching: Batching, precision: Pr
         for sums, numbers in zip((loss, correct), found, strict=True):
             sums[some] = np.bincount(document, numbers.double().numpy(), minlength=len(some))
         done += len(some)
+        tell(done)
     return Scores(loss, correct, examples.num_targets, examples.rows)
 
 

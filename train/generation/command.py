@@ -19,6 +19,7 @@ from train.generation.rows import complete_rows, rows_to_complete
 from train.generation.sampling import Sampling
 from train.plan.decide import PRECISIONS, decide_device, decide_precision
 from train.process.command import CommandParser
+from train.saving.artifact import run_and_trained
 
 if TYPE_CHECKING:
     from train.generation.loaded import Generator
@@ -169,6 +170,8 @@ def _read_prompt(options: argparse.Namespace) -> str | dict[str, str]:
 
 
 def _load(options: argparse.Namespace, *, adapted: bool = True) -> Generator:
+    if options.run is not None:
+        run_and_trained(options.run)  # what is not there is refused before torch is imported
     import torch
 
     from train.generation.loaded import load_from_adapter, load_from_model, load_run

@@ -24,8 +24,9 @@ from models.layers import CausalLM
 from models.weights import fill
 from train.config.load import load_config
 from train.config.schema import DataSettings
-from train.inputs.base_model import find_model, load_base
+from train.inputs.base_model import load_base
 from train.inputs.dataset import prompt_format
+from train.inputs.model_files import find_model
 from train.saving.artifact import base_of, run_and_trained
 
 

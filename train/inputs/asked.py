@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from files.errors import UserError, no_such_folder
-from train.config.command_line import parse
+from train.config.command_line import SETTINGS, parse
 from train.config.load import load_config
 from train.config.schema import RunConfig
-from train.inputs.base_model import find_model
 from train.process.command import command
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, settings: str = SETTINGS) -> None:
+    """Give a command the arguments of `train.run` that say where settings come from."""
+    parser.add_argument("settings", nargs="*", metavar=settings, help="as to train.run")
+    parser.add_argument("--preset", metavar="NAME", help="as to train.run")
+    parser.add_argument("--config", metavar="FILE.toml", help="as to train.run")
+    parser.add_argument("--resume", metavar="FOLDER", help="a run's own settings")
+
+
+def run_arguments(asked: argparse.Namespace, settings: Sequence[str]) -> list[str]:
+    """Return what `train.run` would be given for them."""
+    options = {name: getattr(asked, name) for name in ("preset", "config", "resume")}
+    given = [[f"--{name}", value] for name, value in options.items() if value is not None]
+    return [*chain(*given), *settings]
 
 
 def asked_configuration(argv: Sequence[str], name: str) -> RunConfig:
@@ -35,16 +51,3 @@ def asked_configuration(argv: Sequence[str], name: str) -> RunConfig:
     if not file.is_file():
         raise UserError(f"--resume {run}: no run is there (it has no config.toml)")
     return load_config(file=file, overrides=arguments.overrides)
-
-
-def tokenizer_folder(config: RunConfig) -> Path:
-    """Return the folder of the tokenizer; a local one needs no config.json beside it.
-
-    Raises:
-        UserError: No model is named, or it cannot be had.
-    """
-    if config.model.path is not None:
-        folder = Path(config.model.path).expanduser()
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    return find_model(config, weights=False).folder

@@ -1,4 +1,4 @@
-"""The base model of a run: found, loaded, and made trainable."""
+"""The base model of a run: loaded, and made trainable."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from files.errors import UserError
-from files.hub import ModelSource, resolve_model
+from files.hub import ModelSource
 from files.tensors import TensorFile
 from kernels.dispatch import operations
 from lora import adapter_factors, draw_adapters, fill_adapter, inject, load_adapter
@@ -26,22 +25,6 @@ from train.inputs.known import Unknown
 from train.inputs.sharding import place, share_weights
 from train.precision import COMPUTE_DTYPES, Precision
 from train.process.world import ALONE, World
-
-
-def find_model(config: RunConfig, *, weights: bool) -> ModelSource:
-    """Return the base model's files on this machine; without `weights`, the small ones alone.
-
-    Raises:
-        UserError: No model is named, or it cannot be had.
-    """
-    if config.model.path is None:
-        raise UserError(
-            "model.path is not set: give a hub id (owner/name) or a folder with config.json, "
-            "tokenizer.json and safetensors weights, or start from a --preset"
-        )
-    return resolve_model(
-        config.model.path, config.model.revision, weights=weights and not config.model.random_init
-    )
 
 
 def with_stored_quantization(config: RunConfig, decoder: DecoderConfig | Unknown) -> RunConfig:

@@ -5,6 +5,7 @@ Cheap failures come first: files, rows and tokens are checked before a weight is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +23,15 @@ from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.row_files import without_absent
 from data.rows_in_memory import keep_rows
+from data.source import read_rows
 from data.splits import SPLIT_NAMES
 from data.tokenizer import Tokenizer
-from files.errors import UserError, counted
+from files.errors import UserError, counted, note
 from models.config import DecoderConfig
 from train.config.schema import DataSettings, RunConfig
+
+# The column that data sets name their splits in.
+SPLIT_COLUMN = "split"
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,22 @@ def examples_of(
     )
 
 
+def tell_split_column(settings: DataSettings) -> None:
+    """Note a column of a file that names splits, where all rows are trained on whatever it says."""
+    specs = (settings.train,) if isinstance(settings.train, str) else settings.train or ("",)
+    if settings.split_column is not None or not Path(specs[0]).expanduser().is_file():
+        return
+    with contextlib.suppress(UserError):  # reading all rows will say so
+        row = next(read_rows(specs[0], every_column=True), None)
+        named = row.values.get(SPLIT_COLUMN) if row else None
+        if isinstance(named, str) and named.lower() in SPLIT_NAMES:
+            note(
+                f"rows have a column `{SPLIT_COLUMN}` (`{named}` in the first), which chooses "
+                f"nothing: all are trained on; data.split_column={SPLIT_COLUMN} makes train, valid "
+                "and test sets of them"
+            )
+
+
 def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) -> Data:
     """Tokenise the rows of all sets, or map those that were tokenised before.
 
@@ -174,6 +195,7 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
         )
     tokenizer = Tokenizer.load(folder, settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
+    tell_split_column(settings)
 
     def load(spec: str | Sequence[str], split: str, *, by_source: bool = False) -> Examples:
         columns = {"column": settings.split_column, "weight_column": weight_field(settings, split)}

@@ -31,8 +31,9 @@ from data.tokenizer import Tokenizer
 from files.errors import UserError, listed
 from train.config.load import load_config
 from train.config.schema import DataSettings, RunConfig
-from train.inputs.asked import asked_configuration, tokenizer_folder
-from train.inputs.dataset import held_out_rows, prompt_format
+from train.inputs.asked import add_run_arguments, asked_configuration, run_arguments
+from train.inputs.dataset import held_out_rows, prompt_format, tell_split_column
+from train.inputs.model_files import tokenizer_folder
 from train.process.command import CommandParser, run_command
 
 DESCRIPTION = """\
@@ -81,6 +82,7 @@ def lint(config: RunConfig) -> tuple[Scan, Settings, dict[str, str]]:
     )
     check_settings(settings.tokenizer, settings.prompt_format, data.max_length, data.on_overflow)
     scanner = Scanner(settings)
+    tell_split_column(data)
     sources: dict[str, str] = {}
     with tqdm(unit=" rows", disable=None, leave=False, file=sys.stderr) as bar:
         for name in SETS:
@@ -178,7 +180,8 @@ def _sets_of(spec: str, *, by_column: bool) -> list[str]:
     return found
 
 
-def _answer(argv: Sequence[str]) -> int:
+def parser() -> CommandParser:
+    """Return the options of the command."""
     parser = CommandParser(
         "lint",
         usage="%(prog)s FILE… [arguments of train.run] [--picture FILE.png] [--json]",
@@ -186,17 +189,16 @@ def _answer(argv: Sequence[str]) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="FILE", help="rows, and section.key=value")
-    for option in ("--preset", "--config", "--resume"):
-        parser.add_argument(option, metavar="NAME", help="as to train.run")
+    add_run_arguments(parser, "FILE or section.key=value")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the lengths of the rows")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    asked, unknown = parser.parse_known_intermixed_args(argv)
-    files = [word for word in asked.words if "=" not in word or os.path.exists(word)]
-    rest = [word for word in asked.words if word not in files] + unknown
-    for option in ("preset", "config", "resume"):
-        if getattr(asked, option) is not None:
-            rest += [f"--{option}", getattr(asked, option)]
+    return parser
+
+
+def _answer(argv: Sequence[str]) -> int:
+    asked, rest = parser().parse_known_intermixed_args(argv)
+    files = [word for word in asked.settings if "=" not in word or os.path.exists(word)]
+    rest += run_arguments(asked, [word for word in asked.settings if word not in files])
     if asked.picture is not None:
         require_matplotlib()
     config = asked_configuration(rest, "lint") if rest else load_config()

@@ -199,6 +199,11 @@ def _of_the_data(
             "evaluations are asked for, and there is no valid set: give data.valid or "
             "data.valid_fraction"
         )
+    if valid and (config.eval.steps or config.eval.per_epoch) is None:
+        found.append(
+            f"{counted(valid, 'valid example')} and no evaluation before the last step: "
+            "eval.steps=epoch evaluates them after every epoch, and draws a valid curve"
+        )
     # A folder may hold files of both, and a column may tell them apart.
     same = data.valid == data.train and data.split_column is None
     if same and isinstance(data.valid, str) and Path(data.valid).is_file():

@@ -85,7 +85,7 @@ def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     steps = f"{document['total_steps']:,} ({about}{document['steps_per_epoch']:,} an epoch)"
     rows = [
         ("steps", f"{steps}, {document['warmup_steps']:,} of warm-up"),
-        ("evaluations", _listed(document["eval_steps"])),
+        ("evaluations", _listed(document["eval_steps"]) + _without(document["eval_steps"])),
         ("checkpoints", _listed(document["save_steps"])),
     ]
     if rates:
@@ -206,6 +206,11 @@ def _claim_line(claim: Mapping[str, Any]) -> str:
         planned = f" → {value:,}" if isinstance(value, int) else f" → {value:.3g}"
     note = f" ({claim['note']})" if claim["note"] else ""
     return f"{mark} {claim['statement']}{planned}{note}"
+
+
+def _without(evaluations: Sequence[int]) -> str:
+    remedy = " (data.valid_fraction=0.1 eval.steps=epoch hold rows out and draw a valid curve)"
+    return "" if evaluations else remedy
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -10,18 +10,28 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from files.errors import UserError
 from train.process.world import counted_by
 
-# Commands whose module is none of train's own: where it is.
-_MODULES = {
-    "lint": "data.lint",
+# Where each command's `parser` and `main` are. None of these modules imports torch, which takes
+# seconds: `main` imports what needs it when the arguments are read and found right.
+MODULES = {
+    "run": "train.run",
+    "show-data": "train.show_data",
+    "lint": "train.inputs.lint",
+    "generate": "train.generate",
+    "merge": "train.merge.__main__",
+    "report": "train.report.__main__",
     "push": "train.publish.push",
     "export-metrics": "train.publish.export_metrics",
+    "evaluate": "train.evaluation.__main__",
 }
+# What is typed behind `python -m`, where it is not that module or its package.
+_TYPED = {"lint": "data.lint", "evaluate": "train.evaluate"}
 
 
 def command(name: str = "run") -> str:
@@ -38,7 +48,7 @@ def command(name: str = "run") -> str:
     module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
     python = shlex.quote(sys.orig_argv[0] if sys.orig_argv else "python")
     installed = shutil.which("lathe")
-    as_module = f"{python} -m {_MODULES.get(name) or 'train.' + name.replace('-', '_')}"
+    as_module = f"{python} -m {_TYPED.get(name) or MODULES[name].removesuffix('.__main__')}"
     if module.startswith(("train.", "data.")):
         return as_module
     if module == "lathe":
@@ -83,9 +93,18 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=command(name), allow_abbrev=False, **settings)
         self.register("action", None, _Once)
 
+    def actions(self) -> list[argparse.Action]:
+        """Return the arguments that were added, in order."""
+        return list(self._actions)
+
     def error(self, message: str) -> NoReturn:
         """Raise the complaint as a `UserError`."""
         raise UserError(f"{message} (--help shows what is possible)")
+
+
+def other_parsers() -> dict[str, CommandParser]:
+    """Return the name and the options of every command but `run`."""
+    return {name: import_module(MODULES[name]).parser() for name in MODULES if name != "run"}
 
 
 def run_command(command: Callable[[], int], *, over_ranks: bool = False) -> int:

@@ -140,20 +140,25 @@ def _require_steps(record: Record) -> int:
     return steps
 
 
+def parser() -> CommandParser:
+    """Return the options of the command."""
+    parser = CommandParser(
+        "export-metrics", description="Give a run's metrics to another program or tracker."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--to", choices=("csv", *TRACKERS), required=True)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.csv", help="of --to csv: the file; none: printed"
+    )
+    parser.add_argument("--project", metavar="NAME", help=f"of the trackers: default {PROJECT}")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
 
     def answer() -> int:
-        parser = CommandParser(
-            "export-metrics", description="Give a run's metrics to another program or tracker."
-        )
-        parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-        parser.add_argument("--to", choices=("csv", *TRACKERS), required=True)
-        parser.add_argument(
-            "--out", type=Path, metavar="FILE.csv", help="of --to csv: the file; none: printed"
-        )
-        parser.add_argument("--project", metavar="NAME", help=f"of the trackers: default {PROJECT}")
-        options = parser.parse_args(arguments)
+        options = parser().parse_args(arguments)
         if options.to != "csv":
             if options.out is not None:
                 raise UserError("--out goes with --to csv")

@@ -143,22 +143,27 @@ def _explain(error: Exception, to: str | None) -> UserError:
     return UserError(f"{where}: could not be pushed ({lines[0].strip()}); try again")
 
 
+def parser() -> CommandParser:
+    """Return the options of the command."""
+    parser = CommandParser("push", description="Upload a finished run's final/ to the Hub.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
+    parser.add_argument(
+        "--to",
+        metavar="OWNER/NAME",
+        help="the repository, made where there is none; without it the token's owner and the "
+        "run's name",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="for nobody else's eyes; else the Hub's default"
+    )
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer the command line and return its exit code."""
 
     def answer() -> int:
-        parser = CommandParser("push", description="Upload a finished run's final/ to the Hub.")
-        parser.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
-        parser.add_argument(
-            "--to",
-            metavar="OWNER/NAME",
-            help="the repository, made where there is none; without it the token's owner and the "
-            "run's name",
-        )
-        parser.add_argument(
-            "--private", action="store_true", help="for nobody else's eyes; else the Hub's default"
-        )
-        options = parser.parse_args(arguments)
+        options = parser().parse_args(arguments)
         print(push(options.run, options.to, private=options.private))
         return 0
 

@@ -12,6 +12,21 @@ from train.report.compare import read_records, render_comparison, write_comparis
 from train.report.page import write_report
 
 
+def parser() -> CommandParser:
+    """Return the options of the command."""
+    parser = CommandParser(
+        "report", description="Write the reports of runs again, and compare several."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="write the comparison there, with a picture of the curves, instead of printing it",
+    )
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of each run named on the command line, and compare several.
 
@@ -20,17 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
 
     def answer() -> int:
-        parser = CommandParser(
-            "report", description="Write the reports of runs again, and compare several."
-        )
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-        parser.add_argument(
-            "--to",
-            type=Path,
-            metavar="FOLDER",
-            help="write the comparison there, with a picture of the curves, instead of printing it",
-        )
-        options = parser.parse_args(arguments)
+        options = parser().parse_args(arguments)
         if options.to is not None and len(options.runs) < 2:
             raise UserError("--to is for the comparison of runs: name two or more of them")
         records = read_records(options.runs)

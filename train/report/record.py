@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from files.atomic import is_locked
 from files.errors import UserError, counted, no_such_folder
 from files.strict_json import read_json_object
 from train.log.metrics import METRICS_FILE, Row, read_metrics
@@ -85,6 +87,15 @@ class Record:
         return sum(step["loss"] * step["targets"] for step in span) / targets if targets else None
 
 
+def _tell_interrupted(folder: Path, status: dict[str, Any]) -> None:
+    """Make the status of a run whose process was killed say so: it had no time to."""
+    if status.get("state") == "running" and is_locked(folder) is False:
+        signs = [folder / name for name in ("status.json", METRICS_FILE)]
+        last = max(path.stat().st_mtime for path in signs if path.is_file())
+        when = datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        status |= {"state": "interrupted", "reason": f"no sign since {when}"}
+
+
 def read_record(folder: Path) -> Record:
     """Return what a run's folder says.
 
@@ -110,6 +121,7 @@ def read_record(folder: Path) -> Record:
         for name in ("plan", "environment", "status")
     }
     rows = read_metrics(folder)
+    _tell_interrupted(folder, documents["status"])
     evals = [row for row in rows if row["kind"] == "eval"]
     return Record(
         folder=folder,

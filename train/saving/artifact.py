@@ -8,7 +8,6 @@ from pathlib import Path
 from files.errors import UserError, no_such_folder
 from files.folders import damage
 from files.hub import ModelSource, resolve_model
-from lora import read_adapter_config
 from train.process.command import command
 from train.saving.checkpoints import STEP_FOLDER
 
@@ -48,6 +47,8 @@ def _trained_folder(run: Path) -> Path:
 
 def adapter_folder(run_or_adapter: Path) -> Path:
     """Return the adapter's folder: the one given, or the `final/` or `best/` of a run."""
+    if not run_or_adapter.is_dir():
+        raise UserError(f"{run_or_adapter}: {no_such_folder(run_or_adapter)}")
     if not (run_or_adapter / "config.toml").is_file():
         return run_or_adapter
     for folder in (run_or_adapter / "final", run_or_adapter / "best"):
@@ -70,6 +71,8 @@ def base_of(adapter: Path, base: str | None) -> ModelSource:
     Raises:
         UserError: None is named, or it cannot be had.
     """
+    from lora import read_adapter_config  # not above: what is not there is refused without torch
+
     document = read_adapter_config(adapter)
     if base is not None:
         return resolve_model(base)

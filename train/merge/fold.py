@@ -1,4 +1,4 @@
-"""`python -m train.merge RUN_OR_ADAPTER OUT`: fold an adapter into its base model, for good.
+"""An adapter folded into its base model, for good.
 
 The base is loaded in the dtype of its checkpoint, each adapted weight is summed in fp32 and rounded
 once, and OUT becomes a Hugging Face model folder with the tokenizer's files. OUT appears whole or
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from files.errors import UserError, counted
 from files.folders import replace_folder
 from files.strict_json import read_json_object
 from files.tensors import read_header
-from kernels.quantised import KINDS
 from lora import load_adapter, merge
 from models import load_model
 from models.config import read_config
@@ -41,7 +39,6 @@ from train.config.load import load_config
 from train.config.schema import DataSettings, RunConfig
 from train.evaluation.receipt import Receipt, outputs, receipt, rows_to_compare
 from train.inputs.dataset import examples_of, load_data, prompt_format
-from train.process.command import CommandParser, run_command
 from train.saving.artifact import adapter_folder, base_of
 
 # What makes a model folder usable beside its weights; the adapter's own copies come first.
@@ -240,40 +237,3 @@ def _copy_companions(adapter: Path, base: Path, out: Path) -> None:
         files = {name: (tokenizer / name).read_bytes() for name in there}
         (out / TEMPLATE_FILE).unlink(missing_ok=True)
         (out / SETTINGS_FILE).write_bytes(in_one_folder(files, tokenizer)[SETTINGS_FILE])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer the command line and return its exit code."""
-
-    def answer() -> int:
-        parser = CommandParser(
-            "merge",
-            description="Fold an adapter into its base, and write a Hugging Face model folder.",
-        )
-        parser.add_argument("run_or_adapter", type=Path, metavar="RUN_OR_ADAPTER")
-        parser.add_argument("out", type=Path, metavar="OUT", help="empty, or not there yet")
-        parser.add_argument(
-            "--base", metavar="FOLDER", help="the base model, if not the one it names"
-        )
-        parser.add_argument(
-            "--quantization", choices=KINDS, help="fold it into the base's weights quantised so"
-        )
-        parser.add_argument(
-            "--data", metavar="FILE", help="rows for the receipt, if not the run's valid set"
-        )
-        parser.add_argument(
-            "--tolerance",
-            type=float,
-            metavar="X",
-            help="write nothing where a logit differs by more",
-        )
-        options = parser.parse_args(arguments)
-        asked = options.run_or_adapter, options.out, options.base, options.quantization
-        print(merge_adapter(*asked, data=options.data, tolerance=options.tolerance))
-        return 0
-
-    return run_command(answer)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""`lathe merge`, `python -m train.merge`: an adapter folded into its base model."""
