@@ -20,6 +20,7 @@ from models.weights import check_weights
 from train.config.command_line import Arguments
 from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
+from train.evaluation.rated import refuse_uncompleted
 from train.inputs.adapters import with_starting_adapter
 from train.inputs.base_model import find_model, with_stored_quantization
 from train.inputs.dataset import load_data, prompt_format, refuse_without_valid, weight_field
@@ -142,7 +143,9 @@ def _look_at_data(config: RunConfig, decoder: DecoderConfig | Unknown) -> KnownD
             return _counted_rows(config, folder)
         if isinstance(decoder, Unknown):
             return _counted_rows(config, decoder)
-        return KnownData.of(load_data(config, folder, decoder))
+        data = load_data(config, folder, decoder)
+        refuse_uncompleted(config, data, decoder)
+        return KnownData.of(data)
     except UserError as error:
         named = [specs] if isinstance(specs, str) else specs
         if not any(spec.startswith("hub:") for spec in named):

@@ -30,12 +30,19 @@ from files.hub import resolve_model
 from train.batches import evaluation_batching
 from train.config.command_line import parse
 from train.config.load import load_config, resolve_key
-from train.config.schema import RunConfig
+from train.config.schema import AT_ONCE, RunConfig
 from train.evaluation.likelihood import Estimate, score
 from train.evaluation.problems import Problem, problem_of, with_columns
-from train.evaluation.programs import require_limits, run_programs, warning
-from train.evaluation.tasks import Task, rates, tasks_of_examples, tasks_of_problems
-from train.generation.decode import complete_all, room
+from train.evaluation.programs import require_limits, warning
+from train.evaluation.tasks import (
+    Task,
+    check_room,
+    complete_tasks,
+    rates,
+    run_tests,
+    tasks_of_examples,
+    tasks_of_problems,
+)
 from train.generation.loaded import Generator, load_from_adapter, load_from_model, load_run
 from train.generation.sampling import Sampling
 from train.inputs.dataset import examples_of, prompt_format
@@ -316,11 +323,7 @@ def _tasks(
         tasks = tasks_of_examples(examples, tokenizer, most) if most else []
         if most and not tasks:
             note("no row has a prompt of its own: the loss alone is measured, nothing is completed")
-    for task in tasks:
-        try:
-            room(loaded.model.config, task.prompt_ids)
-        except UserError as error:
-            raise UserError(f"{options.data}, row {task.row + 1}: {error}") from None
+    check_room(tasks, loaded.model.config, options.data)
     return tasks
 
 
@@ -329,20 +332,15 @@ def _complete(
 ) -> list[dict[str, Any]]:
     """Complete the tasks, run what is to be run, and return what each completion is worth."""
     sampling = replace(_sampling(options), stop_ids=loaded.stop_ids)
-    asked = [task.asked(options.samples, loaded.tokenizer) for task in tasks]
-    flat = [one for some in asked for one in some]
+    how = {"samples": options.samples, "batch_size": options.batch_size or AT_ONCE}
+    total = len(tasks) * options.samples
     with (
         precision.autocast(),
-        tqdm(total=len(flat), unit=" completions", disable=None, leave=False) as bar,
+        tqdm(total=total, unit=" completions", disable=None, leave=False) as bar,
     ):
-        for batch in complete_all(loaded.model, flat, sampling, options.batch_size or 16):
-            bar.update(len(batch))
-    for task, some in zip(tasks, asked, strict=True):
-        task.take(some, loaded.tokenizer)
-    programs = [program for task in tasks for program in task.programs()]
-    outcomes = iter(run_programs(programs) if programs else [])
-    for task in tasks:
-        task.outcomes = [next(outcomes) for _ in task.programs()]
+        for done in complete_tasks(loaded.model, tasks, loaded.tokenizer, sampling, **how):
+            bar.update(done)
+    run_tests(tasks)
     return [verdict for task in tasks for verdict in task.verdicts()]
 
 
