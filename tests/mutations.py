@@ -4658,6 +4658,26 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/plan/rent.py",
+        "tests/train/test_rent.py",
+        (
+            "any run on a card is a measure of this one",
+            "like = [one for one in there if one.facts == facts]",
+            "like = there",
+            "test_a_like_run_on_the_card_takes_the_place_of_the_prediction",
+        ),
+    ),
+    *_of(
+        "train/report/speeds.py",
+        "tests/train/test_rent.py",
+        (
+            "a run's first steps, which compile and warm up, count for its speed",
+            "record.train[STEPS_BEFORE:]",
+            "record.train",
+            "test_a_like_run_on_the_card_takes_the_place_of_the_prediction",
+        ),
+    ),
+    *_of(
         "train/evaluation/rated.py",
         "tests/train/test_rated.py",
         (

@@ -90,8 +90,7 @@ def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     if rates:
         shown = list(rates.items())
         shown = shown if len(shown) <= 6 else [*shown[:3], *shown[-2:]]
-        told = [f"{rate:.3g} at step {step}" for step, rate in shown]
-        rows.append(("learning rate", ", ".join(told)))
+        rows.append(("learning rate", ", ".join(f"{rate:.3g} at {step}" for step, rate in shown)))
     return rows
 
 
