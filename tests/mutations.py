@@ -4780,6 +4780,70 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/plan/rent.py",
+        "tests/train/test_rent.py",
+        (
+            "any run on a card is a measure of this one",
+            "like = [one for one in there if one.facts == facts]",
+            "like = there",
+            "test_a_like_run_on_the_card_takes_the_place_of_the_prediction",
+        ),
+    ),
+    *_of(
+        "train/report/speeds.py",
+        "tests/train/test_rent.py",
+        (
+            "a run's first steps, which compile and warm up, count for its speed",
+            "record.train[STEPS_BEFORE:]",
+            "record.train",
+            "test_a_like_run_on_the_card_takes_the_place_of_the_prediction",
+        ),
+    ),
+    *_of(
+        "train/evaluation/rated.py",
+        "tests/train/test_rated.py",
+        (
+            "ranks cut batches of their own, which round otherwise",
+            "at // AT_ONCE % world.size == world.rank",
+            "at % world.size == world.rank",
+            "test_over_ranks_they_are_the_same_numbers",
+        ),
+        (
+            "a rank counts its own completions alone",
+            "told = iter(world.sums(*given))",
+            "told = iter(given)",
+            "test_over_ranks_they_are_the_same_numbers",
+        ),
+        (
+            "a completion does not end where the model ends it",
+            "Sampling(run.config.eval.max_new_tokens, stop_ids)",
+            "Sampling(run.config.eval.max_new_tokens)",
+            "test_they_are_what_lathe_evaluate_finds_of_the_same_weights",
+        ),
+        (
+            "a loss that is not finite ends the run in a completion",
+            "    if not math.isfinite(result.loss):  # a text of such numbers is none\n",
+            "    if False:\n",
+            "test_over_ranks_they_are_the_same_numbers",
+        ),
+        (
+            "the first rows without tests are found by the first evaluation",
+            "    for split, examples in sets.items():\n        if examples is not None:\n",
+            "    for split, examples in sets.items():\n        if examples is None:\n",
+            "test_what_cannot_be_measured_is_refused_before_weights_are_read",
+        ),
+    ),
+    *_of(
+        "train/finish.py",
+        "tests/train/test_rated.py",
+        (
+            "a model's programs run in a training without a word",
+            '    if "pass@1" in (config.eval.metrics or ()):\n',
+            "    if False:\n",
+            "test_programs_that_pass_decide_the_best_and_the_end_and_are_warned_of",
+        ),
+    ),
+    *_of(
         "train/evaluation/receipt.py",
         "tests/train/test_merge.py",
         (
@@ -4811,7 +4875,7 @@ MUTATIONS = [
         "tests/train/test_eval_metrics.py",
         (
             "the lowest accuracy is the best",
-            '        return 1 - value if metric == "token_accuracy" else value\n',
+            "        return value if metric in LOWER_IS_BETTER else 1 - value\n",
             "        return value\n",
             "test_a_run_records_them_and_keeps_and_stops_by_the_one_that_is_named",
         ),

@@ -16,6 +16,8 @@ from files.folders import MANIFEST
 from kernels.cpu.rounding import library
 from lora import adapter_config
 from train.evaluation.during import evaluate_run
+from train.evaluation.programs import warning
+from train.evaluation.rated import RUNS_PROGRAMS
 from train.generate import generate
 from train.generation.loaded import find_stop_ids
 from train.log.console import closing_summary, redrawn_text
@@ -68,8 +70,10 @@ def opening_panel(run: Run, records: Records) -> None:
             ("folder", str(run.folder)),
         ],
     )
-    for warning in document["warnings"]:
-        records.say(f"note: {warning}")
+    for objection in document["warnings"]:
+        records.say(f"note: {objection}")
+    if "pass@1" in (config.eval.metrics or ()):
+        records.say(f"note: {warning(RUNS_PROGRAMS)}")
     if run.state.step:
         records.say(f"resumed at step {run.state.step} of {run.plan.total_steps}")
     for earlier in document["earlier_schedules"]:

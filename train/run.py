@@ -89,6 +89,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from models.config import read_config
     from train.assemble import assemble, closing, set_up
     from train.config.paths import with_whole_paths
+    from train.evaluation.rated import refuse_uncompleted
     from train.finish import before_training, finish, opening_panel
     from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
@@ -121,6 +122,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         refuse_model(config, decoder)
         config = with_stored_quantization(with_starting_adapter(config, decoder), decoder)
         data = world.first_on_node("data", lambda: load_data(config, source.folder, decoder))
+        refuse_uncompleted(config, data, decoder)
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything
         # else that is wrong stops the plan with the same error.

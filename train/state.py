@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from train.config.schema import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from data.batch import Batching
@@ -91,7 +94,8 @@ class EvalResult:
     reduced_batch_size: int | None = None
     token_accuracy: float | None = None  # share of targets that were the likeliest token, if asked
     holes: int = 0  # holes that the model was asked to fill (`eval.holes`)
-    filled: int = 0  # those of them that it filled exactly
+    completed: int = 0  # rows that it completed (`eval.complete`)
+    rates: Mapping[str, float] = field(default_factory=dict)  # what came of these, by metric
 
     @property
     def perplexity(self) -> float:
@@ -100,8 +104,12 @@ class EvalResult:
 
     def distance(self, metric: str) -> float:
         """Return how far a metric is from the best it could be: lower is better of each."""
-        value = getattr(self, metric) if math.isfinite(self.loss) else math.nan
-        return 1 - value if metric == "token_accuracy" else value
+        value = self.value(metric) if math.isfinite(self.loss) else math.nan
+        return value if metric in LOWER_IS_BETTER else 1 - value
+
+    def value(self, metric: str) -> float:
+        """Return one of the metrics that were asked for, or the loss."""
+        return self.rates[metric] if metric in self.rates else getattr(self, metric)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from models.weights import check_weights
 from train.config.command_line import Arguments
 from train.config.paths import with_whole_paths
 from train.config.schema import RunConfig
+from train.evaluation.rated import refuse_uncompleted
 from train.inputs.adapters import with_starting_adapter
 from train.inputs.base_model import with_stored_quantization
 from train.inputs.dataset import load_data, prompt_format, refuse_without_valid, weight_field
@@ -31,6 +32,7 @@ from train.plan.document import plan_document
 from train.plan.ledger import find_decoder_config, is_hub_id
 from train.plan.rent import render_rent, rent_document
 from train.plan.text import render_plan
+from train.report.speeds import speeds
 from train.saving.folder import run_folder
 from train.show_data import first_example
 
@@ -72,7 +74,7 @@ def answer_plan(config: RunConfig, asked: Arguments, ranks: int) -> int:
     """Answer `--plan` of a command line as `print_plan` does; `ranks` are those started."""
     gpu = next(iter(asked.gpu), None)
     machine = machine_elsewhere(config, gpu, asked.memory) if gpu or asked.memory else None
-    cards = asked.gpu if len(asked.gpu) > 1 or asked.price else ()
+    cards = asked.gpu if len(asked.gpu) > 1 or asked.price or asked.records else ()
     return print_plan(
         config,
         as_json=asked.json,
@@ -80,6 +82,7 @@ def answer_plan(config: RunConfig, asked: Arguments, ranks: int) -> int:
         machine=machine,
         cards=cards,
         prices=asked.price,
+        records=asked.records,
     )
 
 
@@ -91,6 +94,7 @@ def print_plan(
     machine: Machine | None = None,
     cards: Sequence[str] = (),
     prices: Sequence[float] = (),
+    records: Sequence[Path] = (),
 ) -> int:
     """Answer `--plan`: print the plan as text, or as one JSON object and nothing else.
 
@@ -100,12 +104,13 @@ def print_plan(
     Data and tokenizer are read where they can be had; where the hub cannot be reached, the plan
     counts with the rows that the seed states, and says what to pass instead. It is a plan for
     `machine`, or for this one (`machine_to_plan_for`); with `cards`, for each of these, at their
-    `prices` an hour (`train.plan.rent`).
+    `prices` an hour, with the speed of like runs among `records` (`train.plan.rent`).
 
     Raises:
         UserError: What would end the run before its first step, or a row or config.json that is not
             what it must be.
     """
+    known = speeds(records)
     refuse_early(config, machine or this_machine(config), new=True)
     config = with_whole_paths(config)
     decoder = find_decoder_config(config)
@@ -114,7 +119,7 @@ def print_plan(
     data = _look_at_data(config, decoder)
     ranks = ranks or 1
     if cards:
-        document = rent_document(config, data, decoder, cards, prices, ranks)
+        document = rent_document(config, data, decoder, cards, prices, ranks, known)
         fit = [row["fits"] for row in document["cards"]]
         text = render_rent(document)
     else:
@@ -143,7 +148,9 @@ def _look_at_data(config: RunConfig, decoder: DecoderConfig | Unknown) -> KnownD
             return _counted_rows(config, folder)
         if isinstance(decoder, Unknown):
             return _counted_rows(config, decoder)
-        return KnownData.of(load_data(config, folder, decoder))
+        data = load_data(config, folder, decoder)
+        refuse_uncompleted(config, data, decoder)
+        return KnownData.of(data)
     except UserError as error:
         named = [specs] if isinstance(specs, str) else specs
         if not any(spec.startswith("hub:") for spec in named):

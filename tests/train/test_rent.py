@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from files.errors import UserError
 from train import run
 from train.config.command_line import parse
 from train.config.load import load_config
+from train.config.toml import to_toml
 from train.inputs.known import NO_DATA, Unknown
 from train.plan.cards import CARDS
 from train.plan.ledger import find_decoder_config, flops_per_token
-from train.plan.rent import LEDGER_SHARE, render_rent, rent_document
+from train.plan.rent import LEDGER_SHARE, OF_SPEED, render_rent, rent_document
 from train.plan.sizes import model_sizes
 
 
@@ -74,6 +77,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--plan --price 2", "--price is what one --gpu costs an hour; name the cards"),
         ("--gpu a100 --price 2", "goes with --plan"),
+        ("--plan --records runs", "--records is of cards: name those to plan for with --gpu"),
         ("--plan --gpu a100 --price 2,3", "has 2 prices for 1 card; give one for all"),
         ("--plan --gpu a100,l4 --price 2,x", "must be numbers such as"),
         ("--plan --gpu a100 --price -1", "--price"),
@@ -87,6 +91,71 @@ def test_what_is_asked_badly_is_refused(asked: str, words: str) -> None:
     assert words in str(refused.value)
     with pytest.raises(UserError, match=r"--gpu 4080: is not one of"):
         rented("llama2-7b", "a100,4080")
+
+
+def recorded(folder: Path, device: str, **changes: Any) -> Path:
+    """Return the folder of a run of `llama2-7b` on a card: 100 steps of 1,000 tokens in 0.1 s."""
+    asked = load_config("llama2-7b")
+    there = rented("llama2-7b", "a100")
+    plan = {name: there[name] for name in OF_SPEED if name != "batching"} | changes
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(to_toml(asked))
+    (folder / "plan.json").write_text(json.dumps(plan))
+    environment = {"device": "cuda", "device_name": device}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    step = {"kind": "train", "tokens": 1000, "loss": 1.0, "targets": 1000, "seconds": 0.1}
+    steps = [{**step, "step": n, "seconds": 9.0 if n < 3 else 0.1} for n in range(1, 103)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in steps))
+    return folder
+
+
+def test_a_like_run_on_the_card_takes_the_place_of_the_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10,000 tokens/s were measured, the first steps left out: 8 epochs of 1,048,576 at most."""
+    like = recorded(tmp_path / "runs" / "like", "NVIDIA A100-SXM4-80GB")
+    recorded(tmp_path / "runs" / "elsewhere", "NVIDIA L40S")
+    recorded(tmp_path / "runs" / "other", "NVIDIA H100 80GB HBM3", precision="bf16")
+    given = ["--preset", "llama2-7b", "--plan", "--gpu", "A100,h100", "--price", "3,5"]
+    asked = [*given, "--records", str(tmp_path / "runs")]
+    assert run.main([*asked, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["cards"]
+    assert first["measured_tokens_per_second"] == pytest.approx([1e4, 1e4])
+    assert first["measured"] == [
+        {"run": str(like), "device": "NVIDIA A100-SXM4-80GB", "steps": 100}
+    ]
+    hours = 8 * 1024 * 1024 / 1e4 / 3600
+    assert first["hours"] == pytest.approx([hours, hours])
+    assert first["cost"] == pytest.approx([3 * hours, 3 * hours])
+    assert second["measured_tokens_per_second"] is None and second["hours"][0] < second["hours"][1]
+    assert second["unlike"] == [{"run": str(tmp_path / "runs" / "other"), "precision": "bf16"}]
+    assert run.main(asked) == 0
+    text = capsys.readouterr().out
+    assert re.search(
+        r"\nA100 +74.5 GiB +as it is +10,000 measured +14 min +3.00 +0.70\n",
+        text.replace("\n  ", "\n"),
+    )
+    assert f"A100: measured in {like} (NVIDIA A100-SXM4-80GB, 100 steps), predicted " in text
+    assert "is no measure of this run: it had precision bf16" in text
+    assert "tokens/s and time are else predicted" in text
+    assert run.main([*given, "--records", str(like)]) == 0
+    capsys.readouterr()
+    for place, words in ((tmp_path, "is no run's folder and holds none"), ("no", "no such folder")):
+        assert run.main([*given, "--records", str(place)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_short_times_are_said_in_minutes_and_equal_ends_once() -> None:
+    row = rented("llama2-7b", "a100", (0.0,))
+    for hours, text in (
+        ([0.001, 0.002], "under 1 min"),
+        ([0.1, 0.1001], "  6 min  "),
+        ([0.5, 1.9], "30–114 min"),
+        ([1.96, 2.04], "  2.0 h  "),
+        (None, "  -  "),
+    ):
+        row["cards"][0]["hours"] = hours
+        assert text in render_rent(row)
 
 
 @pytest.mark.slow

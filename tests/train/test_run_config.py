@@ -84,6 +84,8 @@ DEFAULTS = {
     "eval.early_stopping_patience": None,
     "eval.early_stopping_threshold": 0.0,
     "eval.metrics": None,
+    "eval.complete": 64,
+    "eval.max_new_tokens": 256,
     "eval.best_metric": "loss",
     "checkpoint.steps": "epoch",
     "checkpoint.minutes": 15,

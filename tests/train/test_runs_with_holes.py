@@ -135,10 +135,16 @@ def test_the_plan_says_what_is_not_read_and_what_is_not_cut(
     said = " ".join(capsys.readouterr().out.split())
     assert "2 examples (66.7%) not Python to its parser" in said
     assert "1 example (33.3%) without a hole, ever" in said
+    assert main([*runs.arguments({**values, "eval.holes": 99}), "--plan"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "99 holes" not in said and "up to 5 holes filled at each" in said
+    assert "eval.holes=99: about 4 of 5 valid rows have a hole, and no more are filled" in said
+    values |= {"eval.complete": 9}
     values |= {"data.fim_rate": 0, "data.fim_targets": "middle", "data.fim_unit": "line"}
     assert main([*runs.arguments(values), "--plan"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "data.fim_unit, data.fim_targets: not read while data.fim_rate is 0" in said
+    assert "eval.complete: not read while eval.metrics names none of completions" in said
 
 
 def test_generate_fills_a_hole(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

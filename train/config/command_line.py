@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from files.errors import UserError, counted, did_you_mean, note
 from train.config.layers import preset_names
@@ -82,6 +83,7 @@ class Arguments:
     memory: int | None = None  # bytes of the GPU to plan for
     gpu: tuple[str, ...] = ()  # names of the GPUs to plan for
     price: tuple[float, ...] = ()  # of one of them an hour: one for all, or one each
+    records: tuple[Path, ...] = ()  # folders of runs whose speed is taken for a card's
     resume: str | None = None  # folder of a run or of one checkpoint to go on from
     # Steps before the kill of a proof that resume is exact; None proves nothing.
     prove_resume: int | None = None
@@ -131,6 +133,12 @@ def parser() -> CommandParser:
         "costs",
     )
     parser.add_argument(
+        "--records",
+        metavar="RUN[,RUN…]",
+        help="with --gpu: runs, or folders of runs; where one is like this one and was on that "
+        "card, its speed takes the place of the prediction",
+    )
+    parser.add_argument(
         "--resume", metavar="FOLDER", help="go on with a run, or from one of its checkpoints"
     )
     parser.add_argument(
@@ -172,6 +180,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     if values["gpu"] is not None and not cards:
         raise UserError(f"--gpu {values['gpu']}: names no card, such as a100 or 4090")
     values["gpu"], values["price"] = cards, _prices(values["price"], len(cards))
+    records = [place for place in (values["records"] or "").split(",") if place]
+    values["records"] = tuple(Path(place).expanduser() for place in records)
+    if records and not cards:
+        raise UserError("--records is of cards: name those to plan for with --gpu")
     arguments = Arguments(**values, overrides=overrides)
     _check(arguments)
     return arguments
@@ -188,7 +200,7 @@ def _with_steps_before_kill(argv: Sequence[str]) -> list[str]:
 
 
 def _check(arguments: Arguments) -> None:
-    for option in ("json", "ranks", "memory", "gpu", "price"):
+    for option in ("json", "ranks", "memory", "gpu", "price", "records"):
         if getattr(arguments, option) and not arguments.plan:
             raise UserError(f"--{option} goes with --plan; add --plan")
     if arguments.memory and (len(arguments.gpu) > 1 or arguments.price):

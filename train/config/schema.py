@@ -18,6 +18,13 @@ from train.config.rules import Key, Table, key, section_keys
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16"}
 
+# What `eval.metrics` takes: of tokens, and of completions. Higher is better of all but perplexity.
+OF_COMPLETIONS = ("parse_rate", "exact_match", "edit_similarity", "pass@1")
+METRICS = ("token_accuracy", "perplexity", *OF_COMPLETIONS)
+LOWER_IS_BETTER = ("loss", "perplexity")
+# Prompts that are completed together, where nothing else is asked for.
+AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -308,13 +315,18 @@ class EvalSettings:
     )
     metrics: tuple[str, ...] | None = key(
         None,
-        "measured beside the loss at every evaluation",
-        words=("token_accuracy", "perplexity"),
+        "measured beside the loss at every evaluation; the last four of what the model writes "
+        "behind prompts of held-out rows (exact_match also of eval.holes), pass@1 by running it",
+        words=METRICS,
     )
+    complete: int = key(
+        64, "rows, evenly spread, that the model completes for those metrics", minimum=1
+    )
+    max_new_tokens: int = key(256, "tokens of such a completion at most", minimum=1)
     best_metric: str = key(
         "loss",
         "what best/ and early stopping go by: the loss, or one of eval.metrics",
-        words=("loss", "token_accuracy", "perplexity"),
+        words=("loss", *METRICS),
     )
 
 

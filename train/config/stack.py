@@ -108,7 +108,7 @@ _HUB_ENVIRONMENT = "set it in the environment as huggingface_hub reads it"
 _KERNELS = "the fused operations are this project's own: train.kernels"
 BEST = (
     "the best state is the one with the lowest loss on the valid set, or by eval.best_metric with "
-    "the lowest perplexity or the highest token_accuracy"
+    "the lowest perplexity or the highest of any other of eval.metrics"
 )
 LORA_ALONE = "adapters are plain LoRA (lora.use_rslora=true for its scaling)"
 _CURVES = (
@@ -119,7 +119,7 @@ _EACH_ANSWER = (
     "the answers of an assistant are trained, all or the last (data.train_on); "
     '{"train": false} on a message leaves it out'
 )
-_LOSS_ALONE = "evaluation is the loss on data.valid and data.test"
+_LOSS_ALONE = "evaluation is the loss on data.valid and data.test, and what eval.metrics names"
 _ALL_IS_LOGGED = "every step stands in metrics.jsonl, whatever is shown (log.steps)"
 
 UNSUPPORTED = each(

@@ -9,5 +9,6 @@ programs.py     a program in a limited child process
 confined.py     that child's own part
 during.py       an evaluation of a run, while it lasts
 receipt.py      a merged model beside the adapted one
+rated.py        completions of held-out rows at an evaluation of a run (`eval.metrics`)
 holes.py        held-out holes that the model fills exactly (`eval.holes`)
 """

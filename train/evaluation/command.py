@@ -22,12 +22,18 @@ from files.atomic import write_text
 from files.errors import UserError, counted, note
 from train.batches import evaluation_batching
 from train.config.load import load_config
-from train.config.schema import RunConfig
+from train.config.schema import AT_ONCE, RunConfig
 from train.evaluation.likelihood import Estimate, score
 from train.evaluation.problems import Problem, with_columns
-from train.evaluation.programs import run_programs
-from train.evaluation.tasks import Task, rates, tasks_of_examples, tasks_of_problems
-from train.generation.decode import complete_all, room
+from train.evaluation.tasks import (
+    Task,
+    check_room,
+    complete_tasks,
+    rates,
+    run_tests,
+    tasks_of_examples,
+    tasks_of_problems,
+)
 from train.generation.loaded import Generator, load_from_adapter, load_from_model, load_run
 from train.inputs.dataset import examples_of, prompt_format
 from train.plan.decide import decide_device, decide_precision
@@ -173,11 +179,7 @@ def _tasks(
         tasks = tasks_of_examples(examples, tokenizer, most) if most else []
         if most and not tasks:
             note("no row has a prompt of its own: the loss alone is measured, nothing is completed")
-    for task in tasks:
-        try:
-            room(loaded.model.config, task.prompt_ids)
-        except UserError as error:
-            raise UserError(f"{options.data}, row {task.row + 1}: {error}") from None
+    check_room(tasks, loaded.model.config, options.data)
     return tasks
 
 
@@ -186,19 +188,17 @@ def _complete(
 ) -> list[dict[str, Any]]:
     """Complete the tasks, run what is to be run, and return what each completion is worth."""
     sampling = replace(options.sampling, stop_ids=loaded.stop_ids)
-    asked = [task.asked(options.samples, loaded.tokenizer) for task in tasks]
-    flat = [one for some in asked for one in some]
+    how = {"samples": options.samples, "batch_size": options.batch_size or AT_ONCE}
+    completed = complete_tasks(loaded.model, tasks, loaded.tokenizer, sampling, **how)
     done = 0
-    with precision.autocast(), progress(len(flat), "completion") as tell:
-        for batch in complete_all(loaded.model, flat, sampling, options.batch_size or 16):
-            done += len(batch)
+    with (
+        precision.autocast(),
+        progress(len(tasks) * options.samples, "completion") as tell,
+    ):
+        for number in completed:
+            done += number
             tell(done)
-    for task, some in zip(tasks, asked, strict=True):
-        task.take(some, loaded.tokenizer)
-    programs = [program for task in tasks for program in task.programs()]
-    outcomes = iter(run_programs(programs) if programs else [])
-    for task in tasks:
-        task.outcomes = [next(outcomes) for _ in task.programs()]
+    run_tests(tasks)
     return [verdict for task in tasks for verdict in task.verdicts()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from data.examples import Examples
 from train.evaluate import evaluate
 from train.evaluation.holes import with_holes
+from train.evaluation.rated import with_rates
 from train.state import EvalResult, Run
 
 
@@ -12,4 +13,5 @@ def evaluate_run(run: Run, examples: Examples) -> EvalResult:
     """Return what a run's model, as it is now, gives the examples, by the run's `eval.*`."""
     accuracy = "token_accuracy" in (run.config.eval.metrics or ())
     how = run.evaluation_batching, run.precision, run.world
-    return with_holes(run, examples, evaluate(run.model, examples, *how, accuracy=accuracy))
+    result = evaluate(run.model, examples, *how, accuracy=accuracy)
+    return with_rates(run, examples, with_holes(run, examples, result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from itertools import islice
@@ -28,12 +29,16 @@ def with_holes(run: Run, examples: Examples, result: EvalResult) -> EvalResult:
     stop_ids |= {fim.tokens.end_id}
     # A shared model's passes are collectives: there every rank fills every hole.
     own = chosen if world.shards else chosen[world.rank :: world.size]
+    if not math.isfinite(result.loss):  # a text of such numbers is none
+        own = []
     with run.precision.autocast():
         filled = sum(is_filled(run.model, example, fim.tokens, stop_ids) for example in own)
     if not world.shards:
         filled = int(world.sums(filled)[0])
     seconds = result.seconds + time.perf_counter() - started
-    return replace(result, holes=len(chosen), filled=filled, seconds=seconds)
+    whole = len(chosen) if math.isfinite(result.loss) else 0
+    rate = filled / whole if whole else math.nan
+    return replace(result, holes=len(chosen), rates={"exact_match": rate}, seconds=seconds)
 
 
 def is_filled(

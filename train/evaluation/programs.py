@@ -33,11 +33,11 @@ class Outcome:
     why: str = ""
 
 
-def warning() -> str:
-    """Return what somebody who lets a model's programs run has to know."""
+def warning(asked: str = "--run-code") -> str:
+    """Return what somebody who lets a model's programs run, as `asked`, has to know."""
     how = "by the kernel" if kernel_refuses() else "by Python alone, on this system"
     return (
-        "--run-code runs programs that a model wrote, with your rights: each in a process of its "
+        f"{asked} runs programs that a model wrote, with your rights: each in a process of its "
         f"own with {SECONDS} s, {MEMORY_BYTES // 2**20} MiB and an empty folder, where network, "
         f"further processes and files elsewhere are refused {how}; all the same they can read "
         "your files, and none of this is made to hold against a program that means harm: use a "
@@ -45,37 +45,45 @@ def warning() -> str:
     )
 
 
-def require_limits() -> None:
-    """Refuse where a process cannot be limited.
+def require_limits(asked: str = "--run-code") -> None:
+    """Refuse what was `asked` where a process cannot be limited.
 
     Raises:
         UserError: The system is not of Unix's kind.
     """
     if sys.platform == "win32":
         raise UserError(
-            "--run-code: this system cannot limit a process's time, memory and files; run it on "
+            f"{asked}: this system cannot limit a process's time, memory and files; run it on "
             "Linux or macOS, such as in WSL or a container"
         )
 
 
-def run_programs(sources: Sequence[str], seconds: int = SECONDS) -> list[Outcome]:
+def run_programs(
+    sources: Sequence[str],
+    seconds: int = SECONDS,
+    *,
+    asked: str = "--run-code",
+    neighbours: int = 1,
+) -> list[Outcome]:
     """Run programs, as many at once as there are cores, and return how each ended.
 
     Args:
         sources: Python sources; one that comes to its end without an error has passed.
         seconds: Time for each.
+        asked: The option or setting that asked for it.
+        neighbours: Processes of this machine that do so at the same time, and share its cores.
 
     Raises:
         UserError: No child process starts here, or none that can be limited.
     """
-    require_limits()
+    require_limits(asked)
     if not (nothing := run_program("")).passed:
         raise UserError(
-            "--run-code: not even a program that does nothing comes to its end here, it "
+            f"{asked}: not even a program that does nothing comes to its end here, it "
             f"{nothing.why}; this system may not let a process be limited, use another one"
         )
     running: set[subprocess.Popen[bytes]] = set()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // neighbours)) as pool:
         try:
             return list(pool.map(lambda source: run_program(source, seconds, running), sources))
         except BaseException:  # Ctrl-C, which programs in sessions of their own do not hear
@@ -113,7 +121,7 @@ def run_program(
                 start_new_session=True,
             )
         except OSError as error:
-            raise UserError(f"--run-code needs child processes, and none starts: {error}") from None
+            raise UserError(f"a program needs a child process, and none starts: {error}") from None
         running.add(process)
         try:
             code = process.wait(_PATIENCE_SECONDS + seconds - SECONDS)

@@ -13,11 +13,16 @@ from data.labels import IGNORED
 from data.prompt import PromptFormat
 from data.source import Row
 from data.tokenizer import Tokenizer
+from files.errors import UserError
+from models.config import DecoderConfig
+from models.layers import CausalLM
+from train.config.schema import AT_ONCE
 from train.evaluation.code import edit_similarity, exact_match, parses
 from train.evaluation.likelihood import Estimate, mean
 from train.evaluation.problems import Problem, pass_at_k
-from train.evaluation.programs import Outcome
-from train.generation.decode import Asked
+from train.evaluation.programs import Outcome, run_programs
+from train.generation.decode import Asked, complete_all, room
+from train.generation.sampling import Sampling
 
 # How many examples are looked at for one that is completed: not all are whole and have a prompt.
 _LOOKED_AT = 20
@@ -131,6 +136,41 @@ def tasks_of_problems(
         )
         for number, (problem, row) in enumerate(zip(problems[:most], rows, strict=False))
     ]
+
+
+def check_room(tasks: Sequence[Task], config: DecoderConfig, where: str) -> None:
+    """Refuse prompts that fill a model's context; `where` names the rows that they come from."""
+    for task in tasks:
+        try:
+            room(config, task.prompt_ids)
+        except UserError as error:
+            raise UserError(f"{where}, row {task.row + 1}: {error}") from None
+
+
+def complete_tasks(
+    model: CausalLM,
+    tasks: Sequence[Task],
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    batch_size: int = AT_ONCE,
+) -> Iterator[int]:
+    """Have tasks completed, as `complete_all` does; yield how many completions each batch adds."""
+    asked = [task.asked(samples, tokenizer) for task in tasks]
+    flat = [one for some in asked for one in some]
+    for batch in complete_all(model, flat, sampling, batch_size):
+        yield len(batch)
+    for task, some in zip(tasks, asked, strict=True):
+        task.take(some, tokenizer)
+
+
+def run_tests(tasks: Sequence[Task], **how: Any) -> None:
+    """Run the tests of completed tasks that have any, as `run_programs` does."""
+    programs = [program for task in tasks for program in task.programs()]
+    outcomes = iter(run_programs(programs, **how) if programs else [])
+    for task in tasks:
+        task.outcomes = [next(outcomes) for _ in task.programs()]
 
 
 def rates(verdicts: Sequence[dict[str, Any]], k: Sequence[int]) -> dict[str, Estimate]:

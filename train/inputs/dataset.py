@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data.order import epoch_order
 from data.prompt import PromptFormat
 from data.row_files import without_absent
 from data.rows_in_memory import keep_rows
-from data.source import read_rows
+from data.source import Row, read_rows
 from data.splits import SPLIT_NAMES
 from data.tokenizer import Tokenizer
 from files.errors import UserError, counted, note
@@ -44,6 +45,8 @@ class Data:
     valid: Examples | None
     test: Examples | None
     mixture: Mixture | None = None
+    # Of each held-out set the first rows as they are, where `eval.metrics` asks for their tests.
+    tested: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_valid(self) -> int:
@@ -208,20 +211,19 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
             )
         return examples
 
-    def load_other(spec: str | Sequence[str] | None, split: str) -> Examples | None:
-        by_column = spec is None and settings.split_column is not None
-        spec = settings.train if by_column else spec
+    def load_other(split: str) -> Examples | None:
+        spec = held_out(settings, split)
         if spec is None:
             return None
         try:
             return load(spec, split)
         except NoRowsError:
-            if by_column:  # a column need not name all three splits
+            if getattr(settings, split) is None:  # a column need not name all three splits
                 return None
             raise
 
     train = load(settings.train, "train", by_source=settings.weights is not None)
-    valid, test = load_other(settings.valid, "valid"), load_other(settings.test, "test")
+    valid, test = load_other("valid"), load_other("test")
     if valid is None and settings.valid_fraction > 0:
         train, valid = hold_out(train, settings.valid_fraction, config.train.seed)
     if valid is None:
@@ -229,7 +231,22 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     mixture = None
     if settings.weights is not None:
         mixture = Mixture.of(train, settings.train, settings.weights)
-    return Data(tokenizer, form, train, valid, test, mixture)
+    return Data(tokenizer, form, train, valid, test, mixture, _tested(config))
+
+
+def held_out(settings: DataSettings, split: str) -> str | Sequence[str] | None:
+    """Return what names the rows of `valid` or `test`; None where no file or column does."""
+    named = getattr(settings, split)
+    return settings.train if named is None and settings.split_column is not None else named
+
+
+def _tested(config: RunConfig) -> dict[str, tuple[Row, ...]]:
+    found: dict[str, tuple[Row, ...]] = {}
+    for split in ("valid", "test") if "pass@1" in (config.eval.metrics or ()) else ():
+        if (spec := held_out(config.data, split)) is not None:
+            rows = read_rows(spec, split_column=config.data.split_column, split=split)
+            found[split] = tuple(islice(rows, config.eval.complete))
+    return found
 
 
 def refuse_without_valid(config: RunConfig) -> None:

@@ -18,7 +18,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from files.errors import counted
-from train.log.metrics import METRICS, read_metrics
+from train.config.schema import METRICS
+from train.log.metrics import read_metrics
 from train.process.command import command
 from train.text import (
     ASCII_BOX,
@@ -94,7 +95,12 @@ def event_lines(row: Mapping[str, Any]) -> list[str]:
 def eval_line(row: Mapping[str, Any], total_steps: int) -> str:
     """Return one evaluation as a line, the train loss since the last one beside it."""
     parts = [f"{row['split']} loss {format_loss(row['loss'])}", f"step {row['step']}/{total_steps}"]
-    parts += [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in METRICS if row.get(name)]
+    shown = [name for name in METRICS if row.get(name) is not None]
+    if row.get("holes"):
+        shown.remove("exact_match")
+    parts += [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in shown]
+    if row.get("completed"):
+        parts.append(f"{row['completed']:,} rows completed")
     if row.get("train_loss") is not None:
         parts.append(f"train loss {format_loss(row['train_loss'])}")
     parts.append(counted(row["targets"], "target"))

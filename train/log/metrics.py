@@ -17,13 +17,13 @@ from files.atomic import write_text
 from files.errors import UserError
 from files.faults import faultpoint
 from files.strict_json import parse_json_object
+from train.config.schema import METRICS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-METRICS = ("token_accuracy", "perplexity")  # beside the loss, where eval.metrics asks for them
 EVAL_TAGS = {"valid": "eval/loss", "test": "test/loss"}
 
 Row = dict[str, Any]
@@ -102,8 +102,7 @@ class Metrics:
         """
         row = self._write("eval", row)
         tag = EVAL_TAGS.get(row["split"], f"{row['split']}/loss")
-        names = (*METRICS, "exact_match")
-        asked = {tag.replace("loss", name): row[name] for name in names if name in row}
+        asked = {tag.replace("loss", plain(name)): row[name] for name in METRICS if name in row}
         self._show({tag: row["loss"], **asked}, row["step"])
 
     def sync(self) -> None:
@@ -138,6 +137,11 @@ class Metrics:
         for tag, value in values.items():
             if value is not None:
                 self._writer.add_scalar(tag, value, step)
+
+
+def plain(name: str) -> str:
+    """Return a metric's name in letters that every tracker takes: `pass_at_1`."""
+    return name.replace("@", "_at_")
 
 
 def _finite(value: Any) -> Any:

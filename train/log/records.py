@@ -108,10 +108,13 @@ class Records:
             "seconds": result.seconds,
         }
         for name in self.run.config.eval.metrics or ():
-            row[name] = getattr(result, name)
+            row[name] = result.value(name)
         if result.reduced_batch_size is not None:
             row["reduced_batch_size"] = result.reduced_batch_size
         if result.holes:
-            row |= {"holes": result.holes, "exact_match": result.filled / result.holes}
+            row["holes"] = result.holes
+        if result.completed:
+            row["completed"] = result.completed
+        row |= result.rates
         self.metrics.eval(row)
         self.console.eval(row)

@@ -18,6 +18,7 @@ from train.plan.cards import CARDS
 from train.plan.profiled import profiled_steps
 from train.plan.refusals import (
     refuse_moments,
+    refuse_to_complete,
     refuse_with_holes,
     refuse_with_quantization,
     refuse_with_steps_of_tokens,
@@ -130,6 +131,7 @@ def decide(config: RunConfig, machine: Machine) -> RunConfig:
             streamed; or the steps to trace are none; or shares are not those of a list's entries.
     """
     refuse_with_holes(config)
+    refuse_to_complete(config)
     refuse_with_steps_of_tokens(config)
     refuse_with_quantization(config)
     refuse_with_weights(config)

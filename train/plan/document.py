@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.config.presets import read_preset
-from train.config.schema import RunConfig
+from train.config.schema import AT_ONCE, RunConfig
 from train.inputs.known import KnownData, Unknown
 from train.plan.claims import check_claims, claim_row
 from train.plan.cuts import with_mean_examples
@@ -37,6 +37,7 @@ from train.plan.ledger import (
 from train.plan.memory import counted_precision, memory_of
 from train.plan.mixture import mixture_document
 from train.plan.objections import objections
+from train.plan.refusals import of_completions, refuse_to_complete_shared
 from train.plan.sharing import rank_facts
 from train.plan.sizes import model_sizes
 from train.plan.steps import RunPlan, effective_batch_size, plan_run, rank_shares, warmup_of
@@ -125,6 +126,7 @@ def plan_document(
         "micro_batch_tokens": config.train.micro_batch_tokens,
         "micro_batches_per_step": plan.micro_batches_per_step if plan else None,
         **_steps_of(config, plan),
+        "measured": _measured(config, valid),
         "trainable_parameters": sizes.trainable if sizes else None,
         "total_parameters": sizes.total if sizes else None,
         "trainable_percent": sizes.trainable_percent if sizes else None,
@@ -145,6 +147,7 @@ def plan_document(
                 known, "cuda", precision, longest, p, config.model.attention
             )
     document |= memory_of(config, known, machine, lengths, world_size)
+    refuse_to_complete_shared(config, document["sharding"])
     policy = document["gradient_checkpointing"]
     of_a_number = widths(config, counted_precision(config))
     document |= rank_facts(config, lengths, document, known, sizes, of_a_number)
@@ -185,4 +188,18 @@ def _steps_of(config: RunConfig, plan: RunPlan | None) -> dict[str, Any]:
         if plan
         else None,
         "earlier_schedules": [],
+    }
+
+
+def _measured(config: RunConfig, valid: int | None) -> dict[str, Any]:
+    """Return what each evaluation of the valid set measures beside the loss, and its work."""
+    settings, completed = config.eval, 0
+    if of_completions(config):
+        completed = settings.complete if valid is None else min(settings.complete, valid)
+    return {
+        "metrics": list(settings.metrics or ()),
+        "completed_rows": completed,
+        "max_new_tokens": settings.max_new_tokens,
+        "passes": -(-completed // AT_ONCE) * settings.max_new_tokens,
+        "holes": settings.holes if valid is None else min(settings.holes, valid),
     }

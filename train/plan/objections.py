@@ -13,6 +13,7 @@ from train.inputs.adapters import starting_adapter_note
 from train.inputs.known import KnownData, Unknown
 from train.plan.decide import Machine, decide_attention
 from train.plan.mixture import mixture_objections
+from train.plan.refusals import of_completions
 from train.plan.steps import RunPlan
 from train.process.room import available_memory
 from train.text import size_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Below this, two evaluations that differ by a few hundredths of a nat may as well be equal.
 FEW_VALID_EXAMPLES = 50
 _OF_HOLES = ("fim_spm_rate", "fim_unit", "fim_targets")
+_OF_ROWS = ("complete", "max_new_tokens")
 
 
 def objections(
@@ -158,6 +160,15 @@ def _of_the_data(
     unread = [name for name in _OF_HOLES if getattr(data, name) != KEYS[f"data.{name}"].default]
     if unread and not data.fim_rate:
         found.append(f"data.{', data.'.join(unread)}: not read while data.fim_rate is 0")
+    unread = [f"eval.{n}" for n in _OF_ROWS if getattr(config.eval, n) != KEYS[f"eval.{n}"].default]
+    if unread and not of_completions(config):
+        found.append(f"{', '.join(unread)}: not read while eval.metrics names none of completions")
+    held, asked = counts.get("valid_examples") or 0, config.eval.holes
+    if held and asked > held * data.fim_rate:
+        found.append(
+            f"eval.holes={asked}: about {held * data.fim_rate:,.0f} of {counted(held, 'valid row')}"
+            " have a hole, and no more are filled"
+        )
     for name, what in (
         ("unparsed", "not Python to its parser (cut rows seldom are): holes are cut by lines"),
         ("holeless", "without a hole, ever: they hold special tokens of the tokenizer themselves"),

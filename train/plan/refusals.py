@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from files.errors import UserError, counted
-from train.config.schema import RunConfig
+from train.config.schema import OF_COMPLETIONS, RunConfig
 
 
 def refuse_with_steps_of_tokens(config: RunConfig) -> None:
@@ -65,6 +65,53 @@ def refuse_with_weights(config: RunConfig) -> None:
         raise UserError(
             f"data.weights holds {counted(numbers, 'number')} for the "
             f"{counted(entries, 'entry', 'entries')} of data.train; give one for each"
+        )
+
+
+def of_completions(config: RunConfig) -> list[str]:
+    """Return those of `eval.metrics` that completions of held-out rows are made for."""
+    asked = [name for name in OF_COMPLETIONS if name in (config.eval.metrics or ())]
+    return [] if config.data.fim_rate and asked == ["exact_match"] else asked
+
+
+def refuse_to_complete(config: RunConfig) -> None:
+    """Refuse metrics of completions where no row has a prompt, or where tests are not known."""
+    data, metrics = config.data, config.eval.metrics or ()
+    asked = f"eval.metrics={','.join(of_completions(config))}"
+    if data.fim_rate and "exact_match" in metrics and not config.eval.holes:
+        raise UserError(
+            f"eval.metrics=exact_match with data.fim_rate={data.fim_rate:g} is the share of "
+            "held-out holes that are filled exactly, and none is; set eval.holes=50, or so"
+        )
+    if not of_completions(config):
+        return
+    if data.fim_rate:
+        raise UserError(
+            f"{asked} with data.fim_rate={data.fim_rate:g}: rows with holes have no prompt, and of "
+            "holes exact_match alone is known; use eval.metrics=exact_match with eval.holes"
+        )
+    if data.format == "text":
+        raise UserError(
+            f"{asked} with data.format=text: a whole text has no prompt that the model could "
+            "complete; use data.format=completion, template, instruction or messages"
+        )
+    if "pass@1" in metrics and data.valid is None and data.split_column is None:
+        raise UserError(
+            "eval.metrics=pass@1 reads the tests in the held-out rows themselves; name them by "
+            "data.valid or data.split_column"
+        )
+
+
+def refuse_to_complete_shared(config: RunConfig, sharding: str | None) -> None:
+    """Refuse metrics of completions where ranks share the weights: memory that one lacks ends all.
+
+    Every pass of a shared model is one of all ranks, and batches are halved by one alone.
+    """
+    if sharding == "shard" and (asked := of_completions(config)):
+        raise UserError(
+            f"eval.metrics={','.join(asked)} with ranks that share the model's weights "
+            "(train.sharding): nothing is completed there; use train.sharding=replicate, or leave "
+            "them out and ask `lathe evaluate` of a checkpoint"
         )
 
 

@@ -86,6 +86,7 @@ def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("steps", f"{steps}, {document['warmup_steps']:,} of warm-up"),
         ("evaluations", _listed(document["eval_steps"]) + _without(document["eval_steps"])),
+        *_measured_row(document["measured"]),
         ("checkpoints", _listed(document["save_steps"])),
     ]
     if rates:
@@ -93,6 +94,20 @@ def _step_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         shown = shown if len(shown) <= 6 else [*shown[:3], *shown[-2:]]
         rows.append(("learning rate", ", ".join(f"{rate:.3g} at {step}" for step, rate in shown)))
     return rows
+
+
+def _measured_row(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    parts = [", ".join(measured["metrics"])] if measured["metrics"] else []
+    if rows := measured["completed_rows"]:
+        parts.append(
+            f"{counted(rows, 'row')} completed at each, by up to {measured['max_new_tokens']:,} "
+            f"tokens in up to {measured['passes']:,} passes of the model"
+        )
+    if "pass@1" in measured["metrics"]:
+        parts.append("pass@1 runs what the model writes on this machine")
+    if holes := measured["holes"]:
+        parts.append(f"up to {counted(holes, 'hole')} filled at each (eval.holes)")
+    return [("measured", "; ".join(parts))] if parts else []
 
 
 def _parameter_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -216,9 +231,12 @@ def _without(evaluations: Sequence[int]) -> str:
 def _listed(steps: Sequence[int]) -> str:
     if not steps:
         return "none"
+    if len(steps) == 1:
+        return f"after step {steps[0]:,}"
     if len(steps) <= 6:
-        return ", ".join(f"{step:,}" for step in steps)
-    return f"{steps[0]:,}, {steps[1]:,}, {steps[2]:,}, … {steps[-1]:,} ({len(steps)} in all)"
+        return "after steps " + ", ".join(f"{step:,}" for step in steps)
+    shown = ", ".join(f"{step:,}" for step in steps[:3])
+    return f"after steps {shown}, … {steps[-1]:,} ({len(steps)} in all)"
 
 
 def list_presets_text() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from files.atomic import write_text
 from files.errors import UserError, counted
-from train.log.metrics import EVAL_TAGS
+from train.log.metrics import EVAL_TAGS, plain
 from train.process.command import CommandParser, run_command
 from train.report.record import Record, read_record
 
@@ -40,7 +40,7 @@ def values_by_step(record: Record) -> dict[int, Values]:
         head = EVAL_TAGS[row["split"]].split("/")[0] if "split" in row else "train"
         for name, value in row.items():
             if name not in _NO_VALUES and isinstance(value, int | float):
-                values[f"{head}/{name}"] = value
+                values[f"{head}/{plain(name)}"] = value
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from files.errors import UserError
 from files.strict_json import parse_json_object
-from train.log.metrics import METRICS
+from train.config.schema import METRICS
 from train.report.record import Record
 from train.text import format_loss, markdown_table
 
@@ -22,13 +22,20 @@ def evaluated(record: Record) -> str:
 
 
 def _beside_the_loss(record: Record) -> str:
-    names = [name for name in METRICS if record.valid and name in record.valid[-1]]
+    found = [*record.valid, *record.test]
+    names = [name for name in METRICS if any(name in row for row in found)]
+    if not names:
+        return ""
     rows = [
-        (f"{row['step']:,}", *(format_loss(row.get(name)) for name in names))
-        for row in record.valid
+        (f"{row['step']:,}", row["split"], *(format_loss(row.get(name)) for name in names))
+        for row in found
     ]
-    header = ("step", *(name.replace("_", " ") for name in names))
-    return "Valid set:\n\n" + markdown_table(header, rows, "r" * len(header)) if names else ""
+    header = ("step", "set", *(name.replace("_", " ") for name in names))
+    text = "Beside the loss:\n\n" + markdown_table(header, rows, "rl" + "r" * len(names))
+    completed = sorted({f"{n:,}" for row in found if (n := row.get("completed"))})
+    if completed:
+        text += f"\n\nOf completions: of {' and '.join(completed)} rows, greedy."
+    return text
 
 
 def _afterwards(record: Record) -> str:

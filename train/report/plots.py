@@ -11,6 +11,7 @@ import numpy as np
 
 from files.atomic import replacing
 from files.errors import counted
+from train.config.schema import LOWER_IS_BETTER, METRICS
 from train.log.metrics import Row
 from train.report.record import Record
 
@@ -92,9 +93,23 @@ def draw_plots(record: Record, folder: Path) -> list[Path] | None:
         if positive and max(positive) > LOG_AXIS_RATIO * min(positive):
             axes.set_yscale("log")
 
+    shares = [name for name in METRICS if name not in LOWER_IS_BETTER]
+    measured = {name: points for name in shares if (points := _points(record.valid, name))}
+
+    def draw_measured(axes: Axes) -> None:
+        for name, points in measured.items():
+            axes.plot(*_xy(points), lw=2, marker="o", ms=4.5, label=name.replace("_", " "))
+        _mark_step(axes, best_step, "best evaluation")
+        axes.set_ylim(bottom=0)
+
     plots: list[tuple[str, str, str, Points, Callable[[Axes], None]]] = [
         ("train-loss", "Train loss", "loss (nats per target)", loss, draw_train_loss),
         ("eval-loss", "Evaluation loss", "loss (nats per target)", valid or test, draw_eval_loss),
+        (
+            *("eval-metrics", "Beside the loss, valid set", "share"),
+            next(iter(measured.values()), []),
+            draw_measured,
+        ),
         ("learning-rate", "Learning rate", "learning rate", rate, draw_learning_rate),
         ("grad-norm", "Gradient norm", "global L2 norm", norm, draw_grad_norm),
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from files.atomic import is_locked
 from files.errors import UserError, counted, no_such_folder
 from files.strict_json import read_json_object
+from train.config.schema import LOWER_IS_BETTER
 from train.log.metrics import METRICS_FILE, Row, read_metrics
 
 
@@ -49,7 +50,7 @@ class Record:
         That is the one with the lowest loss where nothing else was asked for.
         """
         metric = self.section("eval").get("best_metric") or "loss"
-        sign = -1 if metric == "token_accuracy" else 1
+        sign = 1 if metric in LOWER_IS_BETTER else -1
         finite = [row for row in self.valid if row.get(metric) is not None]
         return min(finite, key=lambda row: sign * row[metric], default=None)
 

@@ -19,6 +19,7 @@ from files.folders import replace_folder
 from files.tensors import TensorFile
 from lora import count_parameters, fill_adapter
 from models.weights import fill
+from train.config.schema import LOWER_IS_BETTER
 from train.inputs.base_model import base_dtype
 from train.inputs.sharding import place, reshard
 from train.process.room import available_memory
@@ -254,7 +255,7 @@ class Saver:
         state.peak_memory_bytes = max(state.peak_memory_bytes, run.memory.peak)
         best_step, distance = state.stopping.best_step, state.stopping.best_loss
         metric = run.config.eval.best_metric
-        if metric == "token_accuracy" and distance is not None:
+        if metric not in LOWER_IS_BETTER and distance is not None:
             distance = 1 - distance
         parameters = count_parameters(run.model)
         return {
