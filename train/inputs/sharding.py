@@ -12,7 +12,7 @@ run. Beside adapters only the frozen base is: the adapters are whole on every ra
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from train.precision import Precision
 from train.process.world import World
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 # What a rank does that has none left to do: a document without targets, whose gradient is zero.
@@ -106,17 +107,16 @@ def own_rows(parameter: DTensor) -> tuple[int, int]:
 
 def sharing_of(model: nn.Module, world: World) -> Sharing | None:
     """Return how the ranks share what is trained; None where each has all of it."""
+    named = dict(model.named_parameters())
     sources = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and _is_shared(parameter)
+        name: named[name] for name in named if named[name].requires_grad and _is_shared(named[name])
     }
     if not sources:
         return None
     return Sharing(
         reduce=world.sum_,
         rows={name: parameter.shape[0] for name, parameter in sources.items()},
-        first={name: own_rows(parameter)[0] for name, parameter in sources.items()},
+        first={name: own_rows(cast("DTensor", part))[0] for name, part in sources.items()},
         sources=sources,
         local=local_rows,
     )
@@ -132,7 +132,7 @@ def reshard(model: nn.Module) -> None:
     if loaded := sys.modules.get("torch.distributed.fsdp"):
         for module in model.modules():
             if isinstance(module, loaded.FSDPModule):
-                module.reshard()
+                cast("FSDPModule", module).reshard()
 
 
 def missing(passes: int, world: World) -> int:
