@@ -2,7 +2,8 @@
 
 It multiplies the loss of every target that is made of the row, whatever its format: of all its
 pieces, of all its turns that are trained. The 0 or 1 beside a single message is another thing: it
-says whether that message has targets at all (`data/spans.py`).
+says whether that message has targets at all (`data/spans.py`). So are the weights of sources: they
+say how often their rows are drawn (`data/mixture.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One optimizer step: the loss of a set of examples, its gradient, and the update.
 
-The step's batch is the unit of meaning: its loss is the sum of the token losses of all its
-examples divided by the number of their targets, each loss multiplied by its row's weight over the
-mean weight of these targets (`data.weight_field`; without it all weigh 1). How the set is cut into
+The step's batch is the unit of meaning: its loss is the mean over the targets of all its examples,
+each by its row's weight where rows have such (`data.weight_field`). How the set is cut into
 micro-batches changes speed and memory only.
 """
 
@@ -120,8 +119,7 @@ def _gradient(
         for micro_batch in [*batch, *[NOTHING] * missing(len(batch), world)]:
             faultpoint("step.micro_batch")
             with precision.autocast():
-                # The head's gradient is made in the forward pass: fp16 would round it before the
-                # scale.
+                # The head's gradient is made in the forward pass: fp16 would round it unscaled.
                 gradient_scale = scale / targets if scaler else 1.0
                 loss = loss_sum(
                     model, micro_batch, precision.device, draw, gradient_scale, mean_weight
