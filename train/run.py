@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files.errors import UserError
-from train.config.command_line import Arguments, parse, parser, show_text
-from train.config.completion import completion
+from train.config.command_line import Arguments, completion_text, parse, show_text
 from train.config.json_schema import json_schema_text
 from train.config.load import load_config
 from train.config.schema import RunConfig
 from train.plan.text import list_presets_text
-from train.process.command import other_parsers, run_command
+from train.process.command import run_command
 from train.process.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -171,11 +170,8 @@ def _answer(arguments: Arguments, world: World) -> int:
     if arguments.list_presets or arguments.show:
         print(show_text(arguments.show) if arguments.show else list_presets_text())
         return 0
-    if arguments.schema:
-        print(json_schema_text())
-        return 0
-    if arguments.completion:
-        print(completion(arguments.completion, {"run": parser(), **other_parsers()}))
+    if arguments.schema or arguments.completion:
+        print(completion_text(arguments.completion) if arguments.completion else json_schema_text())
         return 0
     # Ranks that were started again go on with the run that they had begun.
     place = arguments.resume or world.kept_folder()

@@ -13,13 +13,11 @@ import pytest
 from runs import Refused
 
 from files.errors import UserError
-from train.config.command_line import OTHER_COMMANDS, parser, show_text
-from train.config.completion import completion
+from train.config.command_line import OTHER_COMMANDS, completion_text, show_text
 from train.config.json_schema import json_schema
 from train.config.layers import preset_names
 from train.config.load import load_config
 from train.config.schema import KEYS, SECTIONS
-from train.process.command import CommandParser, other_parsers
 from train.run import main
 
 TYPES = {"string": str, "boolean": bool, "object": dict, "array": list}
@@ -148,12 +146,8 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str], refused: Refu
     assert main(["--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == json_schema()
     assert main(["--completion", "bash"]) == 0
-    assert capsys.readouterr().out == completion("bash", parsers()) + "\n"
+    assert capsys.readouterr().out == completion_text("bash") + "\n"
     assert "bash, zsh, fish; did you mean 'zsh'?" in refused(main, "--completion", "zssh")
-
-
-def parsers() -> dict[str, CommandParser]:
-    return {"run": parser(), **other_parsers()}
 
 
 def completed(*words: str, split: bool = True) -> set[str]:
@@ -168,7 +162,7 @@ def completed(*words: str, split: bool = True) -> set[str]:
         parts.append("")
     quoted = " ".join(f"'{part}'" for part in parts)
     script = (
-        f"{completion('bash', parsers())}\n"
+        f"{completion_text('bash')}\n"
         "compopt() { :; }  # wants a completion in flight\n"
         f"COMP_WORDS=({quoted}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))\n"
         '_lathe; printf "%s\\n" "${COMPREPLY[@]}"\n'
@@ -227,7 +221,7 @@ def test_bash_offers_each_command_s_own_options_and_what_they_take(
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_can_read_its_script_which_knows_every_key(shell: str) -> None:
-    script = completion(shell, parsers())
+    script = completion_text(shell)
     assert all(f"{path}=" in script for path in KEYS)
     assert all(command in script for command in OTHER_COMMANDS)
     if shutil.which(shell) is None:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from files.errors import UserError, counted, did_you_mean, note
+from train.config.completion import completion
 from train.config.layers import preset_names
 from train.config.presets import read_preset
 from train.config.schema import KEYS
 from train.config.spellings import keys_of, unsupported
 from train.config.toml import to_toml
-from train.process.command import CommandParser, command
+from train.process.command import CommandParser, command, other_parsers
 
 EMBEDDED_PRESET = "demo"
 STEPS_BEFORE_KILL = 3
@@ -291,6 +292,15 @@ def _about_option(option: str) -> str:
         return f"'{option}' is not supported: {sentence}"
     known = [name for action in parser().actions() for name in action.option_strings]
     return f"unknown option '{option}'{did_you_mean(option, known)} (--help shows what is possible)"
+
+
+def completion_text(shell: str) -> str:
+    """Return the script that makes a shell complete the command line.
+
+    Raises:
+        UserError: There is none for this shell.
+    """
+    return completion(shell, {"run": parser(), **other_parsers()})
 
 
 def show_text(name: str) -> str:
