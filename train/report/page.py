@@ -22,11 +22,7 @@ from train.report.mixture import mixture
 from train.report.notes import events, notes
 from train.report.plots import draw_plots
 from train.report.record import Record, read_record
-from train.text import (
-    fenced,
-    format_loss,
-    markdown_table,
-)
+from train.text import fenced, format_loss, markdown_table
 
 REPORT_FILE, PLOTS_FOLDER = "report.md", "plots"
 
