@@ -4818,7 +4818,7 @@ MUTATIONS = [
             "a completion does not end where the model ends it",
             "Sampling(run.config.eval.max_new_tokens, stop_ids)",
             "Sampling(run.config.eval.max_new_tokens)",
-            "test_they_are_what_lathe_evaluate_finds_of_the_same_weights",
+            "test_over_ranks_they_are_the_same_numbers",
         ),
         (
             "a loss that is not finite ends the run in a completion",
@@ -4828,8 +4828,8 @@ MUTATIONS = [
         ),
         (
             "the first rows without tests are found by the first evaluation",
-            "    for split, examples in sets.items():\n        if examples is not None:\n",
-            "    for split, examples in sets.items():\n        if examples is None:\n",
+            "        if examples is not None:\n            check_room(",
+            "        if False:\n            check_room(",
             "test_what_cannot_be_measured_is_refused_before_weights_are_read",
         ),
     ),

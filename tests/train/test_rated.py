@@ -152,6 +152,8 @@ def test_over_ranks_they_are_the_same_numbers(
         ):
             assert one.rates == alone.rates and one.completed == alone.completed == 19
         assert sorted(counts) == [0] * (size - 2) + [3, 16]
+    monkeypatch.setattr(rated, "find_stop_ids", lambda *_: frozenset(range(257)))
+    assert alone.rates["edit_similarity"] > with_rates(run, valid, plain).rates["edit_similarity"]
     lost = with_rates(run, valid, dataclasses.replace(plain, loss=math.nan))
     assert all(math.isnan(lost.rates[name]) for name in RATES) and not lost.completed
 
