@@ -238,14 +238,17 @@ class World:
         self._wait_for(key)
         return self._store.get(key).decode()
 
-    def met(self, key: str) -> None:
-        """Go on when every rank has come here; `key` says where, once."""
+    def met(self, key: str, *, seconds: float = _PATIENCE_SECONDS) -> None:
+        """Go on when every rank has come here; `key` says where, once.
+
+        A rank that is not here within `seconds` is taken for lost.
+        """
         if self.size > 1:
             assert self._store is not None
             key = f"{self._meeting}/{key}"
             if self._store.add(f"{key}/count", 1) == self.size:
                 self._store.set(key, "")
-            self._wait_for(key)
+            self._wait_for(key, seconds)
 
     def first_on_node(self, key: str, do: Callable[[], Result]) -> Result:
         """Do something on each rank, on the first of a node before the others of it.
@@ -288,10 +291,10 @@ class World:
 
         return self.told("kept", kept) or None
 
-    def _wait_for(self, key: str) -> None:
+    def _wait_for(self, key: str, seconds: float = _PATIENCE_SECONDS) -> None:
         """Wait until a key is there, or another rank has failed."""
         assert self._store is not None
-        end, pause = time.monotonic() + _PATIENCE_SECONDS, 0.01
+        end, pause = time.monotonic() + seconds, 0.01
         with self.together():
             while not self._store.check([key]):
                 if self._store.check([f"{self._meeting}/{_FAILED}"]) or time.monotonic() > end:

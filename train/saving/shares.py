@@ -11,6 +11,7 @@ from torch import Tensor
 from files.tensors import Rows, write_shares, write_tensors
 from models.weights import Write
 from train.optim.buffers import Optimizer
+from train.process.world import timeout_seconds
 from train.state import Run
 
 Tensors = Mapping[str, Tensor | Rows]
@@ -56,8 +57,13 @@ def writer_of(run: Run) -> Write:
     world = run.world
     if run.optimizer.sharing is None:
         return write_tensors
+
+    def meet() -> None:
+        # No collective may be under way that would miss a rank: this wait must.
+        world.met(f"file-{next(_FILES)}", seconds=timeout_seconds())
+
     # Every rank writes the same files in the same order.
-    return partial(write_shares, leads=world.first, meet=lambda: world.met(f"file-{next(_FILES)}"))
+    return partial(write_shares, leads=world.first, meet=meet)
 
 
 def copied(tensors: Tensors) -> Tensors:
