@@ -88,13 +88,11 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from models.config import read_config
     from train.assemble import assemble, closing, set_up
     from train.config.paths import with_whole_paths
-    from train.evaluation.rated import refuse_uncompleted
     from train.finish import before_training, finish, opening_panel
     from train.healing import try_longest
     from train.inputs.adapters import with_starting_adapter
     from train.inputs.agreement import agree_on_run
     from train.inputs.base_model import with_stored_quantization
-    from train.inputs.dataset import load_data
     from train.inputs.model_files import find_model
     from train.kernel_check import vouch
     from train.loop import train
@@ -104,7 +102,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
     from train.process.memory import prepare_allocator, take_card
     from train.process.signals import Signals
     from train.saving.folder import beginning, new_run_folder, write_documents
-    from train.survey import print_plan, refuse_early, refuse_model
+    from train.survey import data_of, print_plan, refuse_early, refuse_model
 
     new = resume is None
     prepare_allocator()
@@ -120,8 +118,7 @@ def execute(config: RunConfig, resume: Resume | None = None, world: World = ALON
         decoder = read_config(source.folder)
         refuse_model(config, decoder)
         config = with_stored_quantization(with_starting_adapter(config, decoder), decoder)
-        data = world.first_on_node("data", lambda: load_data(config, source.folder, decoder))
-        refuse_uncompleted(config, data, decoder)
+        data = world.first_on_node("data", lambda: data_of(config, source.folder, decoder))
     except UserError:
         # What is on the hub may be out of reach: the plan says what is known all the same. Anything
         # else that is wrong stops the plan with the same error.

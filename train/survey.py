@@ -23,7 +23,7 @@ from train.config.schema import RunConfig
 from train.evaluation.rated import refuse_uncompleted
 from train.inputs.adapters import with_starting_adapter
 from train.inputs.base_model import with_stored_quantization
-from train.inputs.dataset import load_data, prompt_format, refuse_without_valid, weight_field
+from train.inputs.dataset import Data, load_data, prompt_format, refuse_without_valid, weight_field
 from train.inputs.known import NO_DATA, KnownData, Unknown
 from train.inputs.model_files import find_model
 from train.log.metrics import require_tensorboard
@@ -68,6 +68,17 @@ def refuse_model(config: RunConfig, decoder: DecoderConfig | Unknown) -> None:
     folder = resolve_model(path, config.model.revision, weights=True).folder
     if not isinstance(decoder, Unknown):
         check_weights(folder, build(decoder, device="meta"))
+
+
+def data_of(config: RunConfig, folder: Path, decoder: DecoderConfig) -> Data:
+    """Return the rows of all sets as examples (`load_data`), which serve for `eval.metrics` too.
+
+    Raises:
+        UserError: As `load_data` and `refuse_uncompleted`.
+    """
+    data = load_data(config, folder, decoder)
+    refuse_uncompleted(config, data, decoder)
+    return data
 
 
 def answer_plan(config: RunConfig, asked: Arguments, ranks: int) -> int:
@@ -148,8 +159,7 @@ def _look_at_data(config: RunConfig, decoder: DecoderConfig | Unknown) -> KnownD
             return _counted_rows(config, folder)
         if isinstance(decoder, Unknown):
             return _counted_rows(config, decoder)
-        data = load_data(config, folder, decoder)
-        refuse_uncompleted(config, data, decoder)
+        data = data_of(config, folder, decoder)
         return KnownData.of(data)
     except UserError as error:
         named = [specs] if isinstance(specs, str) else specs
