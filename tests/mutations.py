@@ -4059,6 +4059,50 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/locate.py",
+        "tests/data/test_gitignore.py",
+        (
+            "a folder's files stand between those of its folders",
+            "return [*((True, part) for part in folders), (False, last)]",
+            "return [*((False, part) for part in folders), (False, last)]",
+            "test_a_tree_is_read_in_the_order_of_a_repository",
+        ),
+        (
+            "rows that git is to leave alone are not read",
+            "ignored &= sources",
+            "pass",
+            "test_what_is_spelled_out_is_read",
+        ),
+    ),
+    *_of(
+        "data/gitignore.py",
+        "tests/data/test_gitignore.py",
+        (
+            "the first pattern that matches decides",
+            "for rule in reversed(rules):",
+            "for rule in rules:",
+            "test_patterns",
+        ),
+        (
+            "a file comes back below a folder that is left out",
+            "if above is None or (not start.startswith(place) and _matches(place, above)):",
+            "if above is None:",
+            "test_patterns",
+        ),
+        (
+            "the nearest file is asked first and overruled",
+            "for begin, rules in reversed(scopes):",
+            "for begin, rules in scopes:",
+            "test_the_nearest_file_decides_and_a_repository_begins_anew",
+        ),
+        (
+            "** stands for one folder",
+            'made += rb"(?:.*/)?"',
+            'made += rb"(?:[^/]*/)?"',
+            "test_git_leaves_out_the_same_files_of_trees_made_at_random",
+        ),
+    ),
+    *_of(
         "data/packed.py",
         "tests/data/test_packed.py",
         (
