@@ -2164,7 +2164,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "data/lint/duplicates.py",
+        "data/duplicates.py",
         "tests/data/test_lint.py",
         (
             "shingles are half as long",
@@ -4099,7 +4099,73 @@ MUTATIONS = [
             "** stands for one folder",
             'made += rb"(?:.*/)?"',
             'made += rb"(?:[^/]*/)?"',
-            "test_git_leaves_out_the_same_files_of_trees_made_at_random",
+            "test_patterns",
+        ),
+    ),
+    *_of(
+        "data/arrays.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "a row that is like one before it is trained all the same",
+            "if self._first_alike is not None and self._first_alike[number] != number:",
+            "if self._first_alike is not None and self._first_alike[number] > number:",
+            "test_the_first_of_those_alike_is_trained",
+        ),
+    ),
+    *_of(
+        "data/examples.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "rows that were kept are taken from the cache for those without copies",
+            'content |= {"near_duplicates": "drop"}',
+            "pass",
+            "test_the_first_of_those_alike_is_trained",
+        ),
+    ),
+    *_of(
+        "train/inputs/dataset.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "valid rows are left out too",
+            'near_duplicates=settings.near_duplicates if split == "train" else "keep",',
+            "near_duplicates=settings.near_duplicates,",
+            "test_rows_of_valid_and_test_are_kept_and_leaks_are_lint_s_to_tell",
+        ),
+    ),
+    *_of(
+        "data/duplicates.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "a copy with another answer is a copy word for word",
+            "whole = json.dumps([row.values.get(column) for column in columns], default=str)",
+            "whole = json.dumps(row.values.get(columns[0]), default=str)",
+            "test_the_first_of_those_alike_is_trained",
+        ),
+        (
+            "a row of weight 0 takes its copies along",
+            "if weight_field is not None and row_weight(row, weight_field) == 0:",
+            "if False:",
+            "test_a_row_of_weight_0_takes_no_copy_along",
+        ),
+    ),
+    *_of(
+        "train/survey.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "copies are counted as rows to train where nothing is tokenised",
+            'train -= counts["near_duplicates"]',
+            "train -= 0",
+            "test_the_plan_counts_them_with_a_tokenizer_or_without",
+        ),
+    ),
+    *_of(
+        "train/show_data.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "what is left out as a copy is shown as trained",
+            "if (first := first_alike.before(number, row)) is not None:",
+            'if (first := first_alike.before(number, row)) == "":',
+            "test_show_data_tells_what_each_is_like",
         ),
     ),
     *_of(
