@@ -4075,6 +4075,26 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "train/plan/claims.py",
+        "tests/test_seeds.py",
+        (
+            "the memory that a seed adds up is believed",
+            '_LASTING = ("weights", "adapters", "gradients", "optimizer")',
+            '_LASTING = ("weights", "optimizer")',
+            "test_each_claim_is_confirmed_or_refuted_with_the_right_value",
+        ),
+    ),
+    *_of(
+        "train/plan/text.py",
+        "tests/test_seeds.py",
+        (
+            "a wrong number of a seed is printed as right",
+            'mark = "✓" if claim["holds"] else "✗"',
+            'mark = "✓"',
+            "test_each_wrong_number_of_a_seed_is_caught_by_plan_and_report",
+        ),
+    ),
+    *_of(
         "data/gitignore.py",
         "tests/data/test_gitignore.py",
         (
