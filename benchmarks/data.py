@@ -1,6 +1,6 @@
-"""Data: tokenisation beside the stack, and the plan of an epoch.
+"""Data: tokenisation beside the stack, the plan of an epoch, and lint.
 
-    python -m benchmarks.data [tokenise] [plan] [--rows 4000] [--rounds 3]
+    python -m benchmarks.data [tokenise] [plan] [lint] [--rows 4000] [--rounds 3]
 
 Sides take turns, each in a process of its own, and must have made the same tokens. The stack's side
 is what `datasets.map` calls: its tokenizer over batches of 1,000 rows.
@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import random
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,7 +23,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.fixtures import DEMO, MAX_LENGTH, examples_of, ragged_rows
+from benchmarks.fixtures import (
+    DEMO,
+    MAX_LENGTH,
+    examples_of,
+    ragged_rows,
+    standard_library_functions,
+)
 from benchmarks.harness import Fault, timed
 
 LATHE, LATHE_AGAIN = "lathe, file to cache", "lathe, from the cache"
@@ -148,6 +156,56 @@ def plan(rounds: int, _: int) -> None:
         report("plan", f"{name}, 100,000 rows", figures, "ms")
 
 
+_BLOCK, _BLOCKS = 160, 3  # characters of the standard library at a stretch, and how many a row has
+
+
+def lint(rounds: int, rows: int) -> None:
+    """Rows a second of `lathe lint`, and its memory; what is planted twice must be found."""
+    text = "".join(standard_library_functions())
+    blocks = [text[start : start + _BLOCK] for start in range(0, len(text) - _BLOCK, _BLOCK)]
+    draw = random.Random(0)
+    planted = {"duplicate": 0, "near_duplicate": 0}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
+            made = ""
+            for number in range(rows):
+                if number % 50 == 24:  # the row before, once more
+                    planted["duplicate"] += 1
+                elif number % 50 == 49:
+                    planted["near_duplicate"] += 1
+                    made = f"# copy {number}\n{made}"
+                else:
+                    made = "".join(draw.choices(blocks, k=_BLOCKS))
+                file.write(json.dumps({"text": made}) + "\n")
+        found = [harness.in_process("data:lint_rows", folder) for _ in range(rounds)]
+    for kind, count in planted.items():
+        if any(figures[kind] < count for figures in found):
+            raise Fault(f"{count} rows are each a {kind}: not all were found ({found})")
+    side = f"lathe lint, {rows:,} rows"
+    report("lint", side, [rows / figures["seconds"] for figures in found], "rows/s", rows=rows)
+    report("lint", f"{side}, CPU", [figures["cpu_seconds"] for figures in found], "s", rows=rows)
+    peaks = [figures["peak_bytes"] / 2**20 for figures in found]
+    report("lint", f"{side}, peak", peaks, "MiB", rows=rows)
+
+
+def lint_rows(folder: Path) -> dict[str, Any]:
+    """Lint texts.jsonl; return the seconds, those of all its threads, and what was found twice."""
+    from benchmarks import product
+    from train.inputs.lint import lint as lint_of
+
+    settings = {"data.train": str(folder / "texts.jsonl"), "model.path": str(DEMO / "base")}
+    config = product.load_config(overrides=settings)
+    seconds, (scan, *_) = timed(lambda: lint_of(config))
+    counts = {kind: found.count for kind, found in scan.findings}
+    kinds = ("duplicate", "near_duplicate")
+    return {
+        "seconds": seconds,
+        "cpu_seconds": time.process_time(),
+        **{kind: counts.get(kind, 0) for kind in kinds},
+    }
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return each part and side as README's lines."""
     parts = list(dict.fromkeys(row["part"] for row in records))
@@ -159,14 +217,14 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return harness.table("what|side|>median (spread)", rows)
 
 
-PARTS = {"tokenise": tokenise, "plan": plan}
+PARTS = {"tokenise": tokenise, "plan": plan, "lint": lint}
 
 
 def main() -> None:
     """Answer the command line."""
     parser = harness.parser(__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: both")
-    parser.add_argument("--rows", type=int, default=4000, help="rows to tokenise")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--rows", type=int, default=4000, help="rows to tokenise, or to lint")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     for part in options.parts or PARTS:

@@ -62,6 +62,8 @@ class Counts:
             by lines there.
         holeless: Examples that never have a hole, since they hold special tokens themselves.
         weightless: Rows that weigh 0 (`data.weight_field`), and were dropped for it.
+        near_duplicates: Rows left out because they are like one before them, word for word or
+            nearly, under `data.near_duplicates=drop`.
     """
 
     rows: int
@@ -81,6 +83,7 @@ class Counts:
     unparsed: int = 0
     holeless: int = 0
     weightless: int = 0
+    near_duplicates: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Arrays:
     """The files of a cache folder: all tokens one after another, and a value for each example.
 
     Texts, their offsets and `holes_from` are there where examples have holes (`data/fim.py`),
-    `weights` where rows have such (`data/weights.py`).
+    `weights` where rows have such (`data/weights.py`), `first_alike` under
+    `data.near_duplicates=drop`.
     """
 
     input_ids: np.ndarray  # (tokens,) int32
@@ -103,6 +107,7 @@ class Arrays:
     text_offsets: np.ndarray | None = None  # (examples + 1,) int64: where each text begins
     holes_from: np.ndarray | None = None  # (examples,) int64: characters before the first hole
     weights: np.ndarray | None = None  # (examples,) float64: what multiplies the targets' losses
+    first_alike: np.ndarray | None = None  # (rows,) int64: `data.duplicates.first_alike`
 
     def named(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name of each array that is there, and the array."""
@@ -261,13 +266,22 @@ class Writer:
         self._prompts, self._flags, self._in_a_row = [], [], []
         self._weights: list[float] = []
         self._in_rows = np.zeros(len(IN_A_ROW), dtype=np.int64)
-        self.num_rows = self.longest_row = 0
+        self._first_alike: np.ndarray | None = None
+        self.num_rows = self.longest_row = self.near_duplicates = 0
         self.dropped_too_long = self.dropped_cut = self.dropped_masked = self.weightless = 0
+
+    def leave_out(self, first_alike: np.ndarray) -> None:
+        """Make no examples of rows to come that are like one before them (`first_alike`)."""
+        np.save(self._folder / "first_alike.npy", first_alike)
+        self._first_alike = first_alike
 
     def add(self, row: LabelledRow) -> None:
         """Make the examples of one row."""
         number, length, limit = self.num_rows, len(row.input_ids), self._max_length
         self.num_rows += 1
+        if self._first_alike is not None and self._first_alike[number] != number:
+            self.near_duplicates += 1
+            return
         self.longest_row = max(self.longest_row, length)
         counted = np.array([getattr(row, name) for name in IN_A_ROW], dtype=np.int32)
         self._in_rows += counted
@@ -362,6 +376,7 @@ class Writer:
             unparsed=int(np.count_nonzero(flags & UNPARSED)),
             holeless=int(np.count_nonzero(flags & HOLELESS)),
             weightless=self.weightless,
+            near_duplicates=self.near_duplicates,
             **dict(zip(IN_A_ROW, self._in_rows.tolist(), strict=True)),
         )
         meta = {"fingerprint": _digest(_mapped(self._folder)), "counts": asdict(counts)}

@@ -32,6 +32,7 @@ from data.arrays import (
     in_memory,
 )
 from data.cache import cache_folder
+from data.duplicates import first_alike
 from data.fim import FillInTheMiddle, Piece
 from data.labels import labelled_rows
 from data.locate import Source, open_source
@@ -88,6 +89,8 @@ class Examples:
         counts: What became of the rows.
         fingerprint: sha256 of ids, labels, weights and their order: equal if and only if training
             sees the same data.
+        first_alike: (rows read,) int64 the first row that each is like, word for word or nearly:
+            for most itself; None where such rows are kept.
         max_id: The largest token id.
     """
 
@@ -102,6 +105,7 @@ class Examples:
         self._positions = np.arange(len(arrays.targets)) if positions is None else positions
         self.counts = stored.counts
         self.fingerprint, self.source_rows = stored.fingerprint, stored.source_rows
+        self.first_alike = arrays.first_alike
         self.lengths: np.ndarray = np.diff(arrays.offsets)[self._positions]
         self.num_targets: np.ndarray = arrays.targets[self._positions]
         self.rows: np.ndarray = arrays.rows[self._positions]
@@ -209,6 +213,7 @@ def load_examples(
     fim: FillInTheMiddle | None = None,
     weight_field: str | None = None,
     by_source: bool = False,
+    near_duplicates: str = "keep",
 ) -> Examples:
     """Return the examples of a data set; where it is cached, no row is read.
 
@@ -225,6 +230,8 @@ def load_examples(
         fim: Which of them have a hole, and where; None: none has.
         weight_field: Column of the rows' weights; None: they have none.
         by_source: Keep how many rows each entry of a list has (`Examples.source_rows`).
+        near_duplicates: `keep`, or `drop` for rows that are like one before them, word for word or
+            nearly (`data.duplicates`); the rows are read once more to find them.
 
     Raises:
         NoRowsError: It holds no row of the split.
@@ -252,6 +259,16 @@ def load_examples(
                     yield row
 
         writer = Writer(folder, max_length, on_overflow, fim)
+        if near_duplicates == "drop":
+            read_before = read_rows(
+                source,
+                fields=prompt_format.columns(),
+                split_column=split_column,
+                split=split,
+                weight_field=weight_field,
+                notice=lambda _: None,
+            )
+            writer.leave_out(first_alike(read_before, prompt_format, weight_field))
         made = labelled_rows(rows(), tokenizer, prompt_format, weight_field)
         with contextlib.closing(made) as labelled:
             for row in labelled:
@@ -269,6 +286,8 @@ def load_examples(
         content |= {"weight_field": weight_field}
     if by_source:
         content |= {"sources": [len(part.files) for part in parts]}
+    if near_duplicates == "drop":
+        content |= {"near_duplicates": "drop"}
     key = _key(content, tokenizer, prompt_format, max_length, on_overflow)
     return Examples(cached(cache_root, key, build), fim=fim)
 

@@ -8,11 +8,16 @@
   else is a source file. So
     - data, and no sources: a data set, read by configuration and split as on the Hub, or as its
       README's `data_files` say;
-    - no data: a tree of source files, a row for each;
+    - no data: a tree of source files, a row for each, in the order of a repository: the files of
+      one folder together, before those of its folders, each by the bytes of its name;
     - both: refused, with the two specifications to choose from.
 * A glob (`data/*.jsonl`, `src/**/*.py`): the files that match, of which the same is true, except
   that no configuration is chosen, and that files whose names speak of another split are left out
   only where some do not.
+* Of folders and globs, source files that `.gitignore` leaves out (`data.gitignore`) are not read,
+  nor are data that it leaves out beside source files. What is spelled out is: a file by its name, a
+  folder or the fixed part of a glob that lies in what is left out. Rows alone, which are often too
+  large for git, are read whether they are left out or not.
 * `hub:owner/name[:config][:split]`: data files of a data set of the Hub; where it has none (a
   loading script, an archive), the Parquet that the Hub has made of it, unless that is a part.
 * `rows:SHA256`: rows that came from memory (`data.rows_in_memory`).
@@ -28,12 +33,13 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from data.dataset_card import files_of_card
+from data.gitignore import files_left_out
 from data.packed import ending_of, kind_of_rows
 from data.rows_in_memory import ROWS_PREFIX, find_rows
 from data.splits import (
@@ -45,8 +51,8 @@ from data.splits import (
     note_left_out,
     split_labels,
 )
-from files.errors import UserError, did_you_mean, listed, note
-from files.hub import read_card, resolve_dataset
+from files.errors import UserError, counted, did_you_mean, listed, note
+from files.hub import resolve_dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_PREFIX = "hub:"
@@ -183,10 +189,11 @@ def _open_folder(spec: str, folder: Path, split: str | None) -> Source:
             f"{spec}: holds no files to read (data files end in {', '.join(SUFFIXES)}; hidden "
             "files are left out)"
         )
+    names = _not_ignored(names, folder, spec)
     data = _data_among(names, spec, glob.escape(spec.rstrip("/") or "/"))
     if not data:
         return _tree(spec, folder, Path(spec), names)
-    chosen = _files_of_card(folder, data, split, spec)
+    chosen = files_of_card(folder, data, split, spec)
     if chosen is None:
         data = _of_one_format(data, spec)
 
@@ -212,6 +219,7 @@ def _open_glob(spec: str, split: str | None) -> Source:
             f"{spec}: no file matches (looked in {folder.resolve()}); * stands for letters of one "
             "name, ** for folders, and hidden files are left out"
         )
+    names = _not_ignored(names, folder, spec)
     data = _data_among(names, spec, glob.escape(str(root)))
     if not data:
         return _tree(spec, folder, root, names)
@@ -225,7 +233,38 @@ def _open_glob(spec: str, split: str | None) -> Source:
 
 
 def _tree(spec: str, folder: Path, shown: Path, names: Sequence[str]) -> Source:
-    return Source(spec, tuple(SourceFile(folder / name, str(shown / name), name) for name in names))
+    """Return source files as a reader of the repository meets them.
+
+    What a folder says itself (`__init__.py`, `setup.py`) comes before what is below it, and one
+    folder's files, which know each other, stand together.
+    """
+
+    def place(name: str) -> list[tuple[bool, bytes]]:
+        *folders, last = map(os.fsencode, name.split("/"))
+        return [*((True, part) for part in folders), (False, last)]
+
+    ordered = sorted(names, key=place)
+    return Source(spec, tuple(SourceFile(folder / n, str(shown / n), n) for n in ordered))
+
+
+def _not_ignored(names: Sequence[str], folder: Path, spec: str) -> list[str]:
+    """Return the names without source files, and data beside some, that `.gitignore` leaves out."""
+    ignored = files_left_out(folder, names)
+    sources = {name for name in names if _kind(name) == "source"}
+    if not sources - ignored:  # what is left are rows
+        ignored &= sources
+    kept = [name for name in names if name not in ignored]
+    if not kept:
+        raise UserError(
+            f"{spec}: .gitignore leaves out all of its {counted(len(names), 'file')}, such as "
+            f"{names[0]}; name a file by itself to read it all the same"
+        )
+    if ignored:
+        note(
+            f"{spec}: {len(ignored)} of {counted(len(names), 'file')} left out by .gitignore, such "
+            f"as {min(ignored)}"
+        )
+    return kept
 
 
 def _names_below(folder: Path) -> list[str]:
@@ -244,15 +283,9 @@ def _data_among(names: Sequence[str], spec: str, pattern: str) -> list[str]:
 
     `pattern` is the folder of the names, as the beginning of a glob for the user to type.
     """
-    kinds: dict[str, list[str]] = {"data": [], ".json": [], "packed": [], "source": []}
+    kinds: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        suffix, last = kind_of_rows(name), PurePosixPath(name).name
-        if _PACKED.fullmatch(last):
-            kinds["packed"].append(name)
-        elif suffix in SUFFIXES and not _DOCUMENTS.fullmatch(last):
-            kinds[".json" if suffix == ".json" else "data"].append(name)
-        elif not _DOCUMENTS.fullmatch(last):
-            kinds["source"].append(name)
+        kinds[_kind(name)].append(name)
     data, sources, packed = kinds["data"], kinds["source"], kinds["packed"]
     if data and sources:
         raise UserError(
@@ -266,6 +299,18 @@ def _data_among(names: Sequence[str], spec: str, pattern: str) -> list[str]:
             f"one of {', '.join(SUFFIXES)}"
         )
     return data or ([] if sources else kinds[".json"])
+
+
+def _kind(name: str) -> str:
+    """Return what a file is by its name: `data`, `.json`, `packed`, `source`, or a `document`."""
+    suffix, last = kind_of_rows(name), PurePosixPath(name).name
+    if _PACKED.fullmatch(last):
+        return "packed"
+    if _DOCUMENTS.fullmatch(last):
+        return "document"
+    if suffix in SUFFIXES:
+        return ".json" if suffix == ".json" else "data"
+    return "source"
 
 
 def _counted(names: Sequence[str]) -> str:
@@ -292,76 +337,6 @@ def _of_one_format(names: Sequence[str], spec: str) -> list[str]:
             "the same rows twice; pass one file, or a folder with one format"
         )
     return sorted(names)
-
-
-def _files_of_card(
-    folder: Path, names: Sequence[str], split: str | None, spec: str
-) -> list[str] | None:
-    """Return the files that the README's `configs` give to a split; None where it gives none."""
-    card = folder / "README.md"
-    configs = (read_card(card) if card.is_file() else {}).get("configs")
-    configs = [
-        config
-        for config in (configs if isinstance(configs, list) else [])
-        if isinstance(config, dict) and config.get("data_files")
-    ]
-    if not configs:
-        return None
-    chosen = next(
-        (c for c in configs if c.get("default") is True or c.get("config_name") == "default"), None
-    )
-    if chosen is None and len(configs) > 1:
-        files = [name for part in _patterns(configs[0], card).values() for name in part]
-        raise UserError(
-            f"{spec}: README.md names several configurations "
-            f"({listed([str(config.get('config_name')) for config in configs])}); pass the files "
-            f"of one, as in {os.path.join(glob.escape(spec), files[0])}"
-        )
-    patterns = _patterns(chosen or configs[0], card)
-    wanted = {
-        name
-        for name in patterns
-        if split in (None, name) or canonical_split(name) == canonical_split(split or "")
-    }
-    if split in wanted:
-        wanted = {split}
-    if not wanted:
-        raise UserError(
-            f"{spec}: README.md names no files of the split '{split}' (it has: "
-            f"{listed(sorted(patterns))}); name the file, or leave the split out and use "
-            "data.valid_fraction"
-        )
-    files: list[str] = []
-    for pattern in (pattern for name in sorted(wanted) for pattern in patterns[name]):
-        there = glob.glob(pattern, root_dir=folder, recursive=True)
-        found = sorted({PurePosixPath(Path(name)).as_posix() for name in there} & {*names})
-        if not found:
-            raise UserError(
-                f"{spec}: README.md gives the split '{split or 'train'}' the files '{pattern}', of "
-                "which none is here; fetch them, or name the files to read"
-            )
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def _patterns(config: Mapping[str, Any], card: Path) -> dict[str, list[str]]:
-    """Return split → globs of one configuration of a README."""
-    given = config["data_files"]
-    if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
-        given = {entry.get("split"): entry.get("path") for entry in given}
-    if not isinstance(given, dict):
-        given = {"train": given}
-    patterns = {
-        split: [paths] if isinstance(paths, str) else paths for split, paths in given.items()
-    }
-    for split, paths in patterns.items():
-        whole = isinstance(split, str) and isinstance(paths, list) and paths
-        if not whole or not all(isinstance(path, str) for path in paths):
-            raise UserError(
-                f"{card}: its data_files are not understood (they are a path, or a list of split "
-                "and path); name the files to read"
-            )
-    return patterns
 
 
 # --- data sets of the Hub -------------------------------------------------------------------------

@@ -2164,7 +2164,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "data/lint/duplicates.py",
+        "data/duplicates.py",
         "tests/data/test_lint.py",
         (
             "shingles are half as long",
@@ -4056,6 +4056,136 @@ MUTATIONS = [
             'if parts := [name for name in found if "/partial-" in name]:',
             'if parts := [name for name in found if "/parts-" in name]:',
             "test_a_data_set_of_another_form_is_read_as_the_hub_converted_it",
+        ),
+    ),
+    *_of(
+        "data/locate.py",
+        "tests/data/test_gitignore.py",
+        (
+            "a folder's files stand between those of its folders",
+            "return [*((True, part) for part in folders), (False, last)]",
+            "return [*((False, part) for part in folders), (False, last)]",
+            "test_a_tree_is_read_in_the_order_of_a_repository",
+        ),
+        (
+            "rows that git is to leave alone are not read",
+            "ignored &= sources",
+            "pass",
+            "test_what_is_spelled_out_is_read",
+        ),
+    ),
+    *_of(
+        "train/plan/claims.py",
+        "tests/test_seeds.py",
+        (
+            "the memory that a seed adds up is believed",
+            '_LASTING = ("weights", "adapters", "gradients", "optimizer")',
+            '_LASTING = ("weights", "optimizer")',
+            "test_each_claim_is_confirmed_or_refuted_with_the_right_value",
+        ),
+    ),
+    *_of(
+        "train/plan/text.py",
+        "tests/test_seeds.py",
+        (
+            "a wrong number of a seed is printed as right",
+            'mark = "✓" if claim["holds"] else "✗"',
+            'mark = "✓"',
+            "test_each_wrong_number_of_a_seed_is_caught_by_plan_and_report",
+        ),
+    ),
+    *_of(
+        "data/gitignore.py",
+        "tests/data/test_gitignore.py",
+        (
+            "the first pattern that matches decides",
+            "for rule in reversed(rules):",
+            "for rule in rules:",
+            "test_patterns",
+        ),
+        (
+            "a file comes back below a folder that is left out",
+            "if above is None or (not start.startswith(place) and _matches(place, above)):",
+            "if above is None:",
+            "test_patterns",
+        ),
+        (
+            "the nearest file is asked first and overruled",
+            "for begin, rules in reversed(scopes):",
+            "for begin, rules in scopes:",
+            "test_the_nearest_file_decides_and_a_repository_begins_anew",
+        ),
+        (
+            "** stands for one folder",
+            'made += rb"(?:.*/)?"',
+            'made += rb"(?:[^/]*/)?"',
+            "test_patterns",
+        ),
+    ),
+    *_of(
+        "data/arrays.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "a row that is like one before it is trained all the same",
+            "if self._first_alike is not None and self._first_alike[number] != number:",
+            "if self._first_alike is not None and self._first_alike[number] > number:",
+            "test_the_first_of_those_alike_is_trained",
+        ),
+    ),
+    *_of(
+        "data/examples.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "rows that were kept are taken from the cache for those without copies",
+            'content |= {"near_duplicates": "drop"}',
+            "pass",
+            "test_the_first_of_those_alike_is_trained",
+        ),
+    ),
+    *_of(
+        "train/inputs/dataset.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "valid rows are left out too",
+            'near_duplicates=settings.near_duplicates if split == "train" else "keep",',
+            "near_duplicates=settings.near_duplicates,",
+            "test_rows_of_valid_and_test_are_kept_and_leaks_are_lint_s_to_tell",
+        ),
+    ),
+    *_of(
+        "data/duplicates.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "a copy with another answer is a copy word for word",
+            "whole = json.dumps([row.values.get(column) for column in columns], default=str)",
+            "whole = json.dumps(row.values.get(columns[0]), default=str)",
+            "test_the_first_of_those_alike_is_trained",
+        ),
+        (
+            "a row of weight 0 takes its copies along",
+            "if weight_field is not None and row_weight(row, weight_field) == 0:",
+            "if False:",
+            "test_a_row_of_weight_0_takes_no_copy_along",
+        ),
+    ),
+    *_of(
+        "train/survey.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "copies are counted as rows to train where nothing is tokenised",
+            'train -= counts["near_duplicates"]',
+            "train -= 0",
+            "test_the_plan_counts_them_with_a_tokenizer_or_without",
+        ),
+    ),
+    *_of(
+        "train/show_data.py",
+        "tests/train/test_near_duplicates.py",
+        (
+            "what is left out as a copy is shown as trained",
+            "if (first := first_alike.before(number, row)) is not None:",
+            'if (first := first_alike.before(number, row)) == "":',
+            "test_show_data_tells_what_each_is_like",
         ),
     ),
     *_of(

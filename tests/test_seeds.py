@@ -5,6 +5,8 @@ from the documents and from SEMANTICS §1 and §10, not from the code under test
 """
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,8 @@ from train.plan.document import plan_document
 from train.plan.ledger import find_decoder_config, memory_ledger
 from train.plan.sizes import model_sizes
 from train.plan.steps import plan_run, rank_shares
+from train.plan.text import render_plan
+from train.report.against_plan import claims
 from train.state import EarlyStopping
 
 
@@ -424,6 +428,55 @@ def test_each_preset_plans_without_data_or_network(name: str) -> None:
         assert document[key], key
     assert document["eval_steps"][-1] == document["save_steps"][-1] == document["total_steps"]
     assert document["memory"]["total"] > 0
+
+
+# Preset → what its document says wrongly, and what is right as the plan prints it; worked out from
+# the documents by hand. 000 has none, and "activations ~7 GB" (001) is what the stack needs.
+WRONG = {
+    "codellama-7b": [],
+    "qwen2.5-coder-1.5b": [
+        ("warm-up: ~25 steps", "→ 26 "),
+        ("learning rate ~5.3e-5 at step 700", "→ 1.63e-05 "),
+        ("optimizer states ~12 GB", "→ 0.295 "),
+        ("model ~6 GB in bfloat16", "→ 3.09 "),
+        ("total ~25 GB", "→ 10.7 "),
+        ("cudnn.benchmark = True is the default", "the default is False"),
+        ("19 validation samples decide early stopping", "hold out more"),
+    ],
+    "starcoder2-3b": [("ends at step 2,499", "→ 2,502 ")],
+    "starcoder2-7b": [],
+    "starcoder2-15b": [("25 examples a step on 6 GPUs, the same number on each", "→ 1 ")],
+    "default": [("lower gradient_accumulation_steps use more memory", "the micro-batch decides")],
+    "llama2-7b": [
+        ("8 of 8 evaluations without a train loss", "→ 0 "),
+        ("'learning and converging well'", "fell by 0.3 % in 8 epochs"),
+    ],
+}
+
+
+def test_the_list_of_wrong_numbers_is_of_all_seeds() -> None:
+    assert {(read_preset(name).seed or "")[:3] for name in WRONG} == {
+        *("000", "001", "002", "003", "004"),
+    }
+    # 2.648786 to 2.640921 in 8 evaluations
+    assert round(100 * (2.648786 - 2.640921) / 2.648786, 1) == 0.3
+    # bf16 weights; fp32 adapters, gradients and two moments; and what the document says beside them
+    of_parts = 2 * 1_543_714_304 + 4 * (1 + 1 + 2) * 36_929_536 + 7e9
+    assert round(of_parts / 1e9, 2) == 10.68
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_each_wrong_number_of_a_seed_is_caught_by_plan_and_report(name: str) -> None:
+    config = load_config(name)
+    document = plan_document(config, NO_DATA, find_decoder_config(config))
+    crossed = [line for line in render_plan(document).splitlines() if line.startswith("  ✗ ")]
+    assert len(crossed) == len(WRONG[name])
+    for line, (said, right) in zip(crossed, WRONG[name], strict=True):
+        assert said in line and right in line
+    run: Any = SimpleNamespace(plan=document)
+    in_report = [line for line in claims(run).splitlines() if "**does not hold**" in line]
+    assert len(in_report) == len(WRONG[name])
+    assert all(said in line for line, (said, _) in zip(in_report, WRONG[name], strict=True))
 
 
 def test_an_unknown_quantity_is_no_claim() -> None:

@@ -27,7 +27,7 @@ from data.tokenizer import Tokenizer
 from files.errors import UserError, counted
 from train.config.schema import DataSettings, RunConfig
 from train.inputs.asked import add_run_arguments, asked_configuration, run_arguments
-from train.inputs.dataset import fill_in_the_middle, load_data, prompt_format, weight_field
+from train.inputs.dataset import Data, fill_in_the_middle, load_data, prompt_format, weight_field
 from train.inputs.model_files import tokenizer_folder
 from train.process.command import CommandParser, command, run_command
 
@@ -80,11 +80,17 @@ def show_rows(
     tokenizer = Tokenizer.load(tokenizer_folder(config), settings.chat_template)
     form, fim = prompt_format(settings), fill_in_the_middle(config, tokenizer)
     none, entries = True, _entries(settings) if split == "train" else {}
+    first_alike = _FirstAlike(config, split)
     for number, row in islice(_rows_of(config, split, form), most):
         none = False
         entry = entries.get(row.where.rpartition(":")[0])
         labelled = label_rows([row], tokenizer, form, weight_field(settings, split))[0]
-        for shown in _examples(number, labelled, settings, tokenizer, fim, epoch):
+        if (first := first_alike.before(number, row)) is not None:
+            fate = f"dropped: near-duplicate of {first}"
+            examples = iter([_left_out(number, labelled, fate, tokenizer)])
+        else:
+            examples = _examples(number, labelled, settings, tokenizer, fim, epoch)
+        for shown in examples:
             yield dataclasses.replace(shown, entry=entry), tokenizer
     if none:
         raise NoRowsError(f"data.{split}: no rows")
@@ -143,10 +149,38 @@ def _held_out(config: RunConfig) -> set[int] | None:
         rows = _read(settings, _training_data(settings), "valid", prompt_format(settings))
         if next(rows, None) is not None:
             return None  # the column names a valid set
-    # Which rows these are depends on all of them, which are tokenised here, or were before.
-    training = dataclasses.replace(config, data=dataclasses.replace(settings, test=None))
-    data = load_data(training, tokenizer_folder(config), None)
+    # Which rows these are depends on all of them.
+    data = _tokenised(config)
     return set() if data.valid is None else set(data.valid.rows.tolist())
+
+
+def _tokenised(config: RunConfig) -> Data:
+    """Return the data without test rows, tokenised here, or before."""
+    training = dataclasses.replace(config, data=dataclasses.replace(config.data, test=None))
+    return load_data(training, tokenizer_folder(config), None)
+
+
+class _FirstAlike:
+    """The rows that `data.near_duplicates=drop` leaves out, and the place of what they are like."""
+
+    def __init__(self, config: RunConfig, split: str) -> None:
+        self._first: np.ndarray | None = None
+        if split == "train" and config.data.near_duplicates == "drop":
+            self._first = _tokenised(config).train.first_alike
+            assert self._first is not None
+            self._places = dict.fromkeys(
+                self._first[self._first != np.arange(len(self._first))].tolist(), ""
+            )
+
+    def before(self, number: int, row: Row) -> str | None:
+        """Return the place of the row that one is like; None where it is kept."""
+        if self._first is None:
+            return None
+        if number in self._places:
+            self._places[number] = row.where
+        first = int(self._first[number])
+        # A row that was held out was not seen here.
+        return None if first == number else self._places[first] or f"row {first}"
 
 
 def _training_data(settings: DataSettings) -> str | tuple[str, ...]:
@@ -177,15 +211,12 @@ def _examples(
 ) -> Iterator[Shown]:
     """Yield the examples of a row, or the row itself where it leaves none."""
     length, limit = len(row.input_ids), settings.max_length
-    nothing = row.input_ids, np.full(length, IGNORED)
     if row.weight == 0:
-        yield _shown(
-            number, row, f"dropped: weight 0 in '{settings.weight_field}'", *nothing, tokenizer
-        )
+        yield _left_out(number, row, f"dropped: weight 0 in '{settings.weight_field}'", tokenizer)
         return
     over = f"{counted(length, 'token')}, data.max_length={limit}"
     if length > limit and settings.on_overflow == "error":
-        yield _shown(number, row, f"error: {over}", *nothing, tokenizer)
+        yield _left_out(number, row, f"error: {over}", tokenizer)
         return
     parts = pieces(length, limit, settings.on_overflow)
     kept = [part for part in parts if num_targets(row.labels[slice(*part)])]
@@ -193,7 +224,7 @@ def _examples(
         reason = over if not parts else "no token to train on"
         if parts and parts[-1][1] < length:
             reason = f"cut before its trained part begins: {over}"
-        yield _shown(number, row, f"dropped: {reason}", *nothing, tokenizer)
+        yield _left_out(number, row, f"dropped: {reason}", tokenizer)
     texts = dict(zip(parts, fim.pieces(row, parts), strict=True)) if fim else {}
     for part, (start, stop) in enumerate(kept):
         fate = "whole"
@@ -206,6 +237,12 @@ def _examples(
             ids, labels, _ = found
             fate = "with a hole" if fate == "whole" else f"{fate}, with a hole"
         yield _shown(number, row, fate, ids, labels, tokenizer)
+
+
+def _left_out(number: int, row: LabelledRow, fate: str, tokenizer: Tokenizer) -> Shown:
+    """Return a row of which nothing is trained, whole."""
+    nothing = np.full(len(row.input_ids), IGNORED)
+    return _shown(number, row, fate, row.input_ids, nothing, tokenizer)
 
 
 def _shown(

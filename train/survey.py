@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.source import read_rows
+import numpy as np
+
+from data.duplicates import first_alike
+from data.source import Row, read_rows
 from data.weights import row_weight
 from files.errors import UserError
 from files.hub import resolve_model
@@ -184,25 +187,32 @@ def _counted_rows(config: RunConfig, why: Unknown) -> KnownData:
     data = config.data
     columns = prompt_format(data).columns()
 
-    def count(spec: str | Sequence[str] | None, split: str) -> int:
-        if spec is None:
-            return 0
-        weights = weight_field(data, split)
-        rows = read_rows(
+    def read(spec: str | Sequence[str], split: str) -> Iterator[Row]:
+        return read_rows(
             spec,
             fields=columns,
             split_column=data.split_column,
             split=split,
-            weight_field=weights,
+            weight_field=weight_field(data, split),
         )
+
+    def count(spec: str | Sequence[str] | None, split: str) -> int:
+        weights = weight_field(data, split)
+        rows = () if spec is None else read(spec, split)
         return sum(weights is None or row_weight(row, weights) > 0 for row in rows)
 
     by_column = data.train if data.split_column is not None else None
     rows = train = count(data.train, "train")
+    counts = {"rows": rows}
+    if data.train is not None and data.near_duplicates == "drop":
+        weights = weight_field(data, "train")
+        first = first_alike(read(data.train, "train"), prompt_format(data), weights)
+        counts["near_duplicates"] = int(np.count_nonzero(first != np.arange(len(first))))
+        train -= counts["near_duplicates"]
     valid = count(data.valid or by_column, "valid")
     if not valid and data.valid_fraction:
         valid = math.ceil(train * data.valid_fraction)
         train -= valid
     if not valid:
         refuse_without_valid(config)
-    return KnownData(train, valid, count(data.test or by_column, "test"), why, {"rows": rows})
+    return KnownData(train, valid, count(data.test or by_column, "test"), why, counts)

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from data.arrays import NoRowsError, pieces
+from data.duplicates import Duplicates
 from data.labels import IGNORED, LabelledRow, in_batches, label_rows, num_targets
-from data.lint.answers import own_columns, own_texts, unfinished
+from data.lint.answers import unfinished
 from data.lint.characters import line_endings, odd_characters
-from data.lint.duplicates import Duplicates
 from data.lint.findings import Findings, Place
 from data.lint.languages import programming_language, scripts
 from data.lint.lengths import Lengths
 from data.lint.private import private_data
+from data.own_texts import own_columns, own_texts
 from data.prompt import PromptFormat
 from data.row_files import OnFault
 from data.source import Row

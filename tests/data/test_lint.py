@@ -6,14 +6,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from data.duplicates import Duplicates, normalised, signature
 from data.labels import IGNORED
-from data.lint.answers import own_columns, own_texts, unfinished
+from data.lint.answers import unfinished
 from data.lint.characters import line_endings, odd_characters
-from data.lint.duplicates import Duplicates, normalised, signature
 from data.lint.findings import NOTES, PROBLEMS
 from data.lint.languages import programming_language, scripts
 from data.lint.lengths import Lengths
 from data.lint.private import private_data
+from data.own_texts import own_columns, own_texts
 from data.prompt import PromptFormat
 
 # --- characters ----------------------------------------------------------------------------------

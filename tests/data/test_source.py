@@ -364,8 +364,8 @@ def test_a_source_tree_is_a_row_a_file(tmp_path: Path) -> None:
     notices: list[str] = []
     rows = list(read_rows(tmp_path, fields=["text", "path"], notice=notices.append))
     assert rows == [
-        Row({"text": "c = 1\n", "path": "a/c.py"}, f"{tmp_path}/a/c.py:1"),
         Row({"text": "b = 1\r\n", "path": "b.py"}, f"{tmp_path}/b.py:1"),
+        Row({"text": "c = 1\n", "path": "a/c.py"}, f"{tmp_path}/a/c.py:1"),
     ]
     [notice] = notices
     assert notice.startswith(f"{tmp_path}: 4 of 6 files passed over: ")

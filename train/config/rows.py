@@ -74,6 +74,13 @@ class DataSettings:
         "what becomes of a longer row; counted in the plan and the report",
         words=("truncate", "drop", "error", "split"),
     )
+    near_duplicates: str = key(
+        "keep",
+        "drop: training rows that are like one before them, word for word or nearly (four fifths "
+        "of their text the same, by MinHash) are left out; those that valid or test rows are like "
+        "are not: lathe lint tells of them",
+        words=("keep", "drop"),
+    )
     batching: str = key(
         "unpadded",
         "documents end to end, padded to the longest, or padded to data.max_length: "

@@ -149,6 +149,7 @@ def examples_of(
     fim: FillInTheMiddle | None = None,
     weight_column: str | None = None,
     by_source: bool = False,
+    near_duplicates: str = "keep",
 ) -> Examples:
     """Return the examples of rows, cut as `settings` say, as `data.examples.load_examples` does."""
     return load_examples(
@@ -163,6 +164,7 @@ def examples_of(
         fim=fim,
         weight_field=weight_column,
         by_source=by_source,
+        near_duplicates=near_duplicates,
     )
 
 
@@ -201,9 +203,17 @@ def load_data(config: RunConfig, folder: Path, decoder: DecoderConfig | None) ->
     tell_split_column(settings)
 
     def load(spec: str | Sequence[str], split: str, *, by_source: bool = False) -> Examples:
-        columns = {"column": settings.split_column, "weight_column": weight_field(settings, split)}
         examples = examples_of(
-            spec, split, settings, tokenizer, form, fim=fim, by_source=by_source, **columns
+            spec,
+            split,
+            settings,
+            tokenizer,
+            form,
+            column=settings.split_column,
+            fim=fim,
+            weight_column=weight_field(settings, split),
+            by_source=by_source,
+            near_duplicates=settings.near_duplicates if split == "train" else "keep",
         )
         if decoder is not None:
             check_vocabulary(

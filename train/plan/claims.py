@@ -43,7 +43,7 @@ def measure(quantity: str, preset: Preset) -> float | None:
         shares = rank_shares(batch, int(at))
         return max(shares) - (min(shares) if name == "rank_share_spread" else 0)
     if name in _SIZE_QUANTITIES:
-        return _measure_size(name, config)
+        return _measure_size(name, config, at)
     if preset.num_examples is None:
         return None
     plan = plan_run(config, preset.num_examples, num_valid=preset.num_valid)
@@ -71,18 +71,21 @@ def measure(quantity: str, preset: Preset) -> float | None:
 
 _SIZE_QUANTITIES = (
     *("base_parameters", "trainable_parameters", "trainable_percent"),
-    *("optimizer_gigabytes", "weights_gigabytes"),
+    *("optimizer_gigabytes", "weights_gigabytes", "gigabytes_with_activations"),
 )
+_LASTING = ("weights", "adapters", "gradients", "optimizer")
 
 
-def _measure_size(name: str, config: RunConfig) -> float | None:
+def _measure_size(name: str, config: RunConfig, at: str) -> float | None:
     decoder = find_decoder_config(config)
     if isinstance(decoder, Unknown):
         return None
     sizes = model_sizes(decoder, config.train.method, config.lora)
-    if name.endswith("gigabytes"):
+    if "gigabytes" in name:
         precision = "bf16" if config.train.precision == "auto" else config.train.precision
         ledger = memory_ledger(config, decoder, sizes, precision=precision)
+        if name == "gigabytes_with_activations":
+            return sum(ledger[part] for part in _LASTING) / 1e9 + float(at)
         return ledger[name.removesuffix("_gigabytes")] / 1e9
     return getattr(sizes, name.removesuffix("_parameters"))
 

@@ -153,6 +153,7 @@ def _of_the_data(
     for name, what in (
         ("truncated", f"cut at {limit}"),
         ("dropped", f"dropped: longer than {limit}, {weightless}or without a token to train on"),
+        ("near_duplicates", "left out: like a row before them (data.near_duplicates=drop)"),
     ):
         share = counts.get(name)
         if share and rows:

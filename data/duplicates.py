@@ -16,13 +16,19 @@ Ullman, "Mining of Massive Datasets", chapter 3.
 
 from __future__ import annotations
 
+import json
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from tempfile import TemporaryFile
 
 import numpy as np
+
+from data.own_texts import own_columns, own_texts
+from data.prompt import PromptFormat
+from data.source import Row
+from data.weights import row_weight
 
 SIMILAR = 0.8
 _SHINGLE, _PLACES, _BAND = 16, 96, 4
@@ -66,7 +72,7 @@ class Duplicates:
 
     def __init__(self) -> None:
         self._digests = array("Q")
-        self._file = TemporaryFile(prefix="lathe-lint-")  # noqa: SIM115 (closed by close)
+        self._file = TemporaryFile(prefix="lathe-duplicates-")  # noqa: SIM115 (closed by close)
         self._long = array("b")
 
     def add(self, text: str, content: str) -> None:
@@ -127,6 +133,28 @@ class Duplicates:
                     first, second = rows[order[partner[some]]], rows[order[later[some]]]
                     alike = (signatures[first] == signatures[second]).mean(axis=1) >= SIMILAR
                     yield from zip(first[alike].tolist(), second[alike].tolist(), strict=True)
+
+
+def first_alike(
+    rows: Iterable[Row], prompt_format: PromptFormat, weight_field: str | None = None
+) -> np.ndarray:
+    """Return (rows,) int64: the first row that each is like, word for word or nearly.
+
+    For most rows that is the row itself: those of which it is not are what
+    `data.near_duplicates=drop` leaves out. Rows are compared by their own texts, as they are read;
+    one of weight 0 in `weight_field` is like no other: it is dropped, and its copies are not.
+    """
+    columns = own_columns(prompt_format)
+    duplicates = Duplicates()
+    for number, row in enumerate(rows):
+        if weight_field is not None and row_weight(row, weight_field) == 0:
+            duplicates.add(str(number), "")
+            continue
+        whole = json.dumps([row.values.get(column) for column in columns], default=str)
+        duplicates.add(whole, "\n".join(own_texts(row.values, columns)))
+    roots = duplicates.near(duplicates.exact())
+    duplicates.close()
+    return roots
 
 
 def _root(roots: np.ndarray, row: int) -> int:
