@@ -4848,7 +4848,7 @@ MUTATIONS = [
     ),
     *_of(
         "train/generation/chat.py",
-        "tests/train/test_chat.py",
+        "tests/train/test_chat_command.py",
         (
             "a changed history is not fed again",
             "        return min(common_prefix(prompt, self._known), len(prompt) - 1)\n",

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,12 @@ def spelled(value: object) -> str:
 def arguments(values: Mapping[str, Any]) -> list[str]:
     """Return settings as arguments of the command line."""
     return [f"{key}={spelled(value)}" for key, value in values.items()]
+
+
+def changed(given: Sequence[str], *changes: str) -> list[str]:
+    """Return settings with others in the place of those of the same key."""
+    over = {setting.partition("=")[0] for setting in changes}
+    return [*(one for one in given if one.partition("=")[0] not in over), *changes]
 
 
 def train(values: Mapping[str, Any], listener: Listener | None = None) -> Outcome:

@@ -220,5 +220,5 @@ def test_the_house_does_not_grow_unasked() -> None:
     """Lines of the product and of the benchmarks; a budget is raised with a reason in LOG.md."""
     files = product_files()
     benchmarks = [path for path in files if path.is_relative_to(ROOT / "benchmarks")]
-    assert lines_of(*benchmarks) <= 5200
-    assert lines_of(*files) - lines_of(*benchmarks) <= 37800
+    assert lines_of(*benchmarks) <= 5400
+    assert lines_of(*files) - lines_of(*benchmarks) <= 40000

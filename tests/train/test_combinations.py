@@ -123,7 +123,7 @@ def test_the_command_refuses_each_with_2_and_leaves_nothing(
     given = runs.arguments(runs.settings(model_folder, rows_file, tmp_path / "run"))
     sentences = set()
     for changes in (*first_of_each_sentence(), *REFUSED):
-        asked = [*given, *runs.arguments(changes)]
+        asked = runs.changed(given, *runs.arguments(changes))
         told = refused(main, *asked)
         assert told == refused(main, *asked, "--plan"), changes
         assert not (tmp_path / "run").exists(), changes

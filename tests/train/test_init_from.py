@@ -300,7 +300,7 @@ def test_tensors_that_do_not_fit_the_base_are_refused_by_the_plan_too(
         tensors = {name: file.read(name).clone() for name in file.names}
     change(tensors)
     write_tensors(folder / WEIGHTS_FILE, tensors)
-    asked = [*settings, f"lora.init_from={folder}"]
+    asked = runs.changed(settings, f"lora.init_from={folder}")
     assert told in refused(main, *asked)
     assert told in refused(main, *asked, "--plan")
     assert not (tmp_path / "run").exists()

@@ -27,7 +27,8 @@ def arguments(model: Path, rows: Path, output: Path, *more: str) -> list[str]:
         "train.gradient_accumulation_steps": 2,
         "train.num_train_epochs": 2,
     }
-    return [*runs.arguments(runs.settings(model, rows, output, **changes)), *more]
+    given = runs.arguments(runs.settings(model, rows, output, **changes))
+    return runs.changed(given, *more)
 
 
 @pytest.fixture(scope="module")

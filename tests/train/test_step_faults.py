@@ -176,7 +176,7 @@ def redone(dtype: torch.dtype, faults: Faults, **settings: Any) -> tuple[OneStep
     run: Any = OneStep(network(dtype))
     run.config = load_config(overrides={**keys, "data.shuffle": False, **settings})
     run.plan = plan_run(run.config, 8)
-    data: Any = SimpleNamespace(train=EXAMPLES, tokenizer=SimpleNamespace(pad_id=0))
+    data: Any = SimpleNamespace(train=EXAMPLES, tokenizer=SimpleNamespace(pad_id=0), mixture=None)
 
     batches = StepBatches.of(run.config, run.plan, data)
     cut_step = batches.cut
