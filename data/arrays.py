@@ -279,9 +279,15 @@ class Writer:
         """Make the examples of one row."""
         number, length, limit = self.num_rows, len(row.input_ids), self._max_length
         self.num_rows += 1
-        if self._first_alike is not None and self._first_alike[number] != number:
-            self.near_duplicates += 1
-            return
+        if self._first_alike is not None:
+            if number >= len(self._first_alike):
+                raise UserError(
+                    f"{row.where}: was not there when rows were compared for "
+                    "data.near_duplicates=drop: the data grew; start again when it is whole"
+                )
+            if self._first_alike[number] != number:
+                self.near_duplicates += 1
+                return
         self.longest_row = max(self.longest_row, length)
         counted = np.array([getattr(row, name) for name in IN_A_ROW], dtype=np.int32)
         self._in_rows += counted

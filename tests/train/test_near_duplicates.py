@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shown import DEMO_MODEL, shown
 from test_lint_command import PAIRS, Row, kinds, lint, pair, write
 
 import data.examples as examples_module
+from files.errors import UserError
 from train.config.load import load_config
 from train.inputs.dataset import Data, load_data
 from train.survey import print_plan
@@ -168,3 +170,19 @@ def test_a_second_start_reads_no_row(train: Path, monkeypatch: pytest.MonkeyPatc
     assert again.fingerprint == first.fingerprint
     assert again.first_alike is not None
     assert {n: int(f) for n, f in enumerate(again.first_alike) if n != f} == LEFT_OUT
+
+
+def test_rows_that_came_after_the_comparison_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write(tmp_path / "train.jsonl", [pair(31), pair(32)])  # in nobody's cache
+    compare = examples_module.first_alike
+
+    def compare_then_grow(*given: Any) -> Any:
+        found = compare(*given)
+        write(train, [pair(31), pair(32), pair(33)])
+        return found
+
+    monkeypatch.setattr(examples_module, "first_alike", compare_then_grow)
+    with pytest.raises(UserError, match=r"train\.jsonl:3: was not there .* the data grew"):
+        loaded(train, data_near_duplicates="drop")
