@@ -22,7 +22,7 @@ import numpy as np
 from data.fim import FillInTheMiddle, Piece
 from data.labels import LabelledRow, num_targets
 from files.atomic import TEMPORARY_PREFIX, write_json
-from files.errors import UserError
+from files.errors import UserError, counted
 
 # What is counted in each row.
 IN_A_ROW = (
@@ -279,18 +279,13 @@ class Writer:
         """Make the examples of one row."""
         number, length, limit = self.num_rows, len(row.input_ids), self._max_length
         self.num_rows += 1
-        if self._first_alike is not None:
-            if number >= len(self._first_alike):
-                raise UserError(
-                    f"{row.where}: was not there when rows were compared for "
-                    "data.near_duplicates=drop: the data grew; start again when it is whole"
-                )
-            if self._first_alike[number] != number:
-                self.near_duplicates += 1
-                return
+        alike = self._first_alike
+        if alike is not None and number < len(alike) and alike[number] != number:
+            self.near_duplicates += 1
+            return
         self.longest_row = max(self.longest_row, length)
-        counted = np.array([getattr(row, name) for name in IN_A_ROW], dtype=np.int32)
-        self._in_rows += counted
+        numbers = np.array([getattr(row, name) for name in IN_A_ROW], dtype=np.int32)
+        self._in_rows += numbers
         if row.weight == 0:
             self.weightless += 1
             return
@@ -319,8 +314,8 @@ class Writer:
                 self._weights += [] if row.weight is None else [row.weight]
                 self._prompts.append(min(max(row.prompt_length - start, 0), stop - start))
                 self._flags.append(flags | self._add_text(piece))
-                self._in_a_row.append(counted)
-                counted = np.zeros_like(counted)  # the first example of a row has all of it
+                self._in_a_row.append(numbers)
+                numbers = np.zeros_like(numbers)  # the first example of a row has all of it
         if len(self._targets) == before:
             self.dropped_cut += truncated
             self.dropped_masked += not truncated
@@ -340,8 +335,15 @@ class Writer:
 
         Raises:
             NoRowsError: There was no row.
-            UserError: None left an example.
+            UserError: None left an example, or there were others when they were compared.
         """
+        compared = self.num_rows if self._first_alike is None else len(self._first_alike)
+        if self.num_rows != compared:
+            raise UserError(
+                f"{name}: held {counted(compared, 'row')} when they were compared for "
+                f"data.near_duplicates=drop, and {self.num_rows:,} when they were tokenised: the "
+                "data changed meanwhile; start again when it is whole"
+            )
         self._input_ids.close()
         self._labels.close()
         if self._texts is not None:

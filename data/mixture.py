@@ -139,8 +139,8 @@ class Mixture:
         return np.concatenate(found)
 
     def fingerprint(self, of_examples: str) -> str:
-        """Return the hash of a set of examples, given its own, and of where each comes from."""
-        digest = hashlib.sha256(of_examples.encode())
+        """Return the hash of a set of examples, given its own, of their sources and shares."""
+        digest = hashlib.sha256(of_examples.encode() + repr(self.places).encode())
         for own in self.members:
             digest.update(b"source" + own.astype("<i8").tobytes())
         return digest.hexdigest()

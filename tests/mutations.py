@@ -1840,6 +1840,12 @@ MUTATIONS = [
         "data/mixture.py",
         "tests/data/test_mixture.py",
         (
+            "mixtures of other shares have one hash",
+            " + repr(self.places).encode())",
+            ")",
+            "test_the_hash_tells_where_a_source_ends_and_what_its_share_is",
+        ),
+        (
             "every epoch begins its sources anew",
             "self._draws(source, epoch * count, count,",
             "self._draws(source, 0, count,",
@@ -1885,7 +1891,7 @@ MUTATIONS = [
             "the hash does not tell where sources end",
             """digest.update(b"source" + own.astype""",
             """digest.update(own.astype""",
-            "test_the_hash_tells_where_a_source_ends",
+            "test_the_hash_tells_where_a_source_ends_and_what_its_share_is",
         ),
     ),
     *_of(
@@ -4821,6 +4827,12 @@ MUTATIONS = [
     *_of(
         "train/generation/rows.py",
         "tests/train/test_generate_rows.py",
+        (
+            "an adapter's base is nobody's weights",
+            "{loaded.source, loaded.trained}",
+            "{loaded.trained}",
+            "test_what_was_done_over_another_base_is_not_taken",
+        ),
         (
             "rows are drawn alike",
             "Asked(ids, (row,)) for row",

@@ -178,7 +178,8 @@ def test_lengths_of_an_epoch_are_spread_over_those_of_each_source() -> None:
     assert mixed.lengths(lengths).tolist() == [1, 1, 3, 3, 5, 5, 20, 50]
 
 
-def test_the_hash_tells_where_a_source_ends() -> None:
+def test_the_hash_tells_where_a_source_ends_and_what_its_share_is() -> None:
     one, other = mixture((3, 5), (1, 1)), mixture((4, 4), (1, 1))
     assert one.places == other.places
-    assert len({m.fingerprint(of) for m in (one, other) for of in "ab"}) == 4
+    shares = mixture((3, 5), (1, 3))
+    assert len({m.fingerprint(of) for m in (one, other, shares) for of in "ab"}) == 6

@@ -2,9 +2,14 @@
 
 import gzip
 import json
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from byte_tokenizer import write_byte_tokenizer
 from runs import Refused
@@ -13,6 +18,7 @@ from small import small_model
 from data.prompt import PromptFormat
 from data.tokenizer import Tokenizer
 from files.atomic import write_json
+from lora import LoraConfig, inject, save_adapter
 from models import load_model
 from models.weights import save_model
 from train.generate import generate, main
@@ -140,6 +146,36 @@ def test_a_command_that_was_stopped_goes_on_where_it_was(
     assert len(seen) == 1
 
 
+def test_what_was_done_over_another_base_is_not_taken(
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    model = load_model(own)
+    inject(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path / "adapter", base_model=str(own))
+    out, write, done = tmp_path / "out.jsonl", decode_module.write, []
+    given = ["--adapter", tmp_path / "adapter", "--prompts", rows, "--out", out, *OPTIONS]
+    given += ["--batch-size", "2"]
+
+    def stopped(model: Any, batch: Any, sampling: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(batch)
+        return write(model, batch, sampling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "write", stopped)
+        assert main([str(one) for one in given]) == 130
+    capsys.readouterr()
+    os.utime(own / "model.safetensors", (1, 1))  # as weights that were replaced
+    assert "of other prompts, weights or settings" in refused(main, *given)
+
+
 def test_bad_rows_are_one_sentence(
     base: Path, rows: Path, tmp_path: Path, refused: Refused
 ) -> None:
@@ -152,6 +188,9 @@ def test_bad_rows_are_one_sentence(
     assert f"{other}:1: the prompt has 64 tokens" in refused(main, *command, other)
     other.write_text("")
     assert "no rows" in refused(main, *command, other)
+    table = tmp_path / "other.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"], "n": [math.nan]}), table)
+    assert f"{table}:1: holds NaN" in refused(main, *command, table)
     assert "no such folder" in refused(main, *command, rows, "--out", tmp_path / "no" / "out.jsonl")
     assert "--batch-size 0" in refused(main, *command, rows, "--batch-size", "0")
     assert "--out goes with --prompts" in refused(main, *command[:2], "--prompt", "x", "--out", "a")

@@ -172,17 +172,19 @@ def test_a_second_start_reads_no_row(train: Path, monkeypatch: pytest.MonkeyPatc
     assert {n: int(f) for n, f in enumerate(again.first_alike) if n != f} == LEFT_OUT
 
 
-def test_rows_that_came_after_the_comparison_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("later", [1, 3])
+def test_rows_that_changed_after_the_comparison_are_refused(
+    later: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = write(tmp_path / "train.jsonl", [pair(31), pair(32)])  # in nobody's cache
+    rows = [pair(31), pair(32 + later), pair(33 + later)]  # in nobody's cache
+    train = write(tmp_path / "train.jsonl", rows[:2])
     compare = examples_module.first_alike
 
-    def compare_then_grow(*given: Any) -> Any:
+    def compare_then_change(*given: Any) -> Any:
         found = compare(*given)
-        write(train, [pair(31), pair(32), pair(33)])
+        write(train, rows[:later])
         return found
 
-    monkeypatch.setattr(examples_module, "first_alike", compare_then_grow)
-    with pytest.raises(UserError, match=r"train\.jsonl:3: was not there .* the data grew"):
+    monkeypatch.setattr(examples_module, "first_alike", compare_then_change)
+    with pytest.raises(UserError, match=rf"held 2 rows when .* and {later} when .* changed"):
         loaded(train, data_near_duplicates="drop")

@@ -59,6 +59,7 @@ class Generator:
     prompt_format: PromptFormat | None
     stop_ids: frozenset[int]  # ids that end a text
     name: str  # what was loaded, for people
+    source: Path  # the folder of the model, of an adapter its base's
     trained: Path  # the folder of the weights that were trained: an adapter's, or a whole model's
 
     def prompt_ids(self, values: str | Mapping[str, Any], *, raw: bool = False) -> list[int]:
@@ -236,4 +237,4 @@ def _generator(
     stop_ids = find_stop_ids(model.config, tokenizer, holder("generation_config.json"))
     if data is not None and data.fim_rate > 0:
         stop_ids |= {FimTokens(tokenizer).end_id}
-    return Generator(model, tokenizer, form, stop_ids, name, trained)
+    return Generator(model, tokenizer, form, stop_ids, name, source, trained)

@@ -29,7 +29,7 @@ def rows_to_complete(spec: str, column: str) -> list[Row]:
     """Return the rows of a file; the column of the completions must not be one of theirs.
 
     Raises:
-        UserError: It is, there are no rows, or one of them breaks a rule.
+        UserError: It is, there are no rows, or one of them breaks a rule or fits no JSON.
     """
     rows = list(read_rows(spec, every_column=True))
     if not rows:
@@ -40,6 +40,13 @@ def rows_to_complete(spec: str, column: str) -> list[Row]:
                 f"{row.where}: has a column '{column}' already, whose place the completion would "
                 "take: name another with --column, such as --column generated"
             )
+        try:
+            json.dumps(row.values, default=str, allow_nan=False)
+        except ValueError:
+            raise UserError(
+                f"{row.where}: holds NaN or an infinity, which no JSON Lines can hold; fill it in "
+                "or drop the row"
+            ) from None
     return rows
 
 
@@ -149,15 +156,22 @@ class Kept:
 
     def add(self, done: dict[int, list[int]]) -> None:
         """Keep what a batch has come to."""
+        if not self.path.exists():  # the same command, typed twice, has ended and taken it away
+            self.read()
         lines = [json.dumps({"row": row, "ids": ids}) + "\n" for row, ids in done.items()]
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(lines)
 
 
 def _fingerprint(loaded: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling) -> str:
-    """Return a hash of prompts, settings and weights, these by their files' sizes and times."""
-    weights = sorted(loaded.trained.glob("*.safetensors"))
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    """Return a hash of prompts, settings and weights, these by their files' sizes and times.
+
+    Those of an adapter's base are among them.
+    """
+    weights = sorted(
+        path for folder in {loaded.source, loaded.trained} for path in folder.glob("*.safetensors")
+    )
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     settings = {**asdict(sampling), "stop_ids": sorted(sampling.stop_ids)}
     dtype = str(loaded.model.head_weight().dtype)
     told = json.dumps([loaded.name, dtype, stamps, settings, [list(ids) for ids in prompts]])
