@@ -422,6 +422,11 @@ def _format_that_fits(field: str, there: Sequence[str]) -> str:
     for format_, fields in _FIELDS_OF_FORMATS:
         if field not in fields and set(fields) <= set(there):
             return f"; data.format={format_} reads such rows"
+    if any(field in fields for _, fields in _FIELDS_OF_FORMATS):
+        return (
+            "; data.format=template with data.prompt_template and data.completion_template makes "
+            "text of columns of any names"
+        )
     return ""
 
 

@@ -4133,8 +4133,8 @@ MUTATIONS = [
         "tests/train/test_near_duplicates.py",
         (
             "a row that is like one before it is trained all the same",
-            "if self._first_alike is not None and self._first_alike[number] != number:",
-            "if self._first_alike is not None and self._first_alike[number] > number:",
+            "and alike[number] != number:",
+            "and alike[number] > number:",
             "test_the_first_of_those_alike_is_trained",
         ),
     ),

@@ -173,7 +173,8 @@ def test_a_required_field_must_be_a_string(tmp_path: Path, row: dict, words: str
         ),
         ({"text": "t"}, "input", "; data.format=text reads such rows"),
         ({"text": "t"}, "split", "; data.split_column=none reads all rows of a file"),
-        ({"a": "t"}, "text", "(fields: a)"),
+        ({"a": "t"}, "b", "(fields: a)"),
+        ({"a": "t"}, "text", " makes text of columns of any names"),
     ],
 )
 def test_a_missing_field_names_the_format_that_fits(

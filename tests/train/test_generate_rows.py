@@ -83,7 +83,7 @@ def test_each_row_is_completed_as_alone(
     ]
     drawn = alone(base, temperature=1.5, top_k=40, seed=7)
     assert drawn != texts
-    found = completed(base, rows, tmp_path / "out.jsonl", *options, *SAMPLED)
+    found = completed(base, rows, tmp_path / "drawn.jsonl", *options, *SAMPLED)
     assert [row["completion"] for row in found] == drawn
 
 
@@ -134,7 +134,7 @@ def test_a_command_that_was_stopped_goes_on_where_it_was(
     # A kill in the middle of a line, then another command: it is not taken for ours.
     with open(partial, "a") as file:
         file.write('{"row": 4, "id')
-    assert "of other prompts, weights or settings" in refused(main, *arguments, "--top-k", "3")
+    assert "of other prompts, weights or settings" in refused(main, *arguments, "--seed", "3")
     seen: list[int] = []
 
     def counted(model: Any, batch: Any, sampling: Any) -> Any:
@@ -192,5 +192,13 @@ def test_bad_rows_are_one_sentence(
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x"], "n": [math.nan]}), table)
     assert f"{table}:1: holds NaN" in refused(main, *command, table)
     assert "no such folder" in refused(main, *command, rows, "--out", tmp_path / "no" / "out.jsonl")
+    there = tmp_path / "there.jsonl"
+    there.write_text("kept\n")
+    assert "is there already" in refused(main, *command, rows, "--out", there)
+    assert "is there already" in refused(main, *command, rows, "--out", rows)
+    assert there.read_text() == "kept\n"
+    assert "name it .jsonl" in refused(main, *command, rows, "--out", tmp_path / "out.csv")
+    for option in (("--top-k", "3"), ("--top-p", "0.5")):
+        assert "give a --temperature above 0" in refused(main, *command, rows, *option)
     assert "--batch-size 0" in refused(main, *command, rows, "--batch-size", "0")
     assert "--out goes with --prompts" in refused(main, *command[:2], "--prompt", "x", "--out", "a")

@@ -83,6 +83,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("--plan --gpu a100 --price -1", "--price"),
         ("--plan --gpu a100 --price nan", "must be numbers"),
         ("--plan --gpu a100,l4 --memory 24GB", "--memory is one card's"),
+        ("--plan --gpu a100 --memory 24GB", "cannot be given with --gpu, which says it"),
     ],
 )
 def test_what_is_asked_badly_is_refused(asked: str, words: str) -> None:

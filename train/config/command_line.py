@@ -204,8 +204,8 @@ def _check(arguments: Arguments) -> None:
     for option in ("json", "ranks", "memory", "gpu", "price", "records"):
         if getattr(arguments, option) and not arguments.plan:
             raise UserError(f"--{option} goes with --plan; add --plan")
-    if arguments.memory and (len(arguments.gpu) > 1 or arguments.price):
-        option = "--price" if arguments.price else "several --gpu"
+    if arguments.memory and (arguments.gpu or arguments.price):
+        option = "--price" if arguments.price else "--gpu, which says it by itself"
         raise UserError(f"--memory is one card's, and cannot be given with {option}")
     if arguments.ranks is not None and arguments.ranks < 1:
         raise UserError(f"--ranks {arguments.ranks}: a plan needs at least 1 rank")

@@ -103,6 +103,7 @@ def _check(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         seed=options.seed,
     )
+    options.sampling.refuse_to_choose_of_one()
     try:
         options.k = sorted({int(number) for number in options.k.split(",")})
     except ValueError:

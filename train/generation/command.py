@@ -126,6 +126,7 @@ def _checked(options: argparse.Namespace) -> Sampling:
         top_p=options.top_p,
         seed=options.seed,
     )
+    sampling.refuse_to_choose_of_one()
     if options.base is not None and options.adapter is None:
         raise UserError("--base goes with --adapter alone")
     for name, ways in _GOES_WITH.items():
@@ -145,6 +146,10 @@ def _checked(options: argparse.Namespace) -> Sampling:
         raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
     if options.out is not None and not options.out.absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: {no_such_folder(options.out.parent)}")
+    if options.out is not None and options.out.exists():
+        raise UserError(f"--out {options.out}: is there already; choose another file")
+    if options.out is not None and options.out.suffix != ".jsonl":
+        raise UserError(f"--out {options.out}: rows are written as JSON Lines; name it .jsonl")
     return sampling
 
 

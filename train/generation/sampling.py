@@ -47,6 +47,14 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
 
+    def refuse_to_choose_of_one(self) -> None:
+        """Refuse what says how to draw where nothing is drawn."""
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise UserError(
+                "--top-k and --top-p say among which tokens to draw, and the likeliest is taken: "
+                "give a --temperature above 0, such as 0.8"
+            )
+
 
 def next_tokens(
     logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
