@@ -71,7 +71,8 @@ class Mixture:
             if not len(own):
                 raise UserError(
                     f"data.weights: {name} has no example to draw (no row of it is of the training "
-                    "split, or all are dropped or held out); leave it out of data.train"
+                    "split, or all are dropped, held out or, with data.near_duplicates=drop, like "
+                    "others before them); leave it out of data.train"
                 )
             if not count:
                 raise UserError(
